@@ -1,0 +1,607 @@
+"""The settings of a run: one tree of frozen sections, read from TOML, changed by dotted `key=value` pairs.
+
+A default lives here and nowhere else. Parts (data, vision, optim, engine) never see these objects: `experiment.build`
+turns them into plain values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from fieldmark.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[float, float]
+
+
+class Section(BaseModel):
+    """One table of the recipe. Unknown keys are errors; values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Which photos, and how they are divided."""
+
+    path: str = ""
+    """Folder of class folders, folder with train/ val/ test/, or a CSV or Parquet table. Relative to the working
+    directory."""
+
+    path_column: str = "path"
+    """Column of a table that names the photo; relative names are relative to the table's folder."""
+
+    label_column: str = "label"
+    """Column of a table that names the class."""
+
+    split_column: str = "split"
+    """Column of a table that says train, val or test. Optional in the table."""
+
+    group_by: Literal["none", "column", "pattern", "capture_time"] = "none"
+    """What must not cross a split: a column's value, a part of the file name, or photos of one burst (EXIF time)."""
+
+    group_column: str = "group"
+    """Column of a table that holds the group, for `group_by = "column"`."""
+
+    group_pattern: str = ""
+    """Regular expression with one group in parentheses, matched against the path, for `group_by = "pattern"`."""
+
+    group_gap_seconds: PositiveFloat = 60.0
+    """Photos closer in capture time than this belong to one burst, for `group_by = "capture_time"`."""
+
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the labelled photos set aside for validation where the data do not say."""
+
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the labelled photos set aside for a test where the data do not say."""
+
+    folds: Annotated[int, Field(ge=0)] = 0
+    """k of k-fold cross-validation over train and val together; 0 is off."""
+
+    fold: NonNegativeInt = 0
+    """Which of the `folds` is validation, from 0."""
+
+    split_seed: NonNegativeInt = 0
+    """Seed of the split, apart from `train.seed`, so that seeds are compared on the same photos."""
+
+    train_on: Literal["train", "train+val"] = "train"
+    """`train+val` folds validation back into training, for the last run before use: then nothing is selected."""
+
+    broken: Literal["refuse", "skip"] = "refuse"
+    """Refuse to train on a folder with broken photos, or leave them out and list them in the run folder."""
+
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB under transparent pixels, 0 to 255."""
+
+    max_pixels: PositiveInt = 178_956_970
+    """Photos with more pixels than this are refused as decompression bombs (Pillow's own limit)."""
+
+    corrections: str = ""
+    """Table from `fieldmark review` (path, action, label): photos to relabel or drop."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.folds == 1 or (self.folds and self.fold >= self.folds):
+            raise ValueError(f"fold {self.fold} of {self.folds} folds does not exist; folds is 0 or at least 2")
+        if self.group_by == "pattern":
+            try:
+                num_groups = re.compile(self.group_pattern).groups
+            except re.error as error:
+                raise ValueError(f"group_pattern {self.group_pattern!r} is not a regular expression: {error}") from None
+            if num_groups != 1:
+                raise ValueError(f"group_pattern {self.group_pattern!r} needs exactly one group in parentheses")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction leave nothing to train on")
+        return self
+
+
+class CacheConfig(Section):
+    """Decoded photos kept between epochs and runs."""
+
+    mode: Literal["auto", "uint8", "jpeg", "off"] = "auto"
+    """`uint8`: pixels at `short_side`, fastest. `jpeg`: JPEG of quality 90 at `short_side`, nine times smaller.
+    `auto`: the first of the two that fits `disk_gigabytes`, else off."""
+
+    short_side: Literal[256, 320, 384, 448] = 320
+    """Pixels of the short side of a cached photo; photos are never enlarged."""
+
+    folder: str = ""
+    """Where the cache lives; empty is the user's cache folder."""
+
+    disk_gigabytes: PositiveFloat = 20.0
+    """The most that one data set's cache may take on disk. Never more than half of what is free."""
+
+
+class LoaderConfig(Section):
+    """How photos reach the model."""
+
+    workers: Literal["auto"] | NonNegativeInt = "auto"
+    """Processes that prepare batches. 0 prepares them in the training process."""
+
+
+class AugmentConfig(Section):
+    """Random changes of a training photo."""
+
+    size: PositiveInt | None = None
+    """Side of the training image in pixels; None is the size that the weights were trained at."""
+
+    executor: Literal["fast", "reference"] = "fast"
+    """`reference` runs torchvision's transforms one after another; `fast` runs the same random numbers in one warp."""
+
+    crop: Literal["random_resized", "zoom", "squash", "weights"] = "random_resized"
+    """`random_resized`: torchvision's RandomResizedCrop, including its fallback to a centre crop. `zoom`: the same
+    without the fallback, so a scale over 1 really zooms out over `fill`. `squash`: the whole photo, aspect lost.
+    `weights`: the evaluation transform of the weights."""
+
+    crop_scale: Range = (0.35, 1.0)
+    """Area of the crop over the area of the photo."""
+
+    crop_ratio: Range = (0.75, 4 / 3)
+    """Width over height of the crop."""
+
+    horizontal_flip: Fraction = 0.5
+    """Probability of a mirror image."""
+
+    vertical_flip: Fraction = 0.0
+    """Probability of an upside-down image."""
+
+    degrees: NonNegativeFloat = 0.0
+    """Rotation is drawn from ± this many degrees."""
+
+    translate: tuple[Fraction, Fraction] = (0.0, 0.0)
+    """Shift is drawn from ± this share of width and height."""
+
+    shear: NonNegativeFloat = 0.0
+    """Shear along x is drawn from ± this many degrees."""
+
+    affine_interpolation: Literal["nearest", "bilinear"] = "bilinear"
+    """How the reference executor resamples the affine stage. The fast executor always filters."""
+
+    fill: tuple[int, int, int] = (124, 116, 104)
+    """RGB outside the photo, 0 to 255. The default is ImageNet's mean."""
+
+    brightness: NonNegativeFloat = 0.0
+    """Factor is drawn from 1 ± this."""
+
+    contrast: NonNegativeFloat = 0.0
+    """Factor is drawn from 1 ± this."""
+
+    saturation: NonNegativeFloat = 0.0
+    """Factor is drawn from 1 ± this."""
+
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Shift is drawn from ± this share of the colour circle."""
+
+    policy: Literal["none", "trivial", "rand"] = "none"
+    """TrivialAugmentWide (arXiv:2103.10158) or RandAugment (arXiv:1909.13719) after crop and flips."""
+
+    rand_ops: PositiveInt = 2
+    """RandAugment: operations per photo."""
+
+    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """RandAugment: strength of each operation, 0 to 30."""
+
+    erase: Fraction = 0.0
+    """Probability of RandomErasing (arXiv:1708.04896)."""
+
+    erase_scale: Range = (0.02, 0.15)
+    """Area of the erased rectangle over the image's."""
+
+    erase_ratio: Range = (0.3, 3.3)
+    """Height over width of the erased rectangle."""
+
+    erase_value: Literal["random", "zero"] = "random"
+    """`random`: normal noise per pixel, after normalisation. `zero`: the mean colour."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("crop_scale", "crop_ratio", "erase_scale", "erase_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two numbers with 0 < low <= high; got [{low}, {high}]")
+        return self
+
+
+class MixConfig(Section):
+    """Batches blended from two photos each."""
+
+    prob: Fraction = 0.0
+    """Probability, per batch, of each of `methods`; the rest of the batches stay as they are."""
+
+    methods: tuple[Literal["mixup", "cutmix"], ...] = ("mixup", "cutmix")
+    """MixUp (arXiv:1710.09412) and CutMix (arXiv:1905.04899); at most one is used in a batch."""
+
+    mixup_alpha: Range = (0.4, 0.6)
+    """α of MixUp's Beta(α, α) is drawn from this range for each batch; two equal numbers fix it."""
+
+    cutmix_alpha: Range = (0.8, 1.2)
+    """α of CutMix's Beta(α, α) is drawn from this range for each batch; two equal numbers fix it."""
+
+    off_epochs: NonNegativeInt = 0
+    """The last epochs are trained without mixing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.prob * len(self.methods) > 1:
+            most = 1 / len(self.methods)
+            raise ValueError(
+                f"prob is per method: with {len(self.methods)} methods at most {most:g}, got {self.prob:g}"
+            )
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two numbers with 0 < low <= high; got [{low}, {high}]")
+        return self
+
+
+class EvalConfig(Section):
+    """The picture that a photo is judged on."""
+
+    transform: Literal["weights", "squash"] = "weights"
+    """`weights`: resize and centre-crop as the weights' own data configuration says. `squash`: to a square, aspect
+    lost."""
+
+    size: PositiveInt | None = None
+    """Side in pixels; None is the weights' test size for `weights`, else `augment.size`."""
+
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """`size` over the resized short side; None is the weights' own."""
+
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """None is the weights' own; `squash` defaults to bilinear."""
+
+    batch_size: PositiveInt = 64
+    """Photos at once in evaluation and prediction."""
+
+
+class ModelConfig(Section):
+    """Backbone, weights and head."""
+
+    name: str = "resnet50"
+    """A timm model, or one of the report's aliases (`fieldmark models`)."""
+
+    weights: str = "pretrained"
+    """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0`."""
+
+    head: Literal["linear", "mlp"] = "linear"
+    """`mlp` is the report's Linear-Dropout-ReLU-Linear."""
+
+    head_hidden: PositiveInt = 1024
+    """Width of the `mlp` head."""
+
+    head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Dropout of the `mlp` head, before its ReLU; of the features, before a `linear` head: see `feature_dropout`."""
+
+    feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the pooled features before the head."""
+
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth (arXiv:1603.09382), for backbones that have it."""
+
+    stride_in_1x1: bool = False
+    """ResNets only: the original v1 layout, where the 1x1 convolution of a block has the stride (Keras' weights)."""
+
+    max_parameters_millions: PositiveFloat | None = None
+    """Refuse to train a larger model."""
+
+    freeze: NonNegativeInt | Literal["all"] = 0
+    """Frozen stages, counted from the input; `all` freezes the backbone. BatchNorm of a frozen stage stays frozen."""
+
+    unfreeze_every_epochs: NonNegativeInt = 0
+    """Gradual unfreezing: one stage more, from the output inwards, each so many epochs; 0 is off."""
+
+
+class OptimConfig(Section):
+    """How the weights move."""
+
+    name: str = "adamw"
+    """`adamw`, `sgd` (Nesterov momentum 0.9), or any optimiser of timm.optim."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate of the head, for one update of `train.batch_size` photos."""
+
+    backbone_lr_scale: PositiveFloat = 0.1
+    """Learning rate of the backbone's last stage over the head's."""
+
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of a stage over that of the next stage towards the head."""
+
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay per update (AdamW, arXiv:1711.05101)."""
+
+    decay_norms_and_biases: bool = False
+    """Also decay normalisation weights and biases, as plain AdamW over all parameters does."""
+
+    clip_norm: NonNegativeFloat = 0.0
+    """Largest global gradient norm; 0 is off."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over time, as a factor of `optim.lr`."""
+
+    name: Literal["cosine", "warm_restarts", "constant"] = "cosine"
+    """`cosine`: linear warm-up, then a cosine to zero, per update. `warm_restarts`: the report's, per epoch.
+    `constant`: warm-up, then level."""
+
+    warmup_epochs: NonNegativeFloat = 1.0
+    """Length of the linear warm-up, for `cosine` and `constant`."""
+
+    restart_epochs: PositiveInt | None = None
+    """T_0 of `warm_restarts`, in epochs; None is all of `train.epochs`: one cycle."""
+
+    restart_factor: PositiveInt = 2
+    """T_mult of `warm_restarts`."""
+
+    min_factor: Fraction = 0.0
+    """Lowest learning rate over the peak."""
+
+
+class ProbeConfig(Section):
+    """The head alone on frozen features, before fine-tuning (LP-FT, arXiv:2202.10054)."""
+
+    epochs: NonNegativeInt = 0
+    """Passes over the cached features; 0 is off."""
+
+    lr: PositiveFloat = 3e-3
+    """Learning rate of the probe (AdamW, cosine to zero)."""
+
+    weight_decay: NonNegativeFloat = 1e-2
+    """Decoupled decay of the probe."""
+
+    batch_size: PositiveInt = 256
+    """Features per update of the probe."""
+
+
+class TrainConfig(Section):
+    """The run itself."""
+
+    epochs: NonNegativeInt = 10
+    """Passes over the training photos; 0 trains the probe alone."""
+
+    batch_size: PositiveInt = 32
+    """Photos per update, over all devices and micro-batches."""
+
+    micro_batch_size: PositiveInt | None = None
+    """Photos per forward pass on one device; None is as many as `batch_size` allows. Lowered by itself when memory
+    runs out, if `fit_memory`."""
+
+    fit_memory: bool = True
+    """When memory runs out, halve `micro_batch_size` and accumulate gradients instead of stopping."""
+
+    seed: NonNegativeInt = 0
+    """Seed of weights, order, augmentation and mixing."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of every target spread over all classes (arXiv:1512.00567, section 7)."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each class by the inverse of its count, the mean weight being 1."""
+
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Running average of weights and buffers per update; 0 is off. The average is what is evaluated and kept."""
+
+    metric: Literal["top1", "macro_recall", "prior_top1", "log_loss"] = "top1"
+    """What "best" means. `prior_top1` weighs the classes of validation as training has them."""
+
+    select: Literal["best", "last"] = "best"
+    """Which epoch's weights the run ends with. `last` is fixed-length training: validation chooses nothing."""
+
+    patience_epochs: NonNegativeInt = 0
+    """Stop after so many epochs without a better `metric`; 0 is off. No shorter than a cycle of the schedule."""
+
+    resolution_steps: tuple[tuple[Fraction, PositiveInt], ...] = ()
+    """Progressive resolution: (from this share of the epochs on, side in pixels), rising. Empty is `augment.size`."""
+
+    fixres_epochs: NonNegativeInt = 0
+    """The last epochs train the head and the norms alone, at evaluation size and transform (FixRes, arXiv:1906.06423)."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+
+    devices: PositiveInt = 1
+    """Processes, one for each device, on each node."""
+
+    nodes: PositiveInt = 1
+    """Machines; start the same command on each with torchrun."""
+
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """`auto`: bf16 where the hardware computes in it, else 32 bit."""
+
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory layout of convolutions; `auto` is on."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; `auto` is on for a GPU and runs of some length."""
+
+    threads: NonNegativeInt = 0
+    """Compute threads of a CPU run; 0 leaves room for the loader's workers."""
+
+    deterministic: bool = True
+    """Same seed, same device, same run, to the bit."""
+
+    save_minutes: NonNegativeFloat = 10.0
+    """Save `last` within an epoch each so many minutes, besides after each epoch; 0 is off."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Besides metrics.jsonl, which is always written."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.resolution_steps:
+            starts = [start for start, _ in self.resolution_steps]
+            if starts[0] != 0 or starts != sorted(set(starts)):
+                raise ValueError(f"resolution_steps must start at 0 and rise; got starts {starts}")
+        if self.epochs and self.fixres_epochs > self.epochs:
+            raise ValueError(f"fixres_epochs {self.fixres_epochs} is more than epochs {self.epochs}")
+        return self
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    description: str = ""
+    """What the recipe is for, and the result to expect."""
+
+    data: DataConfig = DataConfig()
+    cache: CacheConfig = CacheConfig()
+    loader: LoaderConfig = LoaderConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mix: MixConfig = MixConfig()
+    eval: EvalConfig = EvalConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    probe: ProbeConfig = ProbeConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.train.epochs and not self.probe.epochs:
+            raise ValueError("train.epochs and probe.epochs are both 0: nothing would be trained")
+        if self.schedule.name != "warm_restarts" and self.schedule.warmup_epochs > max(self.train.epochs, 1):
+            raise ValueError(
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is longer than train.epochs {self.train.epochs}"
+            )
+        cycle = (self.schedule.restart_epochs or self.train.epochs) if self.schedule.name == "warm_restarts" else 0
+        if 0 < self.train.patience_epochs < cycle:
+            raise ValueError(
+                f"train.patience_epochs {self.train.patience_epochs} is shorter than a cycle of {cycle} epochs: "
+                "the rate is high when patience ends. Give at least the cycle, or 0"
+            )
+        if self.data.train_on == "train+val" and self.train.select == "best":
+            raise ValueError('data.train_on = "train+val" leaves nothing to select on: set train.select = "last"')
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that are shipped, sorted."""
+    return sorted(path.name.removesuffix(".toml") for path in _recipes().iterdir() if path.name.endswith(".toml"))
+
+
+def load_config(recipe: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: Name of a shipped recipe, path of a TOML file, or None for the defaults.
+        overrides: `key=value` pairs with dotted keys, applied in order. Values are TOML; bare words are strings.
+
+    Raises:
+        ConfigError: No such recipe, not TOML, an unknown key, or a value out of range. Names every problem.
+    """
+    name, settings = _read(recipe)
+    for override in overrides:
+        _apply(settings, override)
+    return parse_config(settings, name)
+
+
+def parse_config(settings: Mapping[str, Any], name: str = "settings") -> Config:
+    """Check a nested mapping of settings.
+
+    Raises:
+        ConfigError: An unknown key or a value out of range; `name` says where.
+    """
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        lines = [_problem(problem) for problem in error.errors()]
+        raise ConfigError(f"{name} is not a valid recipe:\n  " + "\n  ".join(lines)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole tree as TOML, every default filled in; `load_config` reads it back to an equal Config."""
+    import tomli_w
+
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
+def _recipes() -> Any:
+    return resources.files("fieldmark") / "recipes"
+
+
+def _read(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
+    if recipe is None:
+        return "settings", {}
+    path = Path(recipe)
+    if not path.is_file():
+        shipped = _recipes() / f"{recipe}.toml"
+        if not shipped.is_file():
+            names = ", ".join(recipe_names())
+            raise ConfigError(f"no recipe {str(recipe)!r}: it is neither a file nor a shipped recipe ({names})")
+        return str(recipe), tomllib.loads(shipped.read_text(encoding="utf-8"))
+    try:
+        return path.name, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set takes key=value, such as train.epochs=20; got {override!r}")
+    table = settings
+    for part in keys[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {part!r} is a value, not a table")
+    table[keys[-1]] = parse_value(text.strip())
+
+
+def parse_value(text: str) -> Any:
+    """Read one TOML value; what is not TOML is taken as a string, and `none` as None."""
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    location: Sequence[str | int] = problem["loc"]
+    # A union's branches appear in pydantic's location; the dotted key ends before them.
+    keys = [str(part) for part in location]
+    known = [key for number, key in enumerate(keys) if number < 2]
+    where = ".".join(known) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(keys[-1], _siblings(keys[:-1]), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{'.'.join(keys)}: no such setting{hint}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    given = "" if problem["type"] == "value_error" else f"; got {problem['input']!r}"
+    return f"{where}: {message}{given}"
+
+
+def _siblings(keys: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for key in keys:
+        field = model.model_fields.get(key)
+        model = getattr(field, "annotation", None)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

@@ -1,0 +1,85 @@
+"""Everything that Fieldmark raises on purpose.
+
+    FieldmarkError
+    ├── ConfigError          a recipe or an override is not valid
+    ├── DataError            folders, tables or splits are not what they should be
+    │   └── PhotoError       one photo cannot be used: carries its path and the reason
+    ├── WeightsError         weights cannot be had or do not fit the model
+    ├── ResourceError        not enough memory, disk or time
+    ├── TrainingError        training cannot go on (a non-finite loss, say)
+    ├── RunError             a run folder is missing something or was made by another version
+    ├── PredictionError      a prediction file cannot be written as asked
+    ├── ExportError          an exported model disagrees with the run, or cannot be made
+    └── MissingExtraError    an optional package is not installed
+
+The command line turns each of them into one message and exit code 2, without a traceback: they are the user's to mend.
+Anything else that escapes is a bug, and shows its traceback.
+"""
+
+from __future__ import annotations
+
+
+class FieldmarkError(Exception):
+    """The root of the tree. The message says what was wrong, what was given, and what to do."""
+
+
+class ConfigError(FieldmarkError):
+    """A recipe or an override is not valid."""
+
+
+class DataError(FieldmarkError):
+    """Folders, tables or splits are not what they should be."""
+
+
+class PhotoError(DataError):
+    """One photo cannot be used.
+
+    Args:
+        path: The file, as the user would name it.
+        reason: Why, in a few words, without the path.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[PhotoError], tuple[str, str]]:
+        """Survive the way back from a worker process, which pickles by constructor arguments."""
+        return type(self), (self.path, self.reason)
+
+
+class WeightsError(FieldmarkError):
+    """Weights cannot be had or do not fit the model."""
+
+
+class ResourceError(FieldmarkError):
+    """Not enough memory, disk or time."""
+
+
+class TrainingError(FieldmarkError):
+    """Training cannot go on."""
+
+
+class RunError(FieldmarkError):
+    """A run folder is missing something or was made by another version."""
+
+
+class PredictionError(FieldmarkError):
+    """A prediction file cannot be written as asked."""
+
+
+class ExportError(FieldmarkError):
+    """An exported model disagrees with the run it came from, or cannot be made."""
+
+
+class MissingExtraError(FieldmarkError):
+    """An optional package is not installed.
+
+    Args:
+        package: The package that could not be imported.
+        extra: The extra of `fieldmark` that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Install it with: pip install 'fieldmark[{extra}]'")

@@ -1,0 +1,1 @@
+"""Settings become runs, and runs become evidence."""
