@@ -1,0 +1,7 @@
+"""`python -m fieldmark` is `fieldmark`."""
+
+from __future__ import annotations
+
+from fieldmark.cli import main
+
+main()
