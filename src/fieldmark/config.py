@@ -392,7 +392,7 @@ class TrainConfig(Section):
     """Share of every target spread over all classes (arXiv:1512.00567, section 7)."""
 
     class_weights: Literal["none", "balanced"] = "none"
-    """`balanced` weighs each class by the inverse of its count, the mean weight being 1."""
+    """`balanced` weighs each class by the inverse of its count; the mean weight over the photos is 1."""
 
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Running average of weights and buffers per update; 0 is off. The average is what is evaluated and kept."""
@@ -410,7 +410,7 @@ class TrainConfig(Section):
     """Progressive resolution: (from this share of the epochs on, side in pixels), rising. Empty is `augment.size`."""
 
     fixres_epochs: NonNegativeInt = 0
-    """The last epochs train the head and the norms alone, at evaluation size and transform (FixRes, arXiv:1906.06423)."""
+    """The last epochs train head and norms alone, at evaluation size and transform (FixRes, arXiv:1906.06423)."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
@@ -476,9 +476,8 @@ class Config(Section):
         if not self.train.epochs and not self.probe.epochs:
             raise ValueError("train.epochs and probe.epochs are both 0: nothing would be trained")
         if self.schedule.name != "warm_restarts" and self.schedule.warmup_epochs > max(self.train.epochs, 1):
-            raise ValueError(
-                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is longer than train.epochs {self.train.epochs}"
-            )
+            warmup = self.schedule.warmup_epochs
+            raise ValueError(f"schedule.warmup_epochs {warmup:g} is longer than train.epochs {self.train.epochs}")
         cycle = (self.schedule.restart_epochs or self.train.epochs) if self.schedule.name == "warm_restarts" else 0
         if 0 < self.train.patience_epochs < cycle:
             raise ValueError(

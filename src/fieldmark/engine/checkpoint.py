@@ -1,0 +1,101 @@
+"""Files that are whole or absent, and loading that never runs code.
+
+Weights are safetensors; the state of a training is a torch file of tensors, numbers and strings, read with
+`weights_only`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fieldmark.errors import ResourceError, RunError
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` so that a crash or a full disk leaves the old file or the new one, never half.
+
+    Raises:
+        ResourceError: The disk is full or not writable; what was there before is intact.
+    """
+    whole_or_absent(path, lambda part: torch.save({"format": FORMAT, **content}, part))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        RunError: No such file, not a checkpoint, or of another format.
+    """
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: there is nothing to resume")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise RunError(f"{path} is not a checkpoint of Fieldmark: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RunError(
+            f"{path} has another format than this version's ({FORMAT}): resume with the version that made it"
+        )
+    return content
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all.
+
+    Raises:
+        ResourceError: The disk is full or not writable; what was there before is intact.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    whole_or_absent(path, lambda part: save_file(tensors, part))
+
+
+def load_saved_weights(path: Path) -> dict[str, Tensor]:
+    """Read what `save_weights` wrote, on the CPU.
+
+    Raises:
+        RunError: No such file, or it is torn.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: the run has no weights yet")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+
+
+def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary name beside `path`, then move the finished file into place.
+
+    Raises:
+        ResourceError: Writing failed; the temporary file is gone, and what was there before is intact.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        # Without the sync a power cut may leave a renamed but empty file.
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "I/O error" in str(error):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise ResourceError(
+                f"{path} could not be written: {reason}. What was there before is intact. "
+                "Free some space, then resume the run"
+            ) from error
+        raise

@@ -1,0 +1,133 @@
+"""Numbers that judge predictions: pure functions over numpy arrays.
+
+Shape letters: N photos, K classes. `probabilities` is (N, K) with rows summing to 1, `labels` (N,) int64 in [0, K).
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+
+LOWER_IS_BETTER = frozenset({"log_loss", "calibration_error"})
+
+
+def summarize(probabilities: Floats, labels: Ints, prior: Floats) -> dict[str, float]:
+    """All figures of one evaluation.
+
+    Args:
+        probabilities: (N, K) float.
+        labels: (N,) int.
+        prior: (K,) float, share of each class in training.
+    """
+    return {
+        "top1": top_k(probabilities, labels, k=1),
+        "top5": top_k(probabilities, labels, k=5),
+        "macro_recall": macro_recall(probabilities, labels),
+        "prior_top1": prior_top1(probabilities, labels, prior),
+        "log_loss": log_loss(probabilities, labels),
+        "calibration_error": calibration_error(probabilities, labels),
+    }
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Whether `value` beats `best`; equal values and NaN do not, anything finite beats None."""
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    return value < best if metric in LOWER_IS_BETTER else value > best
+
+
+def top_k(probabilities: Floats, labels: Ints, *, k: int) -> float:
+    """Share of photos whose class is among the `k` most probable; of equals, the first class counts.
+
+    With K <= k every photo counts, so top-5 says nothing about five classes or fewer.
+    """
+    if not len(labels):
+        return math.nan
+    own = probabilities[np.arange(len(labels)), labels][:, None]
+    before = np.arange(probabilities.shape[1])[None, :] < np.asarray(labels)[:, None]
+    rank = ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
+    return float((rank < k).mean())
+
+
+def confusion_matrix(predicted: Ints, labels: Ints, *, num_classes: int) -> NDArray[np.int64]:
+    """(K, K) counts; row: the true class, column: the predicted one."""
+    flat = np.asarray(labels, np.int64) * num_classes + np.asarray(predicted, np.int64)
+    return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def class_recalls(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(K,) share of each class's photos that were found; NaN where a class has no photo."""
+    counts = confusion.sum(axis=1)
+    return np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)
+
+
+def macro_recall(probabilities: Floats, labels: Ints) -> float:
+    """Mean recall over the classes that have photos: every class counts alike (balanced accuracy)."""
+    if not len(labels):
+        return math.nan
+    recalls = class_recalls(_confusion(probabilities, labels))
+    return float(np.nanmean(recalls))
+
+
+def prior_top1(probabilities: Floats, labels: Ints, prior: Floats) -> float:
+    """Accuracy to expect where the classes come as often as `prior` says.
+
+    Recall of each class weighted by its prior; classes without photos here are left out and the rest renormalised.
+    """
+    if not len(labels):
+        return math.nan
+    recalls = class_recalls(_confusion(probabilities, labels))
+    weights = np.where(np.isnan(recalls), 0.0, prior)
+    return float((weights * np.nan_to_num(recalls)).sum() / weights.sum()) if weights.sum() > 0 else math.nan
+
+
+def log_loss(probabilities: Floats, labels: Ints) -> float:
+    """Mean negative log probability of the true class, in nats; probabilities are clipped at 1e-12."""
+    if not len(labels):
+        return math.nan
+    own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    return float(-np.log(np.clip(own, 1e-12, 1.0)).mean())
+
+
+def calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) -> float:
+    """Expected calibration error of the top class, in [0, 1], over equally wide bins.
+
+    Source:
+        Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, section 2.
+    """
+    if not len(labels):
+        return math.nan
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    is_right = probabilities.argmax(axis=1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gap = np.bincount(place, weights=is_right - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval for a share, good also for small numbers and for shares near 0 and 1; (0, 1) for no trials.
+
+    Source:
+        Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927).
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _confusion(probabilities: Floats, labels: Ints) -> NDArray[np.int64]:
+    return confusion_matrix(probabilities.argmax(axis=1), labels, num_classes=probabilities.shape[1])
