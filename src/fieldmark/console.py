@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +23,11 @@ def open_progress(title: str, *, unit: str, stream: TextIO | None = None) -> Ter
         unit: What is counted, in the plural, such as "steps".
         stream: Where to write; None is stderr, as it is when called.
     """
-    stream = stream or sys.stderr
-    if stream.isatty():
-        return TerminalProgress(title, unit=unit, stream=stream)
-    return PlainProgress(title, unit=unit, stream=stream, clock=time.monotonic)
+    # Windows programs without a console have no stderr at all.
+    target = stream or sys.stderr or io.StringIO()
+    if target.isatty():
+        return TerminalProgress(title, unit=unit, stream=target)
+    return PlainProgress(title, unit=unit, stream=target, clock=time.monotonic)
 
 
 class TerminalProgress:

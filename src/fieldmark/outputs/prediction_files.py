@@ -1,0 +1,262 @@
+"""Predictions on disk: the leaderboard's CSV and zip, and long forms that hold every probability.
+
+Each writer takes an iterator and keeps one batch in memory, so a folder of any size can be predicted. A file is whole
+or absent: it is written beside its place and moved there at the end.
+
+Shape letters: K classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+
+from fieldmark.errors import PredictionError
+from fieldmark.outputs.predictor import Prediction
+
+Form = Literal["leaderboard", "long"]
+
+LEADERBOARD_HEADER = ("image_name", "pred_label")
+ROWS_PER_GROUP = 4096
+
+
+def save_predictions(
+    predictions: Iterable[Prediction], path: Path, *, classes: Sequence[str], form: Form
+) -> list[Prediction]:
+    """Write one row for each prediction, in the order given.
+
+    Args:
+        predictions: Consumed once.
+        path: `.csv`, `.zip` (holding `prediction.csv`), `.json` or `.parquet`; folders on the way are made.
+        classes: K names, in order of class number.
+        form: `leaderboard` has `image_name,pred_label`, the name without its extension; `long` has the path, the
+            label, its probability, the problem of an unreadable photo, and a column `p:<class>` for each class. JSON
+            and Parquet are always long.
+
+    Returns:
+        The predictions of photos that could not be read. Their rows have an empty label.
+
+    Raises:
+        PredictionError: The file's ending says no known format, or the file cannot be written.
+    """
+    writers: dict[str, Callable[[Iterable[Prediction], Path, Sequence[str], Form], None]] = {
+        ".csv": _save_csv,
+        ".zip": _save_zip,
+        ".json": _save_json,
+        ".parquet": _save_parquet,
+    }
+    writer = writers.get(path.suffix.lower())
+    if writer is None:
+        raise PredictionError(f"{path}: predictions are written as {', '.join(writers)}; give one of these endings")
+    failed: list[Prediction] = []
+
+    def watched() -> Iterator[Prediction]:
+        for prediction in predictions:
+            if prediction.problem:
+                failed.append(prediction)
+            yield prediction
+
+    with _whole_or_absent(path) as part:
+        writer(watched(), part, classes, form)
+    return failed
+
+
+def leaderboard_names(paths: Sequence[str]) -> list[str]:
+    """File names without folder and extension: the ids of the leaderboard form.
+
+    >>> leaderboard_names(["test/10.jpg", "test/a.b.jpeg"])
+    ['10', 'a.b']
+
+    Raises:
+        PredictionError: Two photos would have the same name.
+    """
+    seen: dict[str, str] = {}
+    names: list[str] = []
+    for path in paths:
+        name = PurePosixPath(path).stem
+        if name in seen:
+            raise PredictionError(
+                f"{seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder and "
+                "extension. Rename one, or write the long form, which keeps the whole path"
+            )
+        seen[name] = path
+        names.append(name)
+    return names
+
+
+def check_sample(names: Sequence[str], sample: Path) -> None:
+    """Hold the names that would be written against a sample submission.
+
+    Args:
+        names: As `leaderboard_names` gives them.
+        sample: CSV whose first column is the wanted ids, in the wanted order, under the header
+            `image_name,pred_label`.
+
+    Raises:
+        PredictionError: Header, ids, count or order differ; the message shows the first difference.
+    """
+    wanted = _sample_names(sample)
+    missing, extra = set(wanted) - set(names), set(names) - set(wanted)
+    if missing or extra:
+        parts = [f"{len(wanted)} ids are wanted, {len(names)} photos are there"]
+        if missing:
+            parts.append(f"without a photo: {_some(missing)}")
+        if extra:
+            parts.append(f"not in the sample: {_some(extra)}")
+        raise PredictionError(f"the photos do not match {sample}: {'; '.join(parts)}")
+    for row, (name, want) in enumerate(zip(names, wanted, strict=True), start=1):
+        if name != want:
+            raise PredictionError(
+                f"the photos match {sample} in another order: row {row} should be {want!r} and is {name!r}. "
+                "Give --sample-order to write the rows in the sample's order"
+            )
+
+
+def in_sample_order(paths: Sequence[str], sample: Path) -> list[str]:
+    """The paths, ordered as the sample's ids; ids and paths are checked by `check_sample` afterwards."""
+    places = {name: place for place, name in enumerate(_sample_names(sample))}
+    return sorted(paths, key=lambda path: places.get(PurePosixPath(path).stem, len(places)))
+
+
+def _sample_names(sample: Path) -> list[str]:
+    try:
+        with sample.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = list(csv.reader(file))
+    except OSError as error:
+        raise PredictionError(f"the sample submission {sample} cannot be read: {error.strerror}") from None
+    except csv.Error as error:
+        raise PredictionError(f"the sample submission {sample} is not a CSV file: {error}") from None
+    if not rows or tuple(rows[0]) != LEADERBOARD_HEADER:
+        header = ",".join(rows[0]) if rows else "nothing"
+        raise PredictionError(
+            f"the sample submission {sample} starts with {header!r}; expected {','.join(LEADERBOARD_HEADER)!r}"
+        )
+    names = [row[0] for row in rows[1:] if row]
+    if len(set(names)) != len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise PredictionError(f"the sample submission {sample} holds the id {twice!r} twice")
+    return names
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(repr(name) for name in sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+@contextmanager
+def _whole_or_absent(path: Path) -> Generator[Path]:
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise PredictionError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _save_csv(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        _write_rows(file, predictions, classes, form)
+
+
+def _save_zip(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
+    # A fixed date: equal predictions give equal files.
+    entry = zipfile.ZipInfo("prediction.csv", date_time=(1980, 1, 1, 0, 0, 0))
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    with (
+        zipfile.ZipFile(path, "w") as archive,
+        archive.open(entry, "w", force_zip64=True) as raw,
+        io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        _write_rows(file, predictions, classes, form)
+
+
+def _write_rows(file: IO[str], predictions: Iterable[Prediction], classes: Sequence[str], form: Form) -> None:
+    plain = csv.writer(file, lineterminator="\n")
+    # csv quotes only the line ending it writes itself; a lone carriage return in a name would split the row.
+    quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in _rows(predictions, classes, form):
+        (quoted if any("\r" in field for field in row) else plain).writerow(row)
+
+
+def _rows(predictions: Iterable[Prediction], classes: Sequence[str], form: Form) -> Iterator[Sequence[str]]:
+    yield LEADERBOARD_HEADER if form == "leaderboard" else _long_header(classes)
+    for prediction in predictions:
+        yield _leaderboard_row(prediction) if form == "leaderboard" else _long_row(prediction, len(classes))
+
+
+def _leaderboard_row(prediction: Prediction) -> list[str]:
+    return [PurePosixPath(prediction.path).stem, prediction.label]
+
+
+def _long_header(classes: Sequence[str]) -> list[str]:
+    return ["path", "pred_label", "probability", "problem", *(f"p:{name}" for name in classes)]
+
+
+def _long_row(prediction: Prediction, num_classes: int) -> list[str]:
+    head = [prediction.path, prediction.label]
+    if prediction.problem:
+        return [*head, "", prediction.problem, *[""] * num_classes]
+    # Nine digits bring back every float32.
+    return [*head, f"{prediction.probability:.9g}", "", *(f"{p:.9g}" for p in prediction.probabilities)]
+
+
+def _save_json(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write('{"classes": ' + json.dumps(list(classes)) + ', "predictions": [')
+        for number, prediction in enumerate(predictions):
+            file.write(",\n" if number else "\n")
+            file.write(json.dumps(json_row(prediction, classes)))
+        file.write("\n]}\n")
+
+
+def json_row(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+    """One prediction as plain data; the probabilities of an unreadable photo are None."""
+    return {
+        "path": prediction.path,
+        "pred_label": prediction.label or None,
+        "probability": None if prediction.problem else float(f"{prediction.probability:.9g}"),
+        "problem": prediction.problem,
+        "probabilities": None
+        if prediction.problem
+        else {name: float(f"{p:.9g}") for name, p in zip(classes, prediction.probabilities, strict=True)},
+    }
+
+
+def _save_parquet(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, number = pa.string(), pa.float32()
+    fields = [("path", text), ("pred_label", text), ("probability", number), ("problem", text)]
+    schema = pa.schema([*fields, *((f"p:{name}", number) for name in map(_utf8, classes))])
+    with pq.ParquetWriter(path, schema) as writer:
+        rows = iter(predictions)
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            columns: list[list[Any]] = [
+                [_utf8(prediction.path) for prediction in group],
+                [_utf8(prediction.label) if prediction.label else None for prediction in group],
+                [None if prediction.problem else prediction.probability for prediction in group],
+                [prediction.problem for prediction in group],
+                *(
+                    [None if prediction.problem else float(prediction.probabilities[k]) for prediction in group]
+                    for k in range(len(classes))
+                ),
+            ]
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def _utf8(name: str) -> str:
+    """Parquet text is UTF-8; bytes of a file name that are not are shown as hexadecimal escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
