@@ -154,8 +154,9 @@ def hierarchical_accuracy(
         taxonomy: Over the same K classes.
 
     Returns:
-        {level: accuracy in [0, 1]} for each level, and "mistake_height": over the photos whose class is wrong, the mean
-        number of levels up to the lowest common group, from 1 (same genus) to L (nothing in common); 0 without mistakes.
+        {level: accuracy in [0, 1]} for each level, and "mistake_height": over the photos whose class is wrong, the
+        mean number of levels up to the lowest common group, from 1 (same genus) to L (nothing in common); 0 without
+        mistakes.
 
     Source:
         Bertinetto et al., "Making Better Mistakes", arXiv:1912.09393, section 3 (height of the lowest common ancestor
