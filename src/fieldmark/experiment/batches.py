@@ -1,0 +1,144 @@
+"""Numbers of photos become batches: decode or cache, random parameters, execution.
+
+These objects travel to worker processes, so they hold plain values and open nothing before they are called.
+
+Shape letters: B batch, N photos, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fieldmark.data.cache import PhotoCache
+from fieldmark.data.decode import decode, decode_reduced
+from fieldmark.data.loader import Batch
+from fieldmark.errors import PhotoError
+from fieldmark.vision.augment import RGB, EvalSpec, augment_reference, eval_reference
+from fieldmark.vision.sample import AugmentSpec, BatchParams, sample_params
+from fieldmark.vision.warp import augment_fast
+
+
+@dataclass(frozen=True)
+class PhotoReader:
+    """The pixels of photos by number.
+
+    Args:
+        files: N files.
+        labels: (N,) int64 class numbers, -1 for unlabelled.
+        background: RGB under transparent pixels.
+        max_pixels: Limit of a photo's size.
+    """
+
+    files: tuple[Path, ...]
+    labels: NDArray[np.int64]
+    background: tuple[int, int, int]
+    max_pixels: int
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 upright, whole."""
+        return decode(self.files[number], background=self.background, max_pixels=self.max_pixels)
+
+    def read_reduced(self, number: int, min_short_side: float) -> NDArray[np.uint8]:
+        """(h, w, 3) uint8 upright; the short side is at least `min_short_side`, or the photo's own."""
+        reduced = decode_reduced(
+            self.files[number],
+            min_short_side=min_short_side,
+            background=self.background,
+            max_pixels=self.max_pixels,
+        )
+        return reduced.pixels
+
+
+@dataclass(frozen=True)
+class TrainPhotos:
+    """Prepares augmented training batches: `prepare(numbers, epoch)`.
+
+    Args:
+        reader: Where pixels come from.
+        cache: Reduced photos, or None.
+        sizes: (N, 2) upright width and height of the photos.
+        spec: What is drawn.
+        mean: Per-channel mean of normalisation.
+        std: Per-channel standard deviation of normalisation.
+        seed: Of the run.
+        is_fast: The fast executor; else torchvision's transforms one by one, on whole photos.
+    """
+
+    reader: PhotoReader
+    cache: PhotoCache | None
+    sizes: NDArray[np.int64]
+    spec: AugmentSpec
+    mean: RGB
+    std: RGB
+    seed: int
+    is_fast: bool
+
+    def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
+        """(B, 3, S, S) float32, normalised and erased; the same whoever calls, in whatever company.
+
+        Raises:
+            PhotoError: A photo broke or vanished since it was inspected.
+        """
+        rows = np.asarray(numbers, np.int64)
+        params = sample_params(self.spec, self.sizes[rows], seed=self.seed, epoch=epoch, numbers=rows)
+        if self.is_fast:
+            photos = [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
+            array = augment_fast(photos, self.sizes[rows], params, self.spec, self.mean, self.std)
+            images = torch.from_numpy(array)
+        else:
+            images = torch.stack(
+                [
+                    augment_reference(self.reader.read(int(number)), params, row, self.spec, self.mean, self.std)
+                    for row, number in enumerate(rows)
+                ]
+            )
+        return Batch(images, torch.from_numpy(rows), torch.from_numpy(self.reader.labels[rows]), ())
+
+    def _pixels(self, number: int, params: BatchParams, row: int) -> NDArray[np.uint8]:
+        cached = self.cache.get(number) if self.cache is not None else None
+        if cached is not None:
+            return cached
+        # Decode no larger than the crop needs: its shorter side becomes `size` pixels.
+        _, _, width, height = params.box[row]
+        needed = self.spec.size * float(min(self.sizes[number])) / max(float(min(width, height)), 1.0)
+        return self.reader.read_reduced(number, needed)
+
+
+@dataclass(frozen=True)
+class EvalPhotos:
+    """Prepares evaluation batches: the same picture of a photo every time.
+
+    Args:
+        reader: Where pixels come from.
+        spec: The evaluation transform.
+        keeps_broken: A photo that cannot be read becomes a grey image and a problem, instead of an error.
+    """
+
+    reader: PhotoReader
+    spec: EvalSpec
+    keeps_broken: bool
+
+    def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
+        """(B, 3, S, S) float32, normalised.
+
+        Raises:
+            PhotoError: A photo cannot be read, and `keeps_broken` is off.
+        """
+        rows = np.asarray(numbers, np.int64)
+        images = torch.zeros((len(rows), 3, self.spec.size, self.spec.size))
+        problems: list[tuple[int, str]] = []
+        for place, number in enumerate(rows):
+            try:
+                images[place] = eval_reference(self.reader.read(int(number)), self.spec)
+            except PhotoError as error:
+                if not self.keeps_broken:
+                    raise
+                problems.append((place, error.reason))
+        labels = torch.from_numpy(self.reader.labels[rows])
+        return Batch(images, torch.from_numpy(rows), labels, tuple(problems))

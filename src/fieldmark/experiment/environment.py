@@ -1,0 +1,72 @@
+"""Where a run was made: versions, hardware, command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("fieldmark", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "simplejpeg",
+            "opencv-python-headless", "numba", "scikit-learn", "scipy")  # fmt: skip
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, hardware, command line, and the git commit of the working directory if it is in a repository."""
+    return {
+        "versions": {"python": platform.python_version(), **_package_versions()},
+        "hardware": describe_hardware(),
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+    }
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, and GPUs."""
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "cores": usable_cores(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gigabytes": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+    }
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which a container may have fewer of than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The processor's trade name, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _package_versions() -> dict[str, str]:
+    versions: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_commit() -> str | None:
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

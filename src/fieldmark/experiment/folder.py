@@ -1,0 +1,227 @@
+"""The run folder: one place that knows its files, and `Run`, which reads them.
+
+A run folder is complete in itself: moved elsewhere, with the photos gone, it still predicts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fieldmark.config import Config, load_config
+from fieldmark.errors import RunError
+
+if TYPE_CHECKING:
+    from fieldmark.data.index import PhotoIndex
+    from fieldmark.vision.augment import EvalSpec
+    from fieldmark.vision.model import Classifier
+
+RECIPE = "recipe.toml"
+SPLIT = "split.csv"
+CLASSES = "classes.json"
+MODEL = "model.json"
+DATA = "data.json"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+BROKEN = "broken.csv"
+LOG = "log.txt"
+WEIGHTS = "best.safetensors"
+STATE = "last.pt"
+EPOCHS = "predictions/val_epochs.npz"
+
+
+@dataclass(frozen=True)
+class PhotoPredictions:
+    """Stored predictions of labelled photos, in natural order of path.
+
+    Attributes:
+        paths: N paths relative to the data root.
+        labels: (N,) int64 class numbers.
+        probabilities: (N, K) float32, rows sum to 1.
+    """
+
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+
+class Run:
+    """A run folder, read-only.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        RunError: There is no run in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise RunError(f"{self.path} is not a folder; a run is the folder that `fieldmark train --out` wrote")
+        if not (self.path / RECIPE).is_file():
+            raise RunError(f"{self.path} is not a run: it has no {RECIPE}")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings, every default filled in."""
+        return load_config(self.path / RECIPE)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a class's number is its place."""
+        return tuple(self._json(CLASSES))
+
+    @cached_property
+    def split(self) -> PhotoIndex:
+        """Every photo of the run with its label and split."""
+        from fieldmark.data.index import load_split_table
+
+        return load_split_table(self._file(SPLIT), Path(self.data_info["root"]), classes=self.classes)
+
+    @cached_property
+    def model_info(self) -> dict[str, Any]:
+        """Backbone, head, evaluation transform, parameters, licence and pre-training of the weights."""
+        return self._json(MODEL)
+
+    @cached_property
+    def data_info(self) -> dict[str, Any]:
+        """Root, fingerprint, counts and the classes' prior in training."""
+        return self._json(DATA)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, hardware and command line."""
+        return self._json(ENVIRONMENT)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Status, best epoch and its figures; `{"status": "running"}` while there is none."""
+        return self._json(SUMMARY) if (self.path / SUMMARY).is_file() else {"status": "running"}
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One object per completed epoch, in order."""
+        path = self.path / METRICS
+        return read_json_lines(path) if path.is_file() else []
+
+    @property
+    def prior(self) -> NDArray[np.float64]:
+        """(K,) share of each class among the training photos."""
+        return np.asarray(self.data_info["prior"], np.float64)
+
+    def predictions(self, split: str = "val") -> PhotoPredictions:
+        """Stored predictions of the kept weights.
+
+        Raises:
+            RunError: None are stored for this split.
+        """
+        path = self.path / "predictions" / f"{split}.parquet"
+        if not path.is_file():
+            raise RunError(f"{self.path} holds no predictions of {split!r}: run `fieldmark evaluate` on it first")
+        return read_predictions(path, self.classes)
+
+    def eval_spec(self) -> EvalSpec:
+        """How a photo becomes the picture that the model judges."""
+        from fieldmark.vision.augment import EvalSpec
+
+        settings = dict(self.model_info["eval"])
+        return EvalSpec(**{**settings, "mean": tuple(settings["mean"]), "std": tuple(settings["std"])})
+
+    def load_model(self) -> Classifier:
+        """The model with the kept weights, on the CPU, in evaluation mode."""
+        from fieldmark.engine.checkpoint import load_saved_weights
+        from fieldmark.vision.model import create_classifier
+
+        model = create_classifier(**self.model_info["create"])
+        model.load_state_dict(load_saved_weights(self.path / WEIGHTS))
+        return model.eval()
+
+    def _file(self, name: str) -> Path:
+        path = self.path / name
+        if not path.is_file():
+            raise RunError(f"{self.path} has no {name}: the run did not get that far, or the file was removed")
+        return path
+
+    def _json(self, name: str) -> Any:
+        try:
+            return json.loads(self._file(name).read_text(encoding="utf-8", errors="surrogateescape"))
+        except json.JSONDecodeError as error:
+            raise RunError(f"{self.path / name} is not JSON: {error}") from None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON that a person can read, whole or not at all."""
+    from fieldmark.engine.checkpoint import whole_or_absent
+
+    text = json.dumps(content, indent=2, ensure_ascii=True) + "\n"
+    whole_or_absent(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a torn last line, as a kill leaves it, is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_predictions(
+    path: Path,
+    *,
+    paths: Sequence[str],
+    labels: Sequence[int] | NDArray[np.int64],
+    probabilities: NDArray[np.float32],
+    classes: Sequence[str],
+) -> None:
+    """Store predictions of labelled photos: `path`, `label` (a name), and one column of probabilities per class."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from fieldmark.engine.checkpoint import whole_or_absent
+
+    path.parent.mkdir(exist_ok=True)
+    columns = {
+        "path": pa.array([_encoded(name) for name in paths], pa.binary()),
+        "label": pa.array([classes[number] for number in labels], pa.string()),
+        **{f"p:{name}": pa.array(probabilities[:, number]) for number, name in enumerate(classes)},
+    }
+    table = pa.table(columns)
+    whole_or_absent(path, lambda part: pq.write_table(table, part))
+
+
+def read_predictions(path: Path, classes: Sequence[str]) -> PhotoPredictions:
+    """Read what `write_predictions` wrote."""
+    import pyarrow.parquet as pq
+
+    # Not read_table: it would take a folder named like "x=y" for a partition.
+    table = pq.ParquetFile(path).read()
+    number_of = {name: number for number, name in enumerate(classes)}
+    return PhotoPredictions(
+        paths=tuple(_decoded(name) for name in table["path"].to_pylist()),
+        labels=np.asarray([number_of[name] for name in table["label"].to_pylist()], np.int64),
+        probabilities=np.stack([table[f"p:{name}"].to_numpy() for name in classes], axis=1).astype(np.float32),
+    )
+
+
+def _encoded(name: str) -> bytes:
+    # File names need not be valid UTF-8; Parquet strings must be.
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

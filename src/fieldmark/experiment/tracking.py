@@ -1,0 +1,110 @@
+"""Reports of epochs, for those who look elsewhere than in the run folder: TensorBoard, Weights & Biases, MLflow.
+
+metrics.jsonl is always written, by `run`; these are copies on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fieldmark.errors import MissingExtraError
+
+
+class Tracker(Protocol):
+    """Takes one flat row of numbers per epoch."""
+
+    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
+        """Keep the values of an epoch."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
+    """Start the trackers asked for.
+
+    Args:
+        names: Of `tensorboard`, `wandb`, `mlflow`.
+        folder: The run folder.
+        settings: The resolved recipe, kept with the run where the tracker can.
+
+    Raises:
+        MissingExtraError: A tracker's package is not installed.
+    """
+    kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
+    return [kinds[name](folder, settings) for name in names]
+
+
+def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers as one level with "/" between names; what is no number is left out."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingExtraError("tensorboard", "tensorboard") from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
+        """Keep the values of an epoch."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and let go."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb, named after the run folder; WANDB_MODE=offline keeps it on this machine."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise MissingExtraError("wandb", "wandb") from None
+        self._run = wandb.init(project="fieldmark", name=folder.name, dir=str(folder), config=dict(settings))
+
+    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
+        """Keep the values of an epoch."""
+        self._run.log(dict(values), step=epoch)
+
+    def close(self) -> None:
+        """Flush and let go."""
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow, named after the run folder, wherever MLFLOW_TRACKING_URI points."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            import mlflow
+        except ImportError:
+            raise MissingExtraError("mlflow", "mlflow") from None
+        self._mlflow = mlflow
+        mlflow.set_experiment("fieldmark")
+        mlflow.start_run(run_name=folder.name)
+        mlflow.log_dict(dict(settings), "recipe.json")
+
+    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
+        """Keep the values of an epoch."""
+        self._mlflow.log_metrics(dict(values), step=epoch)
+
+    def close(self) -> None:
+        """Flush and let go."""
+        self._mlflow.end_run()
