@@ -1,0 +1,44 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer, git and make.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e
+BENCHMARKS := startup pipeline train memory inference gpu
+
+.PHONY: demo test test-slow test-gpu check bench
+
+demo: $(VENV)/.installed-demo
+	$(VENV)/bin/fieldmark demo
+
+test: $(VENV)/.installed-test
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.installed-test
+	$(RUN) -m pytest -m slow
+
+test-gpu: $(VENV)/.installed-test
+	$(RUN) -m pytest -m gpu
+
+check: $(VENV)/.installed-test
+	scripts/check
+
+bench: $(VENV)/.installed-bench
+	for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+
+# The stamps make an installation happen once, and again when what is asked for changes.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(RUN)
+	$(INSTALL) '.[demo]'
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(RUN)
+	$(INSTALL) '.[test]'
+	touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-bench: pyproject.toml constraints.txt | $(RUN)
+	$(INSTALL) '.[test,bench]'
+	touch $@ $(VENV)/.installed-test $(VENV)/.installed-demo
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Fieldmark needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
