@@ -103,6 +103,7 @@ def test_cmyk_jpeg_keeps_its_colours() -> None:
     # Pillow writes CMYK inverted with Adobe's marker, as Photoshop does: misread, the picture would be a negative.
     data = make(Image.fromarray(PICTURE).convert("CMYK"), "JPEG", quality=100)
     assert np.abs(rgb(data).astype(int) - PICTURE).mean() < 3
+    assert np.array_equal(rgb(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 def test_ycck_jpeg_keeps_its_colours() -> None:
@@ -234,6 +235,14 @@ def test_a_reduced_photo_is_no_smaller_than_asked(width: int, height: int, short
         assert min(width, height) // (2 / photo.scale) < short_side
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_the_reduction_stops_exactly_where_it_must(factor: int) -> None:
+    data = make(np.full((160, 200, 3), 99, np.uint8), "JPEG")
+    for asked, expected in ((160 // factor, 1 / factor), (160 // factor + 1, 2 / factor)):
+        photo = decode_reduced(data, min_short_side=asked, background=WHITE, max_pixels=LIMIT)
+        assert photo.scale == expected
+
+
 def test_a_reduced_photo_looks_like_the_whole_one() -> None:
     picture = cv2.resize(PICTURE, (640, 480), interpolation=cv2.INTER_CUBIC)
     photo = decode_reduced(make(picture, "JPEG"), min_short_side=120, background=WHITE, max_pixels=LIMIT)
@@ -334,12 +343,17 @@ def test_photos_above_the_limit_are_refused_by_their_header(kind: str) -> None:
         read_size(data, max_pixels=3499)
 
 
+def png_header(side: int) -> bytes:
+    """A PNG that claims to be `side` x `side` and holds one pixel."""
+    data = make(Image.new("L", (1, 1)), "PNG")
+    head = data[12:16] + side.to_bytes(4, "big") * 2 + data[24:29]
+    return data[:12] + head + zlib.crc32(head).to_bytes(4, "big") + data[33:]
+
+
 def test_a_bomb_beyond_the_limit_of_pillow_is_refused_without_a_warning() -> None:
-    header = make(Image.new("L", (1, 1)), "PNG")
-    width = (60000).to_bytes(4, "big")
-    bomb = header[:16] + width + width + header[24:]
-    bomb = bomb[:29] + zlib.crc32(bomb[12:29]).to_bytes(4, "big") + bomb[33:]
-    assert problem_of(bomb) == "has 3600000000 pixels, more than the limit 178956970"
+    assert problem_of(png_header(60000)) == "has 3600000000 pixels, more than the limit 178956970"
+    assert problem_of(png_header(60000), limit=10**12) == "has 3600000000 pixels, more than the limit 178956970"
+    assert read_size(png_header(10000), max_pixels=LIMIT) == (10000, 10000)  # Pillow warns of this one
 
 
 def test_pillow_is_left_as_it_was() -> None:
@@ -354,7 +368,7 @@ def test_warnings_of_pillow_stay_in_but_those_of_others_do_not() -> None:
         tiff = make(PICTURE, "TIFF")
         with pytest.raises(PhotoError):
             decode(tiff[: len(tiff) - 20], background=WHITE, max_pixels=LIMIT)
-        rgb(make(Image.new("P", (9, 9)), "PNG", transparency=b"\x00\x80"))
+        read_size(png_header(10000), max_pixels=LIMIT)
         warnings.warn("somebody else's", stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["somebody else's"]
 
