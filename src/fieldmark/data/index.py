@@ -1,0 +1,226 @@
+"""The photos of a data set: which files, which class, which split.
+
+Reads folders of class folders, with or without train/ val/ test/ above them, and tables. A class is the folder's name
+or the table's text, exactly as written; it is never parsed as a number, and never written as one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fieldmark.data.folders import close_match, existing, find_photos, natural_key, photo_extensions
+from fieldmark.data.layouts import listed, read_folder, read_listing, require_photos
+from fieldmark.data.tables import read_table, write_csv
+from fieldmark.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SPLITS = ("train", "val", "test")
+SPLIT_COLUMNS = ("path", "label", "split", "group")
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """One photo of an index."""
+
+    path: str
+    """Relative to the index's root, "/" on every system; the photo's identity in every table."""
+
+    label: str | None
+    """Class name; None for unlabelled photos."""
+
+    split: str
+    """train, val, test; "" while no split is decided."""
+
+    group: str
+    """What must not cross a split; "" for none."""
+
+
+@dataclass(frozen=True)
+class PhotoIndex:
+    """The photos of a data set. A photo's number is its place in `photos`."""
+
+    root: Path
+    photos: tuple[Photo, ...]
+    """In natural order of path."""
+
+    classes: tuple[str, ...]
+    """Names in natural order ("2" before "10"), over all splits. A class's number is its place here."""
+
+    ignored: Mapping[str, int]
+    """Reason -> count of files, folders and rows left aside."""
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def of(self, split: str) -> PhotoIndex:
+        """The photos of one split, with the same classes."""
+        return replace(self, photos=tuple(photo for photo in self.photos if photo.split == split))
+
+    def label_numbers(self) -> NDArray[np.int64]:
+        """(N,) class number of each photo, -1 where it has no label."""
+        import numpy as np
+
+        numbers: dict[str | None, int] = {name: number for number, name in enumerate(self.classes)}
+        numbers[None] = -1
+        return np.array([numbers[photo.label] for photo in self.photos], dtype=np.int64)
+
+    def files(self) -> list[Path]:
+        """The file of each photo."""
+        return [self.root / photo.path for photo in self.photos]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Class -> split -> number of photos, with a zero where a class is absent from a split that exists."""
+        splits = sorted({photo.split for photo in self.photos}, key=(*SPLITS, "").index)
+        counts = {name: dict.fromkeys(splits, 0) for name in self.classes}
+        for photo in self.photos:
+            if photo.label is not None:
+                counts[photo.label][photo.split] += 1
+        return counts
+
+    def fingerprint(self) -> str:
+        """64 hex digits over path, label, split and size in bytes of every photo (-1 where the file is gone)."""
+        digest = hashlib.sha256()
+        for photo, file in zip(self.photos, self.files(), strict=True):
+            try:
+                num_bytes = file.stat().st_size
+            except OSError:
+                num_bytes = -1
+            fields = (photo.path, repr(photo.label), photo.split, str(num_bytes))
+            digest.update("\0".join(fields).encode("utf-8", errors="surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+
+def load_index(
+    path: Path, *, path_column: str, label_column: str, split_column: str, group_column: str | None
+) -> PhotoIndex:
+    """Read a data set.
+
+    Args:
+        path: One of: a folder with train/ and perhaps val/ (or valid/, validation/) and test/, each holding class
+            folders (test/ may hold photos without labels); a folder of class folders; a CSV or Parquet table.
+        path_column: Column of a table that names the photo, relative to the table's folder or absolute.
+        label_column: Column that names the class. Only test photos may leave it empty.
+        split_column: Column that says train, val or test; photos without it are undecided. May be absent.
+        group_column: Column whose value must not cross a split. May be absent.
+
+    Raises:
+        DataError: Nothing there, no photos, photos outside class folders, or a table that contradicts itself or the
+            disk.
+    """
+    path = existing(Path(path))
+    if path.is_dir():
+        listing = read_folder(path)
+    elif path.suffix.lower() in photo_extensions():
+        raise DataError(f"{path} is one photo. Give the folder that holds the class folders")
+    else:
+        listing = read_listing(
+            path.parent,
+            read_table(path),
+            path_column=path_column,
+            label_column=label_column,
+            split_column=split_column,
+            group_column=group_column,
+        )
+    key = natural_key()
+    photos = tuple(Photo(*row) for row in sorted(listing.rows, key=lambda row: key(row.path)))
+    return PhotoIndex(listing.root, photos, _classes(photos), listing.ignored)
+
+
+def list_photos(path: Path) -> PhotoIndex:
+    """The photos of a folder and its sub-folders, or one file, without labels.
+
+    Raises:
+        DataError: The path does not exist, or holds no photo.
+    """
+    path = existing(Path(path))
+    if not path.is_dir():  # one photo by name, whatever its extension
+        return PhotoIndex(path.parent, (Photo(path.name, None, "", ""),), (), {})
+    names, ignored = find_photos(path)
+    require_photos(path, names, ignored)
+    return PhotoIndex(path, tuple(Photo(name, None, "", "") for name in names), (), dict(ignored))
+
+
+def require_trainable(index: PhotoIndex) -> None:
+    """Check that a classifier can be trained on the "train" photos of `index`.
+
+    Raises:
+        DataError: Fewer than two classes, or a class without a photo in train.
+    """
+    if len(index.classes) < 2:
+        only = f"only {index.classes[0]!r}" if index.classes else "none"
+        raise DataError(f"{index.root}: a classifier needs at least 2 classes, there is {only}. Add a second class")
+    trained = {photo.label for photo in index.photos if photo.split == "train"}
+    missing = [name for name in index.classes if name not in trained]
+    if missing:
+        raise DataError(
+            f"{index.root}: {len(missing)} of {len(index.classes)} classes have no photo in train: {listed(missing)}. "
+            "Add photos to train, or take the class out of the other splits"
+        )
+
+
+def save_split_table(index: PhotoIndex, path: Path) -> None:
+    """Write path, label, split and group of every photo as CSV, in index order, whole or not at all."""
+    rows = [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]
+    write_csv(path, SPLIT_COLUMNS, rows)
+
+
+def load_split_table(path: Path, root: Path) -> PhotoIndex:
+    """Read what `save_split_table` wrote, in the same order. The photos need not exist.
+
+    Raises:
+        DataError: Not such a table.
+    """
+    table = read_table(existing(path))
+    columns = [table.column(name) for name in SPLIT_COLUMNS]
+    photos = [Photo(name, label or None, split, group) for name, label, split, group in zip(*columns, strict=True)]
+    unknown = sorted({photo.split for photo in photos} - {*SPLITS, ""})
+    if unknown:
+        raise DataError(f"{path}: {unknown[0]!r} is not a split; use train, val or test")
+    return PhotoIndex(root, tuple(photos), _classes(photos), {})
+
+
+def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
+    """Relabel and drop photos as a review decided.
+
+    Args:
+        index: What to correct. Classes keep their place even if a class loses its last photo.
+        table: CSV or Parquet with the columns path, action (keep, relabel or drop) and label (for relabel).
+
+    Raises:
+        DataError: A photo, action or class that does not exist, or two decisions about one photo.
+    """
+    content = read_table(existing(table))
+    columns = [content.column(name) for name in ("path", "action", "label")]
+    known = {photo.path for photo in index.photos}
+    decisions: dict[str, tuple[str, str]] = {}
+    for path, action, label in zip(*columns, strict=True):
+        if path not in known:
+            raise DataError(f"{table}: there is no photo {path!r} in {index.root}{close_match(path, known)}")
+        if action not in ("keep", "relabel", "drop"):
+            raise DataError(f"{table}: {path!r} has the action {action!r}; use keep, relabel or drop")
+        if action == "relabel" and label not in index.classes:
+            hint = close_match(label, index.classes)
+            raise DataError(f"{table}: {path!r} is relabelled {label!r}, which is not a class{hint}")
+        decision = (action, label if action == "relabel" else "")
+        if decisions.setdefault(path, decision) != decision:
+            raise DataError(f"{table}: two decisions about {path!r}. Keep one of the rows")
+    photos: list[Photo] = []
+    for photo in index.photos:
+        action, label = decisions.get(photo.path, ("keep", ""))
+        if action != "drop":
+            photos.append(replace(photo, label=label) if action == "relabel" else photo)
+    ignored = Counter(index.ignored)
+    ignored["dropped by corrections"] += len(index.photos) - len(photos)
+    return replace(index, photos=tuple(photos), ignored=dict(+ignored))
+
+
+def _classes(photos: Iterable[Photo]) -> tuple[str, ...]:
+    return tuple(sorted({photo.label for photo in photos if photo.label is not None}, key=natural_key()))

@@ -1,0 +1,357 @@
+"""Laws of reading a data set: names stay as they are, nothing is lost uncounted, and mistakes are named."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fieldmark.data import folders, index
+from fieldmark.data.index import Photo, PhotoIndex, list_photos, load_index, require_trainable
+from fieldmark.errors import DataError
+
+COLUMNS = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
+
+
+def make_files(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode(errors="surrogateescape"))
+    return root
+
+
+def make_table(root: Path, text: str, *photos: str, name: str = "photos.csv") -> Path:
+    make_files(root, *photos)
+    (root / name).write_text(text, encoding="utf-8", newline="")
+    return root / name
+
+
+def load(path: Path) -> PhotoIndex:
+    return load_index(path, **COLUMNS)
+
+
+def rows(found: PhotoIndex) -> list[tuple[str, str | None, str, str]]:
+    return [(photo.path, photo.label, photo.split, photo.group) for photo in found.photos]
+
+
+def error_of(call, *args) -> str:
+    with pytest.raises(DataError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+def test_split_folders_give_split_and_class_by_name_in_natural_order(tmp_path):
+    make_files(tmp_path, "train/10/b.JPG", "train/2/a10.jpg", "train/2/a9.png", "Validation/10/c.webp", "test/z.jpg")
+    found = load(tmp_path)
+    assert rows(found) == [
+        ("Validation/10/c.webp", "10", "val", ""),
+        ("test/z.jpg", None, "test", ""),
+        ("train/2/a9.png", "2", "train", ""),
+        ("train/2/a10.jpg", "2", "train", ""),
+        ("train/10/b.JPG", "10", "train", ""),
+    ]
+    assert found.classes == ("2", "10")
+    assert found.label_numbers().tolist() == [1, -1, 0, 0, 1]
+    assert found.label_numbers().dtype == np.int64
+    assert found.counts() == {"2": {"train": 2, "val": 0, "test": 0}, "10": {"train": 1, "val": 1, "test": 0}}
+    assert found.of("val").classes == found.classes
+    assert [file.exists() for file in found.files()] == [True] * 5
+
+
+def test_a_flat_folder_of_classes_has_no_split_and_01_stays_01(tmp_path):
+    make_files(tmp_path, "01/a.jpg", "1/a.jpg", "1/deep/er/b.jpg")
+    assert rows(load(tmp_path)) == [
+        ("01/a.jpg", "01", "", ""),
+        ("1/a.jpg", "1", "", ""),
+        ("1/deep/er/b.jpg", "1", "", ""),
+    ]
+
+
+def test_classes_named_train_and_test_among_others_are_classes(tmp_path):
+    make_files(tmp_path, "train/locomotive.jpg", "bus/a.jpg", "test/tube.jpg")
+    assert load(tmp_path).classes == ("bus", "test", "train")
+
+
+def test_everything_left_aside_is_counted_by_reason(tmp_path):
+    make_files(
+        tmp_path,
+        "a/1.jpg",
+        "a/Thumbs.db",
+        "a/notes.txt",
+        "a/film.mpg",
+        "b/1.jpg",
+        "b/.DS_Store",
+        ".ipynb_checkpoints/1.jpg",
+        "__MACOSX/a/1.jpg",
+        "stray.jpg",
+    )
+    found = load(tmp_path)
+    assert [photo.path for photo in found.photos] == ["a/1.jpg", "b/1.jpg"]
+    assert found.ignored == {
+        "hidden": 2,
+        "made by the operating system": 2,
+        "not a photo": 2,
+        "photo beside the class folders": 1,
+    }
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    make_files(tmp_path, "data/a/1.jpg", "data/b/1.jpg", "elsewhere/2.jpg")
+    (tmp_path / "data/c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/a/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/b/gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (tmp_path / "data/b/self").symlink_to(tmp_path / "data/b/self")
+    os.mkfifo(tmp_path / "data/b/pipe.jpg")
+    found = load(tmp_path / "data")
+    assert [photo.path for photo in found.photos] == ["a/1.jpg", "b/1.jpg", "b/gone.jpg", "c/2.jpg"]
+    assert found.ignored == {"link to a folder that it lies in": 1, "broken link": 1, "not a regular file": 1}
+
+
+def test_only_extensions_that_can_be_read_count_as_photos():
+    extensions = folders.photo_extensions()
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".gif", ".avif"} <= extensions
+    assert not {".pdf", ".mpg", ".h5", ".txt", ".eps"} & extensions
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([], "is empty: there are no photos"),
+        (["a/readme.txt"], "holds no photos (not a photo: 1)"),
+        (["1.jpg", "2.jpg"], "no class folders, only photos, such as '1.jpg' and 1 more"),
+        (["train/1.jpg", "val/a/1.jpg"], "no class folders in the train folder, only photos"),
+        (["train/a/1.jpg", "val/1.jpg"], "no class folders in the val folder, only photos"),
+        (["train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "has both val/ and valid/"),
+        (["birds/train/a/1.jpg", "birds/val/a/1.jpg"], "holds only 'birds', with a train folder in it"),
+    ],
+)
+def test_a_folder_that_is_no_data_set_says_why(tmp_path, names, expected):
+    make_files(tmp_path, *names)
+    assert expected in error_of(load, tmp_path)
+
+
+def test_a_path_that_does_not_exist_is_answered_with_the_nearest_name(tmp_path):
+    make_files(tmp_path, "Flowers/a/1.jpg")
+    message = error_of(load, tmp_path / "flower" / "a")
+    assert "does not exist" in message
+    assert "did you mean 'Flowers'?" in message
+    assert "does not exist (looked in" in error_of(load, Path("no such folder"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("notes.txt", "is a file, but not a table"), ("a.jpg", "is one photo. Give the folder")]
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path, name, expected):
+    make_files(tmp_path, name)
+    assert expected in error_of(load, tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    make_files(tmp_path, "a/1.jpg", "locked/1.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert "locked cannot be listed: Permission denied" in error_of(load, tmp_path)
+
+
+def test_a_table_is_text_exactly_as_written(tmp_path):
+    text = 'path,label,split,group\nb.jpg, 01,,g1\na.jpg,1e3,valid,\n"c,\n"".jpg","x,y",TEST,\nd.jpg,,test,\n'
+    table = make_table(tmp_path, text, "a.jpg", "b.jpg", 'c,\n".jpg', "d.jpg")
+    assert rows(load(table)) == [
+        ("a.jpg", "1e3", "val", ""),
+        ("b.jpg", " 01", "", "g1"),
+        ('c,\n".jpg', "x,y", "test", ""),
+        ("d.jpg", None, "test", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("t.csv", "\ufeffpath;label\na.jpg;x\n".encode()),
+        ("t.tsv", b"path\tlabel\na.jpg\tx\n\n"),
+        ("t.csv", "path,label\r\na.jpg,x\r\n".encode("utf-16")),
+    ],
+)
+def test_tables_of_spreadsheets_are_read(tmp_path, name, data):
+    make_files(tmp_path, "a.jpg")
+    (tmp_path / name).write_bytes(data)
+    assert rows(load(tmp_path / name)) == [("a.jpg", "x", "", "")]
+
+
+def test_a_parquet_table_reads_as_its_csv_would(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    make_files(tmp_path, "a.jpg", "b.jpg")
+    columns = {"path": ["a.jpg", "b.jpg"], "label": [10, 2], "split": ["train", None], "width": [0.5, None]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert rows(load(tmp_path / "t.parquet")) == [("a.jpg", "10", "train", ""), ("b.jpg", "2", "", "")]
+    assert load(tmp_path / "t.parquet").classes == ("2", "10")
+    pq.write_table(pa.table({"path": ["a.jpg"], "label": [1.0]}), tmp_path / "t.parquet")
+    assert "column 'label' holds double numbers" in error_of(load, tmp_path / "t.parquet")
+    (tmp_path / "t.parquet").write_bytes(b"not parquet")
+    assert "is not a Parquet table" in error_of(load, tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty: its first line must name the columns"),
+        ("path,label\n", "has no rows"),
+        ("path,lable\na.jpg,x\n", "has no column 'label'; it has 'path', 'lable'; did you mean 'lable'?"),
+        ("path,label,label\na.jpg,x,y\n", "has two columns named 'label'"),
+        ("path,label\na.jpg,x,y\n", "line 2: 3 values, but the header names 2 columns"),
+        ('path,label\n"a.jpg,x\n', "is not a CSV table"),
+        ("path,label\na.jpg,\n", "'a.jpg' has an empty 'label'"),
+        ("path,label,split\na.jpg, ,train\n", "'a.jpg' has an empty 'label'"),
+        ("path,label\n,x\n", "a row names no photo"),
+        ("path,label\na\0.jpg,x\n", "holds a zero byte"),
+        ("path,label\na.jpg,x\ngone.jpg,y\n", "1 of 2 photos not found"),
+        (f"path,label\n{'a' * 400}.jpg,y\n", "1 of 1 photos not found"),
+        ("path,label\n../a.jpg,x\n", "'../a.jpg' leads out of the table's folder"),
+        ("path,label\na.jpg,x\n./a.jpg,y\n", "'a.jpg' has two labels, 'x' and 'y'"),
+        ("path,label,split\na.jpg,x,train\na.jpg,x,val\n", "'a.jpg' has two splits, 'train' and 'val'"),
+        ("path,label,split\na.jpg,x,tain\n", "'tain' is not a split; did you mean 'train'?"),
+    ],
+)
+def test_a_table_that_cannot_be_used_says_why(tmp_path, text, expected):
+    assert expected in error_of(load, make_table(tmp_path, text, "a.jpg"))
+
+
+def test_a_repeated_row_counts_once_and_is_counted(tmp_path):
+    found = load(make_table(tmp_path, "path,label\na.jpg,x\na.jpg,x\n", "a.jpg"))
+    assert len(found) == 1
+    assert found.ignored == {"row that repeats another": 1}
+
+
+def test_absolute_paths_outside_the_tables_folder_move_the_root(tmp_path):
+    make_files(tmp_path, "photos/a/1.jpg", "photos/b/1.jpg")
+    text = "path,label\n" + "".join(f"{tmp_path}/photos/{name}/1.jpg,{name}\n" for name in "ab")
+    (tmp_path / "tables").mkdir()
+    found = load(make_table(tmp_path / "tables", text))
+    assert found.root == tmp_path / "photos"
+    assert [photo.path for photo in found.photos] == ["a/1.jpg", "b/1.jpg"]
+    assert load(make_table(tmp_path, text)).root == tmp_path
+
+
+def test_list_photos_takes_every_photo_of_a_folder_or_one_file(tmp_path):
+    make_files(tmp_path, "10.jpg", "2.jpg", "sub/1.jpg", "notes.txt")
+    assert [photo.path for photo in list_photos(tmp_path).photos] == ["2.jpg", "10.jpg", "sub/1.jpg"]
+    assert rows(list_photos(tmp_path / "notes.txt")) == [("notes.txt", None, "", "")]
+    assert "does not exist" in error_of(list_photos, tmp_path / "3.jpg")
+    make_files(tmp_path, "empty/notes.txt")
+    assert "holds no photos" in error_of(list_photos, tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train/a/1.jpg"], "needs at least 2 classes, there is only 'a'"),
+        (["test/1.jpg"], "needs at least 2 classes, there is none"),
+        (["train/a/1.jpg", "train/b/1.jpg", "val/c/1.jpg"], "1 of 3 classes have no photo in train: 'c'"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(tmp_path, names, expected):
+    make_files(tmp_path, *names)
+    assert expected in error_of(require_trainable, load(tmp_path))
+
+
+def test_two_classes_with_a_training_photo_each_are_enough(tmp_path):
+    require_trainable(load(make_files(tmp_path, "train/a/1.jpg", "train/b/1.jpg")))
+
+
+NAMES = st.text(st.characters(exclude_characters="\0/", exclude_categories=("Cs",)), min_size=1, max_size=20)
+
+
+@given(st.lists(st.tuples(NAMES, NAMES | st.none(), st.sampled_from(["train", "val", "test", ""]), NAMES)))
+def test_a_split_table_is_read_back_exactly_in_the_same_order(photos):
+    photos = tuple(Photo(path + "\udcff\udc80", label, split, group) for path, label, split, group in photos)
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "split.csv"
+        index.save_split_table(PhotoIndex(Path("/data"), photos, (), {}), table)
+        assert index.load_split_table(table, Path("/data")).photos == photos
+        assert [path.name for path in Path(folder).iterdir()] == ["split.csv"]
+
+
+def test_odd_names_on_disk_go_through_folder_and_table(tmp_path):
+    names = [
+        "newline\n.jpg",
+        'quote".jpg',
+        "comma,.jpg",
+        "ünï 日本.jpg",
+        os.fsdecode(b"latin-\xe9.jpg"),
+        "x" * 250 + ".jpg",
+    ]
+    label = "cl,a\n" + os.fsdecode(b"\xff")
+    found = load(make_files(tmp_path, *(f"{label}/{name}" for name in names)))
+    assert found.classes == (label,)
+    assert {photo.path.split("/")[1] for photo in found.photos} == set(names)
+    index.save_split_table(found, tmp_path / "split.csv")
+    assert load(tmp_path / "split.csv").photos == found.photos
+    assert len(found.fingerprint()) == 64
+
+
+def test_the_fingerprint_follows_path_label_split_and_size(tmp_path):
+    make_files(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
+    found = load(tmp_path)
+    first = found.fingerprint()
+    assert load(tmp_path).fingerprint() == first
+    (tmp_path / "train/a/1.jpg").write_bytes(b"longer than before")
+    second = found.fingerprint()
+    (tmp_path / "train/a/1.jpg").unlink()
+    others = [first, second, found.fingerprint()]
+    for photo in (
+        Photo("x", "a", "", ""),
+        Photo("x", "b", "", ""),
+        Photo("x", None, "", ""),
+        Photo("x", "a", "val", ""),
+    ):
+        others.append(PhotoIndex(tmp_path, (photo,), ("a", "b"), {}).fingerprint())
+    assert len(set(others)) == len(others)
+
+
+def make_corrections(tmp_path: Path, text: str) -> tuple[PhotoIndex, Path]:
+    found = load(make_files(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg"))
+    (tmp_path / "corrections.csv").write_text("path,action,label\n" + text)
+    return found, tmp_path / "corrections.csv"
+
+
+def test_corrections_relabel_and_drop_and_leave_the_rest(tmp_path):
+    found, table = make_corrections(tmp_path, "a/1.jpg,relabel,b\na/2.jpg,keep,\nb/1.jpg,drop,\nb/1.jpg,drop,x\n")
+    corrected = index.apply_corrections(found, table)
+    assert rows(corrected) == [("a/1.jpg", "b", "", ""), ("a/2.jpg", "a", "", "")]
+    assert corrected.classes == ("a", "b")
+    assert corrected.ignored == {"dropped by corrections": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a/3.jpg,drop,\n", "there is no photo 'a/3.jpg'"),
+        ("a/1.jpg,delete,\n", "has the action 'delete'; use keep, relabel or drop"),
+        ("a/1.jpg,relabel,\n", "is relabelled '', which is not a class"),
+        ("a/1.jpg,relabel,B\n", "which is not a class; did you mean 'b'?"),
+        ("a/1.jpg,relabel,b\na/1.jpg,drop,\n", "two decisions about 'a/1.jpg'"),
+    ],
+)
+def test_corrections_that_make_no_sense_are_refused(tmp_path, text, expected):
+    found, table = make_corrections(tmp_path, text)
+    assert expected in error_of(index.apply_corrections, found, table)
+
+
+def test_a_split_table_with_an_unknown_split_is_refused(tmp_path):
+    (tmp_path / "split.csv").write_text("path,label,split,group\na.jpg,x,dev,\n")
+    with pytest.raises(DataError, match="'dev' is not a split"):
+        index.load_split_table(tmp_path / "split.csv", tmp_path)
