@@ -1,0 +1,347 @@
+"""One batch's random parameters from (seed, epoch, photo number), drawn in one place and executed in others.
+
+The numbers come from a counter-based generator, so a photo's augmentation depends on nothing but those three: neither
+on the batch around it, nor on how many workers or processes share the work. The law of each parameter is torchvision's.
+
+Shape letters: B photos of a batch, N draws, n operations of a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fieldmark.errors import DataError
+from fieldmark.vision.philox import (
+    AFFINE,
+    COLOR,
+    CROP,
+    ERASE,
+    FLIP,
+    NOISE_SIZE,
+    POLICY,
+    noise_bank,
+    uniform_streams,
+    uniforms,
+)
+from fieldmark.vision.policy import num_policy_uniforms, sample_policy
+
+__all__ = [
+    "BRIGHTNESS",
+    "CONTRAST",
+    "HUE",
+    "NOISE_SIZE",
+    "SATURATION",
+    "AugmentSpec",
+    "BatchParams",
+    "crop_fallback_rate",
+    "noise_bank",
+    "sample_params",
+    "uniforms",
+]
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+"""Columns of `BatchParams.factors` and values of `BatchParams.color_order`."""
+
+_ATTEMPTS = 10  # torchvision's RandomResizedCrop and RandomErasing give up after as many
+_CHUNK = 1 << 15
+
+Rows = NDArray[np.intp]
+Draw = Callable[[Rows, int], NDArray[np.float64]]  # (rows, count) -> their first (len(rows), count) numbers
+
+
+@dataclass(frozen=True, slots=True)
+class AugmentSpec:
+    """What is drawn and how it is executed, as plain values. `config.AugmentConfig` says what each field means.
+
+    Args:
+        size: Side of the training image, in pixels.
+        crop_fraction: For `crop = "weights"`: side of the crop over the resized short side, in (0, 1].
+        crop_interpolation: For `crop = "weights"`: the filter of the weights' evaluation transform. All other crops are
+            bilinear, as torchvision's are by default.
+    """
+
+    size: int
+    crop: Literal["random_resized", "zoom", "squash", "weights"]
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    crop_fraction: float
+    crop_interpolation: Literal["bilinear", "bicubic"]
+    horizontal_flip: float
+    vertical_flip: float
+    degrees: float
+    translate: tuple[float, float]
+    shear: float
+    affine_interpolation: Literal["nearest", "bilinear"]
+    fill: tuple[int, int, int]
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    policy: Literal["none", "trivial", "rand"]
+    rand_ops: int
+    rand_magnitude: int
+    erase: float
+    erase_scale: tuple[float, float]
+    erase_ratio: tuple[float, float]
+    erase_value: Literal["random", "zero"]
+
+    @property
+    def has_affine(self) -> bool:
+        """Whether rotation, shift or shear can be drawn."""
+        return bool(self.degrees or self.shear or any(self.translate))
+
+    @property
+    def color_ranges(self) -> tuple[float, float, float, float]:
+        """Half widths of the ranges of brightness, contrast, saturation and hue; 0 is off."""
+        return (self.brightness, self.contrast, self.saturation, self.hue)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchParams:
+    """The random numbers of a batch: a structure of arrays with one row per photo.
+
+    Args:
+        numbers: (B,) int64 photo numbers that the rows belong to.
+        box: (B, 4) float64 x, y, width, height of the crop in upright source pixels. May reach outside the photo
+            with `crop = "zoom"`.
+        is_fallback: (B,) bool, ten attempts failed and the crop is the fixed centre one.
+        flip_x: (B,) bool, mirrored.
+        flip_y: (B,) bool, upside down.
+        angle: (B,) float64 rotation in degrees, clockwise positive as in torchvision.
+        shear: (B,) float64 degrees along x.
+        shift: (B, 2) float64 x, y in whole output pixels.
+        factors: (B, 4) float64 factors of brightness, contrast and saturation (1 = as is) and shift of hue in turns
+            of the colour circle (0 = as is).
+        color_order: (B, 4) int64 permutation of `BRIGHTNESS`, `CONTRAST`, `SATURATION`, `HUE`: first applied first.
+        ops: (B, n) int64 numbers in `policy.OPERATIONS`.
+        magnitudes: (B, n) float64 signed strength of each, in the operation's own unit.
+        erase: (B, 4) int64 x, y, width, height in output pixels; width 0 erases nothing.
+        noise_offset: (B,) int64 start in the noise bank. Channel c, row y, column x of an image of side S takes the
+            number at (offset + (c S + y) S + x) mod `NOISE_SIZE`.
+    """
+
+    numbers: NDArray[np.int64]
+    box: NDArray[np.float64]
+    is_fallback: NDArray[np.bool_]
+    flip_x: NDArray[np.bool_]
+    flip_y: NDArray[np.bool_]
+    angle: NDArray[np.float64]
+    shear: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    factors: NDArray[np.float64]
+    color_order: NDArray[np.int64]
+    ops: NDArray[np.int64]
+    magnitudes: NDArray[np.float64]
+    erase: NDArray[np.int64]
+    noise_offset: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def rows(self, places: Any) -> BatchParams:
+        """The rows at `places`: anything that indexes the first axis of an array and keeps it."""
+        return BatchParams(**{field.name: getattr(self, field.name)[places] for field in fields(self)})
+
+    @staticmethod
+    def concatenate(parts: Sequence[BatchParams]) -> BatchParams:
+        """Rows of all parts, in order."""
+        names = [field.name for field in fields(BatchParams)]
+        return BatchParams(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def sample_params(spec: AugmentSpec, sizes: ArrayLike, *, seed: int, epoch: int, numbers: ArrayLike) -> BatchParams:
+    """Draw the parameters of a batch.
+
+    Args:
+        spec: What is drawn.
+        sizes: (B, 2) width and height of the upright source photos, in pixels.
+        seed: Seed of the run.
+        epoch: 0-based epoch.
+        numbers: (B,) photo numbers in the index.
+
+    Raises:
+        DataError: Sizes that are not positive, or not one pair per number.
+    """
+    sizes = np.asarray(sizes, dtype=np.float64).reshape(-1, 2)
+    places = np.asarray(numbers, dtype=np.int64).reshape(-1)
+    if len(sizes) != len(places) or not np.all(sizes >= 1):
+        raise DataError(
+            f"need one positive width and height per photo; got {len(sizes)} sizes for {len(places)} photos"
+        )
+
+    counts = {
+        CROP: 4,
+        FLIP: 2,
+        AFFINE: 4,
+        COLOR: 8,
+        POLICY: num_policy_uniforms(spec.policy, spec.rand_ops),
+        ERASE: 8 if spec.erase else 0,
+    }
+    draws = uniform_streams(seed, epoch, places, counts)
+    box, is_fallback = _crop_boxes(spec, sizes, draws[CROP], _later(seed, epoch, places, CROP))
+    flips = draws[FLIP] < (spec.horizontal_flip, spec.vertical_flip)
+    angle, shear, shift = _affine(spec, draws[AFFINE])
+    factors, color_order = _color(spec, draws[COLOR])
+    ops, magnitudes = sample_policy(
+        spec.policy, draws[POLICY], num_ops=spec.rand_ops, magnitude=spec.rand_magnitude, size=spec.size
+    )
+    erase, noise_offset = _erase(spec, draws[ERASE], _later(seed, epoch, places, ERASE))
+    return BatchParams(
+        numbers=places,
+        box=box,
+        is_fallback=is_fallback,
+        flip_x=flips[:, 0],
+        flip_y=flips[:, 1],
+        angle=angle,
+        shear=shear,
+        shift=shift,
+        factors=factors,
+        color_order=color_order,
+        ops=ops,
+        magnitudes=magnitudes,
+        erase=erase,
+        noise_offset=noise_offset,
+    )
+
+
+def crop_fallback_rate(spec: AugmentSpec, sizes: ArrayLike, *, draws: int) -> float:
+    """Share of crops that RandomResizedCrop gives up on and replaces by a fixed centre crop.
+
+    Args:
+        spec: Whose `crop`, `crop_scale` and `crop_ratio` are used; 0.0 unless `crop` is `random_resized`.
+        sizes: (N, 2) width and height of the photos.
+        draws: Crops drawn per photo.
+    """
+    sizes = np.asarray(sizes, dtype=np.float64).reshape(-1, 2)
+    total = len(sizes) * draws
+    if spec.crop != "random_resized" or not total:
+        return 0.0
+    failed = 0
+    for start in range(0, total, _CHUNK):
+        numbers = np.arange(start, min(start + _CHUNK, total))
+        part = sizes[numbers // draws]
+        first = uniforms(0, 0, numbers, stream=CROP, count=4)
+        failed += int(_crop_boxes(spec, part, first, _later(0, 0, numbers, CROP))[1].sum())
+    return failed / total
+
+
+def _later(seed: int, epoch: int, numbers: NDArray[np.int64], stream: int) -> Draw:
+    return lambda rows, count: uniforms(seed, epoch, numbers[rows], stream=stream, count=count)
+
+
+def _crop_boxes(
+    spec: AugmentSpec, sizes: NDArray[np.float64], first: NDArray[np.float64], draw: Draw
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """(B, 4) boxes and (B,) whether they are the fallback."""
+    width, height = sizes[:, 0], sizes[:, 1]
+    never = np.zeros(len(sizes), dtype=np.bool_)
+    if spec.crop == "squash":
+        return np.stack([np.zeros_like(width), np.zeros_like(width), width, height], axis=1), never
+    if spec.crop == "weights":
+        # The evaluation transform resizes the short side to size / crop_fraction and cuts the centre: in source pixels.
+        side = np.minimum(width, height) * (spec.size / np.floor(spec.size / spec.crop_fraction))
+        return np.stack([(width - side) / 2, (height - side) / 2, side, side], axis=1), never
+
+    def shapes(rows: Rows, chances: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        area = (width * height)[rows, None] * _between(chances[..., 0], spec.crop_scale)
+        ratio = np.exp(_between(chances[..., 1], np.log(spec.crop_ratio)))
+        return np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+
+    def fits(rows: Rows, w: NDArray[np.float64], h: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return (spec.crop == "zoom") | ((w > 0) & (w <= width[rows, None]) & (h > 0) & (h <= height[rows, None]))
+
+    (w, h, u, v), found = _first_fit(first, draw, shapes, fits)
+    w, h = np.maximum(w, 1), np.maximum(h, 1)
+    drawn = np.stack([_place(width, w, u), _place(height, h, v), w, h], axis=1)
+    return np.where(found[:, None], drawn, _center_boxes(sizes, spec.crop_ratio)), np.logical_not(found)
+
+
+def _first_fit(
+    first: NDArray[np.float64],
+    draw: Draw,
+    shapes: Callable[[Rows, NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]],
+    fits: Callable[[Rows, NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]],
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Torchvision's ten attempts: (4, count) w, h and two more uniform numbers, and (count,) whether one fitted.
+
+    Most rows fit at once, so only the others draw all ten.
+    """
+    result, found = np.zeros((len(first), 4)), np.zeros(len(first), dtype=np.bool_)
+    for tries in (1, _ATTEMPTS):
+        rows = np.flatnonzero(~found)
+        if not len(rows):
+            break
+        chances = (first if tries == 1 else draw(rows, 4 * tries)).reshape(len(rows), tries, 4)
+        w, h = shapes(rows, chances)
+        good = fits(rows, w, h)
+        best = (np.arange(len(rows)), good.argmax(axis=1))
+        result[rows] = np.stack([w[best], h[best], chances[..., 2][best], chances[..., 3][best]], axis=1)
+        found[rows] = good.any(axis=1)
+    return result.T, found
+
+
+def _center_boxes(sizes: NDArray[np.float64], ratio: tuple[float, float]) -> NDArray[np.float64]:
+    """The fallback of torchvision: as much of the photo's centre as the range of ratios lets in."""
+    width, height = sizes[:, 0], sizes[:, 1]
+    w = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
+    h = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
+    return np.stack([(width - w) // 2, (height - h) // 2, w, h], axis=1)
+
+
+def _place(whole: NDArray[np.float64], part: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Start of `part` in `whole`, each whole pixel equally likely; a larger part starts at or before 0."""
+    return np.sign(whole - part) * np.floor(u * (np.abs(whole - part) + 1))
+
+
+def _affine(
+    spec: AugmentSpec, chances: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """(B,) angle, (B,) shear and (B, 2) shift; torchvision rounds the shift to whole pixels."""
+    centered = 2 * chances - 1
+    shift = np.rint(centered[:, 2:] * np.multiply(spec.translate, spec.size))
+    return centered[:, 0] * spec.degrees, centered[:, 1] * spec.shear, shift + 0.0  # + 0.0 turns -0 into 0
+
+
+def _color(spec: AugmentSpec, chances: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(B, 4) factors and (B, 4) order of ColorJitter."""
+    widths = np.array(spec.color_ranges)
+    low = np.array([*np.maximum(0, 1 - widths[:3]), -widths[3]])
+    high = np.array([*(1 + widths[:3]), widths[3]])
+    order = np.argsort(chances[:, 4:], axis=1, kind="stable")
+    return low + chances[:, :4] * (high - low), order.astype(np.int64)
+
+
+def _erase(spec: AugmentSpec, chances: NDArray[np.float64], draw: Draw) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(B, 4) rectangle and (B,) start in the noise bank of RandomErasing."""
+    box, offset = np.zeros((len(chances), 4), dtype=np.int64), np.zeros(len(chances), dtype=np.int64)
+    if not spec.erase:
+        return box, offset
+    happens = np.flatnonzero(chances[:, 0] < spec.erase)
+
+    def shapes(rows: Rows, chances: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        area = spec.size**2 * _between(chances[..., 0], spec.erase_scale)
+        ratio = np.exp(_between(chances[..., 1], np.log(spec.erase_ratio)))
+        return np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
+
+    def fits(rows: Rows, w: NDArray[np.float64], h: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return (w < spec.size) & (h < spec.size)
+
+    # The first four numbers decided whether and where in the noise.
+    def later(rows: Rows, count: int) -> NDArray[np.float64]:
+        return draw(happens[rows], count + 4)[:, 4:]
+
+    (w, h, u, v), found = _first_fit(chances[happens, 4:], later, shapes, fits)
+    drawn = np.stack([_place(np.full_like(w, spec.size), w, u), _place(np.full_like(h, spec.size), h, v), w, h], axis=1)
+    box[happens] = np.where((found & (w > 0) & (h > 0))[:, None], drawn, 0)
+    offset[:] = chances[:, 1] * NOISE_SIZE
+    return box, offset
+
+
+def _between(u: NDArray[np.float64], ends: ArrayLike) -> NDArray[np.float64]:
+    low, high = np.asarray(ends, dtype=np.float64)
+    return low + u * (high - low)
