@@ -7,6 +7,7 @@
     ├── WeightsError         weights cannot be had or do not fit the model
     ├── ResourceError        not enough memory, disk or time
     ├── TrainingError        training cannot go on (a non-finite loss, say)
+    ├── InterruptedRunError  training was asked to stop, and saved everything
     ├── RunError             a run folder is missing something or was made by another version
     ├── PredictionError      a prediction file cannot be written as asked
     ├── ExportError          an exported model disagrees with the run, or cannot be made
@@ -83,3 +84,7 @@ class MissingExtraError(FieldmarkError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Install it with: pip install 'fieldmark[{extra}]'")
+
+
+class InterruptedRunError(FieldmarkError):
+    """Training was asked to stop, and did, with everything saved. Not a failure: exit code 130."""

@@ -96,7 +96,9 @@ def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
     Raises:
         DataError: Nothing to train on, or broken photos under `broken = "refuse"`.
     """
-    found = find_photos(config)
+    everything = find_photos(config)
+    # Photos without labels have no part in training: `check` and `predict` look at them.
+    found = replace(everything, photos=tuple(photo for photo in everything.photos if photo.label is not None))
     facts = inspect(found, config, progress=progress)
     broken = [(photo.path, fact.problem) for photo, fact in zip(found.photos, facts, strict=True) if fact.problem]
     if broken and config.broken == "refuse":
@@ -138,6 +140,7 @@ def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -
             test_fraction=config.test_fraction,
             seed=config.split_seed,
             groups=groups,
+            settings={"group_by": config.group_by, "pattern": config.group_pattern, "gap": config.group_gap_seconds},
             folder=user_folder("splits"),
         )
     if config.train_on == "train+val":
@@ -150,10 +153,8 @@ def refusal(broken: Sequence[tuple[str, str]], total: int, *, most: int = 10) ->
     """What to tell a user whose photos are broken."""
     lines = [f"  {path!r} {reason}" for path, reason in broken[:most]]
     more = [f"  ... and {len(broken) - most} more (`fieldmark check` lists all)"] if len(broken) > most else []
-    return "\n".join(
-        [f"{len(broken)} of {total} photos cannot be used:", *lines, *more]
-        + ["Mend or remove them, or train without them: --set data.broken=skip"]
-    )
+    way_out = "Mend or remove them, or train without them: --set data.broken=skip"
+    return "\n".join([f"{len(broken)} of {total} photos cannot be used:", *lines, *more, way_out])
 
 
 def _groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> list[str] | None:
@@ -162,5 +163,5 @@ def _groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) 
     if config.group_by == "pattern":
         return splits.groups_by_pattern(index, config.group_pattern)
     if config.group_by == "capture_time":
-        return splits.groups_by_capture_time(index, facts, gap_seconds=config.group_gap_seconds)
-    return [photo.group for photo in index.photos]
+        return splits.groups_by_capture_time(index, facts, config.group_gap_seconds)
+    return splits.groups_by_column(index)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,9 @@ class Run:
         """Every photo of the run with its label and split."""
         from fieldmark.data.index import load_split_table
 
-        return load_split_table(self._file(SPLIT), Path(self.data_info["root"]), classes=self.classes)
+        index = load_split_table(self._file(SPLIT), Path(self.data_info["root"]))
+        # The classes of the model, in its order, whatever the photos in the table would say.
+        return replace(index, classes=self.classes)
 
     @cached_property
     def model_info(self) -> dict[str, Any]:
