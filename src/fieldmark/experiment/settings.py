@@ -1,0 +1,94 @@
+"""Which runs are one setting, and in what the settings differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fieldmark.config import Config
+from fieldmark.errors import RunError
+from fieldmark.experiment.results import RunResults
+
+# Chance, words, and what changes how fast a run is but not what it learns.
+NOT_A_SETTING = frozenset(
+    {
+        "description",
+        "train.seed",
+        "data.fold",
+        "data.path",
+        "loader.workers",
+        "cache.folder",
+        "cache.disk_gigabytes",
+        "train.threads",
+        "train.save_minutes",
+        "train.trackers",
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SettingRuns:
+    """One setting: its runs, and where it differs from the others.
+
+    Attributes:
+        name: The changes in words, such as `mix.prob=0.4 optim.lr=0.001`; the run's name where there are none.
+        changes: Dotted key to value, of the keys in which not all settings agree.
+        runs: In the order given.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    runs: tuple[RunResults, ...]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key to value, of every setting."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def _leaves(table: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return leaves
+
+
+def group_runs(results: Sequence[RunResults]) -> list[SettingRuns]:
+    """Put runs together that differ in nothing but chance, in order of first appearance.
+
+    Raises:
+        RunError: There are no runs.
+    """
+    if not results:
+        raise RunError("no runs to compare: give run folders, or a folder of them")
+    groups: dict[str, list[RunResults]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for run in results:
+        own = {key: value for key, value in flatten(run.config).items() if key not in NOT_A_SETTING}
+        identity = repr(sorted(own.items()))
+        groups.setdefault(identity, []).append(run)
+        settings[identity] = own
+    differing = differing_keys(list(settings.values()))
+    return [_setting_runs(settings[identity], differing, runs) for identity, runs in groups.items()]
+
+
+def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys whose value is not the same in all settings, in recipe order."""
+    first = settings[0]
+    return [key for key in first if any(other[key] != first[key] for other in settings[1:])]
+
+
+def _setting_runs(own: Mapping[str, Any], differing: Sequence[str], runs: Sequence[RunResults]) -> SettingRuns:
+    changes = {key: own[key] for key in differing}
+    name = " ".join(f"{key}={format_value(value)}" for key, value in changes.items()) or runs[0].name
+    return SettingRuns(name, changes, tuple(runs))
+
+
+def format_value(value: Any) -> str:
+    """A setting's value in a few characters."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return "[" + ",".join(format_value(item) for item in value) + "]"
+    return "none" if value is None else str(value)

@@ -1,0 +1,102 @@
+"""Fixtures for all tests: run folders of invented numbers, in the format of docs/architecture.md."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fieldmark.config import dump_config, load_config
+from fieldmark.experiment.folder import write_predictions
+
+MakeRun = Callable[..., Path]
+
+
+def make_synthetic_run(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    accuracy: float = 0.8,
+    classes: Sequence[str] = ("auk", "bee-eater", "crane", "dipper"),
+    per_class: int = 25,
+    photos: Sequence[str] | None = None,
+    epochs: int = 6,
+    status: str = "finished",
+    keep_epochs: bool = True,
+    root: Path | None = None,
+    parameters: int = 3_400_000,
+) -> Path:
+    """Write a run folder whose figures agree with each other; photos differ in difficulty alike for all runs."""
+    config = load_config(None, [f"train.seed={seed}", f"train.epochs={epochs}", *overrides])
+    (path / "predictions").mkdir(parents=True)
+    labels = np.repeat(np.arange(len(classes)), per_class)
+    names = list(photos or (f"val/{classes[c]}/{n:04d}.jpg" for n, c in enumerate(labels)))
+    difficulty = np.random.default_rng(7).random(len(labels))
+    rng = np.random.default_rng([seed, *"".join(overrides).encode()])
+    predicted = []
+    for epoch in range(epochs):
+        reached = accuracy * (1 - 0.6 * np.exp(-1.2 * epoch))
+        right = difficulty + rng.normal(0, 0.08, len(labels)) < reached
+        wrong = (labels + 1 + (rng.random(len(labels)) < 0.2)) % len(classes)
+        predicted.append(np.where(right, labels, wrong))
+    top1 = [float((row == labels).mean()) for row in predicted]
+    best = int(np.argmax(top1)) if config.train.select == "best" else epochs - 1
+    probabilities = np.full((len(labels), len(classes)), 0.3 / (len(classes) - 1), np.float32)
+    probabilities[np.arange(len(labels)), predicted[best]] = 0.7
+    write_predictions(
+        path / "predictions" / "val.parquet", paths=names, labels=labels, probabilities=probabilities, classes=classes
+    )
+    if keep_epochs:
+        np.savez_compressed(path / "predictions" / "val_epochs.npz", predictions=np.stack(predicted), labels=labels)
+    with (path / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for epoch in range(epochs):
+            file.write(json.dumps(_epoch(config, epoch, epochs, top1, best)) + "\n")
+    (path / "recipe.toml").write_text(dump_config(config), encoding="utf-8")
+    with (path / "split.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "split", "group"])
+        writer.writerows([name, classes[label], "val", ""] for name, label in zip(names, labels, strict=True))
+    _write(path / "classes.json", list(classes))
+    _write(path / "model.json", {"name": config.model.name, "parameters": parameters, "licence": "Apache-2.0"})
+    prior = np.arange(1, len(classes) + 1)
+    _write(path / "data.json", {"root": str(root or path / "no-photos"), "prior": list(prior / prior.sum())})
+    _write(path / "environment.json", {"versions": {"torch": "2.14"}, "hardware": {"cores": 2}, "command": ["train"]})
+    summary = {"status": status, "best_epoch": best + 1, "seconds": 10.0 * epochs, "metrics": {"top1": top1[best]}}
+    _write(path / "summary.json", summary)
+    return path
+
+
+def _epoch(config, epoch, epochs, top1, best):
+    return {
+        "epoch": epoch + 1,
+        "step": 10 * (epoch + 1),
+        "lr": config.optim.lr * 0.5 * (1 + float(np.cos(np.pi * epoch / epochs))),
+        "train_loss": 2.0 * float(np.exp(-0.4 * epoch)) + config.mix.prob,
+        "train_top1_clean": min(1.0, top1[epoch] + 0.1),
+        "train_top1_mixed": max(0.0, top1[epoch] - 0.2) if config.mix.prob else None,
+        "share_clean": 1 - 2 * config.mix.prob,
+        "val": {"top1": top1[epoch], "top5": 1.0, "log_loss": 1 - top1[epoch], "macro_recall": top1[epoch]},
+        "seconds": 10.0,
+        "images_per_second": 50.0,
+        "is_best": epoch == best,
+    }
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def make_run(tmp_path) -> MakeRun:
+    """Make a run folder under `tmp_path` by name; keywords as for `make_synthetic_run`."""
+
+    def make(name: str, **options) -> Path:
+        return make_synthetic_run(tmp_path / name, **options)
+
+    make.folder = lambda name: tmp_path / name
+    return make

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fieldmark.errors import RunError
+from fieldmark.experiment.compare import compare_runs
+
+
+def _overrides(prob):
+    return [f"mix.prob={prob}"]
+
+
+def test_a_clear_difference_is_called_better_and_a_small_one_is_not(make_run):
+    make_run("low", accuracy=0.5)
+    make_run("high", accuracy=0.9, overrides=_overrides(0.4))
+    make_run("higher", accuracy=0.91, overrides=_overrides(0.2))
+    found = compare_runs([make_run.folder(name) for name in ("low", "high", "higher")])
+    low_high, low_higher, high_higher = found.pairs
+    assert low_high.is_distinguishable
+    assert low_high.verdict.startswith("mix.prob=0.4 is better than mix.prob=0 by ")
+    assert " ± " in low_high.verdict
+    assert low_higher.is_distinguishable
+    assert not high_higher.is_distinguishable
+    assert high_higher.verdict.startswith("Not distinguishable: mix.prob=0.2 over mix.prob=0.4 is ")
+    assert "more photos would be needed to see a difference of 1 point." in high_higher.verdict
+
+
+def test_seeds_of_one_recipe_are_one_setting(make_run):
+    runs = [make_run(f"{p}-{s}", seed=s, overrides=_overrides(p)) for p in (0.0, 0.4) for s in (0, 1, 2)]
+    found = compare_runs(runs)
+    assert [setting.name for setting in found.settings] == ["mix.prob=0", "mix.prob=0.4"]
+    assert [setting.seeds for setting in found.settings] == [(0, 1, 2)] * 2
+    assert len(found.pairs) == 1
+    assert found.pairs[0].difference.num_runs == (3, 3)
+    assert not any("one run only" in note for note in found.notes)
+
+
+def test_one_run_each_is_said_to_leave_out_the_chance_of_training(make_run):
+    found = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))])
+    assert any(note.startswith("Every setting: one run only.") for note in found.notes)
+
+
+def test_folds_are_joined_over_all_photos(make_run):
+    def folds(name, prob, accuracy):
+        return [
+            make_run(
+                f"{name}{fold}",
+                accuracy=accuracy,
+                overrides=["data.folds=2", f"data.fold={fold}", *_overrides(prob)],
+                photos=[f"fold{fold}/{n}.jpg" for n in range(100)],
+            )
+            for fold in (0, 1)
+        ]
+
+    found = compare_runs([*folds("a", 0.0, 0.6), *folds("b", 0.4, 0.9)])
+    assert found.num_photos == 200
+    assert [len(setting.runs) for setting in found.settings] == [2, 2]
+    assert [setting.scores.shape for setting in found.settings] == [(1, 200)] * 2
+
+
+def test_the_order_of_photos_in_a_run_does_not_matter(make_run):
+    names = [f"{n}.jpg" for n in range(100)]
+    straight, other = make_run("a", photos=names), make_run("b", photos=names, overrides=_overrides(0.4), accuracy=0.7)
+    before = compare_runs([straight, other]).pairs[0].difference.interval.estimate
+    from fieldmark.experiment.folder import Run, write_predictions
+
+    stored = Run(other).predictions("val")
+    turned = np.random.default_rng(0).permutation(100)
+    write_predictions(
+        other / "predictions" / "val.parquet",
+        paths=[stored.paths[n] for n in turned],
+        labels=stored.labels[turned],
+        probabilities=stored.probabilities[turned],
+        classes=Run(other).classes,
+    )
+    (other / "predictions" / "val_epochs.npz").unlink()
+    assert compare_runs([straight, other]).pairs[0].difference.interval.estimate == before
+
+
+def test_runs_on_different_photos_are_refused(make_run):
+    first = make_run("first")
+    second = make_run("second", photos=[f"elsewhere/{n}.jpg" for n in range(100)], overrides=_overrides(0.4))
+    with pytest.raises(RunError, match=r"judged on different photos \(100 and 100, 0 in common.*data\.split_seed"):
+        compare_runs([first, second])
+
+
+def test_runs_with_other_classes_are_refused(make_run):
+    first, second = make_run("first"), make_run("second", classes=("auk", "bee-eater"), seed=1)
+    with pytest.raises(RunError, match=r"different classes \(4 and 2\)"):
+        compare_runs([first, second])
+
+
+def test_runs_with_other_labels_are_refused(make_run):
+    names = [f"{n:03d}.jpg" for n in range(100)]
+    first = make_run("first", photos=names)
+    second = make_run("second", photos=names[1:] + names[:1], overrides=_overrides(0.4))
+    with pytest.raises(RunError, match=r"disagree on the label of '000\.jpg'"):
+        compare_runs([first, second])
+
+
+def test_the_same_recipe_and_seed_twice_is_refused(make_run):
+    with pytest.raises(RunError, match="same settings, seed and fold"):
+        compare_runs([make_run("first"), make_run("again")])
+    with pytest.raises(RunError, match="same settings, seed and fold"):
+        compare_runs([make_run("here"), make_run("there", photos=[f"{n}.jpg" for n in range(100)])])
+
+
+def test_an_unfinished_run_is_refused_when_named_and_passed_over_in_a_folder(make_run, tmp_path):
+    done, torn = make_run("sweep/done"), make_run("sweep/torn", status="interrupted", overrides=_overrides(0.4))
+    with pytest.raises(RunError, match=r"not finished \(its status is 'interrupted'\)"):
+        compare_runs([done, torn])
+    assert [s.name for s in compare_runs([tmp_path / "sweep"]).settings] == ["done"]
+
+
+@pytest.mark.parametrize(("name", "problem"), [("nowhere", "does not exist"), ("empty", "holds no finished run")])
+def test_a_path_without_runs_is_named(tmp_path, name, problem):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=f"{name} {problem}"):
+        compare_runs([tmp_path / name])
+
+
+def test_a_run_without_stored_predictions_is_named(make_run):
+    with pytest.raises(RunError, match="no predictions of 'test'"):
+        compare_runs([make_run("a")], split="test")
+
+
+def test_predictions_of_epochs_that_fit_no_photos_are_named(make_run):
+    run = make_run("a")
+    np.savez(run / "predictions" / "val_epochs.npz", predictions=np.zeros((3, 7), int))
+    with pytest.raises(RunError, match=r"shape \(3, 7\), not of 100 photos"):
+        compare_runs([run])
+
+
+def test_an_unknown_metric_and_a_wild_level_are_refused(make_run):
+    run = make_run("a")
+    with pytest.raises(RunError, match=r"no metric 'f1'.*macro_recall"):
+        compare_runs([run], metric="f1")
+    with pytest.raises(RunError, match="between 0 and 1; got 95"):
+        compare_runs([run], level=95)
+
+
+@pytest.mark.parametrize("metric", ["top1", "macro_recall", "prior_top1", "log_loss"])
+def test_the_mean_of_the_scores_is_the_metric(make_run, metric):
+    from fieldmark.engine import metrics
+    from fieldmark.experiment.folder import Run
+
+    run = Run(make_run("a", per_class=13))
+    stored = run.predictions("val")
+    expected = {
+        "top1": metrics.top_k(stored.probabilities, stored.labels, k=1),
+        "macro_recall": metrics.macro_recall(stored.probabilities, stored.labels),
+        "prior_top1": metrics.prior_top1(stored.probabilities, stored.labels, run.prior),
+        "log_loss": -metrics.log_loss(stored.probabilities, stored.labels),
+    }[metric]
+    interval = compare_runs([run.path], metric=metric).settings[0].interval
+    assert interval.estimate == pytest.approx(expected)
+    assert interval.low < interval.estimate < interval.high
+
+
+def test_choosing_the_best_epoch_is_said_to_flatter_and_the_last_is_not(make_run):
+    best = compare_runs([make_run("best", epochs=12)])
+    assert best.settings[0].optimism.source == "photos"
+    assert any("flatters an accuracy by about" in note for note in best.notes)
+    history = compare_runs([make_run("history", epochs=12, keep_epochs=False)])
+    assert history.settings[0].optimism.source == "history"
+    last = compare_runs([make_run("last", epochs=12, overrides=['train.select="last"'])])
+    assert last.settings[0].optimism.points == 0
+    assert not any("flatters" in note for note in last.notes)
+
+
+def test_the_same_seed_gives_the_same_comparison_as_json(make_run):
+    runs = [make_run("a"), make_run("b", overrides=_overrides(0.4))]
+    first, second = (json.dumps(compare_runs(runs).as_dict()) for _ in range(2))
+    assert first == second
+    assert json.loads(first)["pairs"][0]["verdict"]
+
+
+def test_a_single_setting_has_nothing_to_compare_with(make_run):
+    found = compare_runs([make_run("a", seed=0), make_run("b", seed=1)])
+    assert found.pairs == ()
+    assert any("nothing to compare" in note for note in found.notes)
