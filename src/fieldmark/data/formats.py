@@ -113,9 +113,14 @@ def _orientation(image: Image.Image) -> int:
 
 def decode(path: str, file: BinaryIO, background: RGB, max_pixels: int) -> Pixels:
     """Decode with Pillow to (H, W, 3) upright. `path` is for errors; arguments and errors are those of data.decode."""
+    return from_image(path, _open(path, file, max_pixels), background, max_pixels)
+
+
+def from_image(path: str, image: Image.Image, background: RGB, max_pixels: int) -> Pixels:
+    """(H, W, 3) upright of an open Pillow image of any mode; arguments and errors are those of data.decode."""
     from PIL import Image
 
-    image = _open(path, file, max_pixels)
+    check_pixels(path, image.width * image.height, max_pixels)
     try:
         image.load()
         # After load(), as Pillow turns TIFF itself and then takes the tag away.
