@@ -113,7 +113,9 @@ def test_fixed_crops():
     squash = draw(replace(REPORT, crop="squash"), count=2)
     assert squash.box.tolist() == [[0, 0, 500, 375]] * 2
     weights = draw(replace(REPORT, crop="weights"), count=1)
-    assert weights.box[0] == pytest.approx([(500 - 328.125) / 2, (375 - 328.125) / 2, 328.125, 328.125])
+    # 500×375 becomes 341×256; the centre 224 starts at 58.5, rounded to 58, and 16.
+    scale_x, scale_y = 500 / 341, 375 / 256
+    assert weights.box[0] == pytest.approx([58 * scale_x, 16 * scale_y, 224 * scale_x, 224 * scale_y])
 
 
 def test_affine_follows_random_affine():

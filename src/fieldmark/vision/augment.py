@@ -136,11 +136,10 @@ def to_pil(photo: NDArray[np.uint8]) -> PILImage:
 
 def normalize(image: PILImage, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(3, S, S) float32 of a PIL image: to [0, 1], minus mean, over std."""
-    import torch
+    # Not v2: its to_dtype multiplies by 1/255 where ToTensor, hence timm, divides by 255; the last bit differs.
+    from torchvision.transforms import functional
 
-    functional = _functional()
-    tensor = functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
-    return functional.normalize(tensor, list(mean), list(std), inplace=True)
+    return functional.normalize(functional.to_tensor(image), list(mean), list(std), inplace=True)
 
 
 def _functional() -> Any:

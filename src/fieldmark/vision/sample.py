@@ -243,9 +243,7 @@ def _crop_boxes(
     if spec.crop == "squash":
         return np.stack([np.zeros_like(width), np.zeros_like(width), width, height], axis=1), never
     if spec.crop == "weights":
-        # The evaluation transform resizes the short side to size / crop_fraction and cuts the centre: in source pixels.
-        side = np.minimum(width, height) * (spec.size / np.floor(spec.size / spec.crop_fraction))
-        return np.stack([(width - side) / 2, (height - side) / 2, side, side], axis=1), never
+        return _weights_boxes(spec, sizes), never
 
     def shapes(rows: Rows, chances: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         area = (width * height)[rows, None] * _between(chances[..., 0], spec.crop_scale)
@@ -259,6 +257,18 @@ def _crop_boxes(
     w, h = np.maximum(w, 1), np.maximum(h, 1)
     drawn = np.stack([_place(width, w, u), _place(height, h, v), w, h], axis=1)
     return np.where(found[:, None], drawn, _center_boxes(sizes, spec.crop_ratio)), np.logical_not(found)
+
+
+def _weights_boxes(spec: AugmentSpec, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the evaluation transform sees of each photo, in source pixels.
+
+    It resizes the short side to size / crop_fraction and cuts the centre; both round to whole pixels as torchvision's
+    Resize and CenterCrop do, because half a pixel more or less is a visibly different picture.
+    """
+    short = sizes.min(axis=1, keepdims=True)
+    resized = np.floor(np.floor(spec.size / spec.crop_fraction) * sizes / short)
+    corner = np.rint((resized - spec.size) / 2)
+    return np.concatenate([corner, np.full_like(corner, spec.size)], axis=1) * np.tile(sizes / resized, 2)
 
 
 def _first_fit(
