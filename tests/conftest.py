@@ -52,7 +52,7 @@ def make_synthetic_run(
         path / "predictions" / "val.parquet", paths=names, labels=labels, probabilities=probabilities, classes=classes
     )
     if keep_epochs:
-        np.savez_compressed(path / "predictions" / "val_epochs.npz", predictions=np.stack(predicted), labels=labels)
+        np.savez_compressed(path / "predictions" / "val_epochs.npz", predicted=np.stack(predicted), labels=labels)
     with (path / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for epoch in range(epochs):
             file.write(json.dumps(_epoch(config, epoch, epochs, top1, best)) + "\n")
@@ -66,7 +66,7 @@ def make_synthetic_run(
     prior = np.arange(1, len(classes) + 1)
     _write(path / "data.json", {"root": str(root or path / "no-photos"), "prior": list(prior / prior.sum())})
     _write(path / "environment.json", {"versions": {"torch": "2.14"}, "hardware": {"cores": 2}, "command": ["train"]})
-    summary = {"status": status, "best_epoch": best + 1, "seconds": 10.0 * epochs, "metrics": {"top1": top1[best]}}
+    summary = {"status": status, "best_epoch": best + 1, "seconds": 10.0 * epochs, "val": {"top1": top1[best]}}
     _write(path / "summary.json", summary)
     return path
 
@@ -79,11 +79,12 @@ def _epoch(config, epoch, epochs, top1, best):
         "train_loss": 2.0 * float(np.exp(-0.4 * epoch)) + config.mix.prob,
         "train_top1_clean": min(1.0, top1[epoch] + 0.1),
         "train_top1_mixed": max(0.0, top1[epoch] - 0.2) if config.mix.prob else None,
-        "share_clean": 1 - 2 * config.mix.prob,
+        "clean_fraction": 1 - 2 * config.mix.prob,
         "val": {"top1": top1[epoch], "top5": 1.0, "log_loss": 1 - top1[epoch], "macro_recall": top1[epoch]},
         "seconds": 10.0,
         "images_per_second": 50.0,
         "is_best": epoch == best,
+        "is_probe": False,
     }
 
 

@@ -129,7 +129,7 @@ def test_a_run_without_stored_predictions_is_named(make_run):
 
 def test_predictions_of_epochs_that_fit_no_photos_are_named(make_run):
     run = make_run("a")
-    np.savez(run / "predictions" / "val_epochs.npz", predictions=np.zeros((3, 7), int))
+    np.savez(run / "predictions" / "val_epochs.npz", predicted=np.zeros((3, 7), int))
     with pytest.raises(RunError, match=r"shape \(3, 7\), not of 100 photos"):
         compare_runs([run])
 

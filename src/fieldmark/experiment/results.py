@@ -135,7 +135,7 @@ def _load_epochs(path: Path, order: list[int]) -> NDArray[np.int64] | None:
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as content:
-        predictions = content["predictions"]
+        predictions = content["predicted"]
     if predictions.ndim != 2 or predictions.shape[1] != len(order):
         raise ValueError(f"{path.name} holds predictions of shape {predictions.shape}, not of {len(order)} photos")
     return predictions[:, order].astype(np.int64)

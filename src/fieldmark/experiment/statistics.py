@@ -98,11 +98,8 @@ def mean_interval(scores: Scores, *, level: float, draws: int, rng: np.random.Ge
         draws: Bootstrap draws.
         rng: Source of the draws.
     """
-    seeds, _ = _between_runs([scores])
     means = scores.mean(axis=0)
-    drawn = _resampled_means(means, draws, rng, pad=False)
-    if seeds is not None:
-        drawn = drawn + _seed_noise(seeds, len(scores) - 1, 1 / len(scores), draws, rng)
+    drawn = _drawn(means, _between_runs([scores]), 1 / len(scores), draws, rng, pad=False)
     return _interval(float(means.mean()), drawn, level)
 
 
@@ -112,9 +109,10 @@ def paired_difference(
     """Bootstrap of the difference of two settings' mean scores on the same photos.
 
     Photos are resampled in pairs. Where a setting has several runs, the chance of training is added: the variance of a
-    run's mean between runs (less what photos and runs explain together) is pooled over both settings and enters
-    through Student's t, because resampling two or three seeds understates their variance by a half or a third. Two
-    pseudo-photos, one in favour of each side, keep the interval open where the two hardly ever disagree.
+    run's mean between runs is pooled over both settings and enters through Student's t, because resampling two or
+    three seeds understates their variance by a half or a third. The photos' part is then shrunk to what differs between
+    photos in truth, so that nothing counts twice. Two pseudo-photos, one in favour of each side, keep the interval open
+    where the two hardly ever disagree.
 
     Args:
         first: (S1, N) float.
@@ -135,17 +133,13 @@ def paired_difference(
     """
     num_runs, num_photos = (len(first), len(second)), first.shape[1]
     change = second.mean(axis=0) - first.mean(axis=0)
-    drawn = _resampled_means(change, draws, rng, pad=True)
-    seeds, interaction = _between_runs([first, second])
+    runs = _between_runs([first, second])
     share = 1 / num_runs[0] + 1 / num_runs[1]
-    if seeds is not None:
-        drawn = drawn + _seed_noise(seeds, sum(num_runs) - 2, share, draws, rng)
-    estimate = float(change.mean())
-    between_photos = max(0.0, float(change.var(ddof=1)) - interaction * share) if num_photos > 1 else 0.0
+    drawn = _drawn(change, runs, share, draws, rng, pad=True)
     return Difference(
-        _interval(estimate, drawn, level),
+        _interval(float(change.mean()), drawn, level),
         _p_value(first, second, drawn),
-        Variance(between_photos, interaction, seeds),
+        Variance(_between_photos(change, runs, share), runs.interaction, runs.seeds(num_photos)),
         num_photos,
         num_runs,
     )
@@ -214,6 +208,49 @@ def _p_value(first: Scores, second: Scores, drawn: Scores) -> float:
     return min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
 
 
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """What runs of one setting have apart: variance of their means, and of a photo's score, over `freedom` degrees."""
+
+    freedom: int
+    spread: float
+    interaction: float
+
+    def seeds(self, num_photos: int) -> float | None:
+        """Variance of a run's true mean: the spread that is left when photos' own ups and downs are taken off."""
+        return max(0.0, self.spread - self.interaction / num_photos) if self.freedom else None
+
+
+def _between_runs(settings: Sequence[Scores]) -> _Runs:
+    """Crossed analysis of variance within each setting, pooled over the settings."""
+    freedom = sum(len(scores) - 1 for scores in settings)
+    if freedom == 0:
+        return _Runs(0, 0.0, 0.0)
+    spread = sum(float(scores.mean(axis=1).var()) * len(scores) for scores in settings) / freedom
+    rest = 0.0
+    for scores in settings:
+        residual = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
+        rest += float(np.sum(residual**2))
+    return _Runs(freedom, spread, rest / (freedom * max(settings[0].shape[1] - 1, 1)))
+
+
+def _between_photos(values: Scores, runs: _Runs, share: float) -> float:
+    """Variance between photos of their true values, (N,) means over runs being what was seen."""
+    return max(0.0, float(values.var(ddof=1)) - runs.interaction * share) if len(values) > 1 else 0.0
+
+
+def _drawn(values: Scores, runs: _Runs, share: float, draws: int, rng: np.random.Generator, *, pad: bool) -> Scores:
+    """(draws,) means as other photos and other runs would have given them."""
+    drawn = _resampled_means(values, draws, rng, pad=pad)
+    if not runs.freedom:
+        return drawn
+    # The spread between runs holds the photos' ups and downs from run to run; they must not count twice.
+    seen = float(values.var(ddof=1)) if len(values) > 1 else 0.0
+    kept = math.sqrt(_between_photos(values, runs, share) / seen) if seen > 0 else 1.0
+    centre = float(values.mean())
+    return centre + kept * (drawn - centre) + rng.standard_t(runs.freedom, size=draws) * math.sqrt(runs.spread * share)
+
+
 def _resampled_means(values: Scores, draws: int, rng: np.random.Generator, *, pad: bool) -> Scores:
     """(draws,) means of as many photos, drawn with replacement."""
     if pad:
@@ -227,22 +264,3 @@ def _resampled_means(values: Scores, draws: int, rng: np.random.Generator, *, pa
         for start in range(0, draws, rows)
     ]
     return np.concatenate(parts) / len(values)
-
-
-def _seed_noise(variance: float, freedom: int, share: float, draws: int, rng: np.random.Generator) -> Scores:
-    return rng.standard_t(freedom, size=draws) * math.sqrt(variance * share)
-
-
-def _between_runs(settings: Sequence[Scores]) -> tuple[float | None, float]:
-    """Variance of a run's mean, pooled over the settings, and of a photo's score within a setting (crossed ANOVA)."""
-    freedom = sum(len(scores) - 1 for scores in settings)
-    if freedom == 0:
-        return None, 0.0
-    num_photos = settings[0].shape[1]
-    spread = sum(float(scores.mean(axis=1).var()) * len(scores) for scores in settings) / freedom
-    rest = 0.0
-    for scores in settings:
-        residual = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
-        rest += float(np.sum(residual**2))
-    interaction = rest / (freedom * max(num_photos - 1, 1))
-    return max(0.0, spread - interaction / num_photos), interaction
