@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from fieldmark.errors import ResourceError, RunError
 
 FORMAT = 1
+
+_DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -38,9 +41,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"{path} does not exist: there is nothing to resume")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise RunError(f"{path} is not a checkpoint of Fieldmark: {str(error).splitlines()[0]}") from None
+        with warnings.catch_warnings():
+            # torch warns of pickles that it did not write, before it refuses them.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise RunError(f"{path} is not a checkpoint of Fieldmark, or is torn: {reason}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RunError(
             f"{path} has another format than this version's ({FORMAT}): resume with the version that made it"
@@ -92,7 +99,8 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
         part.replace(path)
     except Exception as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "I/O error" in str(error):
+        # torch and safetensors report a full disk by errors of their own.
+        if isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS):
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ResourceError(
                 f"{path} could not be written: {reason}. What was there before is intact. "

@@ -89,13 +89,15 @@ class TrainState:
         model: The plain model: weights, buffers, what is frozen.
         network: The same model as Fabric set it up: precision, gradient sync.
         optimizer: As Fabric set it up.
-        schedule: Sets the learning rates from `step` alone.
+        schedule: Sets the learning rates of the next update.
         average: Running average of the weights, or None.
         epoch: Completed epochs.
         step: Completed updates over the whole run.
         step_in_epoch: Completed updates of the epoch under way.
         micro_batch_size: Photos per forward pass; lowered when memory runs out.
         tally: Sums of the epoch under way.
+        lr: Learning rate of the head in the last update.
+        watch: Looks out for numbers that are not finite.
     """
 
     model: nn.Module
@@ -108,6 +110,7 @@ class TrainState:
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
+    lr: float = 0.0
     watch: FiniteWatch = field(default_factory=FiniteWatch)
 
 
@@ -219,11 +222,12 @@ def update(
         state.optimizer.zero_grad(set_to_none=True)
         raise MemoryExhaustedError(min(state.micro_batch_size, len(batch.images)), batch.images.shape[-1]) from error
     state.watch.see(_suspect(fabric, state, total, clip_norm), step=state.step, numbers=batch.numbers)
-    state.schedule.apply(state.optimizer, step=state.step)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.average is not None:
         state.average.update(state.model, step=state.step)
+    state.lr = state.optimizer.param_groups[-1]["lr"]
+    state.schedule.step()
     state.step += 1
     state.step_in_epoch += 1
     return total, torch.cat(logits)
@@ -282,7 +286,7 @@ def train_epochs(
             epoch=state.epoch,
             step=state.step,
             is_complete=is_complete,
-            lr=state.schedule.last_lr,
+            lr=state.lr,
             train_loss=sums[0] / max(sums[1], 1),
             train_top1_clean=sums[2] / sums[3] if sums[3] else None,
             train_top1_mixed=sums[4] / sums[5] if sums[5] else None,

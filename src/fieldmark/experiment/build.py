@@ -220,29 +220,29 @@ def phase_at(config: Config, epoch: int, *, size: int, eval_size: int, num_stage
 def build_optimizer(config: Config, model: Classifier) -> torch.optim.Optimizer:
     """The optimiser over all parameters that may ever learn."""
     settings = config.optim
+    is_thawing = bool(config.model.unfreeze_every_epochs)
     groups = parameter_groups(
-        model.stages(),
+        model.stage_parameters(),
         lr=settings.lr,
         backbone_lr_scale=settings.backbone_lr_scale,
         layer_decay=settings.layer_decay,
         weight_decay=settings.weight_decay,
         decay_norms_and_biases=settings.decay_norms_and_biases,
+        no_weight_decay=model.no_weight_decay,
+        include_frozen=is_thawing,
     )
-    return create_optimizer(settings.name, groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    # Fabric cannot clip what the fused kernel unscales by itself, which fp16 needs.
+    return create_optimizer(settings.name, groups, use_fused=not settings.clip_norm)
 
 
-def build_schedule(config: Config, *, steps_per_epoch: int) -> Schedule:
-    """Learning rate as a function of the update's number."""
-    settings = config.schedule
-    return Schedule(
-        settings.name,
-        steps_per_epoch=steps_per_epoch,
-        total_epochs=config.train.epochs,
-        warmup_epochs=settings.warmup_epochs,
-        restart_epochs=settings.restart_epochs or max(config.train.epochs, 1),
-        restart_factor=settings.restart_factor,
-        min_factor=settings.min_factor,
-    )
+def schedule_settings(config: Config) -> dict[str, Any]:
+    """Arguments that the schedule and its warnings share."""
+    return config.schedule.model_dump() | {"total_epochs": config.train.epochs}
+
+
+def build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int) -> Schedule:
+    """Learning rates as a function of the update's number."""
+    return Schedule(optimizer, steps_per_epoch=steps_per_epoch, **schedule_settings(config))
 
 
 def build_class_weights(config: Config, prior: NDArray[np.float64]) -> Tensor | None:

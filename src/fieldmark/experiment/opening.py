@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fieldmark.config import Config, dump_config
 from fieldmark.data.cache import PhotoCache, open_cache
 from fieldmark.data.index import PhotoIndex, save_split_table
-from fieldmark.data.loader import auto_workers
+from fieldmark.data.loader import Loader, auto_workers
 from fieldmark.engine.average import RunningAverage
 from fieldmark.engine.loop import EpochTally, TrainState
 from fieldmark.errors import DataError, ResourceError, RunError
@@ -26,6 +26,7 @@ from fieldmark.experiment.dataset import Dataset, Progress, inspect, prepare_dat
 from fieldmark.experiment.environment import describe_environment, usable_cores
 from fieldmark.experiment.session import Session
 from fieldmark.optim.schedule import schedule_warnings
+from fieldmark.vision.model import freeze_stages
 
 
 def make_folder(path: Path) -> None:
@@ -71,9 +72,10 @@ def open_session(
     torch.manual_seed(config.train.seed)
     if config.train.deterministic and fabric.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
-    dataset = (
-        _resumed_dataset(config, path, progress) if is_resumed else prepare_dataset(config.data, progress=progress)
-    )
+    if start == "resumed":
+        dataset = _resumed_dataset(config, path, progress)
+    else:
+        dataset = prepare_dataset(config.data, progress=progress)
     index = dataset.index
     cache, cache_note = _open_cache(config, dataset, fabric, progress)
     workers, workers_note = _workers(config, fabric, is_cached=cache is not None)
@@ -92,7 +94,7 @@ def open_session(
         state=None,  # type: ignore[arg-type]  # set by `begin`, after the probe has changed the model
         evaluation=evaluation,
         cache=cache,
-        workers=workers,
+        loader=Loader(workers=workers, threads=usable_cores() if not workers else 1),
         train_numbers=_numbers(index, "train"),
         val_numbers=_numbers(index, "val"),
     )
@@ -111,14 +113,15 @@ def begin(session: Session) -> None:
     if session.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = fabric.to_device(model)
-    optimizer = build.build_optimizer(config, model)
-    network, optimizer = fabric.setup(_compiled(config, model, fabric), optimizer)
+    freeze_stages(model, session.phase(0).freeze)
+    plain = build.build_optimizer(config, model)
+    network, optimizer = fabric.setup(_compiled(config, model, fabric), plain)
     per_process = -(-train.batch_size // fabric.world_size)
     session.state = TrainState(
         model=model,
         network=network,
         optimizer=optimizer,
-        schedule=build.build_schedule(config, steps_per_epoch=session.steps_per_epoch),
+        schedule=build.build_schedule(config, plain, steps_per_epoch=session.steps_per_epoch),
         average=RunningAverage(model, decay=train.ema_decay) if train.ema_decay else None,
         tally=EpochTally.zeros(fabric.device),
         micro_batch_size=min(train.micro_batch_size or per_process, per_process),
@@ -232,15 +235,7 @@ def _notes(session: Session, choices: dict[str, build.Choice]) -> list[str]:
     notes += [f"warning: {text}" for text in session.built.weights.warnings()]
     notes += [f"{name}: {choice.value} ({choice.reason})" for name, choice in choices.items()]
     if config.train.epochs:
-        notes += [
-            f"warning: {text}"
-            for text in schedule_warnings(
-                config.schedule.name,
-                total_epochs=config.train.epochs,
-                restart_epochs=config.schedule.restart_epochs or config.train.epochs,
-                restart_factor=config.schedule.restart_factor,
-            )
-        ]
+        notes += [f"warning: {text}" for text in schedule_warnings(**build.schedule_settings(config))]
     return notes
 
 

@@ -298,7 +298,7 @@ def _named(session: Session, error: NonFiniteError) -> TrainingError:
     """The same error, with the names of the photos."""
     names = [session.dataset.index.photos[number].path for number in error.numbers]
     shown = ", ".join(repr(name) for name in names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
-    lr = session.state.schedule.last_lr
+    lr = session.state.lr
     return TrainingError(
         f"{error}. The photos of that update: {shown}. Learning rate {lr:g}. The last good weights are kept in "
         f"{session.path}. Lower optim.lr, set optim.clip_norm=1, or train with train.precision=32-true"

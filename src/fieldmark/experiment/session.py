@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fieldmark.config import Config, MixConfig
 from fieldmark.data.cache import PhotoCache
-from fieldmark.data.loader import Batch, batches, epoch_order
+from fieldmark.data.loader import Batch, Loader, epoch_order, shard_plan
 from fieldmark.engine import metrics
 from fieldmark.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights, whole_or_absent
 from fieldmark.engine.evaluate import Predictions, predict_batches
@@ -58,7 +58,7 @@ class Session:
         state: All that changes while learning.
         evaluation: How a photo becomes the picture that is judged.
         cache: Reduced photos, or None.
-        workers: Loader processes.
+        loader: Prepares batches.
         train_numbers: (N,) photo numbers of the training split.
         val_numbers: (N,) photo numbers of the validation split.
         seconds: Training time of earlier processes of this run.
@@ -73,7 +73,7 @@ class Session:
     state: TrainState
     evaluation: EvalSpec
     cache: PhotoCache | None
-    workers: int
+    loader: Loader
     train_numbers: NDArray[np.int64]
     val_numbers: NDArray[np.int64]
     seconds: float = 0.0
@@ -144,8 +144,8 @@ class Session:
         )
         updates = self._updates(epoch)[first_step:]
         rank, processes = self.fabric.global_rank, self.fabric.world_size
-        shares = [np.array_split(np.asarray(update), processes)[rank].tolist() for update in updates]
-        loaded = batches(prepare, shares, epoch=epoch, workers=self.workers)
+        shares = shard_plan(updates, rank=rank, processes=processes)
+        loaded = self.loader.batches(prepare, shares, epoch=epoch)
         for step, (batch, update) in enumerate(zip(loaded, updates, strict=True), start=first_step):
             number = epoch * self.steps_per_epoch + step
             yield self._mixed(batch, epoch, number, len(update), is_mixing=phase.is_mixing)
@@ -156,7 +156,7 @@ class Session:
         plan = [numbers[start : start + size].tolist() for start in range(0, len(numbers), size)]
         share = plan[self.fabric.global_rank :: self.fabric.world_size]
         prepare = EvalPhotos(self.reader(), self.evaluation, keeps_broken=False)
-        return batches(prepare, share, epoch=0, workers=self.workers)
+        return self.loader.batches(prepare, share, epoch=0)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Validation figures; empty without validation photos."""
