@@ -1,0 +1,191 @@
+"""A learning rate from a short sweep: rates rise until the loss explodes, and the model is put back as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fieldmark.errors import ConfigError, TrainingError
+
+_MIN_POINTS = 8
+"""Fewer rates than this say nothing about a slope."""
+
+
+@dataclass(frozen=True, slots=True)
+class LrSweep:
+    """The outcome of a sweep, plain numbers ready to plot.
+
+    Args:
+        lrs: Rate of the group with the highest rate, at each update.
+        losses: Loss before that update.
+        smoothed: The same, exponentially smoothed.
+        suggestion: The rate to train with; `valley`.
+        valley: Rate half way down the longest fall of the smoothed loss.
+        steepest: Rate at which the smoothed loss falls fastest over log rate.
+        stopped_early: The loss exploded before the highest rate.
+    """
+
+    lrs: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    suggestion: float
+    valley: float
+    steepest: float
+    stopped_early: bool
+
+
+def find_lr(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    *,
+    backward: Callable[[Tensor], Any],
+    min_lr: float,
+    max_lr: float,
+    num_steps: int,
+    smoothing: float,
+    stop_ratio: float,
+) -> LrSweep:
+    """Train for a moment with rising rates, note the losses, and undo it all.
+
+    Model (parameters, buffers, mode), optimiser (state and rates) and torch's random state are afterwards as before;
+    gradients are cleared.
+
+    Args:
+        model: Trained in training mode.
+        optimizer: Its groups' `base_lr` (or `lr`) keep their ratios; the highest of them goes through the sweep.
+        batches: (inputs, targets); at most `num_steps` are read. A source that is shorter ends the sweep.
+        loss_fn: (logits, targets) -> 0-d loss.
+        backward: Computes gradients of a loss: `Tensor.backward`, or Fabric's `backward`.
+        min_lr: First rate, > 0.
+        max_lr: Last rate, > `min_lr`.
+        num_steps: Updates, at least 8.
+        smoothing: Weight of the past in the smoothed loss, in [0, 1); it is corrected for its start at zero.
+        stop_ratio: Stop when the smoothed loss is above its minimum this many times.
+
+    Raises:
+        ConfigError: The rates or the number of updates make no sweep.
+        TrainingError: The loss exploded or the batches ended before there was anything to see.
+
+    Source:
+        Smith, "Cyclical Learning Rates", arXiv:1506.01186, section 3.3; the valley rule is fastai's
+        (fastai/callback/schedule.py, `valley`).
+    """
+    if not 0 < min_lr < max_lr or num_steps < _MIN_POINTS:
+        raise ConfigError(
+            f"a sweep needs 0 < lowest rate < highest rate and at least {_MIN_POINTS} updates; "
+            f"got {min_lr:g} to {max_lr:g} in {num_steps}"
+        )
+    model_state = copy.deepcopy(model.state_dict())
+    optimizer_state = copy.deepcopy(optimizer.state_dict())
+    modes = {module: module.training for module in model.modules()}
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.train()
+            lrs, losses, smoothed = _sweep(
+                model, optimizer, batches, loss_fn, backward, _rates(min_lr, max_lr, num_steps), smoothing, stop_ratio
+            )
+    finally:
+        model.load_state_dict(model_state)
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.load_state_dict(optimizer_state)
+        for module, mode in modes.items():
+            module.training = mode
+    if len(lrs) < _MIN_POINTS:
+        raise TrainingError(
+            f"the learning-rate sweep saw only {len(lrs)} finite losses from {min_lr:g} on: give at least "
+            f"{_MIN_POINTS} batches, or start lower"
+        )
+    # As fastai: the first tenth is noise of the start, the last few points are the explosion.
+    window = slice(len(lrs) // 10, max(len(lrs) - 5, len(lrs) // 10 + 3))
+    valley = valley_point(lrs[window], smoothed[window])
+    return LrSweep(
+        tuple(lrs),
+        tuple(losses),
+        tuple(smoothed),
+        suggestion=valley,
+        valley=valley,
+        steepest=steepest_point(lrs[window], smoothed[window]),
+        stopped_early=len(lrs) < num_steps,
+    )
+
+
+def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
+    """The rate in the middle of the longest fall: half way through the longest decreasing subsequence of the losses.
+
+    Args:
+        lrs: Rising rates.
+        losses: Smoothed losses at these rates.
+
+    Source:
+        fastai, `fastai.callback.schedule.valley`: longest decreasing subsequence by dynamic programming, cut in three
+        sections; the point is one section and a half in.
+    """
+    lengths = [1] * len(losses)
+    start = end = 0
+    for i in range(1, len(losses)):
+        for j in range(i):
+            if losses[i] < losses[j] and lengths[i] < lengths[j] + 1:
+                lengths[i] = lengths[j] + 1
+            if lengths[end] < lengths[i]:
+                end = i
+                start = end - lengths[end]
+    section = (end - start) / 3
+    return lrs[start + int(section) + int(section / 2)]
+
+
+def steepest_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
+    """The rate at which the loss falls fastest over the logarithm of the rate, by central differences."""
+    if len(lrs) < 3:
+        return lrs[0]
+    slopes = [
+        (losses[i + 1] - losses[i - 1]) / (math.log(lrs[i + 1]) - math.log(lrs[i - 1])) for i in range(1, len(lrs) - 1)
+    ]
+    return lrs[1 + slopes.index(min(slopes))]
+
+
+def _rates(min_lr: float, max_lr: float, num_steps: int) -> list[float]:
+    return [min_lr * (max_lr / min_lr) ** (number / (num_steps - 1)) for number in range(num_steps)]
+
+
+def _sweep(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    backward: Callable[[Tensor], Any],
+    rates: Sequence[float],
+    smoothing: float,
+    stop_ratio: float,
+) -> tuple[list[float], list[float], list[float]]:
+    base = [float(group.get("base_lr", group["lr"])) for group in optimizer.param_groups]
+    lrs: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    average = 0.0
+    for rate, (inputs, targets) in zip(rates, batches, strict=False):
+        for group, its_base in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = rate * its_base / max(base)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_fn(model(inputs), targets)
+        value = float(loss.item())
+        if not math.isfinite(value):
+            break
+        average = smoothing * average + (1 - smoothing) * value
+        lrs.append(rate)
+        losses.append(value)
+        smoothed.append(average / (1 - smoothing ** len(lrs)))
+        if smoothed[-1] > stop_ratio * min(smoothed):
+            break
+        backward(loss)
+        optimizer.step()
+    return lrs, losses, smoothed
