@@ -15,27 +15,25 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def open_progress(title: str, *, unit: str, stream: TextIO | None = None) -> TerminalProgress | PlainProgress:
+def open_progress(title: str, *, stream: TextIO | None = None) -> TerminalProgress | PlainProgress:
     """Progress fit for where it is seen.
 
     Args:
-        title: What is going on, such as "training".
-        unit: What is counted, in the plural, such as "steps".
+        title: What is going on, such as "train".
         stream: Where to write; None is stderr, as it is when called.
     """
     # Windows programs without a console have no stderr at all.
     target = stream or sys.stderr or io.StringIO()
     if target.isatty():
-        return TerminalProgress(title, unit=unit, stream=target)
-    return PlainProgress(title, unit=unit, stream=target, clock=time.monotonic)
+        return TerminalProgress(title, stream=target)
+    return PlainProgress(title, stream=target, clock=time.monotonic)
 
 
 class TerminalProgress:
     """A bar with share, count and time to finish, that messages scroll above."""
 
-    def __init__(self, title: str, *, unit: str, stream: TextIO) -> None:
+    def __init__(self, title: str, *, stream: TextIO) -> None:
         self._title = title
-        self._unit = unit
         self._stream = stream
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -59,11 +57,11 @@ class TerminalProgress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn(self._unit),
                 TimeRemainingColumn(compact=True),
                 TextColumn("to finish"),
                 console=Console(file=self._stream),
                 transient=True,
+                redirect_stdout=False,  # results may be piped elsewhere
             )
             self._bar.start()
         if self._task is not None:
@@ -89,14 +87,12 @@ class PlainProgress:
 
     Args:
         title: What is going on.
-        unit: What is counted.
         stream: Where to write.
         clock: Seconds from any fixed moment; an argument so that tests need not wait.
     """
 
-    def __init__(self, title: str, *, unit: str, stream: TextIO, clock: Callable[[], float]) -> None:
+    def __init__(self, title: str, *, stream: TextIO, clock: Callable[[], float]) -> None:
         self._title = title
-        self._unit = unit
         self._stream = stream
         self._clock = clock
         self._total = 0
@@ -128,7 +124,7 @@ class PlainProgress:
         self._last_line = now
         per_second = (self._done - self._done_at_start) / max(now - self._started, 1e-9)
         left = format_seconds((self._total - self._done) / per_second) if per_second > 0 else "unknown time"
-        self._write(f"{self._title}: {self._done}/{self._total} {self._unit}, {left} to finish")
+        self._write(f"{self._title}: {self._done}/{self._total}, {left} to finish")
 
     def message(self, text: str) -> None:
         """One line."""

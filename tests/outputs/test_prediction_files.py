@@ -57,9 +57,9 @@ def test_the_long_form_brings_back_every_probability(tmp_path):
     rows = [make_prediction(f"{n}.jpg", row) for n, row in enumerate(random)]
     save_predictions([*rows, ROWS[2]], tmp_path / "p.csv", classes=CLASSES, form="long")
     header, *lines = read_csv(tmp_path / "p.csv")
-    assert header == ["path", "pred_label", "probability", "problem", "p:2", "p:10", "p:great, tit"]
-    assert np.array_equal(np.array([line[4:] for line in lines[:-1]], np.float32), random)
-    assert lines[-1] == ["b/11.png", "", "", "truncated", "", "", ""]
+    assert header == ["path", "pred_label", "probability", "is_unknown", "problem", "p:2", "p:10", "p:great, tit"]
+    assert np.array_equal(np.array([line[5:] for line in lines[:-1]], np.float32), random)
+    assert lines[-1] == ["b/11.png", "", "", "true", "truncated", "", "", ""]
 
 
 def test_json_and_parquet_hold_the_same_rows(tmp_path):
@@ -86,7 +86,7 @@ def test_any_name_comes_back_unharmed(tmp_path_factory, names):
     rows = [make_prediction(f"{name}/x.jpg", np.eye(len(names))[k], classes=names) for k, name in enumerate(names)]
     save_predictions(rows, folder / "p.csv", classes=names, form="long")
     header, *lines = read_csv(folder / "p.csv")
-    assert [column.removeprefix("p:") for column in header[4:]] == names
+    assert [column.removeprefix("p:") for column in header[5:]] == names
     assert [line[1] for line in lines] == names
     assert [line[0] for line in lines] == [f"{name}/x.jpg" for name in names]
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fieldmark.engine.checkpoint import whole_or_absent
 from fieldmark.engine.metrics import confusion_matrix, summarize, wilson_interval
 from fieldmark.errors import RunError
+from fieldmark.experiment.dataset import Progress
 from fieldmark.outputs.figures import confusion_figure, figure_png
 
 METRIC_NAMES = {
@@ -89,6 +90,32 @@ class Scores:
             "classes": [{key: _defined(value) for key, value in asdict(row).items()} for row in self.classes],
             "confusion": self.confusion.tolist(),
         }
+
+
+def evaluate_run(path: Path, *, split: str, data: Path | None, progress: Progress) -> Scores:
+    """Judge one split of a run.
+
+    Stored predictions of the kept weights are used where there are some, so this needs no photos then; else the photos
+    are predicted, and the predictions stored.
+
+    Args:
+        path: The run folder.
+        split: `val`, `test` or `train`.
+        data: Where the photos are now; predicts them anew. None is where they were.
+        progress: Where to tell how far the work is.
+
+    Raises:
+        RunError: No such run, or no labelled photos in `split`.
+        PhotoError: A photo broke or vanished.
+    """
+    from fieldmark.experiment.run import Run, evaluate
+
+    run = Run(path)
+    if data is None and (path / "predictions" / f"{split}.parquet").is_file():
+        stored = run.predictions(split)
+    else:
+        stored = evaluate(run, split=split, data=data, progress=progress).predictions
+    return score(stored.probabilities, stored.labels, run.classes, run.prior, split=split)
 
 
 def score(

@@ -37,8 +37,8 @@ def save_predictions(
         path: `.csv`, `.zip` (holding `prediction.csv`), `.json` or `.parquet`; folders on the way are made.
         classes: K names, in order of class number.
         form: `leaderboard` has `image_name,pred_label`, the name without its extension; `long` has the path, the
-            label, its probability, the problem of an unreadable photo, and a column `p:<class>` for each class. JSON
-            and Parquet are always long.
+            label, its probability, whether that is too little to answer, the problem of an unreadable photo, and a
+            column `p:<class>` for each class. JSON and Parquet are always long.
 
     Returns:
         The predictions of photos that could not be read. Their rows have an empty label.
@@ -200,15 +200,16 @@ def _leaderboard_row(prediction: Prediction) -> list[str]:
 
 
 def _long_header(classes: Sequence[str]) -> list[str]:
-    return ["path", "pred_label", "probability", "problem", *(f"p:{name}" for name in classes)]
+    return ["path", "pred_label", "probability", "is_unknown", "problem", *(f"p:{name}" for name in classes)]
 
 
 def _long_row(prediction: Prediction, num_classes: int) -> list[str]:
     head = [prediction.path, prediction.label]
     if prediction.problem:
-        return [*head, "", prediction.problem, *[""] * num_classes]
+        return [*head, "", "true", prediction.problem, *[""] * num_classes]
     # Nine digits bring back every float32.
-    return [*head, f"{prediction.probability:.9g}", "", *(f"{p:.9g}" for p in prediction.probabilities)]
+    is_unknown = "true" if prediction.is_unknown else "false"
+    return [*head, f"{prediction.probability:.9g}", is_unknown, "", *(f"{p:.9g}" for p in prediction.probabilities)]
 
 
 def _save_json(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
@@ -216,20 +217,21 @@ def _save_json(predictions: Iterable[Prediction], path: Path, classes: Sequence[
         file.write('{"classes": ' + json.dumps(list(classes)) + ', "predictions": [')
         for number, prediction in enumerate(predictions):
             file.write(",\n" if number else "\n")
-            file.write(json.dumps(json_row(prediction, classes)))
+            file.write(json.dumps(json_row(prediction)))
         file.write("\n]}\n")
 
 
-def json_row(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+def json_row(prediction: Prediction) -> dict[str, Any]:
     """One prediction as plain data; the probabilities of an unreadable photo are None."""
     return {
         "path": prediction.path,
         "pred_label": prediction.label or None,
         "probability": None if prediction.problem else float(f"{prediction.probability:.9g}"),
         "problem": prediction.problem,
+        "is_unknown": prediction.is_unknown,
         "probabilities": None
         if prediction.problem
-        else {name: float(f"{p:.9g}") for name, p in zip(classes, prediction.probabilities, strict=True)},
+        else {name: float(f"{p:.9g}") for name, p in zip(prediction.classes, prediction.probabilities, strict=True)},
     }
 
 
@@ -238,7 +240,8 @@ def _save_parquet(predictions: Iterable[Prediction], path: Path, classes: Sequen
     import pyarrow.parquet as pq
 
     text, number = pa.string(), pa.float32()
-    fields = [("path", text), ("pred_label", text), ("probability", number), ("problem", text)]
+    fields = [("path", text), ("pred_label", text), ("probability", number)]
+    fields += [("is_unknown", pa.bool_()), ("problem", text)]
     schema = pa.schema([*fields, *((f"p:{name}", number) for name in map(_utf8, classes))])
     with pq.ParquetWriter(path, schema) as writer:
         rows = iter(predictions)
@@ -247,6 +250,7 @@ def _save_parquet(predictions: Iterable[Prediction], path: Path, classes: Sequen
                 [_utf8(prediction.path) for prediction in group],
                 [_utf8(prediction.label) if prediction.label else None for prediction in group],
                 [None if prediction.problem else prediction.probability for prediction in group],
+                [prediction.is_unknown for prediction in group],
                 [prediction.problem for prediction in group],
                 *(
                     [None if prediction.problem else float(prediction.probabilities[k]) for prediction in group]
