@@ -98,11 +98,12 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool
     """
     settings: dict[str, Any] = {"lr": groups[-1]["lr"], "weight_decay": 0.0}  # each group brings its own
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    fused = {"fused": True} if use_fused and devices <= {"cpu", "cuda", "mps", "xpu"} else {}
+    # None leaves the choice to torch: its kernel over many tensors on a GPU, else one tensor after the other.
+    fused = True if use_fused and devices <= {"cpu", "cuda", "mps", "xpu"} else None
     if name == "adamw":
-        return torch.optim.AdamW(groups, **settings, **fused)
+        return torch.optim.AdamW(groups, **settings, fused=fused)
     if name == "sgd":
-        return torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True, **settings, **fused)
+        return torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True, **settings, fused=fused)
     names = optimizer_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3)
