@@ -6,6 +6,7 @@ traceback), 2 the user can mend it (one message), 130 stopped from the keyboard.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ DEFAULT_RECIPE = "strong"
 def main() -> None:
     """Run the command line; the one place where our errors become a message and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         app()
