@@ -1,0 +1,129 @@
+"""What the server asks of a model, and a run or an export as such a model.
+
+Letters: B batch, K classes, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fieldmark.outputs.attention import AttentionMaps
+    from fieldmark.outputs.predictor import Predictor
+    from fieldmark.vision.augment import EvalSpec
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A photo, ready for the model.
+
+    Attributes:
+        picture: (3, S, S) float32, normalised.
+        box: x, y, width, height of what the model sees, as shares of the upright photo.
+    """
+
+    picture: NDArray[np.float32]
+    box: tuple[float, float, float, float]
+
+
+class PhotoModel(Protocol):
+    """What the server asks of a model."""
+
+    @property
+    def name(self) -> str:
+        """What people call it; never a path."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names, in order of class number."""
+        ...
+
+    @property
+    def threshold(self) -> float:
+        """Least probability that is answered; 0 answers everything."""
+        ...
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether `attention` can be asked."""
+        ...
+
+    def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
+        """Decode one photo; raises PhotoError."""
+        ...
+
+    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, 3, S, S) -> (B, K), rows sum to 1."""
+        ...
+
+    def attention(self, picture: NDArray[np.float32], class_number: int) -> NDArray[np.float32]:
+        """(h, w) in [0, 1]: where the model looked for a class."""
+        ...
+
+
+class ServedModel:
+    """A run folder or an exported model behind the server."""
+
+    def __init__(self, predictor: Predictor, *, name: str, maps: AttentionMaps | None) -> None:
+        self._predictor = predictor
+        self._maps = maps
+        self.name = name
+        self.classes = predictor.classes
+        self.threshold = predictor.threshold
+
+    @classmethod
+    def load(cls, path: Path) -> ServedModel:
+        """Load a run folder (with attention maps, for convolutional models) or an export (without).
+
+        Raises:
+            FieldmarkError: Neither is there, or it cannot be loaded.
+        """
+        from fieldmark.experiment.folder import Run
+        from fieldmark.outputs.attention import AttentionMaps
+        from fieldmark.outputs.metadata import FILE
+        from fieldmark.outputs.predictor import Predictor
+
+        predictor = Predictor.load(path)
+        maps = None
+        if not (path / FILE).is_file():
+            maps = AttentionMaps(Run(path).load_model())
+        return cls(predictor, name=path.resolve().name, maps=maps)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether `attention` can be asked."""
+        return self._maps is not None and self._maps.is_available
+
+    def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
+        """Decode one photo; raises PhotoError."""
+        from fieldmark.data.decode import decode
+        from fieldmark.vision.augment import eval_reference
+
+        photo = decode(data, background=self._predictor.background, max_pixels=max_pixels)
+        spec = self._predictor.spec
+        return Prepared(eval_reference(photo, spec).numpy(), seen_box(photo.shape[1], photo.shape[0], spec))
+
+    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, 3, S, S) -> (B, K), calibrated."""
+        return self._predictor.probabilities(images)
+
+    def attention(self, picture: NDArray[np.float32], class_number: int) -> NDArray[np.float32]:
+        """(28, 28) in [0, 1]."""
+        assert self._maps is not None
+        maps: Any = self._maps(picture[None], [class_number])
+        return maps[0]
+
+
+def seen_box(width: int, height: int, spec: EvalSpec) -> tuple[float, float, float, float]:
+    """The part of a photo that the evaluation transform keeps, as shares x, y, width, height."""
+    if spec.transform == "squash":
+        return (0.0, 0.0, 1.0, 1.0)
+    side = min(width, height) * spec.crop_fraction
+    return ((width - side) / 2 / width, (height - side) / 2 / height, side / width, side / height)

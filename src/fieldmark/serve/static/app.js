@@ -1,0 +1,189 @@
+"use strict";
+
+// Everything that comes from the server or from a file name enters the page as text, never as HTML.
+const byId = (id) => document.getElementById(id);
+const results = byId("results");
+let model = { has_attention: false, max_photos: 1 };
+let names = [];
+
+const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.001 ? 2 : 1)} %`;
+const readable = (name) => name.replaceAll("_", " ");
+
+function headers() {
+  const key = byId("key").value || sessionStorage.getItem("key") || "";
+  return key ? { "X-API-Key": key } : {};
+}
+
+async function reasonOf(response) {
+  try {
+    const detail = (await response.json()).detail;
+    return typeof detail === "string" ? detail : JSON.stringify(detail);
+  } catch {
+    return `the server answered ${response.status}`;
+  }
+}
+
+async function open() {
+  try {
+    model = await (await fetch("health")).json();
+    byId("about").textContent = `${model.model} knows ${model.classes} classes.`;
+    document.title = `${model.model} – Fieldmark`;
+    await loadClasses();
+  } catch {
+    byId("about").textContent = "The server does not answer. Is it still running?";
+  }
+}
+
+async function loadClasses() {
+  const response = await fetch("classes", { headers: headers() });
+  byId("key-box").hidden = response.ok && !byId("key").value;
+  if (response.status === 401) byId("key-box").open = true;
+  if (!response.ok) return;
+  names = (await response.json()).classes;
+  showClasses();
+}
+
+function showClasses() {
+  const wanted = byId("search").value.trim().toLowerCase();
+  const found = names.filter((name) => readable(name).toLowerCase().includes(wanted));
+  byId("classes").replaceChildren(...found.map((name) => {
+    const item = document.createElement("li");
+    item.textContent = readable(name);
+    return item;
+  }));
+}
+
+function newCard(file) {
+  const card = byId("card").content.cloneNode(true).firstElementChild;
+  const image = card.querySelector("img");
+  image.src = URL.createObjectURL(file);
+  image.alt = `Your photo ${file.name || ""}`.trim();
+  image.addEventListener("error", () => card.querySelector("figure").remove(), { once: true });
+  card.querySelector("h2").textContent = "Looking …";
+  results.prepend(card);
+  return card;
+}
+
+function fail(card, reason) {
+  card.classList.add("failed");
+  card.querySelector("h2").textContent = "Not answered";
+  card.querySelector(".note").textContent = reason;
+}
+
+function show(card, answer, threshold) {
+  if (answer.problem) return fail(card, `This file ${answer.problem}.`);
+  card.classList.toggle("unknown", answer.is_unknown);
+  card.querySelector("h2").textContent = answer.is_unknown ? "Unknown" : readable(answer.label);
+  card.querySelector(".note").textContent = answer.is_unknown
+    ? `Nothing reaches ${percent(threshold)}, what this model needs to answer. The likeliest names:`
+    : `${percent(answer.top[0].probability)} sure`;
+  card.querySelector(".bars").replaceChildren(...answer.top.map(({ label, probability }) => {
+    const row = document.createElement("li");
+    row.style.setProperty("--share", percent(probability).replace(" ", ""));
+    const name = document.createElement("span");
+    const share = document.createElement("span");
+    name.textContent = readable(label);
+    share.textContent = percent(probability);
+    share.className = "share";
+    row.append(name, share);
+    return row;
+  }));
+  if (answer.attention) addOverlay(card, answer);
+}
+
+function addOverlay(card, answer) {
+  const button = card.querySelector(".overlay");
+  const canvas = card.querySelector("canvas");
+  const image = card.querySelector("img");
+  button.hidden = false;
+  draw(canvas, answer.attention);
+  const place = () => {
+    // object-fit: contain leaves bars beside the picture; the map covers what the model saw of the picture.
+    const scale = Math.min(image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight);
+    const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
+    const [x, y, w, h] = answer.seen;
+    Object.assign(canvas.style, {
+      left: `${(image.clientWidth - width) / 2 + x * width}px`,
+      top: `${(image.clientHeight - height) / 2 + y * height}px`,
+      width: `${w * width}px`,
+      height: `${h * height}px`,
+    });
+  };
+  button.addEventListener("click", () => {
+    canvas.hidden = !canvas.hidden;
+    button.setAttribute("aria-pressed", String(!canvas.hidden));
+    button.textContent = canvas.hidden ? "Show where it looked" : "Hide where it looked";
+    place();
+  });
+  addEventListener("resize", place);
+}
+
+function draw(canvas, rows) {
+  canvas.width = rows[0].length;
+  canvas.height = rows.length;
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(canvas.width, canvas.height);
+  rows.flat().forEach((value, place) => {
+    // Dark blue over magenta to yellow: brightness rises all the way, so it reads without colour too.
+    pixels.data.set([255 * Math.min(1, 1.6 * value), 255 * value ** 2, 255 * (0.35 + 0.4 * value - 0.7 * value ** 3), 255],
+      4 * place);
+  });
+  context.putImageData(pixels, 0, 0);
+}
+
+async function send(files) {
+  const cards = files.map(newCard);
+  const form = new FormData();
+  files.forEach((file) => form.append("photos", file));
+  byId("status").textContent = `Looking at ${files.length} ${files.length === 1 ? "photo" : "photos"} …`;
+  let response;
+  try {
+    response = await fetch(`predict?attention=${model.has_attention}`, { method: "POST", body: form, headers: headers() });
+  } catch {
+    cards.forEach((card) => fail(card, "The server does not answer."));
+    byId("status").textContent = "The server does not answer.";
+    return;
+  }
+  if (!response.ok) {
+    const reason = await reasonOf(response);
+    if (response.status === 401) Object.assign(byId("key-box"), { hidden: false, open: true });
+    cards.forEach((card) => fail(card, reason));
+    byId("status").textContent = `Not answered: ${reason}`;
+    return;
+  }
+  const answers = await response.json();
+  answers.photos.forEach((answer, place) => show(cards[place], answer, answers.threshold));
+  byId("status").textContent = answers.photos
+    .map((answer) => (answer.problem ? `could not be read: it ${answer.problem}`
+      : answer.is_unknown ? "unknown" : `${readable(answer.label)}, ${percent(answer.top[0].probability)}`))
+    .join("; ");
+}
+
+async function take(list) {
+  const files = [...list];
+  for (let start = 0; start < files.length; start += Math.min(8, model.max_photos)) {
+    await send(files.slice(start, start + Math.min(8, model.max_photos)));
+  }
+}
+
+for (const id of ["files", "camera"]) {
+  byId(id).addEventListener("change", (event) => {
+    take(event.target.files);
+    event.target.value = ""; // so that the same photo can be chosen again
+  });
+}
+const drop = byId("drop");
+addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
+addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  drop.classList.remove("over");
+  take(event.dataTransfer.files);
+});
+addEventListener("paste", (event) => take(event.clipboardData.files));
+byId("search").addEventListener("input", showClasses);
+byId("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", byId("key").value);
+  loadClasses();
+});
+open();

@@ -1,0 +1,244 @@
+"""Laws of the server: every answer is the model's or a reason, and nothing inside gets out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
+
+
+def predict(*contents, query=""):
+    return lambda client: client.post(f"/predict{query}", files=upload(*contents))
+
+
+def test_photos_are_answered_in_order_with_names_and_probabilities(model):
+    [answer] = ask(make_app(model), predict(make_photo((255, 0, 0)), make_photo((0, 0, 255), kind="PNG")))
+    body = answer.json()
+    assert answer.status_code == 200
+    assert [photo["label"] for photo in body["photos"]] == ["red", "blue <b>"]
+    assert body["photos"][0]["top"][0]["probability"] == pytest.approx(0.998, abs=2e-3)
+    assert [len(photo["top"]) for photo in body["photos"]] == [3, 3]
+    assert body["photos"][0]["seen"] == [0.25, 0.0, 0.5, 1.0]
+    assert body["photos"][0]["attention"] is None
+
+
+def test_top_and_attention_are_parameters(model):
+    [answer] = ask(make_app(model), predict(make_photo((0, 255, 0)), query="?top=1&attention=true"))
+    [photo] = answer.json()["photos"]
+    assert [row["label"] for row in photo["top"]] == ["green"]
+    assert photo["attention"] == [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_below_the_threshold_the_answer_is_unknown_and_the_names_are_still_listed(model):
+    [answer] = ask(make_app(model), predict(make_photo((120, 120, 120))))
+    [photo] = answer.json()["photos"]
+    assert photo["is_unknown"]
+    assert photo["label"] is None
+    assert len(photo["top"]) == 3
+
+
+def test_a_broken_photo_keeps_its_place_and_does_not_harm_the_others(model):
+    [answer] = ask(make_app(model), predict(b"no photo", make_photo((0, 255, 0))))
+    broken, good = answer.json()["photos"]
+    assert broken["problem"] == "is not an image"
+    assert (broken["label"], broken["top"]) == (None, [])
+    assert good["label"] == "green"
+
+
+@pytest.mark.parametrize(
+    ("contents", "query", "status", "reason"),
+    [
+        ([b"no photo"], "", 422, "photo 1 is not an image"),
+        ([b""], "", 422, "photo 1 is empty"),
+        ([make_photo()[:400]], "", 422, "photo 1 is truncated"),
+        ([make_photo(size=(2000, 2000))], "", 422, "4000000 pixels"),
+        ([make_photo()] * 9, "", 413, "9 photos in one request; at most 8 are taken"),
+        ([b"x" * 300_000], "", 413, "larger than 200000 bytes"),
+        ([make_photo()], "?top=0", 422, "query.top"),
+        ([make_photo()], "?attention=perhaps", 422, "query.attention"),
+    ],
+)
+def test_bad_requests_get_a_4xx_with_the_reason(model, contents, query, status, reason):
+    [answer] = ask(make_app(model), predict(*contents, query=query))
+    assert answer.status_code == status
+    assert reason in answer.json()["detail"].replace(",", "")
+    assert "Traceback" not in answer.text
+    assert "/site-packages" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"content": b"{}", "headers": {"content-type": "application/json"}},
+        {"content": b"", "headers": {"content-type": "multipart/form-data"}},
+        {"content": b"--x\r\nbroken", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+        {"data": {"photos": "text"}},
+        {"files": {"other": ("a.jpg", b"x")}},
+        {"content": b"\xff" * 100, "headers": {"content-type": b"multipart/form-data; boundary=\xff"}},
+    ],
+)
+def test_a_body_that_is_no_form_of_photos_is_a_4xx(model, request_):
+    [answer] = ask(make_app(model), lambda client: client.post("/predict", **request_))
+    assert answer.status_code in (400, 422)
+    assert isinstance(answer.json()["detail"], str)
+
+
+def test_a_lying_content_length_does_not_let_a_large_body_in(model):
+    async def chunks():
+        for _ in range(10):
+            yield b"x" * 50_000
+
+    [answer] = ask(make_app(model), lambda client: client.post("/predict", content=chunks()))
+    assert answer.status_code == 413
+
+
+def test_a_body_that_never_ends_is_given_up(model):
+    async def slow():
+        yield b"--x"
+        await asyncio.sleep(30)
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    app = make_app(model, body_seconds=0.1)
+    [answer] = ask(app, lambda client: client.post("/predict", content=slow(), headers=headers))
+    assert answer.status_code == 408
+    assert "within 0.1 seconds" in answer.json()["detail"]
+
+
+def test_a_full_queue_answers_503_with_retry_after_and_serves_again_afterwards(model):
+    async def run():
+        async with client_of(make_app(model, max_queued=4)) as client:
+            model.gate.clear()
+            waiting = [asyncio.create_task(client.post("/predict", files=upload(make_photo()))) for _ in range(4)]
+            while (await client.get("/health")).json()["waiting"] < 4:
+                await asyncio.sleep(0.01)
+            refused = await client.post("/predict", files=upload(make_photo()))
+            model.gate.set()
+            answers = await asyncio.gather(*waiting)
+            again = await client.post("/predict", files=upload(make_photo()))
+            return refused, answers, again
+
+    refused, answers, again = asyncio.run(run())
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "2"
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert again.status_code == 200
+
+
+def test_an_answer_that_takes_too_long_is_a_503_and_the_server_lives_on(model):
+    async def run():
+        async with client_of(make_app(model, answer_seconds=0.2)) as client:
+            model.gate.clear()
+            late = await client.post("/predict", files=upload(make_photo()))
+            model.gate.set()
+            return late, await client.post("/predict", files=upload(make_photo()))
+
+    late, again = asyncio.run(run())
+    assert (late.status_code, again.status_code) == (503, 200)
+    assert "retry-after" in late.headers
+
+
+def test_requests_share_batches(model):
+    async def run():
+        async with client_of(make_app(model, max_batch=4)) as client:
+            model.gate.clear()
+            tasks = [asyncio.create_task(client.post("/predict", files=upload(make_photo()))) for _ in range(9)]
+            while (await client.get("/health")).json()["waiting"] < 9:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)  # until the decoders are done too
+            model.gate.set()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    assert sum(model.batches) == 9
+    assert max(model.batches) == 4
+    assert len(model.batches) <= 5
+
+
+def test_a_model_that_fails_is_a_500_without_its_words_and_the_server_lives_on(model, caplog):
+    calls = []
+
+    def first_fails(images):
+        calls.append(len(images))
+        if len(calls) == 1:
+            raise RuntimeError("/secret/path")
+        return type(model).probabilities(model, images)
+
+    model.probabilities = first_fails
+    broken, good = ask(make_app(model), predict(make_photo()), predict(make_photo()))
+    assert broken.status_code == 500
+    assert "secret" not in broken.text
+    assert "secret" in caplog.text
+    assert good.status_code == 200
+
+
+def test_the_key_guards_all_but_the_page_and_health(model):
+    app = make_app(model, api_key="right")
+    statuses = ask(
+        app,
+        lambda client: client.get("/"),
+        lambda client: client.get("/health"),
+        lambda client: client.get("/static/app.js"),
+        lambda client: client.get("/classes"),
+        lambda client: client.get("/metrics"),
+        lambda client: client.get("/openapi.json"),
+        lambda client: client.post("/predict", files=upload(make_photo()), headers={"x-api-key": "wrong"}),
+        lambda client: client.get("/classes", headers={"x-api-key": "right"}),
+        lambda client: client.get("/classes", headers={"authorization": "Bearer right"}),
+    )
+    assert [answer.status_code for answer in statuses] == [200, 200, 200, 401, 401, 401, 401, 200, 200]
+
+
+def test_health_classes_and_metrics_say_what_is_served(model):
+    health, _, classes, metrics = ask(
+        make_app(model),
+        lambda client: client.get("/health"),
+        predict(make_photo(), b"broken"),
+        lambda client: client.get("/classes"),
+        lambda client: client.get("/metrics"),
+    )
+    assert health.json()["model"] == "colours"
+    assert classes.json() == {"classes": ["red", "green", "blue <b>"], "threshold": 0.5}
+    assert 'fieldmark_requests_total{path="/predict",status="200"} 1.0' in metrics.text
+    assert 'fieldmark_photos_total{outcome="unreadable"} 1.0' in metrics.text
+    assert "fieldmark_batch_photos_sum 1.0" in metrics.text
+
+
+def test_the_page_needs_nothing_from_elsewhere(model):
+    page, script, style, other = ask(
+        make_app(model),
+        lambda client: client.get("/"),
+        lambda client: client.get("/static/app.js"),
+        lambda client: client.get("/static/app.css"),
+        lambda client: client.get("/static/..%2fapp.py"),
+    )
+    for answer in (page, script, style):
+        assert answer.status_code == 200
+        assert "http://" not in answer.text
+        assert "https://" not in answer.text
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    assert "innerHTML" not in script.text
+    assert other.status_code == 404
+
+
+def test_stopping_answers_what_was_taken(model):
+    async def run():
+        app = make_app(model)
+        async with client_of(app) as client:
+            model.gate.clear()
+            task = asyncio.create_task(client.post("/predict", files=upload(make_photo(), make_photo())))
+            while not (await client.get("/health")).json()["waiting"]:
+                await asyncio.sleep(0.01)
+            asyncio.get_running_loop().call_later(0.2, model.gate.set)
+        return await task
+
+    assert asyncio.run(run()).status_code == 200
+
+
+def test_the_openapi_document_names_every_refusal(model):
+    [answer] = ask(make_app(model), lambda client: client.get("/openapi.json"))
+    document = answer.json()
+    assert set(document["paths"]) == {"/predict", "/health", "/classes", "/metrics"}
+    assert set(document["paths"]["/predict"]["post"]["responses"]) == {"200", "400", "401", "408", "413", "422", "503"}
+    assert json.dumps(document).count("http") == 0
