@@ -214,6 +214,13 @@ def test_drop_path_reaches_the_backbone_or_is_refused():
         make_classifier("densenet121", "meta", drop_path=0.1)
 
 
+def test_a_network_without_pooled_features_is_refused():
+    model = make_classifier()
+    model.backbone = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ConfigError, match=r"features of shape \(1, 4, 6, 6\) rather than one vector"):
+        model(torch.zeros(1, 3, 8, 8))
+
+
 def test_an_alias_means_the_reports_weights_only_from_the_hub():
     assert resolve_name("resnet50", "pretrained") == "resnet50.fb_swsl_ig1b_ft_in1k"
     assert resolve_name("resnet50", "random") == "resnet50"

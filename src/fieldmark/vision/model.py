@@ -5,6 +5,8 @@ Shape letters: B batch, H height, W width, F pooled features, K classes.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, cast
 
@@ -42,7 +44,13 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, F) of normalised images (B, 3, H, W), before any dropout."""
-        return self.backbone(images)
+        features: Tensor = self.backbone(images)
+        if features.ndim != 2:
+            raise ConfigError(
+                f"model.name: {self.name} gives features of shape {tuple(features.shape)} rather than one vector for "
+                "each photo, as an encoder of a larger system does. Choose a model that classifies"
+            )
+        return features
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (B, K) of pooled features (B, F)."""
@@ -231,20 +239,34 @@ def _backbone_stages(backbone: nn.Module) -> dict[str, int]:
     """Stage number of each tensor of the backbone, from the input, by timm's own coarse grouping."""
     from timm.models._manipulate import group_with_matcher
 
-    names = [*backbone.state_dict(), *(name for name, _ in backbone.named_parameters())]
-    matcher = cast(Any, backbone).group_matcher(coarse=True)
-    # "" matches no pattern, so it marks the group of tensors outside any stage: a final norm or projection.
-    items = [(name, name) for name in (*dict.fromkeys(names), "")]
-    grouping = {name: int(number) for name, number in _reverse(group_with_matcher(iter(items), matcher)).items()}
-    unmatched = grouping.pop("")
-    if isinstance(matcher, Mapping) and unmatched > 0:
-        grouping = {name: number - (number == unmatched) for name, number in grouping.items()}
+    names = list(dict.fromkeys([*backbone.state_dict(), *(name for name, _ in backbone.named_parameters())]))
+    try:
+        matcher = cast(Any, backbone).group_matcher(coarse=True)
+    except (AttributeError, AssertionError):  # a few families have none (MetaFormer), or none for stages (RDNet)
+        return _stages_by_numbers(names)
+    # "" matches no pattern, so it marks the group of tensors outside any stage: a final norm or projection, which
+    # belongs to the last stage.
+    groups: Mapping[int, list[str]] = group_with_matcher(iter([(name, name) for name in (*names, "")]), matcher)
+    grouping = {name: int(number) for number, members in groups.items() for name in members}
+    outside = grouping.pop("")
+    if isinstance(matcher, Mapping):
+        grouping = {name: max(number - (number == outside), 0) for name, number in grouping.items()}
     order = {number: position for position, number in enumerate(sorted(set(grouping.values())))}
     return {name: order[number] for name, number in grouping.items()}
 
 
-def _reverse(groups: Mapping[int, list[str]]) -> dict[str, int]:
-    return {name: number for number, names in groups.items() for name in names}
+def _stages_by_numbers(names: Sequence[str]) -> dict[str, int]:
+    """Stages as the items of the largest numbered list of modules; the stem is what comes before it."""
+    matches = {name: re.match(r"(\w+)\.(\d+)\.", name) for name in names}
+    lists = Counter(match[1] for match in matches.values() if match)
+    main = max(lists, key=lambda name: lists[name], default="")
+    grouping: dict[str, int] = {}
+    latest = 0
+    for name, match in matches.items():
+        latest = int(match[2]) + 1 if match and match[1] == main else latest
+        grouping[name] = latest
+    order = {number: position for position, number in enumerate(sorted(set(grouping.values())))}
+    return {name: order[number] for name, number in grouping.items()}
 
 
 def _sort_modules(module: nn.Module, prefix: str, stage_of: Mapping[str, int], stages: list[list[nn.Module]]) -> None:

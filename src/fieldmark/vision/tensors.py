@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +46,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             tensors, metadata = _read_torch(path), {}
     except OSError as error:
-        raise WeightsError(f"model.weights: {path} cannot be read: {error.strerror or error}") from None
+        raise WeightsError(f"model.weights: {path.name} cannot be read: {error.strerror or error}") from None
     if not tensors:
         raise WeightsError(f"model.weights: {path.name} holds no tensors by name. Give a file of a state_dict")
     return tensors, metadata
@@ -69,7 +70,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickle protocols, which either load or are answered below
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
             f"model.weights: {path.name} holds pickled objects besides tensors, which could run code when read, or "

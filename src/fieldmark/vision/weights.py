@@ -5,7 +5,7 @@ Nothing here unpickles code: files are read as safetensors or with `torch.load(w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,18 +145,21 @@ def _apply(model: Classifier, source: Source) -> WeightsReport:
     target = _target(model.backbone)
     counters = model.backbone.state_dict().keys() - target.keys()
     fitting: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     unexpected: list[str] = []
     mismatched: list[str] = []
     skipped: list[str] = []
     for given, tensor in source.tensors.items():
-        name = _strip(given, target)
+        name = _strip(given, target, counters)
         if name in target and tensor.shape == target[name].shape:
             fitting[name] = _as_float32(tensor, given, source.label)
         elif name in target:
             mismatched.append(f"{name}: {tuple(tensor.shape)} for {tuple(target[name].shape)}")
         elif _is_classifier(name, model.backbone):
             skipped.append(given)
-        elif name not in counters and not name.endswith("num_batches_tracked"):
+        elif name in counters:
+            counts[name] = tensor
+        elif not name.endswith("num_batches_tracked"):
             unexpected.append(given)
     if len(fitting) < MIN_MATCHED_FRACTION * len(target):
         raise WeightsError(
@@ -164,7 +167,7 @@ def _apply(model: Classifier, source: Source) -> WeightsReport:
             f"tensors match, {len(mismatched)} have another shape, {len(unexpected)} are unknown"
             f"{f' ({_some(unexpected)})' if unexpected else ''}. Set model.name to the model that they belong to"
         )
-    model.backbone.load_state_dict(fitting, strict=False)
+    model.backbone.load_state_dict({**fitting, **counts}, strict=False)
     wrong = {entry.partition(":")[0] for entry in mismatched}
     return WeightsReport(
         name=model.name,
@@ -186,9 +189,9 @@ def _target(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def _strip(name: str, target: Mapping[str, Tensor]) -> str:
+def _strip(name: str, *known: Collection[str]) -> str:
     """Drop wrappers' prefixes, but never one that the model itself has."""
-    while name not in target:
+    while not any(name in names for names in known):
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             break
