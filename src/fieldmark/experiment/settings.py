@@ -10,13 +10,12 @@ from fieldmark.config import Config
 from fieldmark.errors import RunError
 from fieldmark.experiment.results import RunResults
 
-# Chance, words, and what changes how fast a run is but not what it learns.
-NOT_A_SETTING = frozenset(
+CHANCE = frozenset({"train.seed", "data.fold"})
+"""Runs that differ in these alone are runs of one setting."""
+
+NO_EFFECT = frozenset(
     {
         "description",
-        "train.seed",
-        "data.fold",
-        "data.path",
         "loader.workers",
         "cache.folder",
         "cache.disk_gigabytes",
@@ -25,6 +24,10 @@ NOT_A_SETTING = frozenset(
         "train.trackers",
     }
 )
+"""Words, and what changes how fast a run is but not what it learns."""
+
+# Where the photos lie is no setting either: whether they are the same photos is checked by name.
+NOT_A_SETTING = CHANCE | NO_EFFECT | {"data.path"}
 
 
 @dataclass(frozen=True, eq=False)
