@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
@@ -222,7 +223,15 @@ def test_the_page_needs_nothing_from_elsewhere(model):
     assert other.status_code == 404
 
 
-def test_stopping_answers_what_was_taken(model):
+def test_stopping_answers_what_was_taken_even_if_it_is_still_being_decoded(model):
+    prepare = model.prepare
+
+    def slowly(data, *, max_pixels):
+        time.sleep(0.2)
+        return prepare(data, max_pixels=max_pixels)
+
+    model.prepare = slowly
+
     async def run():
         app = make_app(model)
         async with client_of(app) as client:

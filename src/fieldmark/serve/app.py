@@ -92,7 +92,9 @@ def _add_predict(app: Any, service: PhotoService) -> None:
 
     @app.post("/predict", response_model=PhotoAnswers, responses=_REFUSALS)
     async def predict(  # pyright: ignore[reportUnusedFunction]
-        photos: Annotated[list[UploadFile], File(description="One or more photos, of any format that Pillow reads.")],
+        photos: Annotated[
+            list[UploadFile], File(min_length=1, description="One or more photos, of any format that Pillow reads.")
+        ],
         top: Annotated[int, Query(ge=1, le=1000, description="How many classes to name.")] = 5,
         attention: Annotated[bool, Query(description="Also say where the model looked. Slower.")] = False,
     ) -> Any:

@@ -1,0 +1,31 @@
+"""The server keeps what its OpenAPI document promises, whatever a client makes of it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from tests.serve.conftest import ColourModel, make_app
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
+
+# A schema cannot say that bytes are a photo, so bytes that fit it may be refused with 422 all the same.
+_EXCLUDED = [positive_data_acceptance]
+schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(ColourModel()))
+_SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+
+
+@pytest.mark.filterwarnings("ignore")
+@schema.parametrize()
+@settings(max_examples=8, **_SETTINGS)
+def test_every_answer_is_in_the_document(case):
+    case.call_and_validate(excluded_checks=_EXCLUDED)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@schema.parametrize()
+@settings(max_examples=300, **_SETTINGS)
+def test_every_answer_is_in_the_document_for_many_requests(case):
+    case.call_and_validate(excluded_checks=_EXCLUDED)

@@ -1,0 +1,127 @@
+"""The page in a real browser: upload, bars, unknown, overlay, keyboard, phone width."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+
+import pytest
+from tests.serve.conftest import ColourModel, make_app, make_photo
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def url():
+    import uvicorn
+
+    config = uvicorn.Config(make_app(ColourModel()), port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def choose(page, *colours):
+    photos = [
+        {"name": f"<i>{number}</i>.jpg", "mimeType": "image/jpeg", "buffer": make_photo(colour, (60, 40))}
+        for number, colour in enumerate(colours)
+    ]
+    page.set_input_files("#files", photos)
+
+
+def test_a_stranger_can_use_the_page(browser, url):
+    context = browser.new_context(viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    problems, requests = [], []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(url)
+    page.get_by_text("colours knows 3 classes.").wait_for()
+
+    choose(page, (0, 0, 255))
+    page.get_by_role("heading", name="blue <b>").wait_for()
+    assert page.locator(".bars li").count() == 3
+    assert "blue <b>" in page.get_by_role("status").inner_text()  # what a screen reader says
+
+    button = page.get_by_role("button", name="Show where it looked")
+    button.focus()
+    page.keyboard.press("Enter")
+    canvas = page.locator(".card canvas").first
+    assert canvas.is_visible()
+    seen, photo = canvas.bounding_box(), page.locator(".card img").first.bounding_box()
+    assert seen["width"] == pytest.approx(photo["width"] / 2, abs=3)  # the model saw the middle half
+
+    choose(page, (120, 120, 120))
+    page.get_by_role("heading", name="Unknown").wait_for()
+
+    page.set_input_files("#files", {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"text"})
+    page.get_by_text("photo 1 is not an image").first.wait_for()
+
+    page.fill("#search", "gre")
+    assert page.locator("#classes li").all_inner_texts() == ["green"]
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390
+    assert all(request.startswith((url, "blob:", "data:")) for request in requests)
+    # The refused upload shows in the console as a failed load; nothing else may.
+    assert [problem for problem in problems if "422" not in problem] == []
+    context.close()
+
+
+def test_a_dropped_and_a_pasted_photo_are_answered(browser, url):
+    page = browser.new_page()
+    page.goto(url)
+    page.get_by_text("colours knows").wait_for()
+    script = """([name, bytes]) => {
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([new Uint8Array(bytes)], "x.jpg", {type: "image/jpeg"}));
+        const event = name === "drop" ? new DragEvent("drop", {dataTransfer: transfer, cancelable: true})
+          : new ClipboardEvent("paste", {clipboardData: transfer});
+        window.dispatchEvent(event);
+    }"""
+    page.evaluate(script, ["drop", list(make_photo((0, 255, 0)))])
+    page.get_by_role("heading", name="green").wait_for()
+    page.evaluate(script, ["paste", list(make_photo((255, 0, 0)))])
+    page.get_by_role("heading", name="red").wait_for()
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_background(browser, url, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(url)
+    choose(page, (120, 120, 120))
+    page.get_by_role("heading", name="Unknown").wait_for()
+    ratios = page.evaluate(
+        """() => ["h1", "#about", ".hint", ".note", ".card h2", ".button.primary", ".bars .share"].map((selector) => {
+        const light = (colour) => {
+          const [r, g, b] = colour.match(/[\\d.]+/g).map((c) => c / 255)
+            .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        let element = document.querySelector(selector);
+        const ink = light(getComputedStyle(element).color);
+        while (/rgba\\(0, 0, 0, 0\\)|transparent/.test(getComputedStyle(element).backgroundColor)) element = element.parentElement;
+        const paper = light(getComputedStyle(element).backgroundColor);
+        return [selector, (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05)];
+      })"""
+    )
+    # WCAG 2.2, success criterion 1.4.3
+    assert {selector: ratio for selector, ratio in ratios if ratio < 4.5} == {}
+    page.close()
