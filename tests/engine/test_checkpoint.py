@@ -88,3 +88,9 @@ def test_weights_keep_their_values_whatever_their_memory_layout(tmp_path):
     loaded = checkpoint.load_saved_weights(tmp_path / "w.safetensors")
     assert torch.equal(loaded["w"], weight)
     assert torch.equal(loaded["same"], weight)
+
+
+def test_weights_may_be_read_by_those_who_may_read_other_files(tmp_path):
+    (tmp_path / "other").write_text("x")
+    checkpoint.save_weights(tmp_path / "w.safetensors", {"w": torch.zeros(1)})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

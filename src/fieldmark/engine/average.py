@@ -35,7 +35,8 @@ class RunningAverage:
         keep = min(self.decay, (1 + step) / (10 + step))
         own, new = self.model.state_dict(), model.state_dict()
         floats = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], 1 - keep)
+        # One kernel for all tensors; torch's own optimisers use it under this name too.
+        torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], 1 - keep)  # pyright: ignore[reportPrivateUsage]
         for name in own.keys() - set(floats):
             own[name].copy_(new[name])
 

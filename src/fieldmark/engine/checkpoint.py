@@ -93,6 +93,8 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)
+        # safetensors makes files that only their owner may read.
+        part.chmod(0o666 & ~_umask())
         # Without the sync a power cut may leave a renamed but empty file.
         with part.open("rb") as file:
             os.fsync(file.fileno())
@@ -107,3 +109,10 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
                 "Free some space, then resume the run"
             ) from error
         raise
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

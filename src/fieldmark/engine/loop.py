@@ -321,13 +321,14 @@ def _fitting_update(
 
 def _suspect(fabric: Fabric, state: TrainState, loss: Tensor, clip_norm: float) -> Tensor:
     """Clip the gradient; give a number that is finite only if loss and gradient are, on all processes alike."""
+    norm: Tensor | None
     if clip_norm > 0:
         norm = fabric.clip_gradients(state.network, state.optimizer, max_norm=clip_norm, error_if_nonfinite=False)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
     # With fp16 a gradient that overflows is the scaler's business: it skips the update and lowers its scale.
     is_scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
-    return loss if is_scaled else loss + norm
+    return loss if is_scaled or norm is None else loss + norm
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

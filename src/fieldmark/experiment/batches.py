@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fieldmark.data.cache import PhotoCache
 from fieldmark.data.decode import decode, decode_reduced
 from fieldmark.data.loader import Batch
 from fieldmark.errors import PhotoError
 from fieldmark.vision.augment import RGB, EvalSpec, augment_reference, eval_reference
 from fieldmark.vision.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.vision.warp import augment_fast
+
+if TYPE_CHECKING:
+    from fieldmark.data.cache import PhotoCache
 
 
 @dataclass(frozen=True)

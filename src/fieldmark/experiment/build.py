@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Phase:
     """
 
     size: int
-    freeze: int | str
+    freeze: int | Literal["all"]
     is_fixres: bool
     is_mixing: bool
 
@@ -162,7 +162,8 @@ def build_eval_spec(config: Config, data: InputConfig) -> EvalSpec:
         transform=settings.transform,
         size=settings.size or default_size,
         crop_fraction=1.0 if is_squash else settings.crop_fraction or data.crop_fraction,
-        interpolation=settings.interpolation or ("bilinear" if is_squash else data.interpolation),
+        interpolation=settings.interpolation
+        or ("bilinear" if is_squash or data.interpolation == "bilinear" else "bicubic"),
         mean=data.mean,
         std=data.std,
     )
@@ -204,7 +205,7 @@ def phase_at(config: Config, epoch: int, *, size: int, eval_size: int, num_stage
     is_fixres = epoch >= train.epochs - train.fixres_epochs
     for start, side in train.resolution_steps:
         size = side if epoch >= start * train.epochs else size
-    freeze: int | str = config.model.freeze
+    freeze = config.model.freeze
     if config.model.unfreeze_every_epochs:
         frozen = num_stages if freeze == "all" else int(freeze)
         freeze = max(frozen - epoch // config.model.unfreeze_every_epochs, 0)
@@ -228,7 +229,7 @@ def build_optimizer(config: Config, model: Classifier) -> torch.optim.Optimizer:
         layer_decay=settings.layer_decay,
         weight_decay=settings.weight_decay,
         decay_norms_and_biases=settings.decay_norms_and_biases,
-        no_weight_decay=model.no_weight_decay,
+        no_weight_decay=model.no_weight_decay(),
         include_frozen=is_thawing,
     )
     # Fabric cannot clip what the fused kernel unscales by itself, which fp16 needs.

@@ -114,18 +114,22 @@ def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
 def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress) -> list[PhotoFacts]:
     """Decode every photo once, or remember that it was done."""
     progress.start(len(index.photos), 0)
-    facts: list[PhotoFacts] = []
-    for fact in inspect_photos(
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        progress.advance(count - done)
+        done = count
+
+    return inspect_photos(
         index,
         background=config.background,
         max_pixels=config.max_pixels,
-        hashes=False,
+        with_hash=False,
         threads=usable_cores(),
-        folder=user_folder("inspections"),
-    ):
-        facts.append(fact)
-        progress.advance(1)
-    return facts
+        cache_folder=user_folder("inspections"),
+        progress=advance,
+    )
 
 
 def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> PhotoIndex:

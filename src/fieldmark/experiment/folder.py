@@ -143,8 +143,9 @@ class Run:
         """How a photo becomes the picture that the model judges."""
         from fieldmark.vision.augment import EvalSpec
 
-        settings = dict(self.model_info["eval"])
-        return EvalSpec(**{**settings, "mean": tuple(settings["mean"]), "std": tuple(settings["std"])})
+        settings: dict[str, Any] = self.model_info["eval"]
+        triples: dict[str, Any] = {name: tuple(settings[name]) for name in ("mean", "std")}
+        return EvalSpec(**settings | triples)
 
     def load_model(self) -> Classifier:
         """The model with the kept weights, on the CPU, in evaluation mode."""

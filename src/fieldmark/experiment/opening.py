@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from fieldmark.config import Config, dump_config
-from fieldmark.data.cache import PhotoCache, open_cache
 from fieldmark.data.index import PhotoIndex, save_split_table
 from fieldmark.data.loader import Loader, auto_workers
 from fieldmark.engine.average import RunningAverage
@@ -27,6 +26,9 @@ from fieldmark.experiment.environment import describe_environment, usable_cores
 from fieldmark.experiment.session import Session
 from fieldmark.optim.schedule import schedule_warnings
 from fieldmark.vision.model import freeze_stages
+
+if TYPE_CHECKING:
+    from fieldmark.data.cache import PhotoCache
 
 
 def make_folder(path: Path) -> None:
@@ -111,8 +113,8 @@ def begin(session: Session) -> None:
     config, fabric, model = session.config, session.fabric, session.built.model
     train = config.train
     if session.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = fabric.to_device(model)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fabric.to_device(model)
     freeze_stages(model, session.phase(0).freeze)
     plain = build.build_optimizer(config, model)
     network, optimizer = fabric.setup(_compiled(config, model, fabric), plain)
@@ -144,6 +146,8 @@ def _open_cache(config: Config, dataset: Dataset, fabric: Fabric, progress: Prog
     if settings.mode == "off" or config.augment.executor == "reference":
         why = "asked for" if settings.mode == "off" else "the reference executor works on whole photos"
         return None, f"cache: off ({why})"
+
+    from fieldmark.data.cache import open_cache
 
     def opened() -> tuple[PhotoCache | None, str]:
         cache, report = open_cache(

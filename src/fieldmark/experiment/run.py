@@ -146,7 +146,8 @@ def _probe(session: Session) -> EpochReport:
     """Fit the head on frozen features, and judge it: epoch 0."""
     started = time.perf_counter()
     config, settings = session.config, session.config.probe
-    model = session.fabric.to_device(session.built.model)
+    model = session.built.model
+    session.fabric.to_device(model)
     numbers = session.train_numbers
     session.progress.message(f"probe: features of {len(numbers)} photos")
     features, order = compute_features(
@@ -171,7 +172,7 @@ def _probe(session: Session) -> EpochReport:
     session.fabric.to_device(model)
     figures = session.evaluate(model.eval())
     with torch.inference_mode():
-        hits = (head.to("cpu")(features).argmax(1) == labels).double().mean().item()
+        hits = (head.cpu()(features).argmax(1) == labels).double().mean().item()
     session.fabric.to_device(model)
     seconds = time.perf_counter() - started
     report = EpochReport(0, 0, True, settings.lr, losses[-1], hits, None, 1.0, len(numbers), seconds, figures)
@@ -245,7 +246,8 @@ def _agreed(session: Session, stop: StopRequest, number: int) -> bool:
     if number % 10:
         return False
     wish = torch.tensor(float(bool(stop)), device=session.fabric.device)
-    return bool(session.fabric.all_reduce(wish, reduce_op="sum") > 0)
+    wishes: Any = session.fabric.all_reduce(wish, reduce_op="sum")
+    return bool(wishes > 0)
 
 
 def _keep(session: Session, report: EpochReport, model: torch.nn.Module) -> dict[str, Any]:

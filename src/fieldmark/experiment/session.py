@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fieldmark.config import Config, MixConfig
-from fieldmark.data.cache import PhotoCache
 from fieldmark.data.loader import Batch, Loader, epoch_order, shard_plan
 from fieldmark.engine import metrics
 from fieldmark.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights, whole_or_absent
@@ -31,6 +30,9 @@ from fieldmark.experiment.dataset import Dataset, Progress
 from fieldmark.vision.augment import EvalSpec
 from fieldmark.vision.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.vision.model import freeze_stages, train_only_head_and_norms
+
+if TYPE_CHECKING:
+    from fieldmark.data.cache import PhotoCache
 
 _COUNTS = ("epoch", "step", "step_in_epoch", "micro_batch_size")
 _NO_MIX = MixConfig(prob=0.0)
@@ -123,9 +125,9 @@ class Session:
     def enter_phase(self) -> None:
         """Make the model what the epoch about to begin asks for."""
         phase = self.phase(self.state.epoch)
-        freeze_stages(self.state.model, phase.freeze)
+        freeze_stages(self.built.model, phase.freeze)
         if phase.is_fixres:
-            train_only_head_and_norms(self.state.model)
+            train_only_head_and_norms(self.built.model)
 
     def train_batches(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
         """This process's batches of an epoch, on the device, mixed."""
@@ -183,7 +185,7 @@ class Session:
 
     def save(self) -> None:
         """Write `last.pt`: the run can be taken up again from here."""
-        random_states = self.fabric.all_gather(_random_state(self.fabric.device))
+        random_states: Any = self.fabric.all_gather(_random_state(self.fabric.device))
         if not self.fabric.is_global_zero:
             return
         state = self.state
