@@ -1,0 +1,592 @@
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fieldmark.data import filling, packs, presets
+from fieldmark.data.cache import CacheReport, PhotoCache, open_cache
+from fieldmark.data.decode import decode
+from fieldmark.data.presets import Preset, choose_mode, reduce_photo
+
+WHITE = (255, 255, 255)
+BIRDS = Path(__file__).parents[2] / "../shared/data/birds100"
+
+
+class Watch:
+    """Progress that remembers."""
+
+    def __init__(self) -> None:
+        self.total, self.done, self.messages = 0, 0, list[str]()
+
+    def start(self, total: int, done: int) -> None:
+        self.total, self.done = total, done
+
+    def advance(self, n: int) -> None:
+        self.done += n
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def make_photos(folder: Path, count: int, size: tuple[int, int] = (60, 45)) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(count)
+    files = []
+    for number in range(count):
+        small = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        path = folder / f"{number}.jpg"
+        Image.fromarray(cv2.resize(small, size, interpolation=cv2.INTER_CUBIC)).save(path, quality=95)
+        files.append(path)
+    return files
+
+
+def opened(files: list[Path], folder: Path, **changes: Any) -> tuple[PhotoCache | None, CacheReport]:
+    arguments: dict[str, Any] = {
+        "sizes": np.array([(60, 45)] * len(files)),
+        "mode": "uint8",
+        "short_side": 32,
+        "folder": folder,
+        "disk_gigabytes": 1.0,
+        "background": WHITE,
+        "max_pixels": 10**9,
+        "threads": 2,
+        "progress": Watch(),
+    }
+    return open_cache(files, **(arguments | changes))
+
+
+def filled(files: list[Path], folder: Path, **changes: Any) -> PhotoCache:
+    cache, _ = opened(files, folder, **changes)
+    assert cache is not None
+    return cache
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.005)
+    return is_so()
+
+
+def expected(file: Path, short_side: int = 32) -> np.ndarray:
+    return reduce_photo(decode(file, background=WHITE, max_pixels=10**9), short_side)
+
+
+def test_a_cached_photo_is_the_reduced_original(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 7)
+    cache = filled(files, tmp_path / "cache")
+    for number, file in enumerate(files):
+        pixels = cache.get(number)
+        assert pixels is not None
+        assert pixels.shape == (32, 43, 3)
+        assert pixels.flags["WRITEABLE"]
+        assert np.array_equal(pixels, expected(file))
+
+
+def test_a_jpeg_cache_is_close_to_the_reduced_original(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 4)
+    cache = filled(files, tmp_path / "cache", mode="jpeg")
+    for number, file in enumerate(files):
+        pixels = cache.get(number)
+        assert pixels is not None
+        assert pixels.shape == (32, 43, 3)
+        assert np.abs(pixels.astype(int) - expected(file)).mean() < 4
+
+
+def test_photos_are_never_enlarged(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 1)
+    pixels = filled(files, tmp_path / "cache", short_side=256).get(0)
+    assert np.array_equal(pixels, decode(files[0], background=WHITE, max_pixels=10**9))
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 64))
+@settings(max_examples=40, deadline=None)
+def test_the_short_side_is_what_was_asked_for(width: int, height: int, short_side: int) -> None:
+    reduced = reduce_photo(np.zeros((height, width, 3), np.uint8), short_side)
+    if min(width, height) <= short_side:
+        assert reduced.shape == (height, width, 3)
+    else:
+        assert min(reduced.shape[:2]) == short_side
+        ratio = max(width, height) / min(width, height)
+        assert abs(max(reduced.shape[:2]) - short_side * ratio) <= 0.5
+
+
+def test_reduction_is_as_good_as_pillows() -> None:
+    picture = cv2.resize(np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8), (640, 480))
+    reference = np.asarray(Image.fromarray(picture).resize((200, 150), Image.Resampling.BILINEAR)).astype(float)
+    error = ((reduce_photo(picture, 150) - reference) ** 2).mean()
+    assert 10 * np.log10(255**2 / error) > 50
+    stripes = np.zeros((400, 400, 3), np.uint8)
+    stripes[::2] = 255
+    assert np.abs(reduce_photo(stripes, 100)[1:-1].astype(int) - 127).max() <= 2  # aliasing would leave black or white
+
+
+def test_a_second_run_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = make_photos(tmp_path / "data", 5)
+    first, report = opened(files, tmp_path / "cache")
+    assert (report.hits, report.photos) == (0, 5)
+    monkeypatch.setattr(presets, "decode_reduced", None)
+    second, report = opened(files, tmp_path / "cache")
+    assert (report.hits, report.photos, report.mode) == (5, 5, "uint8")
+    assert first is not None
+    assert second is not None
+    assert all(np.array_equal(first.get(number), second.get(number)) for number in range(5))
+
+
+def test_only_what_is_new_is_written(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 6)
+    opened(files[:4], tmp_path / "cache")
+    watch = Watch()
+    _, report = opened(files, tmp_path / "cache", progress=watch)
+    assert (report.hits, report.photos) == (4, 6)
+    assert (watch.total, watch.done) == (6, 6)
+
+
+def replace_photo(file: Path, *, mtime_ns: int | None = None) -> None:
+    Image.new("RGB", (60, 45), (1, 250, 3)).save(file, quality=95)
+    if mtime_ns is not None:
+        os.utime(file, ns=(mtime_ns, mtime_ns))
+
+
+def test_a_photo_that_changed_is_never_served(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 4)
+    cache = filled(files, tmp_path / "cache")
+    replace_photo(files[0])
+    replace_photo(files[1], mtime_ns=files[1].stat().st_mtime_ns)  # another size tells
+    os.utime(files[2], ns=(1, 1))
+    files[3].unlink()
+    assert [cache.get(number) for number in range(4)] == [None] * 4
+    again = filled(files, tmp_path / "cache")
+    assert np.array_equal(again.get(0), expected(files[0]))
+    assert again.get(3) is None
+
+
+def test_a_photo_that_changes_while_it_is_decoded_is_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make_photos(tmp_path / "data", 3)
+    whole = presets.decode_reduced
+
+    def decode_slowly(file: Path, **options: Any) -> Any:
+        photo = whole(file, **options)
+        if file == files[1]:
+            replace_photo(file)
+        return photo
+
+    monkeypatch.setattr(presets, "decode_reduced", decode_slowly)
+    cache = filled(files, tmp_path / "cache")
+    assert [cache.get(number) is not None for number in range(3)] == [True, False, True]
+
+
+def test_settings_that_change_pixels_have_caches_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGBA", (60, 45), (0, 0, 0, 0)).save(folder / "clear.png")
+    files = [folder / "clear.png"]
+    values = []
+    for changes in ({}, {"background": (9, 8, 7)}, {"short_side": 40}, {"mode": "jpeg"}):
+        pixels = filled(files, tmp_path / "cache", **changes).get(0)
+        assert pixels is not None
+        values.append((pixels[0, 0].tolist(), pixels.shape[0]))
+    assert values[0] == ([255, 255, 255], 32)
+    assert values[1] == ([9, 8, 7], 32)
+    assert values[2] == ([255, 255, 255], 40)
+
+
+def test_an_older_format_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = make_photos(tmp_path / "data", 2)
+    opened(files, tmp_path / "cache")
+    monkeypatch.setattr("fieldmark.data.cache.FORMAT", 2)
+    _, report = opened(files, tmp_path / "cache")
+    assert report.hits == 0
+
+
+def test_broken_photos_are_told_and_not_cached(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 4)
+    files[1].write_bytes(files[1].read_bytes()[:500])
+    files[2].write_bytes(b"")
+    cache, report = opened(files, tmp_path / "cache")
+    assert cache is not None
+    assert report.broken == ((str(files[1]), "is truncated"), (str(files[2]), "is empty (0 bytes)"))
+    assert "2 of 4 photos, 2 broken" in str(report)
+    assert [cache.get(number) is None for number in range(4)] == [False, True, True, False]
+
+
+def one_pack(folder: Path) -> Path:
+    (pack,) = folder.rglob("*.pack")
+    return pack
+
+
+def test_a_damaged_photo_is_absent_and_the_others_are_there(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 3)
+    opened(files, tmp_path / "cache")
+    pack = one_pack(tmp_path / "cache")
+    content = bytearray(pack.read_bytes())
+    content[len(content) // 2] ^= 1
+    pack.write_bytes(bytes(content))
+    cache = filled(files, tmp_path / "cache")
+    assert [cache.get(number) is None for number in range(3)] == [False, True, False]
+    assert cache.get(1) is None
+
+
+def test_the_checksum_is_computed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = make_photos(tmp_path / "data", 2)
+    cache = filled(files, tmp_path / "cache")
+    cache.get(0)
+    copy = pickle.loads(pickle.dumps(cache))
+    monkeypatch.setattr("fieldmark.data.cache.zlib", None)
+    assert cache.get(0) is not None
+    assert copy.get(0) is not None  # a worker's copies, one an epoch, share what they know
+    with pytest.raises(AttributeError):
+        cache.get(1)
+
+
+@pytest.mark.parametrize("damage", ["cut pack", "no pack", "cut table", "empty table", "foreign table"])
+def test_a_pack_that_is_not_whole_is_left_out_and_written_again(damage: str, tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 3)
+    opened(files, tmp_path / "cache")
+    pack = one_pack(tmp_path / "cache")
+    table = pack.with_suffix(".idx")
+    if damage == "cut pack":
+        os.truncate(pack, pack.stat().st_size - 1)
+    elif damage == "no pack":
+        pack.unlink()
+    elif damage == "foreign table":
+        with table.open("wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        os.truncate(table, 0 if damage == "empty table" else table.stat().st_size // 2)
+    cache, report = opened(files, tmp_path / "cache")
+    assert (report.hits, report.photos) == (0, 3)
+    assert cache is not None
+    assert all(np.array_equal(cache.get(number), expected(file)) for number, file in enumerate(files))
+    assert one_pack(tmp_path / "cache") != pack  # the damaged one is gone
+
+
+def test_a_pack_that_is_cut_or_deleted_under_a_reader_is_a_miss(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 2)
+    cache, other = filled(files, tmp_path / "cache"), filled(files, tmp_path / "cache")
+    assert cache.get(0) is not None
+    pack = one_pack(tmp_path / "cache")
+    os.truncate(pack, pack.stat().st_size // 2)
+    assert cache.get(0) is not None
+    assert cache.get(1) is None
+    pack.unlink()
+    assert other.get(0) is None
+
+
+def test_packs_are_sealed_as_they_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = make_photos(tmp_path / "data", 9)
+    monkeypatch.setattr(filling, "_PACK_BYTES", 2 * 32 * 43 * 3)
+    cache = filled(files, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").rglob("*.pack"))) == 5
+    assert all(np.array_equal(cache.get(number), expected(file)) for number, file in enumerate(files))
+
+
+def test_many_threads_read_at_once(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 8)
+    cache = filled(files, tmp_path / "cache")
+    alone = [cache.get(number) for number in range(8)]
+    fresh = pickle.loads(pickle.dumps(filled(files, tmp_path / "cache")))
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(fresh.get, list(range(8)) * 40))
+    assert all(np.array_equal(pixels, alone[place % 8]) for place, pixels in enumerate(together))
+
+
+def test_reading_does_not_grow_memory_or_open_files(tmp_path: Path) -> None:
+    import psutil
+
+    files = make_photos(tmp_path / "data", 40, size=(600, 600))
+    cache = filled(files, tmp_path / "cache", sizes=np.array([(600, 600)] * 40), short_side=512)
+    process = psutil.Process()
+    cache.get(0)
+    before, open_before = process.memory_info().rss, process.num_fds()
+    for number in range(40):
+        cache.get(number)
+    assert process.memory_info().rss - before < 8 * 2**20  # the photos are 31 MB
+    assert process.num_fds() <= open_before
+    del cache
+    assert process.num_fds() < open_before
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from fieldmark.data import presets
+from fieldmark.data.cache import open_cache
+
+class Tell:
+    def start(self, total, done): print("start", done, flush=True)
+    def advance(self, n): pass
+    def message(self, text): print("message", text, flush=True)
+
+delay, folder, pack_bytes = float(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+from fieldmark.data import filling
+filling._PACK_BYTES = pack_bytes
+make = presets.Preset.make
+def slowly(self, file, max_pixels):
+    time.sleep(delay)
+    return make(self, file, max_pixels)
+presets.Preset.make = slowly
+files = sorted((folder / "data").glob("*.jpg"), key=lambda file: int(file.stem))
+cache, report = open_cache(
+    files, sizes=np.array([(60, 45)] * len(files)), mode="uint8", short_side=64, folder=folder / "cache",
+    disk_gigabytes=1.0, background=(255, 255, 255), max_pixels=10**9, threads=2, progress=Tell(),
+)
+print("report", report.hits, report.photos, report.mode, flush=True)
+print("reason", report.reason, flush=True)
+print("sum", sum(int(cache.get(n).sum()) for n in range(len(files)) if cache.get(n) is not None) if cache else 0)
+"""
+
+
+def start_script(tmp_path: Path, delay: float, pack_bytes: int, **options: Any) -> subprocess.Popen[str]:
+    script = tmp_path / "fill.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, str(script), str(delay), str(tmp_path), str(pack_bytes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_two_trainings_that_start_at_once_write_every_photo_once(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 30)
+    first, second = (start_script(tmp_path, 0.01, 40000) for _ in range(2))
+    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    truth = f"sum {sum(int(expected(file, 64).sum()) for file in files)}"
+    assert all("30 uint8" in output and truth in output for output in outputs), outputs
+    stored = sum(
+        len(rows) for folder in (tmp_path / "cache").glob("*/*/*") for rows in packs.load_packs(folder).values()
+    )
+    assert stored == 30
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_second_training_says_that_it_waits(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 3)
+    opened(files[:1], tmp_path / "cache")
+    (lock_path,) = (tmp_path / "cache").rglob("writing.lock")
+    watch = Watch()
+    lock = FileLock(lock_path)
+    lock.acquire()
+    releasing = threading.Thread(target=lambda: wait_until(lambda: bool(watch.messages)) and os.close(held))
+    held = lock._context.lock_file_fd  # closing it is what the end of a process does
+    releasing.start()
+    _, report = opened(files, tmp_path / "cache", progress=watch)
+    releasing.join()
+    lock._context.lock_file_fd = None
+    assert watch.messages == ["cache: another process is writing it; waiting until it is done"]
+    assert report.photos == 3
+
+
+def test_a_lock_that_is_never_released_costs_only_the_new_photos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make_photos(tmp_path / "data", 3)
+    opened(files[:2], tmp_path / "cache")
+    (lock_path,) = (tmp_path / "cache").rglob("writing.lock")
+    monkeypatch.setattr(filling, "_WAIT_SECONDS", 0.05)
+    with FileLock(lock_path):
+        cache, report = opened(files, tmp_path / "cache")
+    assert cache is not None
+    assert report.photos == 2
+    assert "another process has been writing it" in str(report)
+
+
+def test_a_kill_while_writing_leaves_a_sound_cache_and_nothing_else(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 40)
+    process = start_script(tmp_path, 0.02, 3 * 60 * 45 * 3)
+    folder = tmp_path / "cache"
+    assert wait_until(lambda: len(list(folder.rglob("*.idx"))) >= 2 and bool(list(folder.rglob("*.pack.part"))))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(folder.rglob("*.part"))
+    cache, report = opened(files, folder, short_side=64)
+    assert cache is not None
+    assert 6 <= report.hits < 40
+    assert report.photos == 40
+    assert all(np.array_equal(cache.get(number), expected(file, 64)) for number, file in enumerate(files))
+    assert not list(folder.rglob("*.part"))
+
+
+def test_ctrl_c_while_writing_keeps_what_is_done(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 12)
+
+    class Interrupts(Watch):
+        def advance(self, n: int) -> None:
+            super().advance(n)
+            if self.done == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(files, tmp_path / "cache", progress=Interrupts())
+    _, report = opened(files, tmp_path / "cache")
+    assert report.hits == 5
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+
+def test_a_real_write_that_fails_leaves_what_was_sealed(tmp_path: Path) -> None:
+    make_photos(tmp_path / "data", 9)
+    # Two photos to a pack are below the limit of the system for a file, five are above it.
+    process = start_script(tmp_path, 0, 5 * 60 * 45 * 3, preexec_fn=limit_file_size)
+    output, errors = process.communicate(timeout=60)
+    assert "report 0 0 off" in output, (output, errors)
+    assert "reason the disk is full" in output
+    assert not list((tmp_path / "cache").rglob("*.pack*"))
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_full_disk_means_a_part_of_the_cache_or_none(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make_photos(tmp_path / "data", 9)
+    monkeypatch.setattr(filling, "_PACK_BYTES", 2 * 32 * 43 * 3)
+    add = packs.PackWriter.add
+    calls = []
+
+    def add_until_full(self: packs.PackWriter, *photo: Any) -> None:
+        calls.append(photo)
+        if len(calls) == at:
+            self.discard()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, *photo)
+
+    monkeypatch.setattr(packs.PackWriter, "add", add_until_full)
+    cache, report = opened(files, tmp_path / "cache")
+    assert report.reason == "the disk is full"
+    if at == 1:
+        assert cache is None
+        assert str(report) == "cache: off (the disk is full)"
+    else:
+        assert cache is not None
+        assert [cache.get(number) is not None for number in range(9)] == [True] * 4 + [False] * 5
+        assert "4 of 9 photos" in str(report)
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_disk_that_fills_while_the_table_is_written_leaves_no_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(packs.np, "save", fail)
+    cache, report = opened(make_photos(tmp_path / "data", 2), tmp_path / "cache")
+    assert cache is None
+    assert report.reason == "the disk is full"
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix in {".pack", ".idx", ".part"}]
+
+
+def test_a_folder_that_cannot_be_written_turns_the_cache_off(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache, report = opened(make_photos(tmp_path / "data", 1), tmp_path / "file" / "cache")
+    assert cache is None
+    assert "cannot be written: Not a directory" in str(report)
+
+
+def test_the_budget_ends_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Preset, "num_bytes", lambda self, sizes: 0)  # an estimate that was far too low
+    cache, report = opened(
+        make_photos(tmp_path / "data", 9), tmp_path / "cache", disk_gigabytes=3.5 * 32 * 43 * 3 / 1e9
+    )
+    assert cache is not None
+    assert report.photos == 3
+    assert "is used up" in report.reason
+
+
+def test_packs_of_photos_that_are_gone_make_room(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 8)
+    budget = {"disk_gigabytes": 10.5 * 32 * 43 * 3 / 1e9}
+    opened(files, tmp_path / "cache", **budget)
+    for file in files:
+        os.utime(file, ns=(5, 5))
+    _, report = opened(files, tmp_path / "cache", **budget)
+    assert (report.photos, len(list((tmp_path / "cache").rglob("*.pack")))) == (8, 1)
+
+
+def test_off_is_off(tmp_path: Path) -> None:
+    cache, report = opened(make_photos(tmp_path / "data", 1), tmp_path / "cache", mode="off")
+    assert cache is None
+    assert str(report) == "cache: off (as asked)"
+    assert not (tmp_path / "cache").exists()
+    assert opened([], tmp_path / "cache")[1].mode == "off"
+
+
+GIGA = 10**9
+
+
+@pytest.mark.parametrize(
+    ("mode", "disk", "free", "memory", "expected_mode", "words"),
+    [
+        ("auto", 20, 100, 64, "uint8", "4.10 GB fit the disk"),
+        ("auto", 4, 100, 64, "jpeg", "uint8 would take 4.10 GB, more than cache.disk_gigabytes = 4"),
+        ("auto", 20, 8, 64, "jpeg", "more than half of the free disk, 4.00 GB"),
+        ("auto", 20, 100, 8, "jpeg", "more than half of the memory, 4.00 GB"),
+        ("auto", 0.4, 100, 64, None, "jpeg would take 0.48 GB, more than cache.disk_gigabytes = 0.4"),
+        ("uint8", 20, 100, 8, "uint8", "as asked"),
+        ("uint8", 4, 100, 64, None, "uint8 would take 4.10 GB"),
+        ("jpeg", 20, 100, 64, "jpeg", "as asked"),
+    ],
+)
+def test_the_mode_follows_disk_and_memory(
+    mode: str,
+    disk: float,
+    free: float,
+    memory: float,
+    expected_mode: str | None,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    import psutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free * GIGA))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory * GIGA))
+    sizes = np.array([(640, 480)] * 10000)  # 320 x 426.7 x 3 = 410 KB each
+    candidates = [Preset(one, 320, WHITE) for one in (("uint8", "jpeg") if mode == "auto" else (mode,))]
+    chosen, reason = choose_mode(mode, candidates, sizes, folder=tmp_path, disk_gigabytes=disk)
+    assert (chosen.mode if chosen else None) == expected_mode
+    assert words in reason
+
+
+def test_the_estimate_for_pixels_is_what_they_take(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 5)
+    _, report = opened(files, tmp_path / "cache")
+    assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.pack"))
+    assert report.bytes == pytest.approx(Preset("uint8", 32, WHITE).num_bytes(np.array([(60, 45)] * 5)), rel=0.02)
+
+
+@pytest.mark.skipif(not BIRDS.is_dir(), reason="the birds100 photos are not beside the repository")
+def test_real_photos_keep_their_quality(tmp_path: Path) -> None:
+    files = sorted((BIRDS / "val").glob("*/*.jpg"))[::30]
+    for mode, least in (("uint8", 99.0), ("jpeg", 33.0)):
+        cache = filled(files, tmp_path / "cache", mode=mode, short_side=160, sizes=np.array([(227, 227)] * len(files)))
+        for number, file in enumerate(files):
+            pixels = cache.get(number)
+            assert pixels is not None
+            error = ((pixels.astype(float) - expected(file, 160)) ** 2).mean()
+            assert 10 * np.log10(255**2 / max(error, 1e-9)) > least

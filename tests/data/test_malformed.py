@@ -1,0 +1,233 @@
+"""Whatever a folder holds, a file either is a photo or one PhotoError: no crash, no warning, no half picture."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fieldmark.data.decode import ReducedPhoto, decode, decode_reduced, read_size
+from fieldmark.errors import PhotoError
+
+LIMIT = 10_000_000
+RNG = np.random.default_rng(11)
+NOISE = RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+
+
+def make(kind: str, image: Image.Image | None = None, **options: object) -> bytes:
+    file = io.BytesIO()
+    (image or Image.fromarray(NOISE)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def truncations() -> Iterator[tuple[str, bytes]]:
+    variants = {kind: make(kind) for kind in KINDS}
+    variants["progressive"] = make("JPEG", progressive=True)
+    variants["lzw"] = make("TIFF", compression="tiff_lzw")
+    variants["jpeg-in-tiff"] = make("TIFF", compression="jpeg")
+    variants["avif"] = make("AVIF")
+    variants["jp2"] = make("JPEG2000")
+    variants["ico"] = make("ICO", Image.fromarray(NOISE).resize((48, 48)))
+    for name, data in variants.items():
+        for share in (0.002, 0.01, 0.05, 0.2, 0.5, 0.9, 0.99):
+            yield f"{name} cut at {share:.1%}", data[: max(1, int(len(data) * share))]
+        yield f"{name} without its last byte", data[:-1]
+
+
+def bit_flips() -> Iterator[tuple[str, bytes]]:
+    for kind in KINDS:
+        data = make(kind)
+        for place in RNG.choice(min(len(data), 800), 12, replace=False):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << int(RNG.integers(8))
+            yield f"{kind} with a bit flipped at {place}", bytes(flipped)
+        for place in RNG.integers(len(data), size=4):
+            yield f"{kind} zeroed from {place}", data[:place] + bytes(len(data) - place)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def png(width: int, height: int, depth: int, color: int, data: bytes) -> bytes:
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    header = png_chunk(b"IHDR", size + bytes([depth, color, 0, 0, 0]))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(data)) + png_chunk(b"IEND", b"")
+
+
+def bombs() -> Iterator[tuple[str, bytes]]:
+    for side in (4000, 20000, 60000, 2**31 - 1):
+        yield f"PNG that claims {side} x {side}", png(side, side, 8, 0, b"\0" * 100)
+    jpeg = bytearray(make("JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
+    yield "JPEG that claims 65535 x 65535", bytes(jpeg)
+    bmp = bytearray(make("BMP"))
+    bmp[18:26] = (30000).to_bytes(4, "little") * 2
+    yield "BMP that claims 30000 x 30000", bytes(bmp)
+    gif = bytearray(make("GIF"))
+    gif[6:10] = b"\xff\xff\xff\xff"
+    yield "GIF that claims 65535 x 65535", bytes(gif)
+    yield (
+        "PNG with a text bomb",
+        png(8, 8, 8, 0, b"\0" * 72)[:33] + png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 2**22)),
+    )
+    yield "PNG of no size", png(0, 0, 8, 0, b"")
+
+
+def odd_modes() -> Iterator[tuple[str, bytes]]:
+    picture = Image.fromarray(NOISE)
+    for mode in ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"):
+        for kind in (*KINDS, "PPM", "TGA", "JPEG2000", "PCX"):
+            try:
+                converted = Image.merge("LAB", picture.split()) if mode == "LAB" else picture.convert(mode)
+                yield f"{kind} of mode {mode}", make(kind, converted)
+            except (OSError, ValueError, KeyError):
+                continue  # the format does not have the mode
+    for depth in (1, 2, 4, 8, 16):
+        yield f"PNG of {depth} bits", png(8, 8, depth, 0, bytes((1 + depth) * 8))
+    yield "PNG of an impossible depth", png(8, 8, 3, 0, bytes(72))
+    yield "PNG with a palette that is missing", png(8, 8, 8, 3, bytes(72))
+
+
+def not_photos() -> Iterator[tuple[str, bytes]]:
+    yield "nothing", b""
+    yield "one byte", b"\xff"
+    yield "zeros", bytes(5000)
+    yield "noise", RNG.bytes(5000)
+    yield "text", b"label,photo\n" * 200
+    yield "a web page", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
+    yield "svg", b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>'
+    yield "pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<<>>\nendobj\n"
+    yield "postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    yield "zip", b"PK\x03\x04" + bytes(200)
+    yield "numpy", b"\x93NUMPY\x01\x00" + bytes(200)
+    yield "movie", b"\0\0\0\x18ftypmp42" + bytes(500)
+    for kind in KINDS:
+        yield f"the first bytes of {kind}", make(kind)[:12]
+    for start in (b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\0\0\0WEBP", b"BM", b"II*\0", b"MM\0*"):
+        yield f"{start!r} and zeros", start + bytes(300)
+
+
+CASES = [*truncations(), *bit_flips(), *bombs(), *odd_modes(), *not_photos()]
+
+
+def result_of(read: Callable[[], object]) -> tuple[object, str]:
+    """What `read` gives and "photo", or None and the reason."""
+    try:
+        return read(), "photo"
+    except PhotoError as error:
+        return None, error.reason
+
+
+def outcome(source: Path | bytes) -> str:
+    """`photo`, or the reason why not; decoding, reduced decoding and the header must agree."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels, result = result_of(lambda: decode(source, background=(255, 255, 255), max_pixels=LIMIT))
+        reduced, same = result_of(
+            lambda: decode_reduced(source, min_short_side=16, background=(255, 255, 255), max_pixels=LIMIT)
+        )
+        size, _ = result_of(lambda: read_size(source, max_pixels=LIMIT))  # may be fine: it reads no pixels
+    assert same == result
+    assert result == result.strip()
+    assert "\n" not in result
+    assert 0 < len(result) < 100
+    if isinstance(pixels, np.ndarray) and isinstance(reduced, ReducedPhoto):
+        assert pixels.dtype == np.uint8
+        assert pixels.ndim == 3
+        assert pixels.shape[2] == 3
+        assert pixels.size > 0
+        assert (reduced.width, reduced.height) == size == pixels.shape[1::-1]
+    else:
+        assert result != "photo"
+    return result
+
+
+@pytest.mark.parametrize("name", [name for name, _ in CASES])
+def test_a_file_is_a_photo_or_one_error(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    data = dict(CASES)[name]
+    result = outcome(data)
+    spoken = capfd.readouterr()
+    if not name.startswith("jpeg-in-tiff"):  # libtiff's own JPEG reader speaks, and listens to nobody
+        assert (spoken.out, spoken.err) == ("", "")
+    if "cut at" in name or name in {"nothing", "noise", "zeros", "text", "postscript"} or "claims" in name:
+        assert result != "photo"
+
+
+def test_there_are_enough_cases_of_either_kind() -> None:
+    results = [outcome(data) for _, data in CASES]
+    assert len(CASES) >= 250
+    assert results.count("photo") >= 80
+    assert len(results) - results.count("photo") >= 120
+
+
+NAMES = [
+    "a photo.jpg",
+    "Ünïcödé 鳥 🐦.jpg",
+    "e\u0301 decomposed.jpg",
+    'quote".jpg',
+    "quote'.jpg",
+    "new\nline.jpg",
+    "tab\t.jpg",
+    "-leading-dash.jpg",
+    "--set x=y.jpg",
+    ".hidden.jpg",
+    "no extension",
+    "two..dots..jpg",
+    "UPPER.JPG",
+    "100%.jpg",
+    "{braces}.jpg",
+    "[brackets]*.jpg",
+    "$HOME `id`.jpg",
+    "back\\slash.jpg",
+    "rtl \u202egpj.jpg",
+    "x" * 251 + ".jpg",
+    os.fsdecode(b"not utf-8 \xff\xfe.jpg"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_that_the_system_allows_is_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(make("JPEG"))
+    assert outcome(path) == "photo"
+    path.write_bytes(b"broken")
+    with pytest.raises(PhotoError) as caught:
+        decode(path, background=(0, 0, 0), max_pixels=LIMIT)
+    assert caught.value.path == str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("extension", [".jpg", ".png", ".txt", ".tiff", ""])
+def test_the_content_counts_and_not_the_extension(kind: str, extension: str, tmp_path: Path) -> None:
+    path = tmp_path / f"photo{extension}"
+    path.write_bytes(make(kind))
+    assert outcome(path) == "photo"
+
+
+def test_names_that_no_system_allows_are_errors_too(tmp_path: Path) -> None:
+    for name in ("x" * 300, "nul\0.jpg", "folder/" * 2000 + "x.jpg"):
+        with pytest.raises(PhotoError) as caught:
+            decode(tmp_path / name, background=(0, 0, 0), max_pixels=LIMIT)
+        assert caught.value.reason.startswith("cannot be read")
+
+
+def test_links_and_devices(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(make("JPEG"))
+    (tmp_path / "link.jpg").symlink_to(photo)
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    assert outcome(tmp_path / "link.jpg") == "photo"
+    assert outcome(tmp_path / "dangling.jpg") == "has vanished"
+    assert outcome(tmp_path / "loop.jpg").startswith("cannot be read")
+    assert outcome(Path(os.devnull)) == "is empty (0 bytes)"
