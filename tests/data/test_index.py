@@ -74,7 +74,7 @@ def test_a_flat_folder_of_classes_has_no_split_and_01_stays_01(tmp_path):
 
 
 def test_classes_named_train_and_test_among_others_are_classes(tmp_path):
-    make_files(tmp_path, "train/locomotive.jpg", "bus/a.jpg", "test/tube.jpg")
+    make_files(tmp_path, "train/locomotive.jpg", "train/steam/a.jpg", "bus/a.jpg", "test/tube.jpg")
     assert load(tmp_path).classes == ("bus", "test", "train")
 
 
