@@ -269,8 +269,12 @@ def describe_model(built: BuiltModel, evaluation: EvalSpec, *, precision: str, c
 
 
 def global_batches(order: Sequence[int], batch_size: int, *, processes: int) -> list[Sequence[int]]:
-    """Cut an epoch's order into updates; a last batch with fewer photos than processes joins the one before."""
+    """Cut an epoch's order into updates; no photo is dropped.
+
+    A last batch that would leave a process with fewer than two photos joins the one before: BatchNorm has no variance
+    of one value, which is what a single photo comes to at the end of a network on small images.
+    """
     cuts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if len(cuts) > 1 and len(cuts[-1]) < processes:
+    if len(cuts) > 1 and len(cuts[-1]) < 2 * processes:
         cuts[-2:] = [order[(len(cuts) - 2) * batch_size :]]
     return cuts

@@ -217,6 +217,7 @@ class Session:
         state.tally = EpochTally(saved["tally"].to(self.fabric.device))
         for name in _COUNTS:
             setattr(state, name, saved["counts"][name])
+        state.schedule.load_state_dict({"step": state.step})
         _set_random_state(saved["random"][self.fabric.global_rank], self.fabric.device)
         self.best = Best(**saved["best"])
         self.seconds = float(saved["seconds"])
