@@ -159,7 +159,7 @@ def test_odd_batches_and_a_last_batch_of_one_are_trained_on(photos, tmp_path):
 
 
 def test_no_photo_is_dropped_and_none_is_alone_in_a_batch():
-    for total, size, processes in ((36, 5, 1), (7, 3, 2), (1, 4, 1), (10, 10, 3), (11, 10, 1)):
+    for total, size, processes in ((36, 5, 1), (9, 4, 2), (1, 4, 1), (10, 10, 3), (11, 10, 1)):
         cuts = global_batches(range(total), size, processes=processes)
         assert [number for cut in cuts for number in cut] == list(range(total))
         assert all(len(cut) >= 2 * processes for cut in cuts) or len(cuts) == 1

@@ -203,9 +203,9 @@ def update(
     """
     # Gradients are averaged over processes, so each contributes its photos' sum times the number of processes.
     scale = fabric.world_size / batch.global_size
-    chunks = list(
-        zip(batch.images.split(state.micro_batch_size), batch.targets.split(state.micro_batch_size), strict=True)
-    )
+    # Parts of equal size: a last part of one photo would have no variance for BatchNorm.
+    num_chunks = -(-len(batch.images) // state.micro_batch_size)
+    chunks = list(zip(batch.images.tensor_split(num_chunks), batch.targets.tensor_split(num_chunks), strict=True))
     logits: list[Tensor] = []
     total = torch.zeros((), device=fabric.device)
     try:
