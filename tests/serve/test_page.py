@@ -117,7 +117,8 @@ def test_text_stands_out_from_its_background(browser, url, scheme):
         };
         let element = document.querySelector(selector);
         const ink = light(getComputedStyle(element).color);
-        while (/rgba\\(0, 0, 0, 0\\)|transparent/.test(getComputedStyle(element).backgroundColor)) element = element.parentElement;
+        const isClear = () => /rgba\\(0, 0, 0, 0\\)|transparent/.test(getComputedStyle(element).backgroundColor);
+        while (isClear()) element = element.parentElement;
         const paper = light(getComputedStyle(element).backgroundColor);
         return [selector, (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05)];
       })"""

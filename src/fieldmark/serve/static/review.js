@@ -1,0 +1,309 @@
+"use strict";
+
+// Names and paths enter the page as text, never as HTML.
+const byId = (id) => document.getElementById(id);
+const list = byId("photos");
+const readable = (name) => String(name).replaceAll("_", " ");
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const EXPLAIN = {
+  suspects: "Photos whose label the predictions contradict so clearly that the label is probably wrong (confident learning).",
+  losses: "Photos that surprised the model most: wrong labels, rare views, or several subjects.",
+  pair: "Photos of each class that were taken for the other. The same number of mistakes both ways hints at look-alikes, one way at labels.",
+  duplicates: "Pairs that look the same. Across splits they flatter the result; under two labels one of them is wrong.",
+  class: "All photos of the class, with what the model says where it was asked.",
+  marked: "Your decisions, the newest first.",
+};
+let overview;
+let state = { view: "suspects", which: 0 };
+let next = 0;
+let isLoading = false;
+let isDone = false;
+let generation = 0;
+
+async function ask(path, body) {
+  const options = body === undefined ? {} : {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+  };
+  const response = await fetch(path, options);
+  const content = await response.json();
+  if (!response.ok) throw new Error(content.detail || `the server answered ${response.status}`);
+  return content;
+}
+
+function say(text) { byId("status").textContent = text; }
+
+function option(text, value) {
+  const item = document.createElement("option");
+  item.textContent = text;
+  item.value = value;
+  return item;
+}
+
+async function start() {
+  overview = await ask("api/overview");
+  byId("labels").replaceChildren(...overview.classes.map(({ name }) => option("", name)));
+  const [view, which] = location.hash.slice(1).split("/");
+  if (view in EXPLAIN) state = { view, which: Number(which) || 0 };
+  byId("view").value = state.view;
+  choices();
+  describe();
+  await restart();
+  if (overview.duplicates_state === "searching") setTimeout(refresh, 2000);
+}
+
+async function refresh() {
+  overview = await ask("api/overview");
+  describe();
+  if (overview.duplicates_state === "searching") setTimeout(refresh, 2000);
+  else if (state.view === "duplicates") restart();
+}
+
+function describe() {
+  const judged = overview.judged === overview.photos ? "all judged" : `${overview.judged} judged`;
+  byId("about").textContent =
+    `${overview.photos} photos, ${judged}. ${overview.marked} decided, kept in ${overview.table}; your photos are not changed.`;
+  const counts = { suspects: overview.suspects, losses: overview.losses, pair: overview.pairs.length,
+    duplicates: overview.duplicates, class: overview.classes.length, marked: overview.marked };
+  const titles = { suspects: "Likely label errors", losses: "Highest losses", pair: "Confused classes",
+    duplicates: "Near-duplicates", class: "All photos of a class", marked: "Decided" };
+  for (const item of byId("view").options) item.textContent = `${titles[item.value]} (${counts[item.value]})`;
+  byId("explain").textContent = state.view === "duplicates" && overview.duplicates_state !== "done"
+    ? `The search is ${overview.duplicates_state} …` : EXPLAIN[state.view];
+}
+
+function choices() {
+  const isPair = state.view === "pair";
+  const entries = isPair
+    ? overview.pairs.map((pair) => `${readable(pair.first)} – ${readable(pair.second)} (${pair.photos})`)
+    : state.view === "class" ? overview.classes.map(({ name, photos }) => `${readable(name)} (${photos})`) : [];
+  byId("which-label").hidden = !entries.length;
+  byId("which-label").firstElementChild.textContent = isPair ? "Pair" : "Class";
+  byId("which").replaceChildren(...entries.map(option));
+  byId("which").value = String(state.which);
+}
+
+async function restart() {
+  generation += 1;
+  next = 0;
+  isDone = isLoading = false;
+  list.className = state.view;
+  list.replaceChildren();
+  location.replace(`#${state.view}/${state.which}`);
+  describe();
+  await loadMore();
+  list.querySelector(".item")?.setAttribute("tabindex", "0");
+}
+
+async function loadMore() {
+  if (isLoading || isDone) return;
+  isLoading = true;
+  const mine = generation;
+  byId("more").textContent = "Loading …";
+  try {
+    const page = await ask(`api/photos?view=${state.view}&which=${state.which}&offset=${next}&limit=60`);
+    if (mine !== generation) return;
+    list.append(...page.photos.map(newItem));
+    if (state.view === "pair") sortPair();
+    next = page.next;
+    isDone = next >= page.total;
+    byId("more").textContent = isDone ? (page.total ? `That was all: ${page.total}.` : "Nothing here.") : "More below …";
+  } catch (error) {
+    byId("more").textContent = error.message;
+  } finally {
+    if (mine === generation) isLoading = false;
+  }
+}
+
+function sortPair() {
+  // Two columns, one for each class as labelled, so that the look-alikes stand side by side.
+  const pair = overview.pairs[state.which];
+  if (!pair) return;
+  const columns = { [pair.first]: 1, [pair.second]: 2 };
+  const rows = { 1: 1, 2: 1 };
+  if (!list.querySelector(".column-head")) {
+    for (const name of [pair.first, pair.second]) {
+      const head = document.createElement("li");
+      head.className = "column-head";
+      head.textContent = `${readable(name)}, taken for the other`;
+      head.style.gridColumn = columns[name];
+      head.style.gridRow = 1;
+      list.prepend(head);
+    }
+  }
+  for (const item of list.querySelectorAll(".item")) {
+    const column = columns[item.photo.label] || 1;
+    item.style.gridColumn = column;
+    item.style.gridRow = (rows[column] += 1);
+  }
+}
+
+function newItem(photo) {
+  const item = byId("item").content.cloneNode(true).firstElementChild;
+  item.photo = photo;
+  const image = item.querySelector("img");
+  image.src = `photo/${photo.number}?side=240`;
+  image.alt = `Photo ${photo.path}`;
+  image.addEventListener("error", () => { image.alt = "This photo cannot be read."; });
+  show(item);
+  return item;
+}
+
+function show(item) {
+  const { photo } = item;
+  const says = item.querySelector(".says");
+  const label = document.createElement("strong");
+  label.textContent = readable(photo.label);
+  says.replaceChildren("Labelled ", label);
+  if (photo.action === "relabel") says.append(" → ", readable(photo.new_label));
+  item.querySelector(".guess").textContent = photo.guess === null ? "Not judged: it was trained on."
+    : photo.guess === photo.label ? `Guessed right, ${percent(photo.probability)}`
+      : `Guessed ${readable(photo.guess)}, ${percent(photo.probability)}`;
+  const bits = photo.bits === undefined ? "" : ` – pair ${photo.near + 1}, ${photo.bits} bits apart`;
+  item.querySelector(".path").textContent = `${photo.path} (${photo.split})${bits}`;
+  item.classList.toggle("drop", photo.action === "drop");
+  for (const button of item.querySelectorAll("[data-action]")) {
+    button.setAttribute("aria-pressed", String(button.dataset.action === photo.action));
+  }
+}
+
+async function decide(item, action, label = "") {
+  if (action === "relabel" && !label) {
+    const { guess } = item.photo;
+    if (guess === null || guess === item.photo.label) return chooseLabel(item);
+    label = guess;
+  }
+  try {
+    update(await ask("api/decide", { number: item.photo.number, action, label }));
+    overview.marked = (await ask("api/overview")).marked;
+    describe();
+    say(action === "relabel" ? `Relabelled as ${readable(label)}.` : action === "drop" ? "Dropped." : "Kept.");
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+function update(photo) {
+  for (const item of list.querySelectorAll(".item")) {
+    if (item.photo.number !== photo.number) continue;
+    item.photo = { ...item.photo, ...photo };
+    show(item);
+  }
+}
+
+function chooseLabel(item) {
+  const dialog = byId("choose");
+  byId("label").value = "";
+  dialog.returnValue = "";
+  dialog.onclose = () => {
+    const label = byId("label").value;
+    item.focus();
+    if (dialog.returnValue === "ok" && label) decide(item, "relabel", label);
+  };
+  dialog.showModal();
+}
+
+async function undo() {
+  const { photo } = await ask("api/undo", {});
+  if (photo) update(photo);
+  await refresh();
+  if (state.view === "marked") await restart();
+  say(photo ? `Taken back: ${photo.path}` : "There is nothing to take back.");
+}
+
+async function toggleAttention(item) {
+  const canvas = item.querySelector("canvas");
+  if (!overview.has_attention) return say("This model has no attention maps.");
+  if (canvas.dataset.ready) { canvas.hidden = !canvas.hidden; return; }
+  const { photo } = item;
+  try {
+    const found = await ask(`api/attention/${photo.number}?label=${encodeURIComponent(photo.guess ?? photo.label)}`);
+    draw(canvas, found.attention);
+    const image = item.querySelector("img");
+    const scale = Math.min(image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight);
+    const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
+    const [x, y, w, h] = found.seen;
+    Object.assign(canvas.style, {
+      left: `${(image.clientWidth - width) / 2 + x * width}px`, top: `${(image.clientHeight - height) / 2 + y * height}px`,
+      width: `${w * width}px`, height: `${h * height}px`,
+    });
+    canvas.dataset.ready = "yes";
+    canvas.hidden = false;
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+function draw(canvas, rows) {
+  canvas.width = rows[0].length;
+  canvas.height = rows.length;
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(canvas.width, canvas.height);
+  rows.flat().forEach((value, place) => {
+    pixels.data.set([255 * Math.min(1, 1.6 * value), 255 * value ** 2, 255 * (0.35 + 0.4 * value - 0.7 * value ** 3), 255],
+      4 * place);
+  });
+  context.putImageData(pixels, 0, 0);
+}
+
+function enlarge(item) {
+  const dialog = byId("large");
+  dialog.querySelector("img").src = `photo/${item.photo.number}?side=1200`;
+  dialog.querySelector("img").alt = `Photo ${item.photo.path}`;
+  dialog.showModal();
+}
+
+function move(item, step) {
+  const items = [...list.querySelectorAll(".item")];
+  const target = items[items.indexOf(item) + step];
+  if (!target) return;
+  item.tabIndex = -1;
+  target.tabIndex = 0;
+  target.focus();
+}
+
+function rowLength() {
+  const items = list.querySelectorAll(".item");
+  const top = items[0]?.offsetTop;
+  return [...items].filter((item) => item.offsetTop === top).length || 1;
+}
+
+list.addEventListener("click", (event) => {
+  const item = event.target.closest(".item");
+  if (!item) return;
+  const { action } = event.target.dataset;
+  if (action) decide(item, action);
+  else if (event.target.tagName === "IMG") enlarge(item);
+});
+
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (/^(SELECT|INPUT)$/.test(event.target.tagName)) return;
+  if (event.key === "u") return void undo();
+  const item = event.target.closest?.(".item") || (/^[krlda]$|^Arrow/.test(event.key) && list.querySelector(".item"));
+  if (!item) return;
+  const actions = {
+    k: () => decide(item, "keep"), r: () => decide(item, "relabel"), d: () => decide(item, "drop"),
+    l: () => chooseLabel(item), a: () => toggleAttention(item),
+    ArrowRight: () => move(item, 1), ArrowLeft: () => move(item, -1),
+    ArrowDown: () => move(item, rowLength()), ArrowUp: () => move(item, -rowLength()),
+  };
+  if (event.key === "Enter" && event.target === item) actions.Enter = () => enlarge(item);
+  if (!(event.key in actions)) return;
+  event.preventDefault();
+  if (!event.target.closest?.(".item")) item.focus();
+  actions[event.key]();
+});
+
+byId("view").addEventListener("change", (event) => {
+  state = { view: event.target.value, which: 0 };
+  choices();
+  restart();
+});
+byId("which").addEventListener("change", (event) => {
+  state.which = Number(event.target.value);
+  restart();
+});
+byId("undo").addEventListener("click", undo);
+new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) loadMore(); },
+  { rootMargin: "800px" }).observe(byId("more"));
+start().catch((error) => say(error.message));

@@ -1,0 +1,277 @@
+"""Laws of the review: decisions land in the table, survive, can be taken back; photos are only read."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import shutil
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from fieldmark.data.index import Photo, PhotoIndex, apply_corrections, load_index
+from fieldmark.errors import DataError
+from fieldmark.outputs.triage import Judged
+from fieldmark.serve.corrections import Corrections
+from fieldmark.serve.review import create_review_app
+from fieldmark.serve.review_views import ReviewViews
+
+COLOURS = {"crow": (20, 20, 20), "gull": (230, 230, 230), "owl <b>": (140, 90, 40)}
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name, colour in COLOURS.items():
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (60, 40), tuple(c + number for c in colour)).save(folder / f"{number}.jpg")
+    return tmp_path / "data"
+
+
+def load(photos):
+    return load_index(photos, path_column="path", label_column="label", split_column="split", group_column=None)
+
+
+def make_views(photos, table, duplicates=lambda: [(0, 1, 2)]):
+    index = load(photos)
+    labels = index.label_numbers()
+    probabilities = np.full((len(labels), 3), 0.05, np.float32)
+    probabilities[np.arange(len(labels)), labels] = 0.9
+    probabilities[1] = (0.04, 0.95, 0.01)  # crow/1.jpg looks like a gull
+    probabilities[9] = (0.80, 0.15, 0.05)  # gull/1.jpg looks like a crow
+    judged = Judged(tuple(photo.path for photo in index.photos), labels, probabilities, index.classes)
+    views = ReviewViews(index, judged, Corrections(table), find_duplicates=duplicates)
+    views._search.join()
+    return views
+
+
+def make_app(views, look=None):
+    return create_review_app(views, look=look, hosts=["test", "127.0.0.1"])
+
+
+def ask(app, *calls):
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return [await call(client) for call in calls]
+
+    return asyncio.run(run())
+
+
+def get(path):
+    return lambda client: client.get(path)
+
+
+def post(path, body):
+    return lambda client: client.post(path, json=body)
+
+
+def test_each_view_lists_its_photos_with_what_the_model_says(photos, tmp_path):
+    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    overview, suspects, losses, pair, class_, duplicates = ask(
+        app,
+        get("/api/overview"),
+        get("/api/photos?view=suspects"),
+        get("/api/photos?view=losses&limit=2"),
+        get("/api/photos?view=pair&which=0"),
+        get("/api/photos?view=class&which=2&offset=6"),
+        get("/api/photos?view=duplicates"),
+    )
+    assert overview.json()["pairs"] == [{"first": "crow", "second": "gull", "photos": 2}]
+    assert overview.json()["duplicates_state"] == "done"
+    assert [photo["path"] for photo in suspects.json()["photos"]] == ["crow/1.jpg", "gull/1.jpg"]
+    assert losses.json()["total"] == 24
+    assert [photo["path"] for photo in losses.json()["photos"]] == ["crow/1.jpg", "gull/1.jpg"]
+    assert [(photo["label"], photo["guess"]) for photo in pair.json()["photos"]] == [("crow", "gull"), ("gull", "crow")]
+    assert [photo["path"] for photo in class_.json()["photos"]] == ["owl <b>/6.jpg", "owl <b>/7.jpg"]
+    assert [photo["number"] for photo in duplicates.json()["photos"]] == [0, 1]
+
+
+def test_decisions_are_written_at_once_survive_a_restart_and_data_takes_them(photos, tmp_path):
+    table = tmp_path / "out" / "corrections.csv"
+    before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.rglob("*.jpg")}
+    ask(
+        make_app(make_views(photos, table)),
+        post("/api/decide", {"number": 1, "action": "relabel", "label": "gull"}),
+        post("/api/decide", {"number": 9, "action": "drop"}),
+        post("/api/decide", {"number": 0, "action": "keep"}),
+    )
+    assert table.read_text().splitlines() == [
+        "path,action,label",
+        "crow/1.jpg,relabel,gull",
+        "gull/1.jpg,drop,",
+        "crow/0.jpg,keep,",
+    ]
+    [page] = ask(make_app(make_views(photos, table)), get("/api/photos?view=marked"))
+    assert [(photo["path"], photo["action"]) for photo in page.json()["photos"]] == [
+        ("crow/0.jpg", "keep"),
+        ("gull/1.jpg", "drop"),
+        ("crow/1.jpg", "relabel"),
+    ]
+    corrected = {photo.path: photo.label for photo in apply_corrections(load(photos), table).photos}
+    assert corrected["crow/1.jpg"] == "gull"
+    assert "gull/1.jpg" not in corrected
+    assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.rglob("*.jpg")} == before
+
+
+def test_undo_takes_back_one_change_at_a_time_also_after_a_restart(tmp_path):
+    table = tmp_path / "c.csv"
+    corrections = Corrections(table)
+    corrections.decide("a", "drop", "")
+    corrections.decide("b", "keep", "")
+    corrections.decide("a", "relabel", "x")
+    assert corrections.undo() == "a"
+    assert corrections.get("a").action == "drop"
+    again = Corrections(table)
+    assert {again.undo(), again.undo()} == {"a", "b"}
+    assert again.undo() is None
+    assert table.read_text().splitlines() == ["path,action,label"]
+
+
+def test_a_decision_that_cannot_be_written_is_not_taken(tmp_path, monkeypatch):
+    corrections = Corrections(tmp_path / "c.csv")
+    corrections.decide("a", "keep", "")
+
+    def fail():
+        raise OSError("no space")
+
+    monkeypatch.setattr(corrections, "_write", fail)
+    with pytest.raises(OSError, match="no space"):
+        corrections.decide("a", "drop", "")
+    assert corrections.get("a").action == "keep"
+
+
+def test_names_of_any_kind_survive_the_table(tmp_path):
+    table = tmp_path / "c.csv"
+    names = ['a "b", c.jpg', "line\nbreak.jpg", "\udcff.jpg", "ü.jpg"]
+    corrections = Corrections(table)
+    for name in names:
+        corrections.decide(name, "keep", "")
+    assert Corrections(table).paths() == names
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "reason"),
+    [
+        (post("/api/decide", {"number": 1, "action": "relabel", "label": "dodo"}), 422, "not one of the 3 classes"),
+        (post("/api/decide", {"number": 1, "action": "eat"}), 422, "body.action"),
+        (post("/api/decide", {"number": 99, "action": "keep"}), 404, "no photo 99"),
+        (get("/api/photos?view=nonsense"), 422, "no view 'nonsense'"),
+        (get("/api/photos?view=class&which=7"), 422, "no view 'class' number 7"),
+        (get("/photo/99"), 404, "no photo 99"),
+        (get("/photo/-1"), 404, "no photo -1"),
+        (get("/api/attention/0?label=crow"), 404, "no map"),
+        (lambda client: client.post("/api/undo", content=b"{}", headers={"content-type": "text/plain"}), 415, "JSON"),
+        (lambda client: client.get("/photo/0", headers={"host": "evil.example"}), 400, ""),
+    ],
+)
+def test_bad_requests_are_refused_with_the_reason(photos, tmp_path, call, status, reason):
+    [answer] = ask(make_app(make_views(photos, tmp_path / "c.csv")), call)
+    assert answer.status_code == status
+    assert reason in answer.text
+    assert not (tmp_path / "c.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda it: it.decide("a", "eat", ""), "an action is keep, relabel, drop; got 'eat'"),
+        (lambda it: it.decide("a", "relabel", ""), "say to which class"),
+    ],
+)
+def test_the_table_refuses_nonsense(tmp_path, call, message):
+    with pytest.raises(DataError, match=message):
+        call(Corrections(tmp_path / "c.csv"))
+
+
+def test_another_table_is_never_overwritten(tmp_path):
+    (tmp_path / "c.csv").write_text("name,age\nx,1\n")
+    with pytest.raises(DataError, match="is not a table of corrections"):
+        Corrections(tmp_path / "c.csv")
+
+
+def test_thumbnails_are_small_upright_and_a_vanished_photo_is_a_404(photos, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (900, 600), (1, 2, 3)).save(photos / "crow" / "0.jpg", exif=exif)
+    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    (photos / "crow" / "2.jpg").unlink()
+    turned, gone = ask(app, get("/photo/0?side=120"), get("/photo/2"))
+    assert Image.open(io.BytesIO(turned.content)).size == (80, 120)
+    assert gone.status_code == 404
+
+
+def test_a_failed_search_for_duplicates_is_said_and_harms_nothing(photos, tmp_path):
+    def fail():
+        raise DataError("no hashes today")
+
+    views = make_views(photos, tmp_path / "c.csv", duplicates=fail)
+    assert views.overview()["duplicates_state"] == "failed: no hashes today"
+
+
+def test_a_page_of_a_hundred_thousand_photos_is_quick(tmp_path):
+    count, classes = 100_000, tuple(f"class {number}" for number in range(50))
+    labels = np.arange(count) % 50
+    photos = tuple(Photo(f"{number}.jpg", classes[label], "val", "") for number, label in enumerate(labels))
+    index = PhotoIndex(tmp_path, photos, classes, {})
+    probabilities = np.full((count, 50), 0.01, np.float32)
+    probabilities[np.arange(count), labels] = 0.51
+    judged = Judged(tuple(photo.path for photo in photos), labels, probabilities, classes)
+    views = ReviewViews(index, judged, Corrections(tmp_path / "c.csv"), find_duplicates=list)
+    start = time.perf_counter()
+    page = views.page("losses", which=0, offset=99_000, limit=60)
+    assert (page["total"], len(page["photos"])) == (100_000, 60)
+    assert time.perf_counter() - start < 0.1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    import uvicorn
+
+    def look(number, class_number):
+        return {"attention": [[0.0, 1.0], [0.5, 0.2]], "seen": [0.1, 0, 0.8, 1]}
+
+    app = make_app(make_views(photos, tmp_path / "c.csv"), look=look)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    try:
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 390, "height": 800})
+            problems = []
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto(url)
+            page.get_by_text("That was all: 2.").wait_for()
+            page.keyboard.press("r")
+            page.get_by_text("Relabelled as gull.").wait_for()
+            page.keyboard.press("ArrowRight")
+            page.keyboard.press("d")
+            page.get_by_text("Dropped.").wait_for()
+            page.keyboard.press("a")
+            page.locator(".item canvas:visible").wait_for()
+            page.reload()
+            page.get_by_text("2 decided").wait_for()
+            assert page.locator('button[data-action="drop"][aria-pressed="true"]').count() == 1
+            page.keyboard.press("u")
+            page.get_by_text("Taken back: gull/1.jpg").wait_for()
+            page.select_option("#view", "pair")
+            page.get_by_text("crow, taken for the other").wait_for()
+            assert page.locator(".item").count() == 2
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            assert problems == []
+            browser.close()
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert (tmp_path / "c.csv").read_text().splitlines()[1:] == ["crow/1.jpg,relabel,gull"]
