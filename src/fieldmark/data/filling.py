@@ -158,14 +158,15 @@ class CacheFolder:
         return problem
 
     def _make(self, number: int, max_pixels: int) -> tuple[bytes, int, int, bytes | memoryview] | PhotoError | None:
-        """One photo's key and content; None if it changed at that moment."""
+        """One photo's key and content; None if it vanished at that moment."""
         file = self._files[number]
+        # Taken first: a file that changes while it is read lies under a key that will not be asked for again.
         identity = _identity(file)
         try:
             made = self.preset.make(file, max_pixels)
         except PhotoError as error:
             return error
-        return (_key(file, identity), *made) if identity and identity == _identity(file) else None
+        return (_key(file, identity), *made) if identity else None
 
     def _make_room(self, matched: Matched, room_bytes: int) -> int:
         """Bytes of the packs that stay. Packs of photos that are gone go too, once more than half the room is taken."""
