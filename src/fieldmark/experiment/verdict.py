@@ -9,6 +9,9 @@ from fieldmark.experiment.statistics import Difference
 EFFECT = 0.01
 """The smallest difference worth seeing: one point of accuracy, or 0.01 nats of log loss."""
 
+MOST_SEEDS = 50
+"""More seeds than this are not proposed where more photos would do."""
+
 POWER = 0.8
 """Probability with which a true difference of `EFFECT` is to be seen."""
 
@@ -55,8 +58,9 @@ def _needed(difference: Difference, photos: int | None, runs: int | None, unit: 
     ways: list[str] = []
     if photos is not None:
         ways.append(f"{_round(photos - difference.num_photos):,} more photos")
-    if runs is not None:
-        more = runs - min(difference.num_runs)
+    more = (runs or 0) - min(difference.num_runs)
+    # Nobody trains a hundred seeds to see a point where photos would do.
+    if runs is not None and (more <= MOST_SEEDS or photos is None):
         ways.append(f"{more} more {'seed' if more == 1 else 'seeds'} each")
     if (photos is not None and photos <= difference.num_photos) or (
         runs is not None and runs <= min(difference.num_runs)

@@ -1,0 +1,221 @@
+"""What a chart shows, apart from who draws it: plotly for a screen, matplotlib for paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fieldmark.outputs.figures import new_figure, plain_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers too, and a few more; each line also has a dash of its own.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
+DASHES = ("solid", "dash", "dot", "dashdot")
+MATPLOTLIB_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+
+Values = Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting over the epochs: mean of its runs, with a band and a trend; None where there is no value."""
+
+    name: str
+    x: Sequence[float]
+    y: Values
+    low: Values
+    high: Values
+    trend: Values
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One value with its interval, and what to show when it is pointed at."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture.
+
+    Attributes:
+        key: Name of its file and of its place in the page.
+        title: In words.
+        note: What must be known to read it.
+        x_label, y_label: With units.
+        is_share: Whether y (or x, of a chart of intervals) is a fraction to be shown in percent.
+        lines: Over x.
+        dots: With intervals along y; along x where `sideways`.
+        sideways: Dots are listed below each other by name, and values run along x.
+        bars: (left edges, heights, width) of a histogram.
+        is_log_x: Whether x is logarithmic.
+        zero: Draw a line at no difference.
+    """
+
+    key: str
+    title: str
+    note: str
+    x_label: str
+    y_label: str
+    is_share: bool = False
+    lines: tuple[Line, ...] = ()
+    dots: tuple[Dot, ...] = ()
+    sideways: bool = False
+    bars: tuple[Sequence[float], Sequence[float], float] | None = None
+    is_log_x: bool = False
+    zero: bool = False
+
+
+def plotly_chart(chart: Chart) -> dict[str, Any]:
+    """Data and layout for plotly.js; colours of ink and paper are set by the page, which knows light from dark."""
+    data: list[dict[str, Any]] = []
+    # Over bars a line has the second colour, and no points: it is a curve, not epochs.
+    for number, line in enumerate(chart.lines, start=1 if chart.bars else 0):
+        data += _plotly_line(line, number, marks="" if chart.bars else "+markers")
+    if chart.bars:
+        edges, heights, width = chart.bars
+        centres = [edge + width / 2 for edge in edges]
+        bars = {"type": "bar", "x": centres, "y": list(heights), "width": width, "marker": {"color": COLORS[0]}}
+        data.insert(0, {**bars, "opacity": 0.6})
+    for number, dot in enumerate(chart.dots):
+        data.append(_plotly_dot(chart, dot, number))
+    value_axis = {"tickformat": ".0%" if chart.is_share else "", "zeroline": False}
+    x_axis: dict[str, Any] = {"title": {"text": chart.x_label}, "automargin": True, "zeroline": False}
+    y_axis: dict[str, Any] = {"title": {"text": chart.y_label}, "automargin": True, "zeroline": False}
+    (x_axis if chart.sideways else y_axis).update(value_axis)
+    if chart.is_log_x:
+        x_axis |= {"type": "log", "dtick": 1}
+    if chart.sideways:
+        y_axis |= {"autorange": "reversed", "showticklabels": True}
+    layout: dict[str, Any] = {
+        "xaxis": x_axis,
+        "yaxis": y_axis,
+        "showlegend": len(chart.lines) > 1 or (len(chart.dots) > 1 and not chart.sideways),
+        "height": max(220, 90 + 34 * len(chart.dots)) if chart.sideways else 360,
+    }
+    if chart.zero:
+        zero = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1}
+        layout["shapes"] = [{**zero, "line": {"dash": "dot", "width": 1, "color": "#888888"}}]
+    return {"data": data, "layout": layout}
+
+
+def _plotly_line(line: Line, number: int, *, marks: str) -> list[dict[str, Any]]:
+    color, dash = COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
+    name = plotly_text(line.name)
+    x = list(line.x)
+    traces: list[dict[str, Any]] = []
+    if any(low != high for low, high in zip(line.low, line.high, strict=True)):
+        hidden = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
+        traces.append({**hidden, "x": x, "y": list(line.low)})
+        traces.append({**hidden, "x": x, "y": list(line.high), "fill": "tonexty", "fillcolor": color + "33"})
+    has_trend = any(value is not None for value in line.trend)
+    seen = {"mode": "lines" + marks, "x": x, "y": list(line.y), "name": name, "legendgroup": name}
+    seen |= {"line": {"color": color, "width": 1 if has_trend else 2, "dash": dash}, "marker": {"size": 4}}
+    traces.append({**seen, "opacity": 0.6 if has_trend else 1.0, "showlegend": not has_trend})
+    if has_trend:
+        bold = {"color": color, "width": 2.5, "dash": dash}
+        traces.append(
+            {
+                "mode": "lines",
+                "x": x,
+                "y": list(line.trend),
+                "name": name,
+                "legendgroup": name,
+                "line": bold,
+                "hoverinfo": "skip",
+            }
+        )
+    return traces
+
+
+def _plotly_dot(chart: Chart, dot: Dot, number: int) -> dict[str, Any]:
+    color = COLORS[number % len(COLORS)]
+    value, along = (dot.x, "x") if chart.sideways else (dot.y, "y")
+    error = {"type": "data", "symmetric": False, "array": [dot.high - value], "arrayminus": [value - dot.low]}
+    name = plotly_text(dot.name)
+    return {
+        "mode": "markers",
+        "x": [dot.x],
+        "y": [name] if chart.sideways else [dot.y],
+        f"error_{along}": {**error, "color": color, "thickness": 1.5},
+        "marker": {"size": 10, "color": color},
+        "name": name,
+        "text": [plotly_text(dot.text)],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def plotly_text(text: str) -> str:
+    """A user's text as plotly shows it literally: it reads some HTML tags otherwise."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def draw_chart(chart: Chart) -> Figure:
+    """The same as a matplotlib figure, for print, Markdown and papers."""
+    height = max(2.2, 0.9 + 0.34 * len(chart.dots)) if chart.sideways else 3.6
+    figure = new_figure(6.4, height)
+    axes = figure.subplots()
+    for number, line in enumerate(chart.lines, start=1 if chart.bars else 0):
+        _draw_line(axes, line, number, marker="" if chart.bars else "o")
+    if chart.bars:
+        edges, heights, width = chart.bars
+        axes.bar(list(edges), list(heights), width=width, align="edge", color=COLORS[0], alpha=0.6)
+    for number, dot in enumerate(chart.dots):
+        _draw_dot(axes, chart, dot, number)
+    if chart.sideways:
+        axes.set_yticks(range(len(chart.dots)), [plain_text(dot.name) for dot in chart.dots])
+        axes.invert_yaxis()
+    if chart.zero:
+        axes.axvline(0, color="#888888", linestyle=":", linewidth=1)
+    if chart.is_log_x:
+        axes.set_xscale("log")
+    if chart.is_share:
+        from matplotlib.ticker import PercentFormatter
+
+        (axes.xaxis if chart.sideways else axes.yaxis).set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not chart.sideways and axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_line(axes: Axes, line: Line, number: int, *, marker: str) -> None:
+    color = COLORS[number % len(COLORS)]
+    style = MATPLOTLIB_DASHES[DASHES[number // len(COLORS) % len(DASHES)]]
+    nan = float("nan")
+
+    def drawn(values: Values) -> list[float]:
+        return [nan if value is None else value for value in values]
+
+    has_trend = any(value is not None for value in line.trend)
+    label = plain_text(line.name)
+    axes.fill_between(list(line.x), drawn(line.low), drawn(line.high), color=color, alpha=0.15, linewidth=0)
+    thin: dict[str, Any] = (
+        {"linewidth": 0.8, "alpha": 0.6} if has_trend else {"linewidth": 1.8, "marker": marker, "markersize": 3}
+    )
+    axes.plot(list(line.x), drawn(line.y), style, color=color, label=None if has_trend else label, **thin)
+    if has_trend:
+        axes.plot(list(line.x), drawn(line.trend), style, color=color, label=label, linewidth=2)
+
+
+def _draw_dot(axes: Axes, chart: Chart, dot: Dot, number: int) -> None:
+    color = COLORS[number % len(COLORS)]
+    value = dot.x if chart.sideways else dot.y
+    error = [[value - dot.low], [dot.high - value]]
+    bars: dict[str, Any] = {"fmt": "o", "color": color, "capsize": 3}
+    if chart.sideways:
+        axes.errorbar([dot.x], [number], xerr=error, **bars)
+    else:
+        axes.errorbar([dot.x], [dot.y], yerr=error, label=plain_text(dot.name), **bars)
