@@ -106,7 +106,7 @@ class Predictor:
         self.temperature = temperature
         self.threshold = threshold
         self._logits = logits
-        self._background = background
+        self.background = background
         self._max_pixels = max_pixels
 
     @classmethod
@@ -227,7 +227,7 @@ class Predictor:
         sources = iter(photos)
         with Loader(workers=0, threads=usable_cores()) as loader:
             while chunk := list(islice(sources, self.batch_size)):
-                prepare = _SourcePhotos(chunk, self.spec, self._background, self._max_pixels)
+                prepare = _SourcePhotos(chunk, self.spec, self.background, self._max_pixels)
                 names = [str(source) if isinstance(source, str | Path) else "" for source in chunk]
                 for batch in loader.batches(prepare, [range(len(chunk))], epoch=0):
                     yield from self._answers(batch, names)
@@ -238,7 +238,7 @@ class Predictor:
         from fieldmark.experiment.batches import EvalPhotos, PhotoReader
         from fieldmark.experiment.environment import usable_cores
 
-        reader = PhotoReader(tuple(index.files()), index.label_numbers(), self._background, self._max_pixels)
+        reader = PhotoReader(tuple(index.files()), index.label_numbers(), self.background, self._max_pixels)
         prepare = EvalPhotos(reader, self.spec, keeps_broken=True)
         numbers = range(len(index.photos))
         plan = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
@@ -247,6 +247,17 @@ class Predictor:
         with Loader(workers=workers, threads=usable_cores()) as loader:
             for batch in loader.batches(prepare, plan, epoch=0):
                 yield from self._answers(batch, [index.photos[number].path for number in batch.numbers.tolist()])
+
+    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, K) calibrated probabilities of pictures (B, 3, S, S) that `eval_reference` made by `spec`."""
+        import torch
+
+        from fieldmark.data.loader import Batch
+        from fieldmark.engine.evaluate import softmax
+
+        unknown = torch.full((len(images),), -1, dtype=torch.int64)
+        batch = Batch(torch.from_numpy(images), torch.arange(len(images)), unknown, ())
+        return softmax(self._logits(batch), temperature=self.temperature)
 
     def _answers(self, batch: Batch, names: Sequence[str]) -> list[Prediction]:
         from fieldmark.engine.evaluate import softmax
