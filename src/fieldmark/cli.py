@@ -16,6 +16,7 @@ import typer
 
 from fieldmark.console import open_progress
 from fieldmark.errors import FieldmarkError, InterruptedRunError
+from fieldmark.use import add_verbs
 
 if TYPE_CHECKING:
     from fieldmark.config import Config
@@ -32,6 +33,7 @@ config_app = typer.Typer(help="Show settings.", no_args_is_help=True, rich_marku
 recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(recipes_app, name="recipes")
+add_verbs(app)
 
 Data = Annotated[Path, typer.Argument(help="Folder of class folders, or a table.")]
 Recipe = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")]

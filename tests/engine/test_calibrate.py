@@ -174,6 +174,10 @@ def test_bins_hold_every_photo_once_and_one_falls_in_the_last():
             lambda: threshold_for_accuracy(coverage_curve(np.ones(2), np.array([True, True])), 0.9, assurance=0.95),
             "2 photos cannot show an accuracy of 90.0% with 95% assurance",
         ),
+        (
+            lambda: threshold_for_accuracy(coverage_curve(np.ones(2), np.ones(2, bool)), 0.9, assurance=1),
+            "assurance is a share from 0 to below 1; got 1",
+        ),
         (lambda: threshold_for_coverage(coverage_curve(np.ones(2), np.ones(2, bool)), 0), "wanted coverage is a share"),
         (
             lambda: calibrate(*make_logits(n=9), wanted="x", wanted_value=1, assurance=0, folds=2, seed=0),

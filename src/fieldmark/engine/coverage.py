@@ -85,7 +85,9 @@ def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, assurance: 
         DataError: No threshold reaches it, or the photos are too few to show it.
     """
     _check_share("accuracy", accuracy)
-    if assurance <= 0:
+    if not 0 <= assurance < 1:
+        raise DataError(f"the assurance is a share from 0 to below 1; got {assurance}")
+    if assurance == 0:
         reached = np.flatnonzero(curve.accuracy >= accuracy)
         if not len(reached):
             raise DataError(

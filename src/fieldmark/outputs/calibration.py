@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.engine.calibrate import Calibration, calibrate
+from fieldmark.engine.calibrate import Calibration, calibrate, cross_fitted
+from fieldmark.engine.coverage import coverage_curve, reliability_bins
 from fieldmark.errors import RunError
 
 if TYPE_CHECKING:
@@ -42,6 +44,58 @@ def calibrate_run(
     )
     write_json(run.path / FILE, found.to_dict())
     return found
+
+
+def describe_calibration(found: Calibration) -> str:
+    """A few lines for people."""
+    lines = [
+        f"temperature       {found.temperature:.3f}, from {found.num_photos} validation photos",
+        f"log loss          {found.log_loss_before:.3f} before, {found.log_loss_after:.3f} after",
+        f"calibration error {found.calibration_error_before:.3f} before, {found.calibration_error_after:.3f} after",
+    ]
+    if found.wanted == "none":
+        lines.append('every photo is answered; ask for --accuracy or --coverage to allow "unknown"')
+    else:
+        lines.append(
+            f"unknown           below {found.threshold:.3f}: {found.coverage:.1%} of the photos are answered, "
+            f"{found.accuracy:.1%} of the answers are right (wanted: {found.wanted} {found.wanted_value:.1%})"
+        )
+    return "\n".join(
+        [*lines, "Figures after calibration are cross-fitted: no photo is judged by what was fitted on it."]
+    )
+
+
+def save_calibration_figure(run: Run, found: Calibration) -> Path:
+    """Draw the reliability diagram and the coverage-accuracy curve as RUN/calibration.png."""
+    from matplotlib.figure import Figure
+
+    from fieldmark.engine.checkpoint import whole_or_absent
+
+    stored = run.predictions("val")
+    probabilities = cross_fitted(log_probabilities(stored.probabilities), stored.labels, folds=5, seed=0)
+    confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == stored.labels
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bins = reliability_bins(confidence, is_right, bins=15)
+    left.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    left.scatter(
+        [row["confidence"] for row in bins],
+        [row["accuracy"] for row in bins],
+        s=[20 + 300 * row["count"] / len(confidence) for row in bins],
+    )
+    left.set(xlabel="mean probability of the answer", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1.02))
+    left.set_title("Reliability (area: number of photos)")
+    curve = coverage_curve(confidence, is_right)
+    right.step(curve.coverage, curve.accuracy, where="post")
+    if found.threshold > 0:
+        right.scatter([found.coverage], [found.accuracy], zorder=3)
+        right.annotate(f"threshold {found.threshold:.2f}", (found.coverage, found.accuracy), textcoords="offset points",
+                       xytext=(-8, -14), ha="right")  # fmt: skip
+    right.set(xlabel="share of photos answered", ylabel="share of right answers", xlim=(0, 1.02))
+    right.set_title("Coverage and accuracy")
+    path = run.path / "calibration.png"
+    whole_or_absent(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    return path
 
 
 def load_calibration(run: Run) -> Calibration | None:

@@ -27,7 +27,7 @@ def write_card(metadata: ModelMetadata, *, data: dict[str, Any], summary: dict[s
         f"# {_inline(metadata.run)}: {len(metadata.classes)} classes of photographs",
         _facts(metadata),
         "## Results\n\n" + _results(summary),
-        "## Agreement with the run\n\n" + _evidence(metadata.evidence),
+        "## Agreement with the run\n\n" + evidence_text(metadata.evidence),
         "## Data\n\n" + _data(data),
         "## Weights\n\n" + _weights(metadata),
         "## Limits\n\n" + _limits(metadata),
@@ -82,7 +82,8 @@ def _results(summary: dict[str, Any]) -> str:
     )
 
 
-def _evidence(evidence: dict[str, Any]) -> str:
+def evidence_text(evidence: dict[str, Any]) -> str:
+    """What was measured when the model was exported, in one or two sentences."""
     if "int8" in evidence:
         row = evidence["int8"]
         return (

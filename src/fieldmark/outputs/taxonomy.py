@@ -10,12 +10,15 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.errors import DataError
+
+if TYPE_CHECKING:
+    from fieldmark.experiment.folder import Run
 
 
 @dataclass(frozen=True)
@@ -173,3 +176,14 @@ def hierarchical_accuracy(
     # In a tree a shared level implies that all above are shared, so the unshared ones count the height.
     heights = (~shared).sum(axis=0)[guessed != labels]
     return {**accuracies, "mistake_height": float(heights.mean()) if len(heights) else 0.0}
+
+
+def taxonomy_scores(run: Run, table: Path) -> dict[str, float]:
+    """`hierarchical_accuracy` of a run's stored validation predictions.
+
+    Raises:
+        DataError: The table does not fit the run's classes.
+        RunError: No validation predictions are stored.
+    """
+    stored = run.predictions("val")
+    return hierarchical_accuracy(stored.probabilities, stored.labels, load_taxonomy(table, run.classes))
