@@ -149,16 +149,23 @@ def _functional() -> Any:
     return functional
 
 
+def resize_box(image: PILImage, corner: Sequence[float], extent: Sequence[float], spec: AugmentSpec) -> PILImage:
+    """The (S, S) picture of a box with fractional edges, by the filter of the weights' evaluation transform."""
+    from PIL import Image
+
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    (x, y), (width, height) = corner, extent
+    inside = (max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height))
+    return image.resize((spec.size, spec.size), filters[spec.crop_interpolation], box=inside)
+
+
 def _crop(image: PILImage, box: NDArray[np.float64], spec: AugmentSpec) -> PILImage:
     from PIL import Image
 
     functional = _functional()
     x, y, width, height = box.tolist()
     if spec.crop == "weights":
-        # The box is fractional; Pillow's resize takes it as it is.
-        filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-        corners = (max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height))
-        return image.resize((spec.size, spec.size), filters[spec.crop_interpolation], box=corners)
+        return resize_box(image, [x, y], [width, height], spec)
     x, y, width, height = int(x), int(y), int(width), int(height)
     if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
         canvas = Image.new("RGB", (width, height), spec.fill)

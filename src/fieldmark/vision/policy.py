@@ -97,10 +97,10 @@ def _strengths(policy: Policy, size: int) -> NDArray[np.float64]:
 
 
 def operation_matrix(op: int, magnitude: float, size: int) -> NDArray[np.float64]:
-    """Where a geometric operation takes each output point from.
+    """Where an operation takes each output point from.
 
     Args:
-        op: Number in `OPERATIONS`; `is_geometric(op)`.
+        op: Number in `OPERATIONS`; one that changes colours leaves points where they are.
         magnitude: Its signed strength.
         size: Side of the image in pixels.
 
@@ -120,8 +120,8 @@ def operation_matrix(op: int, magnitude: float, size: int) -> NDArray[np.float64
         case "Rotate":  # counter-clockwise, about the centre
             c, s = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
             return np.array([[c, -s, half - c * half + s * half], [s, c, half - s * half - c * half]])
-        case name:
-            raise ValueError(f"{name} has no matrix: it changes colours")
+        case _:
+            return np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 def apply_operation(

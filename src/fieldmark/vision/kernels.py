@@ -1,0 +1,289 @@
+"""Compiled inner loops of the fast executor: one warp, and colour, normalisation and erasing after it.
+
+Compiled by Numba on first use and kept on disk, in __pycache__ or, where that is not writable, in the user's cache
+folder; where neither is, each process compiles for itself. They hold no interpreter lock.
+
+Written by hand because no library does it in one pass: OpenCV's warp rounds to uint8 and knows no per-stage borders,
+and its colour conversion, a table and a transpose after it cost more than the warp.
+
+Shape letters: H, W height and width of the photo; S side of the output; K stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, floor
+from typing import Any
+
+import numba
+import numpy as np
+from numba import float32, float64, int32, int64, types, void
+
+PHOTO = types.Array(types.uint8, 3, "C", readonly=True)
+PICTURE = types.Array(float32, 3, "C")
+BANK = types.Array(float32, 1, "C", readonly=True)
+
+
+def compiled(*signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Numba's njit with a fixed signature, cached on disk if any folder for it can be written."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        options: dict[str, Any] = {"nogil": True, "fastmath": True}
+        try:
+            return numba.njit(*signature, cache=True, **options)(function)
+        except RuntimeError:  # "no locator available": nowhere to write
+            return numba.njit(*signature, **options)(function)
+
+    return decorate
+
+
+@compiled()
+def between(a: Any, b: Any, c: Any, d: Any, shift: Any, fx: Any, fy: Any) -> Any:
+    """Bilinear value of one channel, `shift` bits up, of four neighbouring pixels."""
+    low = np.int32(255)
+    p, q = np.float32((a >> shift) & low), np.float32((b >> shift) & low)
+    r, s = np.float32((c >> shift) & low), np.float32((d >> shift) & low)
+    upper, lower = p + fx * (q - p), r + fx * (s - r)
+    return upper + fy * (lower - upper)
+
+
+@compiled()
+def visible_span(matrix: Any, limits: Any, row: float, size: int, span: Any) -> None:
+    """Narrow `span` to the columns of an output row whose points fall within `limits` (x low, high, y low, high).
+
+    Each coordinate is linear along a row, so the columns are one interval and the inner loop needs no test.
+    """
+    for axis in range(2):
+        step, low, high = matrix[axis, 0], limits[2 * axis], limits[2 * axis + 1]
+        start = 0.5 * step + matrix[axis, 1] * row + matrix[axis, 2]
+        if abs(step) < 1e-9:
+            if not low <= start < high:
+                span[1] = span[0]
+        elif step > 0:
+            span[0] = max(span[0], ceil((low - start) / step))
+            span[1] = min(span[1], ceil((high - start) / step))
+        else:
+            span[0] = max(span[0], floor((high - start) / step) + 1)
+            span[1] = min(span[1], floor((low - start) / step) + 1)
+    span[1] = max(span[0], span[1])
+
+
+@compiled(void(int32[:, ::1], float64[:, :, ::1], float64[:, ::1], int64, int64, float32[::1], PICTURE))
+def warp(pixels: Any, matrices: Any, limits: Any, across: int, down: int, fill: Any, out: Any) -> None:
+    """Look each output pixel up in a picture, bilinearly; beyond its edges its last pixels go on.
+
+    Args:
+        pixels: (H, W) int32, red in the lowest byte, then green and blue; H and W at least 2. Whole words, because
+            four of them cost less to read than twelve bytes.
+        matrices: (K, 2, 3) float64 from the output, each; the last one ends in these pixels.
+        limits: (K, 4) float64 x low, high, y low, high after each; points outside show the fill.
+        across: Looks per output pixel along its row, averaged: 2 antialias steps of up to about 2 pixels.
+        down: The same along its column.
+        fill: (3,) float32, 0 to 255.
+        out: (3, S, S) float32, 0 to 255: written.
+    """
+    size = out.shape[1]
+    share = np.float32(1) / np.float32(across * down)
+    height, width = pixels.shape
+    words = pixels.reshape(-1)
+    one, stride, zero = np.uint64(1), np.uint64(width), np.float32(0)
+    # Just short of the last pixel, so that the one after it always exists: an error of 1/4096 of a step.
+    right, bottom = np.float32(width - 1 - 1 / 4096), np.float32(height - 1 - 1 / 4096)
+    last = matrices[len(matrices) - 1]
+    step_x, step_y = np.float32(last[0, 0]), np.float32(last[1, 0])
+    places = np.empty(size, np.int32)
+    part_x, part_y = np.empty(size, np.float32), np.empty(size, np.float32)
+    upper_left, upper_right = np.empty(size, np.int32), np.empty(size, np.int32)
+    lower_left, lower_right = np.empty(size, np.int32), np.empty(size, np.int32)
+    span = np.empty(2, np.int64)
+    for row in range(size):
+        span[0], span[1] = 0, size
+        for stage in range(len(matrices)):
+            visible_span(matrices[stage], limits[stage], row + 0.5, size, span)
+        first, end = min(max(span[0], 0), size), min(max(span[1], 0), size)
+        for channel in range(3):
+            out[channel, row, :first] = fill[channel]
+            out[channel, row, first:end] = zero
+            out[channel, row, end:] = fill[channel]
+        for sample in range(across * down):
+            u = first + (sample % across + 0.5) / across
+            v = row + (sample // across + 0.5) / down
+            start_x = np.float32(last[0, 0] * u + last[0, 1] * v + last[0, 2] - 0.5)
+            start_y = np.float32(last[1, 0] * u + last[1, 1] * v + last[1, 2] - 0.5)
+            # Addresses, reads and arithmetic apart, and each counted from 0: so the first and the last are vectorised.
+            for k in range(end - first):
+                x = min(max(start_x + step_x * np.float32(k), zero), right)
+                y = min(max(start_y + step_y * np.float32(k), zero), bottom)
+                i, j = np.int32(x), np.int32(y)
+                part_x[k], part_y[k] = x - np.float32(i), y - np.float32(j)
+                places[k] = np.int32(j * np.int32(width)) + i
+            for k in range(end - first):
+                place = np.uint64(places[k])
+                upper_left[k], upper_right[k] = words[place], words[place + one]
+                lower_left[k], lower_right[k] = words[place + stride], words[place + stride + one]
+            for channel in range(3):
+                line, shift = out[channel, row, first:end], np.int32(8 * channel)
+                for k in range(len(line)):
+                    a, b, c, d = upper_left[k], upper_right[k], lower_left[k], lower_right[k]
+                    line[k] += share * between(a, b, c, d, shift, part_x[k], part_y[k])
+
+
+@compiled()
+def brighten(r: Any, g: Any, b: Any, factor: Any) -> None:
+    """Each value times `factor`, within 0 to 255, in place."""
+    high = np.float32(255)
+    for i in range(len(r)):
+        r[i], g[i], b[i] = min(r[i] * factor, high), min(g[i] * factor, high), min(b[i] * factor, high)
+
+
+@compiled()
+def grey(r: Any, g: Any, b: Any) -> Any:
+    """Luma of ITU-R BT.601, as in Pillow."""
+    return np.float32(0.299) * r + np.float32(0.587) * g + np.float32(0.114) * b
+
+
+@compiled()
+def contrast(r: Any, g: Any, b: Any, factor: Any, mean: Any) -> None:
+    """Blend with the picture's mean grey, in place."""
+    low, high = np.float32(0), np.float32(255)
+    for i in range(len(r)):
+        r[i] = min(max(mean + factor * (r[i] - mean), low), high)
+        g[i] = min(max(mean + factor * (g[i] - mean), low), high)
+        b[i] = min(max(mean + factor * (b[i] - mean), low), high)
+
+
+@compiled()
+def saturate(r: Any, g: Any, b: Any, factor: Any) -> None:
+    """Blend with each pixel's own grey, in place."""
+    low, high = np.float32(0), np.float32(255)
+    for i in range(len(r)):
+        level = grey(r[i], g[i], b[i])
+        r[i] = min(max(level + factor * (r[i] - level), low), high)
+        g[i] = min(max(level + factor * (g[i] - level), low), high)
+        b[i] = min(max(level + factor * (b[i] - level), low), high)
+
+
+@compiled()
+def sixth(hue: Any, offset: Any) -> Any:
+    """How far from its maximum a channel is, 0 to 1, at a hue in sixths of the circle."""
+    six = np.float32(6)
+    k = hue + offset
+    k -= six * np.floor(k * np.float32(1 / 6))  # not math.floor, which makes integers and stops vectorisation
+    return max(min(min(k, np.float32(4) - k), np.float32(1)), np.float32(0))
+
+
+@compiled()
+def turn_hue(r: Any, g: Any, b: Any, shift: Any) -> None:
+    """True HSV hue turned by `shift` of the circle, in place, without branches so that it is vectorised.
+
+    Source:
+        Smith, "Color gamut transform pairs", SIGGRAPH 1978 (the hexcone model).
+    """
+    turn = np.float32(6) * shift
+    tiny = np.float32(1e-6)
+    for i in range(len(r)):
+        red, green, blue = r[i], g[i], b[i]
+        value = max(max(red, green), blue)
+        chroma = value - min(min(red, green), blue)
+        scale = np.float32(1) / max(chroma, tiny)
+        from_red, from_green, from_blue = (green - blue) * scale, (blue - red) * scale, (red - green) * scale
+        hue = from_blue + np.float32(4)
+        hue = from_green + np.float32(2) if green == value else hue
+        hue = from_red if red == value else hue
+        hue += turn
+        r[i] = value - chroma * sixth(hue, np.float32(5))
+        g[i] = value - chroma * sixth(hue, np.float32(3))
+        b[i] = value - chroma * sixth(hue, np.float32(1))
+
+
+@compiled()
+def recolor(r: Any, g: Any, b: Any, kind: int, factor: Any, mean: Any) -> None:
+    """One colour operation on a row of pixels: `kind` as in `sample.BRIGHTNESS` and its neighbours."""
+    if kind == 0:
+        brighten(r, g, b, factor)
+    elif kind == 1:
+        contrast(r, g, b, factor, mean)
+    elif kind == 2:
+        saturate(r, g, b, factor)
+    else:
+        turn_hue(r, g, b, factor)
+
+
+@compiled()
+def grey_mean(out: Any, kinds: Any, factors: Any) -> Any:
+    """Apply operations in place, then the mean grey of the picture, rounded as Pillow does."""
+    size = out.shape[1]
+    total = 0.0
+    for row in range(size):
+        r, g, b = out[0, row], out[1, row], out[2, row]
+        for place in range(len(kinds)):
+            recolor(r, g, b, kinds[place], factors[place], np.float32(0))
+        part = np.float32(0)
+        for i in range(size):
+            part += grey(r[i], g[i], b[i])
+        total += part
+    return np.float32(floor(total / (size * size) + 0.5))
+
+
+@compiled()
+def cover(out: Any, erase: Any, bank: Any, noise_offset: int) -> None:
+    """Write noise from the bank, or zero where it is empty, over a rectangle."""
+    size = out.shape[1]
+    x, y, width, height = erase[0], erase[1], erase[2], erase[3]
+    for channel in range(3):
+        for row in range(y, y + height):
+            start = noise_offset + (channel * size + row) * size
+            for i in range(x, x + width):
+                out[channel, row, i] = bank[(start + i) % len(bank)] if len(bank) else np.float32(0)
+
+
+@compiled(void(PICTURE, int64[::1], float32[::1], float32[::1], float32[::1], int64[::1], BANK, int64))
+def finish(
+    out: Any, kinds: Any, factors: Any, scale: Any, offset: Any, erase: Any, bank: Any, noise_offset: int
+) -> None:
+    """Colour in the drawn order, normalise and erase, in place, row by row so that it stays in the nearest cache.
+
+    Args:
+        out: (3, S, S) float32 0 to 255; normalised afterwards.
+        kinds: (n,) int64 operations of colour, in order; at most one of them is contrast.
+        factors: (n,) float32 their strengths.
+        scale: (3,) float32; a value v becomes v · scale + offset.
+        offset: (3,) float32.
+        erase: (4,) int64 x, y, width, height; width 0 erases nothing.
+        bank: Noise; empty erases with zero.
+        noise_offset: Start in the bank.
+    """
+    size, count = out.shape[1], len(kinds)
+    before = 0  # operations ahead of contrast, which needs the mean of the whole picture
+    while before < count and kinds[before] != 1:
+        before += 1
+    mean = np.float32(0)
+    if before < count:
+        mean = grey_mean(out, kinds[:before], factors[:before])
+    else:
+        before = 0
+    for row in range(size):
+        r, g, b = out[0, row], out[1, row], out[2, row]
+        for place in range(before, count):
+            recolor(r, g, b, kinds[place], factors[place], mean)
+        for channel in range(3):
+            line, times, plus = out[channel, row], scale[channel], offset[channel]
+            for i in range(size):
+                line[i] = line[i] * times + plus
+    if erase[2]:
+        cover(out, erase, bank, noise_offset)
+
+
+@compiled(void(PHOTO, types.Array(float32, 2, "C"), PICTURE))
+def look_up(pixels: Any, table: Any, out: Any) -> None:
+    """Write table[c, pixels[y, x, c]] to out[c, y, x].
+
+    Args:
+        pixels: (S, S, 3) uint8.
+        table: (3, 256) float32.
+        out: (3, S, S) float32: written.
+    """
+    for row in range(pixels.shape[0]):
+        for column in range(pixels.shape[1]):
+            for channel in range(3):
+                out[channel, row, column] = table[channel, pixels[row, column, channel]]
