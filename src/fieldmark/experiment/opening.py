@@ -141,7 +141,12 @@ def _compiled(config: Config, model: torch.nn.Module, fabric: Fabric) -> torch.n
     return torch.compile(model) if wanted else model  # type: ignore[return-value]
 
 
-def _open_cache(config: Config, dataset: Dataset, fabric: Fabric, progress: Progress) -> tuple[PhotoCache | None, str]:
+def fill_cache(config: Config, dataset: Dataset, *, progress: Progress) -> tuple[PhotoCache | None, str]:
+    """Open the cache of reduced photos and write what it lacks.
+
+    Returns:
+        The cache, or None where there is none; and a line that says what was done.
+    """
     settings = config.cache
     if settings.mode == "off" or config.augment.executor == "reference":
         why = "asked for" if settings.mode == "off" else "the reference executor works on whole photos"
@@ -149,25 +154,26 @@ def _open_cache(config: Config, dataset: Dataset, fabric: Fabric, progress: Prog
 
     from fieldmark.data.cache import open_cache
 
-    def opened() -> tuple[PhotoCache | None, str]:
-        cache, report = open_cache(
-            dataset.index.files(),
-            sizes=dataset.sizes,
-            mode=settings.mode,
-            short_side=settings.short_side,
-            folder=Path(settings.folder) if settings.folder else user_folder("photos"),
-            disk_gigabytes=settings.disk_gigabytes,
-            background=config.data.background,
-            max_pixels=config.data.max_pixels,
-            threads=usable_cores(),
-            progress=progress,
-        )
-        return cache, str(report)
+    cache, report = open_cache(
+        dataset.index.files(),
+        sizes=dataset.sizes,
+        mode=settings.mode,
+        short_side=settings.short_side,
+        folder=Path(settings.folder) if settings.folder else user_folder("photos"),
+        disk_gigabytes=settings.disk_gigabytes,
+        background=config.data.background,
+        max_pixels=config.data.max_pixels,
+        threads=usable_cores(),
+        progress=progress,
+    )
+    return cache, str(report)
 
-    # One process fills it; the others find it filled.
-    result = opened() if fabric.is_global_zero else None
+
+def _open_cache(config: Config, dataset: Dataset, fabric: Fabric, progress: Progress) -> tuple[PhotoCache | None, str]:
+    """One process fills it; the others find it filled."""
+    result = fill_cache(config, dataset, progress=progress) if fabric.is_global_zero else None
     fabric.barrier()
-    return result or opened()
+    return result or fill_cache(config, dataset, progress=progress)
 
 
 def _workers(config: Config, fabric: Fabric, *, is_cached: bool) -> tuple[int, str]:
