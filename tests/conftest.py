@@ -57,7 +57,7 @@ def make_synthetic_run(
         for epoch in range(epochs):
             file.write(json.dumps(_epoch(config, epoch, epochs, top1, best)) + "\n")
     (path / "recipe.toml").write_text(dump_config(config), encoding="utf-8")
-    with (path / "split.csv").open("w", encoding="utf-8", newline="") as file:
+    with (path / "split.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split", "group"])
         writer.writerows([name, classes[label], "val", ""] for name, label in zip(names, labels, strict=True))
@@ -101,3 +101,9 @@ def make_run(tmp_path) -> MakeRun:
 
     make.folder = lambda name: tmp_path / name
     return make
+
+
+@pytest.fixture(scope="session")
+def synthetic_run() -> MakeRun:
+    """`make_synthetic_run` itself, for fixtures that live longer than a test."""
+    return make_synthetic_run

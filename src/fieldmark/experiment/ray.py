@@ -51,6 +51,7 @@ class RayCells:
         self._task: Any = ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
         self._running: dict[str, Any] = {}
         if not self.num_slots:
+            self.stop()
             raise ResourceError(
                 f"a cell needs {cpus} CPUs and {gpus} GPUs on one machine, and no machine of the Ray cluster has them"
             )

@@ -84,6 +84,7 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
     """The whole page as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    plotly = _plotly_js()  # first: it may not be installed, and figures take their time
     templates = resources.files("fieldmark.outputs") / "templates"
     page = Environment(
         loader=PackageLoader("fieldmark.outputs", "templates"),
@@ -116,7 +117,7 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
         environment=environment_rows(best.runs[0]),
         css=(templates / "report.css").read_text(encoding="utf-8"),
         js=(templates / "report.js").read_text(encoding="utf-8"),
-        plotly=_plotly_js(),
+        plotly=plotly,
     )
 
 
@@ -172,8 +173,8 @@ def _plotly_confusion(setting: Setting) -> dict[str, Any]:
             "xgap": 0.5,
             "ygap": 0.5,
         }
-        | {"colorscale": [[0, f"rgba({color},0)"], [1, f"rgba({color},1)"]]}
-        for mask, color in ((is_right, RIGHT), (~is_right & (confusion > 0), WRONG))
+        | {"colorscale": [[0, f"rgba({color},0.25)"], [1, f"rgba({color},1)"]]}
+        for mask, color in ((is_right & (confusion > 0), RIGHT), (~is_right & (confusion > 0), WRONG))
     ]
     side = min(1100, 260 + 14 * len(classes))
     labels_fit = len(classes) <= 60

@@ -46,13 +46,17 @@ class ConfusedPhoto:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Photos of one class that were taken for another."""
+    """Photos of one class that were taken for another, and one of that other class to compare with.
+
+    `count` and `out_of` are judgements: a photo counts once for each run.
+    """
 
     true: str
     predicted: str
     count: int
     out_of: int
     photos: tuple[ConfusedPhoto, ...]
+    example: ConfusedPhoto | None
 
 
 def settings_table(comparison: Comparison) -> Table:
@@ -169,9 +173,21 @@ def confused_pairs(setting: Setting, *, with_photos: bool) -> list[ConfusedPair]
         if not off[true, predicted]:
             break
         photos = tuple(_confused_photos(setting, int(true), int(predicted))) if with_photos else ()
-        out_of = int(confusion[true].sum())
-        pairs.append(ConfusedPair(classes[true], classes[predicted], int(off[true, predicted]), out_of, photos))
+        example = _example(setting, int(predicted)) if with_photos else None
+        counts = int(off[true, predicted]), int(confusion[true].sum())
+        pairs.append(ConfusedPair(classes[true], classes[predicted], *counts, photos, example))
     return pairs
+
+
+def _example(setting: Setting, number: int) -> ConfusedPhoto | None:
+    """The photo of a class that is recognised with the highest probability."""
+    run = setting.runs[0]
+    places = np.flatnonzero((run.labels == number) & run.correct)
+    if not len(places):
+        return None
+    surest = int(places[run.probabilities[places, number].argmax()])
+    source = thumbnail(Path(str(run.data.get("root", ""))) / run.photos[surest], run)
+    return ConfusedPhoto(run.photos[surest], source) if source else None
 
 
 def _confused_photos(setting: Setting, true: int, predicted: int) -> list[ConfusedPhoto]:

@@ -1,0 +1,271 @@
+"""The competition report's claims, each with the verdict that our runs support: `docs/findings.md` from run folders.
+
+A claim is tested on pairs of settings that differ in nothing else than what the claim is about; where there are none,
+it says so and nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fieldmark.errors import ResourceError, RunError
+from fieldmark.experiment.compare import Comparison, Pair, Setting, compare_results
+from fieldmark.experiment.results import RunResults, find_runs, load_results
+from fieldmark.outputs.report import markdown_table
+from fieldmark.outputs.report_tables import Table
+
+Verdict = Literal[
+    "supported", "partly supported", "contradicted", "inconsistent", "not distinguishable", "not tested here"
+]
+Order = Callable[[Any, Any], bool | None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim, and the pairs of settings that speak to it.
+
+    Attributes:
+        text: In the report's words, or close to them.
+        key: Dotted key in which alone the two settings differ.
+        favours: For values (a, b) of the key: whether the claim has b ahead; None if it says nothing of them.
+        measure: What is said to be higher: `accuracy` on validation photos (tested with paired intervals), or a figure
+            of the runs' histories (tested by whether all runs of one setting lie above all of the other).
+    """
+
+    text: str
+    key: str
+    favours: Order
+    measure: Literal["accuracy", "train_loss", "train_top1_clean", "train_top1_mixed", "speed"] = "accuracy"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim's verdict, with the evidence in words."""
+
+    claim: str
+    verdict: Verdict
+    evidence: tuple[str, ...]
+
+
+def _more(first: Any, second: Any) -> bool:
+    return second > first
+
+
+def _toward(value: Any) -> Order:
+    """The claim has this value ahead of every other."""
+    return lambda first, second: True if second == value else False if first == value else None
+
+
+def _between(low: Any, high: Any, *, high_wins: bool) -> Order:
+    def order(first: Any, second: Any) -> bool | None:
+        if (first, second) == (low, high):
+            return high_wins
+        return not high_wins if (first, second) == (high, low) else None
+
+    return order
+
+
+def _at_least(limit: float) -> Order:
+    """The claim has values from `limit` on ahead of those below."""
+    return lambda first, second: None if (first >= limit) == (second >= limit) else second >= limit
+
+
+def _depth(first: Any, second: Any) -> bool | None:
+    deep, flat = ("101" in str(second), "50" in str(first)), ("50" in str(second), "101" in str(first))
+    return True if all(deep) else False if all(flat) else None
+
+
+def _squeeze(first: Any, second: Any) -> bool | None:
+    has = [str(name).startswith(("seres", "legacy_seres")) for name in (first, second)]
+    return None if has[0] == has[1] else has[1]
+
+
+CLAIMS = (
+    Claim("Mixing at probability 0.3 or more gives the best validation accuracy", "mix.prob", _at_least(0.3)),
+    Claim("Mixing at probability 0.4 is best", "mix.prob", _toward(0.4)),
+    Claim("More mixing raises the training loss", "mix.prob", _more, "train_loss"),
+    Claim("More mixing lowers the training accuracy (on clean batches)", "mix.prob",
+          lambda a, b: b < a, "train_top1_clean"),
+    Claim("More mixing lowers the training accuracy (λ-weighted, on mixed batches)", "mix.prob",
+          lambda a, b: b < a if a and b else None, "train_top1_mixed"),
+    Claim("More mixing makes validation accuracy converge faster", "mix.prob", _more, "speed"),
+    Claim("Backbones of 101 layers are better than those of 50 (the report found they are not)", "model.name", _depth),
+    Claim("Squeeze-and-excitation makes validation accuracy converge faster", "model.name", _squeeze, "speed"),
+    Claim("A learning rate of 1e-4 is better than 1e-3", "optim.lr", _between(1e-3, 1e-4, high_wins=True)),
+    Claim("A linear head is better than the report's two layers", "model.head", _toward("linear")),
+    Claim("A lower learning rate for the backbone than for the head is better", "optim.backbone_lr_scale",
+          lambda a, b: b < a),
+    Claim("The weights' own evaluation transform is better than squashing", "eval.transform", _toward("weights")),
+    Claim("A larger training image is better", "augment.size", lambda a, b: b > a if a and b else None),
+    Claim("CutMix is better than MixUp", "mix.methods", _between(["mixup"], ["cutmix"], high_wins=True)),
+    Claim("TrivialAugment is better than none", "augment.policy", _between("none", "trivial", high_wins=True)),
+    Claim("Label smoothing helps", "train.label_smoothing", _more),
+    Claim("A running average of the weights helps", "train.ema_decay", _more),
+    Claim("Probing the head first helps (LP-FT)", "probe.epochs",
+          lambda a, b: None if bool(a) == bool(b) else bool(b)),
+    Claim("Last epochs at test resolution help (FixRes)", "train.fixres_epochs",
+          lambda a, b: None if bool(a) == bool(b) else bool(b)),
+)  # fmt: skip
+
+NOT_IN_RUNS = (
+    ("Validation accuracy 0.9067 and leaderboard 0.93 with SE-ResNeXt-101",
+     "needs the competition's photos, and weights that are not to be had without a model hub"),
+    ("Mixing at probability 0.4 is best on the leaderboard", "needs the labels of the competition's test photos"),
+)  # fmt: skip
+
+INTRODUCTION = """\
+Each claim of the competition report and of those who beat it, with the verdict that our runs support. A claim is judged
+only by settings that differ in nothing else. Accuracy: paired 95 % intervals, corrected for the number of comparisons.
+Histories: whether all runs of one setting lie beyond all of the other. "Partly" means that some pairs of settings
+support the claim and others cannot be told apart. Small models and few epochs stand in for large ones where the sweep's
+name ends in "quick": what holds for them need not hold for a ResNet-50."""
+
+
+def find_findings(comparisons: Sequence[Comparison]) -> list[Finding]:
+    """Judge every claim by every pair of settings that differ in its key alone.
+
+    Args:
+        comparisons: One for each group of runs on the same photos.
+    """
+    findings = [_judge(claim, comparisons) for claim in CLAIMS]
+    return findings + [Finding(text, "not tested here", (f"It {why}.",)) for text, why in NOT_IN_RUNS]
+
+
+def write_findings(paths: Sequence[str | Path], path: str | Path, *, command: str) -> list[Finding]:
+    """Write the findings of run folders as Markdown.
+
+    Args:
+        paths: Run folders, sweeps, or folders of them; each path is compared within itself.
+        path: The Markdown file.
+        command: What the reader types to make it again; it is shown.
+
+    Raises:
+        RunError: A path holds no finished run, or runs that cannot be compared.
+        ResourceError: The file cannot be written.
+    """
+    if not paths:
+        raise RunError("no runs to find anything in: give run folders, or folders of them")
+    groups = [[load_results(run, split="val") for run in find_runs([one])] for one in paths]
+    comparisons = [compare_results(runs, metric="top1", level=0.95, draws=10_000, seed=0) for runs in groups]
+    findings = find_findings(comparisons)
+    try:
+        Path(path).write_text(render_findings(findings, groups, command=command), encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror}") from None
+    return findings
+
+
+def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunResults]], *, command: str) -> str:
+    """The page as Markdown."""
+    rows = [
+        (finding.claim, finding.verdict, " ".join(finding.evidence) or "No two runs differ in this alone.")
+        for finding in findings
+    ]
+    behind = [
+        (group[0].path.resolve().parent.name, str(len(group)), str(len(group[0].photos)),
+         ", ".join(sorted({str(run.model.get("create", {}).get("name", run.config.model.name)) for run in group})))
+        for group in groups
+    ]  # fmt: skip
+    return (
+        "\n\n".join(
+            [
+                "# Findings",
+                INTRODUCTION,
+                f"Made by `{command}`.",
+                markdown_table(Table(("Claim", "Verdict", "Evidence"), tuple(rows), frozenset())),
+                "## Runs behind it",
+                markdown_table(Table(("Sweep", "Runs", "Photos", "Models"), tuple(behind), frozenset({1, 2}))),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _judge(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
+    judged = [
+        found
+        for comparison in comparisons
+        for pair in comparison.pairs
+        if (found := _judge_pair(claim, _settings_of(comparison, pair), pair)) is not None
+    ]
+    verdict = _together({verdict for verdict, _ in judged})
+    return Finding(claim.text, verdict, tuple(evidence for _, evidence in judged))
+
+
+def _together(verdicts: set[Verdict]) -> Verdict:
+    """One verdict of several pairs': "best" must hold against each."""
+    if not verdicts:
+        return "not tested here"
+    if len(verdicts) == 1:
+        return next(iter(verdicts))
+    if {"supported", "contradicted"} <= verdicts:
+        return "inconsistent"
+    return "partly supported" if "supported" in verdicts else "contradicted"
+
+
+def _settings_of(comparison: Comparison, pair: Pair) -> tuple[Setting, Setting]:
+    by_name = {setting.name: setting for setting in comparison.settings}
+    return by_name[pair.first], by_name[pair.second]
+
+
+def _judge_pair(claim: Claim, settings: tuple[Setting, Setting], pair: Pair) -> tuple[Verdict, str] | None:
+    first, second = settings
+    if [key for key in first.changes if first.changes[key] != second.changes[key]] != [claim.key]:
+        return None
+    favours_second = claim.favours(first.changes[claim.key], second.changes[claim.key])
+    if favours_second is None:
+        return None
+    if claim.measure == "accuracy":
+        if not pair.is_distinguishable:
+            return "not distinguishable", pair.verdict
+        agrees = (pair.difference.interval.estimate > 0) == favours_second
+        return "supported" if agrees else "contradicted", pair.verdict
+    return _judge_histories(claim, first, second, favours_second=favours_second)
+
+
+def _judge_histories(
+    claim: Claim, first: Setting, second: Setting, *, favours_second: bool
+) -> tuple[Verdict, str] | None:
+    values = [[value for run in setting.runs if (value := _history(run, claim.measure)) is not None]
+              for setting in (first, second)]  # fmt: skip
+    if not all(values):
+        return None
+    low, high = values if favours_second else values[::-1]
+    unit = "epochs to reach it" if claim.measure == "speed" else claim.measure.replace("_", " ")
+    if claim.measure == "speed":
+        # Fewer epochs are faster: the favoured setting's numbers are to be the smaller ones.
+        low, high = high, low
+    shown = [f"{setting.name}: {', '.join(f'{value:.3g}' for value in found)}"
+             for setting, found in zip((first, second), values, strict=True)]  # fmt: skip
+    evidence = f"{unit} at the end: {'; '.join(shown)}." if claim.measure != "speed" else f"{unit}: {'; '.join(shown)}."
+    if claim.measure == "speed" and min(map(len, values)) < 2:
+        return "not distinguishable", evidence + " One run is too few to tell speed from chance."
+    if max(low) < min(high):
+        return "supported", evidence
+    return ("contradicted" if max(high) < min(low) else "not distinguishable"), evidence
+
+
+def _history(run: RunResults, measure: str) -> float | None:
+    rows: list[Mapping[str, Any]] = [row for row in run.metrics if not row.get("is_probe")]
+    if measure == "speed":
+        return epochs_to_reach(rows, share=0.9)
+    value = rows[-1].get(measure) if rows else None
+    return float(value) if value is not None else None
+
+
+def epochs_to_reach(rows: Sequence[Mapping[str, Any]], *, share: float) -> float | None:
+    """Epochs until validation accuracy first is at `share` of its own maximum, interpolated; None without a history."""
+    values = [float(row["val"]["top1"]) for row in rows if row.get("val")]
+    if len(values) < 3 or max(values) <= 0:
+        return None
+    goal = share * max(values)
+    place = int(np.argmax(np.array(values) >= goal))
+    if place == 0:
+        return 1.0
+    before, after = values[place - 1], values[place]
+    return place + (goal - before) / (after - before)
