@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_folds_are_joined_and_doubles_and_strangers_refused():
     def run(paths, classes=("a", "b")):
         n = len(paths)
         stored = SimpleNamespace(paths=paths, labels=np.zeros(n, int), probabilities=np.full((n, 2), 0.5, np.float32))
-        return SimpleNamespace(path=paths[0], classes=classes, predictions=lambda split: stored)
+        return SimpleNamespace(path=Path(paths[0]), classes=classes, predictions=lambda split: stored)
 
     assert join_judged([run(("1", "2")), run(("3",))]).paths == ("1", "2", "3")
     with pytest.raises(DataError, match="1 photos are judged by more than one"):

@@ -33,6 +33,10 @@ class ColourModel:
     classes = ("red", "green", "blue <b>")
     threshold = 0.5
     has_attention = True
+    num_examples = 2
+
+    def example(self, number):
+        return make_photo([(255, 0, 0), (0, 255, 0)][number])
 
     def __init__(self):
         self.batches = []

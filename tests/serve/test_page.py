@@ -55,6 +55,9 @@ def test_a_stranger_can_use_the_page(browser, url):
     page.goto(url)
     page.get_by_text("colours knows 3 classes.").wait_for()
 
+    page.get_by_role("button", name="Example photo 2").click()
+    page.get_by_role("heading", name="green").wait_for()
+    page.reload()
     choose(page, (0, 0, 255))
     page.get_by_role("heading", name="blue <b>").wait_for()
     assert page.locator(".bars li").count() == 3

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fieldmark.engine.calibrate import apply_temperature
 from fieldmark.errors import DataError, MissingExtraError
+from fieldmark.outputs.calibration import load_calibration, log_probabilities
 
 if TYPE_CHECKING:
     from fieldmark.data.index import PhotoIndex
@@ -68,6 +70,8 @@ class ConfusedPair:
 def join_judged(runs: Sequence[Run]) -> Judged:
     """Validation predictions of one run, or of the folds of one data set: then each photo is judged out of fold.
 
+    Probabilities are calibrated where the run is.
+
     Raises:
         DataError: The runs know different classes, or judge the same photo twice.
         RunError: A run stored no predictions.
@@ -79,10 +83,11 @@ def join_judged(runs: Sequence[Run]) -> Judged:
     for run in runs:
         if run.classes != classes:
             raise DataError(f"{run.path} knows other classes than {runs[0].path}: review runs of one data set together")
-        stored = run.predictions("val")
+        stored, calibration = run.predictions("val"), load_calibration(run)
+        temperature = calibration.temperature if calibration else 1.0
         paths += stored.paths
         labels.append(stored.labels)
-        probabilities.append(stored.probabilities)
+        probabilities.append(apply_temperature(log_probabilities(stored.probabilities), temperature).astype(np.float32))
     if len(set(paths)) != len(paths):
         raise DataError(
             f"{len(paths) - len(set(paths))} photos are judged by more than one of the runs: give the folds of one "

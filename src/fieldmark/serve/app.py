@@ -80,6 +80,7 @@ def create_app(
     add_pages(app)
     observe(app, service.metrics)
     open_paths = frozenset({"/", "/health", *(f"/static/{name}" for name in STATIC)})
+    open_paths |= {f"/examples/{number}" for number in range(model.num_examples)}
     app.add_middleware(Gate, limits=limits, api_key=api_key, open_paths=open_paths)  # type: ignore[arg-type]
     return app
 
@@ -116,6 +117,7 @@ def _add_predict(app: Any, service: PhotoService) -> None:
 
 def _add_facts(app: Any, service: PhotoService) -> None:
     from fastapi import Response
+    from fastapi.responses import JSONResponse
 
     model = service.model
     refused = {status: _REFUSALS[status] for status in (401, 408, 413)}
@@ -129,8 +131,15 @@ def _add_facts(app: Any, service: PhotoService) -> None:
             classes=len(model.classes),
             waiting=service.num_waiting,
             has_attention=model.has_attention,
+            examples=model.num_examples,
             max_photos=service.limits.max_photos,
         )
+
+    @app.get("/examples/{number}", include_in_schema=False)
+    def example(number: int) -> Response:  # pyright: ignore[reportUnusedFunction]
+        if not 0 <= number < model.num_examples:
+            return JSONResponse({"detail": f"there is no example {number}"}, status_code=404)
+        return Response(model.example(number), media_type="image/jpeg")
 
     @app.get("/classes", responses=refused)
     async def classes() -> Classes:  # pyright: ignore[reportUnusedFunction]

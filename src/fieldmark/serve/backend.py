@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from fieldmark.experiment.folder import Run
     from fieldmark.outputs.attention import AttentionMaps
     from fieldmark.outputs.predictor import Predictor
     from fieldmark.vision.augment import EvalSpec
@@ -55,6 +56,15 @@ class PhotoModel(Protocol):
         """Whether `attention` can be asked."""
         ...
 
+    @property
+    def num_examples(self) -> int:
+        """How many photos the page may offer to try."""
+        ...
+
+    def example(self, number: int) -> bytes:
+        """One of them, as JPEG."""
+        ...
+
     def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
         """Decode one photo; raises PhotoError."""
         ...
@@ -71,9 +81,12 @@ class PhotoModel(Protocol):
 class ServedModel:
     """A run folder or an exported model behind the server."""
 
-    def __init__(self, predictor: Predictor, *, name: str, maps: AttentionMaps | None) -> None:
+    def __init__(
+        self, predictor: Predictor, *, name: str, maps: AttentionMaps | None, examples: Sequence[bytes]
+    ) -> None:
         self._predictor = predictor
         self._maps = maps
+        self._examples = list(examples)
         self.name = name
         self.classes = predictor.classes
         self.threshold = predictor.threshold
@@ -92,9 +105,21 @@ class ServedModel:
 
         predictor = Predictor.load(path)
         maps = None
+        examples: list[bytes] = []
         if not (path / FILE).is_file():
-            maps = AttentionMaps(Run(path).load_model())
-        return cls(predictor, name=path.resolve().name, maps=maps)
+            run = Run(path)
+            maps = AttentionMaps(run.load_model())
+            examples = _examples(run, count=5)
+        return cls(predictor, name=path.resolve().name, maps=maps, examples=examples)
+
+    @property
+    def num_examples(self) -> int:
+        """How many photos the page may offer to try."""
+        return len(self._examples)
+
+    def example(self, number: int) -> bytes:
+        """One of them, as JPEG."""
+        return self._examples[number]
 
     @property
     def has_attention(self) -> bool:
@@ -119,6 +144,21 @@ class ServedModel:
         assert self._maps is not None
         maps: Any = self._maps(picture[None], [class_number])
         return maps[0]
+
+
+def _examples(run: Run, *, count: int) -> list[bytes]:
+    """Some validation photos of different classes, if they are still there."""
+    from fieldmark.errors import FieldmarkError
+    from fieldmark.serve.thumbnails import thumbnail
+
+    examples: list[bytes] = []
+    try:
+        files = run.split.of("val").files()
+        for place in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int):
+            examples.append(thumbnail(files[place], 640))
+    except FieldmarkError:
+        pass  # a run without its photos serves all the same
+    return examples
 
 
 def seen_box(width: int, height: int, spec: EvalSpec) -> tuple[float, float, float, float]:

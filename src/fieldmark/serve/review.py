@@ -2,7 +2,6 @@
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations of functions that are defined in others.
 
-import io
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from fieldmark.serve.corrections import Corrections
 from fieldmark.serve.metrics import ServerMetrics
 from fieldmark.serve.pages import add_pages, observe
 from fieldmark.serve.review_views import ReviewViews
+from fieldmark.serve.thumbnails import thumbnail
 
 _FILES = {"review.css": "text/css", "review.js": "text/javascript", "app.css": "text/css"}
 _THUMBNAILS_KEPT = 4000  # about 15 KB each
@@ -162,20 +162,6 @@ def _add_photos(app: Any, views: ReviewViews, look: Look | None) -> None:
             return look(number, views.classes.index(label))
         except PhotoError as error:
             return JSONResponse({"detail": error.reason}, status_code=404)
-
-
-def thumbnail(file: Path, side: int) -> bytes:
-    """JPEG of a photo, its long side at most `side` pixels; raises PhotoError."""
-    from PIL import Image
-
-    from fieldmark.data.decode import decode_reduced
-
-    photo = decode_reduced(file, min_short_side=side, background=(255, 255, 255), max_pixels=178_956_970).pixels
-    image = Image.fromarray(photo)
-    image.thumbnail((side, side), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()
 
 
 def _attention(run: Run, files: list[Path]) -> Look | None:

@@ -52,6 +52,7 @@ class Health(BaseModel):
     classes: int
     waiting: int
     has_attention: bool
+    examples: int
     max_photos: int
 
 

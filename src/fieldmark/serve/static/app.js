@@ -6,7 +6,7 @@ const results = byId("results");
 let model = { has_attention: false, max_photos: 1 };
 let names = [];
 
-const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.001 ? 2 : 1)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.00095 ? 2 : 1)} %`;
 const readable = (name) => name.replaceAll("_", " ");
 
 function headers() {
@@ -27,6 +27,7 @@ async function open() {
   try {
     model = await (await fetch("health")).json();
     byId("about").textContent = `${model.model} knows ${model.classes} classes.`;
+    showExamples(model.examples);
     document.title = `${model.model} – Fieldmark`;
     await loadClasses();
   } catch {
@@ -53,6 +54,23 @@ function showClasses() {
   }));
 }
 
+function showExamples(count) {
+  byId("examples").hidden = !count;
+  byId("examples").querySelector("div").replaceChildren(...Array.from({ length: count }, (_, number) => {
+    const button = document.createElement("button");
+    const image = document.createElement("img");
+    image.src = `examples/${number}`;
+    image.alt = `Example photo ${number + 1}`;
+    button.type = "button";
+    button.append(image);
+    button.addEventListener("click", async () => {
+      const photo = await (await fetch(image.src)).blob();
+      take([new File([photo], `example ${number + 1}`, { type: photo.type })]);
+    });
+    return button;
+  }));
+}
+
 function newCard(file) {
   const card = byId("card").content.cloneNode(true).firstElementChild;
   const image = card.querySelector("img");
@@ -60,7 +78,6 @@ function newCard(file) {
   image.alt = `Your photo ${file.name || ""}`.trim();
   image.addEventListener("error", () => card.querySelector("figure").remove(), { once: true });
   card.querySelector("h2").textContent = "Looking …";
-  results.prepend(card);
   return card;
 }
 
@@ -133,8 +150,10 @@ function draw(canvas, rows) {
 
 async function send(files) {
   const cards = files.map(newCard);
+  results.prepend(...cards);
   const form = new FormData();
   files.forEach((file) => form.append("photos", file));
+  byId("status").className = "";
   byId("status").textContent = `Looking at ${files.length} ${files.length === 1 ? "photo" : "photos"} …`;
   let response;
   try {
@@ -153,6 +172,8 @@ async function send(files) {
   }
   const answers = await response.json();
   answers.photos.forEach((answer, place) => show(cards[place], answer, answers.threshold));
+  // Read out, not shown: the cards say it already.
+  byId("status").className = "quiet";
   byId("status").textContent = answers.photos
     .map((answer) => (answer.problem ? `could not be read: it ${answer.problem}`
       : answer.is_unknown ? "unknown" : `${readable(answer.label)}, ${percent(answer.top[0].probability)}`))

@@ -144,6 +144,7 @@ function newItem(photo) {
   image.src = `photo/${photo.number}?side=240`;
   image.alt = `Photo ${photo.path}`;
   image.addEventListener("error", () => { image.alt = "This photo cannot be read."; });
+  item.querySelector(".look").hidden = !overview.has_attention;
   show(item);
   return item;
 }
@@ -213,7 +214,12 @@ async function undo() {
 async function toggleAttention(item) {
   const canvas = item.querySelector("canvas");
   if (!overview.has_attention) return say("This model has no attention maps.");
-  if (canvas.dataset.ready) { canvas.hidden = !canvas.hidden; return; }
+  const look = item.querySelector(".look");
+  if (canvas.dataset.ready) {
+    canvas.hidden = !canvas.hidden;
+    look.setAttribute("aria-pressed", String(!canvas.hidden));
+    return;
+  }
   const { photo } = item;
   try {
     const found = await ask(`api/attention/${photo.number}?label=${encodeURIComponent(photo.guess ?? photo.label)}`);
@@ -228,6 +234,7 @@ async function toggleAttention(item) {
     });
     canvas.dataset.ready = "yes";
     canvas.hidden = false;
+    look.setAttribute("aria-pressed", "true");
   } catch (error) {
     say(error.message);
   }
@@ -272,6 +279,7 @@ list.addEventListener("click", (event) => {
   if (!item) return;
   const { action } = event.target.dataset;
   if (action) decide(item, action);
+  else if (event.target.matches(".look")) toggleAttention(item);
   else if (event.target.tagName === "IMG") enlarge(item);
 });
 
