@@ -20,7 +20,7 @@ from fieldmark.errors import ResourceError, RunError
 
 FORMAT = 1
 
-_DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error")
+_DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error", "Parent directory")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
