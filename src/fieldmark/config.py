@@ -142,8 +142,9 @@ class AugmentConfig(Section):
     size: PositiveInt | None = None
     """Side of the training image in pixels; None is the size that the weights were trained at."""
 
-    executor: Literal["fast", "reference"] = "fast"
-    """`reference` runs torchvision's transforms one after another; `fast` runs the same random numbers in one warp."""
+    executor: Literal["fast", "reference", "device"] = "fast"
+    """`reference` runs torchvision's transforms one after another. `fast` runs the same random numbers in one warp, on
+    the CPU, or as one batch on a CUDA GPU. `device` is the batch form wherever the model is."""
 
     crop: Literal["random_resized", "zoom", "squash", "weights"] = "random_resized"
     """`random_resized`: torchvision's RandomResizedCrop, including its fallback to a centre crop. `zoom`: the same

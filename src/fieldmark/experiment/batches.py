@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fieldmark.data.decode import decode, decode_reduced
 from fieldmark.data.loader import Batch
 from fieldmark.errors import PhotoError
 from fieldmark.vision.augment import RGB, EvalSpec, augment_reference, eval_reference
+from fieldmark.vision.device import augment_device
 from fieldmark.vision.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.vision.warp import augment_fast
 
@@ -89,7 +91,7 @@ class TrainPhotos:
             PhotoError: A photo broke or vanished since it was inspected.
         """
         rows = np.asarray(numbers, np.int64)
-        params = sample_params(self.spec, self.sizes[rows], seed=self.seed, epoch=epoch, numbers=rows)
+        params = self.params(rows, epoch)
         if self.is_fast:
             photos = [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
             array = augment_fast(photos, self.sizes[rows], params, self.spec, self.mean, self.std)
@@ -102,6 +104,38 @@ class TrainPhotos:
                 ]
             )
         return Batch(images, torch.from_numpy(rows), torch.from_numpy(self.reader.labels[rows]), ())
+
+    def raw(self, numbers: Sequence[int], epoch: int) -> Batch:
+        """(B, 3, H, W) uint8 photos as decoded or cached, each in the corner of its slot, for `augment_device`."""
+        rows = np.asarray(numbers, np.int64)
+        params = self.params(rows, epoch)
+        photos = [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
+        sizes = np.asarray([(photo.shape[1], photo.shape[0]) for photo in photos], np.int64)
+        slots = np.zeros((len(photos), 3, sizes[:, 1].max(), sizes[:, 0].max()), np.uint8)
+        for slot, photo in zip(slots, photos, strict=True):
+            slot[:, : photo.shape[0], : photo.shape[1]] = photo.transpose(2, 0, 1)
+        labels = torch.from_numpy(self.reader.labels[rows])
+        return Batch(torch.from_numpy(slots), torch.from_numpy(rows), labels, (), torch.from_numpy(sizes))
+
+    def finish(self, batch: Batch, epoch: int, device: torch.device) -> Tensor:
+        """(B, 3, S, S) float32 on the device: the photos of `raw`, augmented there as `__call__` would have."""
+        assert batch.sizes is not None
+        rows = batch.numbers.numpy()
+        photos = batch.images.to(device, non_blocking=True)
+        return augment_device(
+            photos,
+            batch.sizes.numpy(),
+            self.sizes[rows],
+            self.params(rows, epoch),
+            self.spec,
+            self.mean,
+            self.std,
+            compiled=device.type == "cuda",
+        )
+
+    def params(self, rows: NDArray[np.int64], epoch: int) -> BatchParams:
+        """The random numbers of some photos."""
+        return sample_params(self.spec, self.sizes[rows], seed=self.seed, epoch=epoch, numbers=rows)
 
     def _pixels(self, number: int, params: BatchParams, row: int) -> NDArray[np.uint8]:
         cached = self.cache.get(number) if self.cache is not None else None

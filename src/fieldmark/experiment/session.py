@@ -96,6 +96,12 @@ class Session:
         return self.config.train.channels_last != "off"
 
     @property
+    def augments_on_device(self) -> bool:
+        """Whether workers hand over uint8 photos, and the random parameters are executed where the model is."""
+        executor = self.config.augment.executor
+        return executor == "device" or (executor == "fast" and self.fabric.device.type == "cuda")
+
+    @property
     def prior(self) -> NDArray[np.float64]:
         """(K,) share of each class among the training photos."""
         counts = np.bincount(self.labels[self.train_numbers], minlength=len(self.dataset.index.classes))
@@ -147,10 +153,15 @@ class Session:
         updates = self._updates(epoch)[first_step:]
         rank, processes = self.fabric.global_rank, self.fabric.world_size
         shares = shard_plan(updates, rank=rank, processes=processes)
-        loaded = self.loader.batches(prepare, shares, epoch=epoch)
+        is_raw = self.augments_on_device
+        loaded = self.loader.batches(prepare.raw if is_raw else prepare, shares, epoch=epoch)
         for step, (batch, update) in enumerate(zip(loaded, updates, strict=True), start=first_step):
             number = epoch * self.steps_per_epoch + step
-            yield self._mixed(batch, epoch, number, len(update), is_mixing=phase.is_mixing)
+            has_gpu = self.fabric.device.type == "cuda"
+            ready = batch.pin_memory() if has_gpu else batch
+            device = self.fabric.device
+            images = prepare.finish(ready, epoch, device) if is_raw else ready.images.to(device, non_blocking=True)
+            yield self._mixed(ready, images, epoch, number, len(update), is_mixing=phase.is_mixing)
 
     def eval_batches(self, numbers: NDArray[np.int64]) -> Iterator[Batch]:
         """Evaluation pictures by number; each process takes every n-th batch, so batches don't depend on n."""
@@ -241,9 +252,10 @@ class Session:
         order = self.train_numbers[epoch_order(len(self.train_numbers), seed=config.seed, epoch=epoch, shuffle=True)]
         return build.global_batches(order, config.batch_size, processes=self.fabric.world_size)  # type: ignore[arg-type]
 
-    def _mixed(self, batch: Batch, epoch: int, step: int, global_size: int, *, is_mixing: bool) -> TrainBatch:
+    def _mixed(
+        self, batch: Batch, images: Tensor, epoch: int, step: int, global_size: int, *, is_mixing: bool
+    ) -> TrainBatch:
         config, device = self.config, self.fabric.device
-        images = batch.images.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
         targets = one_hot(labels, len(self.dataset.index.classes), config.train.label_smoothing)
         spec = build.build_mix_spec(config if is_mixing else config.model_copy(update={"mix": _NO_MIX}))
