@@ -1,0 +1,170 @@
+"""Each mistake on the way is answered by one clear message and exit code 2, without a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fieldmark.errors import FieldmarkError
+
+
+def assert_told(result, *parts):
+    assert result.code == 2
+    assert result.err.count("error: ") == 1
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert part in result.err
+
+
+def test_wrong_path(fieldmark, photos, tiny):
+    wrong = photos.parent / "fotos"
+    assert_told(fieldmark("train", wrong, "--out", "unused", *tiny()), "fotos", "photos")
+
+
+def test_no_path(fieldmark):
+    assert_told(fieldmark("train", "--out", "unused"), "no data", "DATA")
+
+
+def test_empty_folder(fieldmark, tmp_path):
+    assert_told(fieldmark("check", tmp_path), "is empty")
+
+
+def test_one_class(fieldmark, tmp_path, make_photo, tiny):
+    for number in range(5):
+        make_photo(tmp_path / "data" / "robin" / f"{number}.png", (1, 2, 3), number)
+    assert_told(fieldmark("train", tmp_path / "data", "--out", tmp_path / "run", *tiny()), "2 classes", "'robin'")
+
+
+def test_two_photos_a_class_train_or_are_told_why_not(fieldmark, tmp_path, make_photo, tiny):
+    for name in ("a", "b"):
+        for number in range(2):
+            make_photo(tmp_path / "data" / name / f"{number}.png", (1, 2, 3), number)
+    result = fieldmark("train", tmp_path / "data", "--recipe", "laptop", "--out", tmp_path / "run", *tiny())
+    assert result.code in (0, 2)
+    assert "Traceback" not in result.err
+    if result.code:
+        assert_told(result)
+
+
+def test_weights_that_are_not_there(fieldmark, photos, tiny, tmp_path):
+    arguments = tiny("model.weights=/nowhere/w.safetensors")
+    assert_told(fieldmark("train", photos, "--out", tmp_path / "run", *arguments), "/nowhere/w.safetensors")
+
+
+def test_a_misspelt_setting_and_recipe(fieldmark):
+    assert_told(fieldmark("config", "show", "--set", "train.epoch=3"), "did you mean 'epochs'")
+    assert_told(fieldmark("config", "show", "stronk"), "no recipe 'stronk'", "strong")
+
+
+def test_a_folder_that_is_no_run(fieldmark, photos, tmp_path):
+    assert_told(fieldmark("evaluate", tmp_path), "is not a run")
+    assert_told(fieldmark("predict", tmp_path / "none", photos), "none")
+
+
+def test_an_ending_that_is_no_format(fieldmark, trained, photos, tmp_path):
+    result = fieldmark("predict", trained, photos / "2", "--out", tmp_path / "p.xlsx")
+    assert_told(result, "p.xlsx", ".csv, .zip, .json, .parquet")
+
+
+def test_two_photos_of_one_name(fieldmark, trained, photos, tmp_path):
+    assert_told(fieldmark("predict", trained, photos, "--out", tmp_path / "p.csv"), "would both be '0'", "long form")
+    assert fieldmark("predict", trained, photos, "--out", tmp_path / "p.csv", "--form", "long").code == 0
+
+
+def test_resume_with_other_settings_is_a_usage_error(fieldmark, trained):
+    result = fieldmark("train", "--resume", trained, "--set", "train.epochs=9")
+    assert result.code == 2
+    assert "give nothing else" in result.err
+
+
+def test_check_ends_with_2_where_something_must_be_mended(fieldmark, tmp_path, make_photo, tiny):
+    for name in ("a", "b"):
+        for number in range(12):
+            make_photo(tmp_path / "data" / name / f"{number}.png", (9 * number, 2, 3), number + 50 * (name == "b"))
+    assert fieldmark("check", tmp_path / "data", *tiny()).code == 0
+    broken = tmp_path / "data" / "a" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    result = fieldmark("check", tmp_path / "data", *tiny())
+    assert result.code == 2
+    assert "broken: 'a/3.png'" in result.out
+    assert "not ready to train" in result.out
+    found = json.loads(fieldmark("check", tmp_path / "data", "--json", *tiny()).out)
+    assert [row["path"] for row in found["broken"]] == ["a/3.png"]
+    assert found["must_mend"]
+    assert found["estimates"]["memory_gigabytes"] > 0
+
+
+def test_training_refuses_broken_photos_and_skips_them_when_asked(fieldmark, tmp_path, make_photo, tiny):
+    for name in ("a", "b"):
+        for number in range(8):
+            make_photo(tmp_path / "data" / name / f"{number}.png", (9 * number, 2, 3), number)
+    (tmp_path / "data" / "b" / "0.png").write_bytes(b"")
+    arguments = ("train", tmp_path / "data", "--recipe", "laptop", "--out", tmp_path / "run")
+    assert_told(fieldmark(*arguments, *tiny()), "'b/0.png'", "--set data.broken=skip")
+    assert fieldmark(*arguments, *tiny("data.broken=skip")).code == 0
+    assert "b/0.png" in (tmp_path / "run" / "broken.csv").read_text()
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    from fieldmark import cli, config
+
+    def broken():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(config, "recipe_names", broken)
+    monkeypatch.setattr(sys, "argv", ["fieldmark", "recipes", "list"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+@pytest.mark.parametrize("error", FieldmarkError.__subclasses__(), ids=lambda error: error.__name__)
+def test_every_error_of_ours_becomes_one_message(monkeypatch, fieldmark, error):
+    from fieldmark import config
+
+    def broken():
+        raise error("one", "two") if error.__name__ == "MissingExtraError" else error("told plainly")
+
+    monkeypatch.setattr(config, "recipe_names", broken)
+    result = fieldmark("recipes", "list")
+    assert result.code == (130 if error.__name__ == "InterruptedRunError" else 2)
+    assert "Traceback" not in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_ctrl_c_ends_with_130(monkeypatch, fieldmark):
+    from fieldmark import config
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config, "recipe_names", stopped)
+    assert fieldmark("recipes", "list").code == 130
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['fieldmark', '--help']\n"
+        "from fieldmark.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'timm', 'pydantic', 'PIL', 'matplotlib', 'rich', 'scipy'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    for verb in ("check", "split", "cache", "preview", "models", "find-lr", "train", "evaluate", "predict", "demo"):
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_a_closed_pipe_is_no_bug():
+    command = [sys.executable, "-m", "fieldmark", "config", "show", "report"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1

@@ -1,0 +1,133 @@
+"""From a folder to a prediction file, by the real command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+
+from fieldmark.experiment.run import Run
+from fieldmark.outputs.predictor import Predictor
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_predicting_the_validation_photos_reproduces_the_logged_accuracy_exactly(trained, photos):
+    run = Run(trained)
+    val = run.split.of("val")
+    answers = list(Predictor.load(run).predict(val.files()))
+    right = np.mean([answer.label == photo.label for answer, photo in zip(answers, val.photos, strict=True)])
+    assert right == run.metrics[-1]["val"]["top1"] == run.summary["val"]["top1"]
+    stored = run.predictions("val")
+    assert stored.paths == tuple(photo.path for photo in val.photos)
+    np.testing.assert_array_equal([answer.probabilities for answer in answers], stored.probabilities)
+
+
+def test_the_run_folder_alone_predicts(fieldmark, trained, photos, tmp_path):
+    """Moved elsewhere, with the original photos gone."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(trained, moved)
+    data = json.loads((moved / "data.json").read_text())
+    (moved / "data.json").write_text(json.dumps(data | {"root": "/gone"}))
+    new = tmp_path / "new photos"
+    shutil.copytree(photos / "2", new)
+    here = fieldmark("predict", moved, new, "--out", tmp_path / "here.csv", "--form", "long")
+    there = fieldmark("predict", trained, new, "--out", tmp_path / "there.csv", "--form", "long")
+    assert (here.code, there.code) == (0, 0)
+    assert (tmp_path / "here.csv").read_bytes() == (tmp_path / "there.csv").read_bytes()
+    assert fieldmark("evaluate", moved).code == 0
+
+
+def test_a_broken_photo_keeps_its_row_and_shifts_no_other(fieldmark, trained, photos, tmp_path):
+    clean, dirty = tmp_path / "clean", tmp_path / "dirty"
+    shutil.copytree(photos / "2", clean)
+    shutil.copytree(photos / "2", dirty)
+    (dirty / "5.png").write_bytes((photos / "2" / "5.png").read_bytes()[:200])
+    assert fieldmark("predict", trained, clean, "--out", tmp_path / "clean.csv").code == 0
+    result = fieldmark("predict", trained, dirty, "--out", tmp_path / "dirty.zip")
+    assert result.code == 2
+    assert "1 of 12 photos could not be read" in result.err
+    assert "'5.png'" in result.err
+    with zipfile.ZipFile(tmp_path / "dirty.zip") as archive:
+        rows = list(csv.reader(archive.read("prediction.csv").decode().splitlines()))
+    expected = read_csv(tmp_path / "clean.csv")
+    assert [row[0] for row in rows] == ["image_name", *map(str, range(12))]
+    assert rows == [[name, "" if name == "5" else label] for name, label in expected]
+
+
+def test_labels_are_the_folders_names(trained):
+    assert Run(trained).classes == ("2", "10", "great, tit")
+
+
+def test_rows_are_held_against_a_sample(fieldmark, trained, photos, tmp_path):
+    sample = tmp_path / "sample.csv"
+    sample.write_text("image_name,pred_label\n" + "".join(f"{n},2\n" for n in reversed(range(12))))
+    arguments = ("predict", trained, photos / "2", "--out", tmp_path / "p.csv", "--sample", sample)
+    refused = fieldmark(*arguments)
+    assert refused.code == 2
+    assert "row 1 should be '11' and is '0'" in refused.err
+    assert not (tmp_path / "p.csv").exists()
+    assert fieldmark(*arguments, "--sample-order").code == 0
+    assert [row[0] for row in read_csv(tmp_path / "p.csv")[1:]] == [str(n) for n in reversed(range(12))]
+
+
+def test_evaluate_tells_the_same_to_people_and_machines(fieldmark, trained):
+    people, machines = fieldmark("evaluate", trained), fieldmark("evaluate", trained, "--json")
+    scores = json.loads(machines.out)
+    assert scores["metrics"]["top1"] == Run(trained).summary["val"]["top1"]
+    assert f"top-1 accuracy                      {scores['metrics']['top1']:.4f}" in people.out
+    names = {path.name for path in (trained / "evaluation" / "val").iterdir()}
+    assert names == {"evaluation.json", "classes.csv", "confusion.csv", "confusion.png"}
+
+
+def test_evaluating_photos_anew_gives_what_training_stored(fieldmark, trained, photos):
+    stored = json.loads(fieldmark("evaluate", trained, "--json").out)
+    anew = json.loads(fieldmark("evaluate", trained, "--data", photos, "--json").out)
+    assert anew == stored
+
+
+def test_one_photo_is_answered_on_stdout(fieldmark, trained, photos):
+    result = fieldmark("predict", trained, photos / "2" / "0.png")
+    assert (result.code, len(result.out.splitlines())) == (0, 3)
+    answers = json.loads(fieldmark("predict", trained, photos / "2" / "0.png", "--json").out)
+    assert answers[0]["path"] == "0.png"
+    assert sum(answers[0]["probabilities"].values()) == pytest.approx(1)
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(fieldmark, photos, tiny, tmp_path):
+    result = fieldmark(
+        "train", photos, "--recipe", "laptop", "--out", tmp_path / "run", "--json", *tiny("train.epochs=1")
+    )
+    assert json.loads(result.out)["status"] == "finished"
+    assert "epoch   1  loss" in result.err
+    assert "probe" in result.err
+
+
+def test_a_finished_run_is_not_resumed_and_a_full_folder_not_overwritten(fieldmark, trained, photos, tiny):
+    resumed = fieldmark("train", "--resume", trained)
+    assert (resumed.code, resumed.err) == (2, f"error: {trained} is finished: there is nothing to resume\n")
+    again = fieldmark("train", photos, "--recipe", "laptop", "--out", trained, *tiny())
+    assert again.code == 2
+    assert "exists and is not empty" in again.err
+
+
+def test_preview_draws_and_warns(fieldmark, photos, tiny, tmp_path):
+    result = fieldmark("preview", "report", photos, "--out", tmp_path / "p.png", *tiny("probe.epochs=0"))
+    assert result.code == 0
+    assert "never zooms out" in result.out
+    assert (tmp_path / "p.png").stat().st_size > 50_000
+
+
+def test_split_is_written_and_trained_from(fieldmark, photos, tiny, tmp_path):
+    table = tmp_path / "split.csv"
+    assert fieldmark("split", photos, "--out", table, *tiny()).out.splitlines()[0] == "2: 10 train, 2 val"
+    header, *rows = read_csv(table)
+    assert header == ["path", "label", "split", "group"]
+    assert len(rows) == 36
