@@ -149,12 +149,14 @@ def test_a_factor_never_falls_below_zero():
     assert draw(replace(REPORT, brightness=3.0)).factors[:, 0].max() > 3
 
 
-@pytest.mark.parametrize("scale", [(0.02, 0.15), (0.3, 1.5)])
-def test_erasing_follows_random_erasing(scale):
+@pytest.mark.parametrize(
+    ("scale", "ratio"), [((0.02, 0.15), (0.3, 3.3)), ((0.02, 0.15), (1.5, 3.0)), ((0.3, 1.5), (0.3, 3.3))]
+)
+def test_erasing_follows_random_erasing(scale, ratio):
     image = torch.zeros(3, 224, 224)
-    theirs = np.array([transforms.RandomErasing.get_params(image, scale, (0.3, 3.3), [0.0])[:4] for _ in range(DRAWS)])
+    theirs = np.array([transforms.RandomErasing.get_params(image, scale, ratio, [0.0])[:4] for _ in range(DRAWS)])
     theirs = theirs[theirs[:, 2] < 224]  # torchvision says "nothing" by the whole image
-    ours = draw(replace(REPORT, erase=1.0, erase_scale=scale)).erase
+    ours = draw(replace(REPORT, erase=1.0, erase_scale=scale, erase_ratio=ratio)).erase
     ours = ours[ours[:, 2] > 0]
     assert len(ours) == pytest.approx(len(theirs), rel=0.02)
     for column, place in enumerate((1, 0, 3, 2)):
@@ -188,7 +190,8 @@ def test_what_is_off_draws_nothing_and_shifts_nothing():
     policy=st.sampled_from(["none", "trivial", "rand"]),
 )
 def test_a_photos_params_depend_on_seed_epoch_and_number_alone(numbers, seed, epoch, policy):
-    spec = replace(REPORT, policy=policy)
+    # Large crops and rectangles, so that first attempts fail too.
+    spec = replace(REPORT, policy=policy, crop_scale=(0.6, 1.5), erase=0.7, erase_scale=(0.3, 1.5))
     sizes = [(400 + number % 300, 300) for number in numbers]
     batch = sample_params(spec, sizes, seed=seed, epoch=epoch, numbers=numbers)
     alone = BatchParams.concatenate(
