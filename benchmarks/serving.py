@@ -96,7 +96,8 @@ def ours() -> Any:
     from fieldmark.serve.limits import Limits
 
     limits = Limits(
-        max_body_bytes=2**26, max_photos=64, max_pixels=10**8, max_queued=1024, body_seconds=60, answer_seconds=60,
+        max_body_bytes=2**26,
+        max_held_bytes=2**30, max_photos=64, max_pixels=10**8, max_queued=1024, body_seconds=60, answer_seconds=60,
         retry_seconds=1,
     )  # fmt: skip
     threads = os.cpu_count() or 1

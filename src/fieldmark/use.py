@@ -93,6 +93,7 @@ def serve(
 
     limits = Limits(
         max_body_bytes=int(max_megabytes * 2**20),
+        max_held_bytes=8 * int(max_megabytes * 2**20),
         max_photos=max_photos,
         max_pixels=int(max_megapixels * 1e6),
         max_queued=queue,

@@ -19,6 +19,7 @@ from fieldmark.serve.limits import Limits
 
 LIMITS = {
     "max_body_bytes": 200_000,
+    "max_held_bytes": 1_000_000,
     "max_photos": 8,
     "max_pixels": 1_000_000,
     "max_queued": 16,

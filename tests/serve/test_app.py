@@ -95,6 +95,23 @@ def test_a_lying_content_length_does_not_let_a_large_body_in(model):
     assert answer.status_code == 413
 
 
+def test_bodies_of_all_requests_together_are_bounded_and_given_back(model):
+    async def run():
+        async with client_of(make_app(model, max_held_bytes=2000)) as client:
+            model.gate.clear()
+            photo = make_photo()
+            first = asyncio.create_task(client.post("/predict", files=upload(photo, photo)))
+            while not (await client.get("/health")).json()["waiting"]:
+                await asyncio.sleep(0.01)
+            refused = await client.post("/predict", files=upload(photo, photo))
+            model.gate.set()
+            return refused, await first, await client.post("/predict", files=upload(photo, photo))
+
+    refused, first, again = asyncio.run(run())
+    assert (refused.status_code, first.status_code, again.status_code) == (503, 200, 200)
+    assert refused.headers["retry-after"] == "2"
+
+
 def test_a_body_that_never_ends_is_given_up(model):
     async def slow():
         yield b"--x"

@@ -24,6 +24,7 @@ class Limits:
 
     Attributes:
         max_body_bytes: Largest request body.
+        max_held_bytes: Most bytes of bodies held at once, over all requests; beyond it they are told to come back.
         max_photos: Most photos in a request.
         max_pixels: Most pixels of a photo, by its header.
         max_queued: Most photos that wait for the model, over all requests; beyond it requests are told to come back.
@@ -33,6 +34,7 @@ class Limits:
     """
 
     max_body_bytes: int
+    max_held_bytes: int
     max_photos: int
     max_pixels: int
     max_queued: int
@@ -47,6 +49,14 @@ class _TooLargeError(Exception):
 
 class _TooSlowError(Exception):
     """The body took too long to arrive."""
+
+
+class _ClientLeftError(Exception):
+    """The client closed the connection before its body was there."""
+
+
+class _TooManyError(Exception):
+    """The bodies of all requests together are over the limit."""
 
 
 class Gate:
@@ -64,6 +74,7 @@ class Gate:
         self._limits = limits
         self._api_key = api_key
         self._open_paths = open_paths
+        self._held_bytes = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -74,17 +85,22 @@ class Gate:
         if self._api_key is not None and scope["path"] not in self._open_paths and not self._has_key(headers):
             await refuse(send, 401, "this server asks for a key: send it as X-API-Key", {"www-authenticate": "Bearer"})
             return
+        parts: list[bytes] = []
         try:
-            body = await self._body(headers, receive)
+            await self._take_body(headers, receive, parts)
+            await self._app(scope, _replay(b"".join(parts), receive), send)
         except _TooLargeError:
             most = self._limits.max_body_bytes
             await refuse(send, 413, f"the request is larger than {most} bytes; send fewer or smaller photos")
         except _TooSlowError:
             await refuse(send, 408, f"the request did not arrive within {self._limits.body_seconds:g} seconds")
-        except ConnectionError:
-            return  # the client left: nobody is there to answer
-        else:
-            await self._app(scope, _replay(body, receive), send)
+        except _TooManyError:
+            wait = {"retry-after": str(self._limits.retry_seconds)}
+            await refuse(send, 503, "too many requests are arriving; send this one again later", wait)
+        except _ClientLeftError:
+            return  # nobody is there to answer
+        finally:
+            self._held_bytes -= sum(map(len, parts))
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         assert self._api_key is not None
@@ -93,25 +109,28 @@ class Gate:
         # A comparison that stops at the first wrong letter would tell how many are right.
         return hmac.compare_digest(given, self._api_key.encode())
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def _take_body(self, headers: dict[bytes, bytes], receive: Receive, parts: list[bytes]) -> None:
+        """Fill `parts`, which count as held from the moment they arrive."""
         announced = headers.get(b"content-length", b"")
         if announced.isdigit() and (len(announced) > 18 or int(announced) > self._limits.max_body_bytes):
             raise _TooLargeError
-        parts: list[bytes] = []
         total = 0
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ConnectionResetError
+                        raise _ClientLeftError
                     part = message.get("body", b"")
                     total += len(part)
                     if total > self._limits.max_body_bytes:
                         raise _TooLargeError
+                    if self._held_bytes + len(part) > self._limits.max_held_bytes:
+                        raise _TooManyError
                     parts.append(part)
+                    self._held_bytes += len(part)
                     if not message.get("more_body", False):
-                        return b"".join(parts)
+                        return
         except TimeoutError:
             raise _TooSlowError from None
 
