@@ -1,0 +1,182 @@
+"""The wait before anything happens: `--help`, the first batch, the first update, and a resumed run's.
+
+    python -m benchmarks.startup [--quick] [--json FILE]
+
+Seconds of the clock from the start of the process. `new` finds neither inspection nor cache of the photos, `again`
+finds both, as a second run on the same photos does.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.photos import SMALL, find_pictures, link_photos, make_photos
+from benchmarks.record import Findings, Ratio, interleave, load_average, make_parser, report
+
+LIMIT_SECONDS = 0.5
+ENDLESS = 10**6
+HOME = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    photos: int
+    help_rounds: int
+    rounds: int
+    limit_seconds: float
+
+
+def make_plan(*, is_quick: bool) -> Plan:
+    """The quick plan ends within 3 minutes on 2 cores."""
+    if is_quick:
+        return Plan(photos=200, help_rounds=9, rounds=3, limit_seconds=90)
+    return Plan(photos=2000, help_rounds=21, rounds=7, limit_seconds=900)
+
+
+def measure(plan: Plan, folder: Path) -> Findings:
+    """`--help` apart from the rest, since it is short."""
+    findings = Findings()
+    fieldmark = [sys.executable, "-m", "fieldmark"]
+    cases: dict[str, Callable[[], float]] = {
+        "python alone": partial(seconds_of, [sys.executable, "-c", "pass"], folder),
+        "fieldmark --help": partial(seconds_of, [*fieldmark, "--help"], folder),
+        "fieldmark train --help": partial(seconds_of, [*fieldmark, "train", "--help"], folder),
+        "import torch and timm": partial(seconds_of, [sys.executable, "-c", "import torch, timm"], folder),
+    }
+    short = interleave(cases, rounds=plan.help_rounds, limit_seconds=plan.limit_seconds / 3, warm_up=True)
+    findings.add_rounds("help", short, "seconds")
+    findings.add("limit of --help", LIMIT_SECONDS, "seconds")
+    for verb in ("fieldmark --help", "fieldmark train --help"):
+        findings.ratios[f"{LIMIT_SECONDS} s / {verb}"] = Ratio("limit of --help", verb, 1.0)
+    pictures, source = find_pictures(60)
+    files, made = make_photos(pictures, folder / "photos", count=min(plan.photos, 50), shape=SMALL)
+    data = folder / "data"
+    link_photos(files, data, count=plan.photos, classes=4)
+    findings.notes.append(f"{plan.photos} links to {made}, mosaics of {source}; EfficientNet-Lite0 at 160 pixels")
+    again = folder / "again"
+    seconds_of(_call("run_one_epoch", data, folder / "run"), again)
+    longer = {
+        "first batch, new": lambda: _fresh("first_batch", data, folder),
+        "first batch, again": lambda: _scratch("first_batch", data, folder, again),
+        "first update, new": lambda: _fresh("first_update", data, folder),
+        "first update, again": lambda: _scratch("first_update", data, folder, again),
+        "first update, resumed": partial(seconds_of, _call("first_resumed_update", folder / "run"), again),
+    }
+    rounds = interleave(longer, rounds=plan.rounds, limit_seconds=plan.limit_seconds)
+    findings.add_rounds("first batch, update, resume", rounds, "seconds")
+    return findings
+
+
+def seconds_of(command: list[str], home: Path) -> float:
+    """Seconds of the clock that a command takes.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    paths = [str(HOME), str(HOME / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "XDG_CACHE_HOME": str(home)}
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+    return seconds
+
+
+def _call(function: str, *arguments: Path) -> list[str]:
+    quoted = ", ".join(repr(str(value)) for value in arguments)
+    return [sys.executable, "-c", f"from benchmarks.startup import {function}; {function}({quoted})"]
+
+
+def _fresh(function: str, data: Path, folder: Path) -> float:
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        return _scratch(function, data, folder, Path(home))
+
+
+def _scratch(function: str, data: Path, folder: Path, home: Path) -> float:
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        return seconds_of(_call(function, data, Path(out) / "run"), home)
+
+
+def _settings(data: str, epochs: int) -> list[str]:
+    settings = ["augment.size=160", "model.name=tf_efficientnet_lite0", "model.weights=random", "cache.mode=uint8"]
+    return [*settings, f'data.path="{data}"', "probe.epochs=0", f"train.epochs={epochs}", "schedule.warmup_epochs=0"]
+
+
+class FirstUpdate:
+    """Progress that ends the process after the first update: everything before it is what is measured."""
+
+    def __init__(self) -> None:
+        self.is_training = False
+
+    def start(self, total: int, done: int) -> None:
+        """Only training has so much to do."""
+        self.is_training = total >= ENDLESS
+
+    def advance(self, n: int) -> None:
+        """An update is over, or a photo inspected."""
+        if self.is_training:
+            os._exit(0)
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+
+def first_batch(data: str, out: str) -> None:
+    """From the settings to the first batch of training images."""
+    from fieldmark.config import load_config
+    from fieldmark.experiment.dataset import Quiet
+    from fieldmark.experiment.opening import begin, open_session
+
+    session = open_session(load_config(None, _settings(data, ENDLESS)), Path(out), start="new", progress=Quiet())
+    begin(session)
+    next(iter(session.train_batches(0, 0)))
+    os._exit(0)
+
+
+def first_update(data: str, out: str) -> None:
+    """From the settings to the end of the first update."""
+    from fieldmark.config import load_config
+    from fieldmark.experiment.run import train
+
+    for _ in train(load_config(None, _settings(data, ENDLESS)), out, progress=FirstUpdate()):
+        pass
+
+
+def run_one_epoch(data: str, out: str) -> None:
+    """Leave a run that can be resumed."""
+    from fieldmark.config import load_config
+    from fieldmark.experiment.run import train
+
+    next(train(load_config(None, _settings(data, ENDLESS)), out))
+
+
+def first_resumed_update(out: str) -> None:
+    """From a run folder to the end of its next update; the folder stays as it is."""
+    from fieldmark.experiment.run import resume
+
+    for _ in resume(out, progress=FirstUpdate()):
+        pass
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = make_parser(__doc__ or "").parse_args()
+    before = load_average()
+    with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
+        findings = measure(make_plan(is_quick=arguments.quick), Path(folder))
+    report("startup", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
+
+
+if __name__ == "__main__":
+    main()
