@@ -1,6 +1,6 @@
 """Fieldmark: train the best photo classifier your time can buy, know which choices earned it, and use it.
 
-The public names are those in `__all__`; each is imported when it is first asked for, so that `import fieldmark` is fast.
+The public names are those in `__all__`. Each is imported when it is first asked for, so `import fieldmark` is fast.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class WeightsAndBiases:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise MissingExtraError("wandb", "wandb") from None
         self._run = wandb.init(project="fieldmark", name=folder.name, dir=str(folder), config=dict(settings))
@@ -93,7 +93,7 @@ class MLflow:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         try:
-            import mlflow
+            import mlflow  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise MissingExtraError("mlflow", "mlflow") from None
         self._mlflow = mlflow
