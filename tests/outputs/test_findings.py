@@ -52,11 +52,11 @@ def test_best_must_hold_against_each_other_value(find):
     assert len(found.evidence) == 2
 
 
-def test_speed_is_not_judged_by_one_run_each(find):
+def test_a_history_is_not_judged_by_one_run_each(find):
     runs = [(["mix.prob=0.0"], 0, 0.9), (["mix.prob=0.4"], 0, 0.9)]
     found = find(*runs)["More mixing makes validation accuracy converge faster"]
     assert found.verdict == "not distinguishable"
-    assert found.evidence[0].endswith("One run is too few to tell speed from chance.")
+    assert found.evidence[0].endswith("One run each is too few to tell it from chance.")
 
 
 def test_settings_that_differ_in_more_than_the_claim_prove_nothing(find):

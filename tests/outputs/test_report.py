@@ -121,7 +121,7 @@ def test_charts_in_the_page_are_what_the_browser_can_draw(sweep):
     for chart in report_charts(compare_runs([sweep])):
         drawn = plotly_chart(chart)
         go.Figure(json.loads(json.dumps(drawn, allow_nan=False)))
-        assert draw_chart(chart).axes
+        assert draw_chart(chart, with_title=True).axes[0].get_title() == chart.title
 
 
 def test_confused_photos_are_shown_in_at_most_20_kilobytes(page):

@@ -39,7 +39,7 @@ def verdict(
         runs: Runs per setting needed to see `EFFECT`, or None where runs alone cannot do it.
         level: Coverage of the interval.
         unit: Of the numbers shown.
-        num_comparisons: That the p-value was corrected for.
+        num_comparisons: That the p-value, but not the interval, was corrected for.
     """
     scale, digits = (100, 1) if unit == "points" else (1, 3)
     interval = difference.interval
@@ -48,7 +48,7 @@ def verdict(
         size = f"{scale * abs(interval.estimate):.{digits}f} ± {scale * interval.half_width:.{digits}f} {unit}"
         return f"{better} is better than {worse} by {size}."
     span = f"{scale * interval.low:+.{digits}f} to {scale * interval.high:+.{digits}f} {unit}"
-    corrected = f", corrected for {num_comparisons} comparisons" if num_comparisons > 1 else ""
+    corrected = f"; tested as one of {num_comparisons} comparisons" if num_comparisons > 1 else ""
     found = f"Not distinguishable: {second} over {first} is {scale * interval.estimate:+.{digits}f} "
     return f"{found}({100 * level:g} % interval {span}{corrected}). {_needed(difference, photos, runs, unit)}"
 

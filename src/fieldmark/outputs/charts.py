@@ -160,8 +160,8 @@ def plotly_text(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def draw_chart(chart: Chart) -> Figure:
-    """The same as a matplotlib figure, for print, Markdown and papers."""
+def draw_chart(chart: Chart, *, with_title: bool) -> Figure:
+    """The same as a matplotlib figure, for print, Markdown and papers; a page has its own headings."""
     height = max(2.2, 0.9 + 0.34 * len(chart.dots)) if chart.sideways else 3.6
     figure = new_figure(6.4, height)
     axes = figure.subplots()
@@ -183,7 +183,11 @@ def draw_chart(chart: Chart) -> Figure:
         from matplotlib.ticker import PercentFormatter
 
         (axes.xaxis if chart.sideways else axes.yaxis).set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
+    if chart.x_label == "epoch":
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=chart.title if with_title else "", xlabel=chart.x_label, ylabel=chart.y_label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if not chart.sideways and axes.get_legend_handles_labels()[0]:

@@ -243,8 +243,8 @@ def _judge_histories(
     shown = [f"{setting.name}: {', '.join(f'{value:.3g}' for value in found)}"
              for setting, found in zip((first, second), values, strict=True)]  # fmt: skip
     evidence = f"{unit} at the end: {'; '.join(shown)}." if claim.measure != "speed" else f"{unit}: {'; '.join(shown)}."
-    if claim.measure == "speed" and min(map(len, values)) < 2:
-        return "not distinguishable", evidence + " One run is too few to tell speed from chance."
+    if min(map(len, values)) < 2:
+        return "not distinguishable", evidence + " One run each is too few to tell it from chance."
     if max(low) < min(high):
         return "supported", evidence
     return ("contradicted" if max(high) < min(low) else "not distinguishable"), evidence

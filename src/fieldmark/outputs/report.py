@@ -106,7 +106,7 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
         settings=settings_table(comparison),
         pairs=pairs_table(comparison),
         charts=charts,
-        static={chart.key: _svg(draw_chart(chart)) for chart in charts},
+        static={chart.key: _svg(draw_chart(chart, with_title=False)) for chart in charts},
         confusion=_svg(confusion_figure(pooled_confusion(best), best.runs[0].classes)),
         live=live,
         classes=class_table(best),
@@ -214,7 +214,7 @@ def _write_markdown(comparison: Comparison, path: Path, title: str) -> list[Path
     charts = report_charts(comparison)
     pictures = [(chart, folder / f"{chart.key}.png") for chart in charts]
     for chart, target in pictures:
-        target.write_bytes(figure_png(draw_chart(chart), dpi=160))
+        target.write_bytes(figure_png(draw_chart(chart, with_title=True), dpi=160))
     confusion = folder / "confusion.png"
     confusion.write_bytes(figure_png(confusion_figure(pooled_confusion(best), best.runs[0].classes), dpi=160))
     parts = [
