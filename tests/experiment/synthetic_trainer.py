@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from fieldmark.config import dump_config, load_config
-from fieldmark.errors import TrainingError
+from fieldmark.errors import RunError, TrainingError
 
 
 def train(config, out):
+    if out.exists() and any(out.iterdir()):
+        raise RunError(f"{out} exists and is not empty")
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.toml").write_text(dump_config(config), encoding="utf-8")
     yield from _learn(config, out)
