@@ -94,3 +94,12 @@ def test_weights_may_be_read_by_those_who_may_read_other_files(tmp_path):
     (tmp_path / "other").write_text("x")
     checkpoint.save_weights(tmp_path / "w.safetensors", {"w": torch.zeros(1)})
     assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_who_reads_while_a_checkpoint_is_saved_reads_the_old_one_whole(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save_checkpoint(path, {"epoch": 1})
+    with path.open("rb") as reader:
+        checkpoint.save_checkpoint(path, {"epoch": 2})
+        assert torch.load(reader, weights_only=True)["epoch"] == 1
+    assert checkpoint.load_checkpoint(path)["epoch"] == 2

@@ -208,8 +208,8 @@ def test_clean_and_mixed_accuracy_are_kept_apart(fabric):
 def test_mixed_accuracy_weighs_both_labels_by_lambda():
     tally = EpochTally.zeros(torch.device("cpu"))
     batch = make_batch(0, size=3, is_mixed=True)  # labels 0 1 2, partners 2 1 0, λ = 0.7
-    tally.add(batch, 10 * functional.one_hot(torch.tensor([0, 1, 0]), CLASSES).float(), torch.tensor(1.0))
-    assert tally.sums.tolist() == pytest.approx([1.0, 3, 0, 0, 0.7 + 1.0 + 0.3, 3])
+    tally.add(batch, 10 * functional.one_hot(torch.tensor([2, 1, 1]), CLASSES).float(), torch.tensor(1.0))
+    assert tally.sums.tolist() == pytest.approx([1.0, 3, 0, 0, 0.3 + 1.0 + 0.0, 3])
 
 
 def test_soft_cross_entropy_equals_torchs_for_hard_and_soft_targets():
