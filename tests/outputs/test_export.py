@@ -109,6 +109,7 @@ def test_an_export_gives_the_runs_probabilities_at_any_batch_size(kind, exported
             expected = torch.softmax(model(torch.from_numpy(images[:size])) / 2.0, dim=1).numpy()
         assert np.allclose(loaded.probabilities(images[:size]), expected, atol=5e-3)
     assert (folder / "README.md").is_file()
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 

@@ -118,7 +118,10 @@ def export_model(
         metadata = _prove(model, metadata, part, photos, is_int8=is_int8, max_accuracy_loss=max_accuracy_loss)
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         (part / "README.md").write_text(card(metadata), encoding="utf-8")
-        part.chmod(0o755)  # mkdtemp makes private folders; an export is for others
+        # mkdtemp makes private folders and safetensors private files; an export is for others.
+        part.chmod(0o755)
+        for file in part.iterdir():
+            file.chmod(0o644)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
