@@ -100,6 +100,9 @@ def test_a_run_folder_holds_all_that_it_promises(photos, tmp_path):
     assert run.prior.tolist() == pytest.approx([1 / 3] * 3)
     assert torch.__version__.startswith(run.environment["versions"]["torch"])
     assert len(run.split.photos) == 48
+    log = (out / "log.txt").read_text()
+    assert "data: 48 photos of 3 classes" in log
+    assert "epoch 3: train loss" in log
 
 
 def test_predicting_the_validation_photos_reproduces_the_logged_figures_exactly(photos, tmp_path):

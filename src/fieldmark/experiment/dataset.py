@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,37 @@ class Quiet:
 
     def message(self, text: str) -> None:
         """Nothing."""
+
+
+class Logged:
+    """Progress whose messages are kept in a file too, with the time.
+
+    Args:
+        inner: Who watches.
+        path: The file; lines are added to it.
+    """
+
+    def __init__(self, inner: Progress, path: Path) -> None:
+        self._inner = inner
+        self._path = path
+
+    def start(self, total: int, done: int) -> None:
+        """As `Progress`."""
+        self._inner.start(total, done)
+
+    def advance(self, n: int) -> None:
+        """As `Progress`."""
+        self._inner.advance(n)
+
+    def message(self, text: str) -> None:
+        """As `Progress`, and into the file."""
+        self.write(text)
+        self._inner.message(text)
+
+    def write(self, text: str) -> None:
+        """Into the file alone."""
+        with self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 @dataclass(frozen=True)

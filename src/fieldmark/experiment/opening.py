@@ -21,7 +21,7 @@ from fieldmark.engine.average import RunningAverage
 from fieldmark.engine.loop import EpochTally, TrainState
 from fieldmark.errors import DataError, ResourceError, RunError
 from fieldmark.experiment import build, folder
-from fieldmark.experiment.dataset import Dataset, Progress, inspect, prepare_dataset, refusal, user_folder
+from fieldmark.experiment.dataset import Dataset, Logged, Progress, inspect, prepare_dataset, refusal, user_folder
 from fieldmark.experiment.environment import describe_environment, usable_cores
 from fieldmark.experiment.session import Session
 from fieldmark.optim.schedule import schedule_warnings
@@ -70,6 +70,8 @@ def open_session(
     if fabric.is_global_zero and start == "again":
         for name in (folder.METRICS, folder.EPOCHS):
             (path / name).unlink(missing_ok=True)
+    log = Logged(progress, path / folder.LOG) if fabric.is_global_zero else None
+    progress = log or progress
     fabric.barrier()
     torch.manual_seed(config.train.seed)
     if config.train.deterministic and fabric.device.type == "cuda":
@@ -91,6 +93,7 @@ def open_session(
         path=path,
         fabric=fabric,
         progress=progress,
+        log=log,
         dataset=dataset,
         built=built,
         state=None,  # type: ignore[arg-type]  # set by `begin`, after the probe has changed the model

@@ -257,6 +257,9 @@ def _keep(session: Session, report: EpochReport, model: torch.nn.Module) -> dict
     row["images_per_second"] = report.images / report.seconds if report.seconds else None
     row |= {"val": report.metrics, "is_best": is_best, "is_probe": report.step == 0}
     session.append_history(row)
+    if session.log is not None:
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+        session.log.write(f"epoch {report.epoch}: train loss {report.train_loss:.4f}; val {figures or 'none'}")
     return row
 
 

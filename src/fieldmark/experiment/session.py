@@ -26,7 +26,7 @@ from fieldmark.engine.evaluate import Predictions, predict_batches
 from fieldmark.engine.loop import EpochTally, TrainBatch, TrainState
 from fieldmark.experiment import build, folder
 from fieldmark.experiment.batches import EvalPhotos, PhotoReader, TrainPhotos
-from fieldmark.experiment.dataset import Dataset, Progress
+from fieldmark.experiment.dataset import Dataset, Logged, Progress
 from fieldmark.vision.augment import EvalSpec
 from fieldmark.vision.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.vision.model import freeze_stages, train_only_head_and_norms
@@ -55,6 +55,7 @@ class Session:
         path: The run folder.
         fabric: Device, precision, processes.
         progress: Where long work tells how far it is.
+        log: The same, with a file behind it; None on all processes but the first.
         dataset: Photos, sizes, splits.
         built: Model and weights, and what is known of them.
         state: All that changes while learning.
@@ -70,6 +71,7 @@ class Session:
     path: Path
     fabric: Fabric
     progress: Progress
+    log: Logged | None
     dataset: Dataset
     built: build.BuiltModel
     state: TrainState
