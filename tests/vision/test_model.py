@@ -128,6 +128,9 @@ def test_a_final_norm_belongs_to_the_last_stage_and_embeddings_to_the_first():
     assert {"backbone.cls_token", "backbone.pos_embed"} <= set(stages[0])
     assert any(name.startswith(("backbone.norm.", "backbone.fc_norm.")) for name in stages[-2])
     assert "backbone.pos_embed" in model.no_weight_decay()
+    last = [name for name, _ in make_classifier("test_convnext", "meta").stage_parameters()[-2]]
+    assert "backbone.head.norm.weight" in last
+    assert any(name.startswith("backbone.stages.3.") for name in last)  # the norm is not a stage of its own
 
 
 def _statistics(model):
