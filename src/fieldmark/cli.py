@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fieldmark import evidence, use
 from fieldmark.console import open_progress
 from fieldmark.errors import FieldmarkError, InterruptedRunError
-from fieldmark.use import add_verbs
 
 if TYPE_CHECKING:
     from fieldmark.config import Config
@@ -33,7 +33,6 @@ config_app = typer.Typer(help="Show settings.", no_args_is_help=True, rich_marku
 recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(recipes_app, name="recipes")
-add_verbs(app)
 
 Data = Annotated[Path, typer.Argument(help="Folder of class folders, or a table.")]
 Recipe = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.")]
@@ -284,6 +283,10 @@ def recipes_list() -> None:
 
     for name in recipe_names():
         typer.echo(f"{name:12}{load_config(name).description}")
+
+
+evidence.add_verbs(app)
+use.add_verbs(app)
 
 
 def _config(recipe: str, data: Path | None, overrides: list[str] | None) -> Config:

@@ -1,0 +1,51 @@
+"""The evidence verbs: parse, call, print; what they call has tests of its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from fieldmark.cli import app
+from fieldmark.errors import RunError
+
+
+@pytest.fixture
+def runs(make_run, tmp_path):
+    """Two settings that differ in accuracy, on the same photos."""
+    plain = make_run(tmp_path / "plain", overrides=["mix.prob=0"], accuracy=0.5)
+    mixed = make_run(tmp_path / "mixed", overrides=["mix.prob=0.4"], accuracy=0.95)
+    return [str(plain), str(mixed)]
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_compare_prints_settings_with_intervals_and_a_verdict(runs):
+    result = invoke("compare", *runs)
+    assert result.exit_code == 0
+    assert "mix.prob=0.4" in result.stdout
+    assert "is better than" in result.stdout
+    content = json.loads(invoke("compare", *runs, "--json").stdout)
+    assert len(content["pairs"]) == 1
+    assert content["pairs"][0]["is_distinguishable"]
+
+
+def test_findings_give_every_claim_a_verdict(runs, tmp_path):
+    result = invoke("findings", *runs, "--out", str(tmp_path / "findings.md"))
+    assert result.exit_code == 0
+    text = (tmp_path / "findings.md").read_text()
+    assert "not tested here" in text
+    assert "fieldmark findings" in text
+
+
+def test_a_report_with_another_ending_is_refused(runs, tmp_path):
+    result = invoke("report", *runs, "--out", str(tmp_path / "report.pdf"))
+    assert isinstance(result.exception, RunError)
+
+
+def test_a_sweep_without_such_a_grid_names_those_there_are(tmp_path):
+    result = invoke("sweep", "resnet50-mixin", "--out", str(tmp_path / "out"))
+    assert "resnet50-mixing" in str(result.exception)
