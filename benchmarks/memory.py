@@ -83,14 +83,21 @@ def peak_mebibytes(command: Sequence[str], home: Path) -> float:
     """
     paths = [str(HOME), str(HOME / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "XDG_CACHE_HOME": str(home)}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            raise RuntimeError(f"{' '.join(map(str, command))} failed: {log.read().decode(errors='replace')[-500:]}")
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    # A process inherits the peak of the one that started it: so a small one starts it, and tells.
+    wrapped = [sys.executable, "-S", "-c", _LAUNCHER, *map(str, command)]
+    done = subprocess.run(wrapped, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed: {done.stderr[-500:]}")
+    return float(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+_LAUNCHER = """
+import os, sys
+pid = os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) and 1)
+"""
 
 
 def python(function: str, *arguments: object) -> list[str]:

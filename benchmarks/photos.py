@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import random
@@ -20,9 +21,10 @@ LARGE = (1600, 1200, 437_000)
 
 def find_pictures(most: int) -> tuple[list[Image.Image], str]:
     """Real pictures to lay out, and where they are from: scikit-learn's two, and birds100 where it is there."""
-    import sklearn
-
-    folder = Path(sklearn.__file__).parent / "datasets" / "images"
+    package = importlib.util.find_spec("sklearn")  # found, not imported: that takes seconds
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "datasets" / "images"
     pictures = [Image.open(folder / name).convert("RGB") for name in ("china.jpg", "flower.jpg")]
     birds = sorted((PHOTOS / "train").rglob("*.jpg"))
     chosen = birds[:: max(len(birds) // most, 1)][:most]

@@ -9,9 +9,6 @@ lengthens nothing but the wait. Every case prepares batches of 32 of the same ph
 from __future__ import annotations
 
 import os
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before any library starts its threads
-
 import shutil
 import tempfile
 import time
@@ -218,6 +215,7 @@ def main() -> None:
     from fieldmark.experiment.environment import usable_cores
 
     arguments = make_parser(__doc__ or "").parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch is imported after this, here and in the workers
     before = load_average()
     plan = make_plan(is_quick=arguments.quick, cores=usable_cores())
     with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:

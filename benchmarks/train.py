@@ -18,7 +18,7 @@ from benchmarks.contest import Contender, ContenderError, Pace, Setup, start_all
 from benchmarks.photos import birds_subset
 from benchmarks.record import Findings, Ratio, interleave, load_average, make_parser, report
 
-CLOCK, PROCESSOR = "photos per second", "photos per second of processor time"
+CLOCK, PROCESSOR = "photos per second of the clock", "photos per second of processor time"
 
 
 @dataclass(frozen=True)
