@@ -25,7 +25,7 @@ from fieldmark.vision.weights import data_config
 
 PHOTOS_PREPARED = 32
 PHOTOS_TRAINED = 8
-SECONDS_MEASURED = 3.0
+SECONDS_MEASURED = 2.0
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two averages, in 32 bit."""
 

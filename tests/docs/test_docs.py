@@ -1,0 +1,122 @@
+"""The commands and the Python of README and docs run as written, on generated photos and with a tiny model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TINY = [
+    *("model.name=test_resnet", "model.weights=random", "augment.size=32", "eval.size=32", "train.epochs=1"),
+    *("mix.off_epochs=0", "probe.epochs=2", "schedule.warmup_epochs=0", "loader.workers=0", "train.threads=1"),
+    "train.device=cpu",
+]
+TAKES_A_RECIPE = {"check", "split", "cache", "preview", "train", "find-lr"}
+QUICK = {"README", "config", "evaluate", "models", "predict", "recipes"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    lines = [line for block in blocks(page, "console") for line in block.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+COMMANDS = [page for page in PAGES if commands(page)]
+
+
+def run(command: str, patch: pytest.MonkeyPatch) -> int:
+    from fieldmark.cli import main
+
+    words = shlex.split(command, comments=True)
+    assert words[0] == "fieldmark"
+    tiny = [word for setting in TINY for word in ("--set", setting)] if words[1] in TAKES_A_RECIPE else []
+    patch.setattr(sys, "argv", [*words, *tiny])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return int(exit_.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """photos/, new-photos/, sample.csv and the run runs/mine that the README's three commands make."""
+    root = tmp_path_factory.mktemp("docs")
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("jay", "robin", "wren")):
+        for place in range(10):
+            path = root / "photos" / name / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.normal(60 + 60 * number, 40, (40, 48, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(path)
+    shutil.copytree(root / "photos" / "jay", root / "new-photos")
+    (root / "sample.csv").write_text("image_name,pred_label\n" + "".join(f"{n},jay\n" for n in range(10)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "user-cache"))
+        patch.chdir(root)
+        assert run("fieldmark train photos --recipe laptop --out runs/mine", patch) == 0
+    return root
+
+
+@pytest.fixture
+def workplace(folder, tmp_path, monkeypatch) -> Path:
+    """A copy, so that each page starts from the same."""
+    for name in ("photos", "new-photos", "runs"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copy(folder / "sample.csv", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_are_commands_to_run():
+    assert ROOT / "README.md" in COMMANDS
+    assert sum(len(commands(page)) for page in PAGES) >= 25
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=[] if page.stem in QUICK else pytest.mark.slow) for page in COMMANDS],
+)
+def test_every_command_of_a_page_works(page, workplace, monkeypatch):
+    for command in commands(page):
+        if "--out runs/mine" in command:
+            shutil.rmtree("runs/mine")
+        assert run(command, monkeypatch) == 0, command
+
+
+def test_the_python_of_the_readme_runs(workplace, capsys):
+    (code,) = blocks(ROOT / "README.md", "python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.count("robin") == 10
+
+
+def test_every_link_between_pages_leads_somewhere():
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())]
+    assert links
+    broken = [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
+    assert not broken
+
+
+def test_every_verb_has_a_page():
+    import typer.main
+
+    from fieldmark.cli import app
+
+    verbs = set(typer.main.get_command(app).commands)
+    pages = {page.stem for page in PAGES}
+    assert verbs
+    assert verbs <= pages
+
+
+def test_every_trap_is_on_a_page_of_its_own():
+    assert len(list((ROOT / "docs" / "traps").glob("*.md"))) == 15
