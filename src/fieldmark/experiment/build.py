@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fieldmark.config import Config
 from fieldmark.errors import ConfigError
-from fieldmark.experiment.environment import usable_cores
+from fieldmark.experiment.environment import keep_freed_memory, usable_cores
 from fieldmark.optim.groups import create_optimizer, parameter_groups
 from fieldmark.optim.schedule import Schedule
 from fieldmark.vision.augment import EvalSpec
@@ -93,6 +93,8 @@ def choose_threads(config: Config, *, workers: int) -> Choice:
 def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice]]:
     """Device, precision and processes, and what was chosen for `auto`."""
     device = choose_device(config)
+    if device.value == "cpu":
+        keep_freed_memory()
     precision = choose_precision(config, device.value)
     is_distributed = config.train.devices * config.train.nodes > 1
     fabric = Fabric(

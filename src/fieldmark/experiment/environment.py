@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -42,6 +43,22 @@ def describe_hardware() -> dict[str, Any]:
 def usable_cores() -> int:
     """Cores that this process may run on, which a container may have fewer of than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next update; elsewhere this does nothing.
+
+    By default every large tensor is mapped from the system and given back, so each update faults its pages in anew:
+    with EfficientNet-Lite0 at 160 pixels a quarter of a training step's CPU time (2.3 s against 1.65 s for 32 photos
+    on one core).
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def processor_name() -> str:

@@ -15,7 +15,7 @@ from fieldmark.data.loader import Batch, auto_workers, batches
 from fieldmark.engine.evaluate import predict_batches
 from fieldmark.experiment.batches import EvalPhotos, PhotoReader
 from fieldmark.experiment.dataset import Progress
-from fieldmark.experiment.environment import usable_cores
+from fieldmark.experiment.environment import keep_freed_memory, usable_cores
 from fieldmark.experiment.folder import Run
 
 
@@ -54,6 +54,8 @@ def predict_photos(
 def open_fabric(info: dict[str, Any]) -> Fabric:
     """One process with the precision that the run was trained in, where this machine has it."""
     has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        keep_freed_memory()
     precision = info["precision"] if has_gpu or info["precision"] != "16-mixed" else "32-true"
     return Fabric(accelerator="cuda" if has_gpu else "cpu", devices=1, precision=precision)
 
