@@ -52,7 +52,7 @@ def make_plan(*, is_quick: bool, cores: int) -> Plan:
     """The quick plan ends within 3 minutes on 2 cores."""
     if is_quick:
         return Plan(
-            32, 24, rounds=7, limit_seconds=35, first_epoch_rounds=2, worker_photos=320, max_workers=min(cores, 2)
+            32, 24, rounds=7, limit_seconds=35, first_epoch_rounds=3, worker_photos=256, max_workers=min(cores, 2)
         )
     return Plan(
         64, 48, rounds=9, limit_seconds=300, first_epoch_rounds=5, worker_photos=1280, max_workers=min(cores, 16)
@@ -88,7 +88,7 @@ def _per_core(findings: Findings, plan: Plan, name: str, files: list[Path], fold
     work = dict(zip(CASES, (*peers, pipelines.full_decode, pipelines.scaled_decode), strict=True))
     work |= {f"ours, {case}": prepare for case, prepare in ours.items()}
     cases = {f"{name}: {case}": partial(speed, prepare, files) for case, prepare in work.items()}
-    rounds = interleave(cases, rounds=plan.rounds, limit_seconds=plan.limit_seconds, warm_up=True)
+    rounds = interleave(cases, rounds=plan.rounds, limit_seconds=plan.limit_seconds, least=3, warm_up=True)
     findings.add_rounds(f"per core, {name}", rounds, UNIT)
     for case in ("torchvision v2", "albumentations"):
         findings.ratios[f"{name}: {case} / report"] = Ratio(f"{name}: {case}", f"{name}: {REPORT}")
@@ -114,22 +114,25 @@ def _first_epoch(findings: Findings, plan: Plan, name: str, files: list[Path], f
     reference = pipelines.pil_torchvision()
     cases: dict[str, Callable[[], float]] = {f"{name}: first epoch, report": partial(speed, reference, files)}
     for mode in ("jpeg", "uint8"):
-        cases[f"{name}: first epoch, ours, {mode}"] = partial(_first_epoch_speed, files, folder / "first", mode)
-    rounds = interleave(cases, rounds=plan.first_epoch_rounds, limit_seconds=20)
+        case = f"{name}: first epoch, ours, {mode}"
+        stages = findings.profiles.setdefault(case, {})
+        cases[case] = partial(_first_epoch_speed, files, folder / "first", mode, stages)
+    rounds = interleave(cases, rounds=plan.first_epoch_rounds, limit_seconds=20, least=3)
     findings.add_rounds(f"first epoch, {name}", rounds, UNIT)
     for mode in ("jpeg", "uint8"):
         case = f"{name}: first epoch, ours, {mode}"
         findings.ratios[f"{case} / report"] = Ratio(case, f"{name}: first epoch, report", 1.0)
 
 
-def _first_epoch_speed(files: list[Path], folder: Path, mode: str) -> float:
+def _first_epoch_speed(files: list[Path], folder: Path, mode: str, stages: dict[str, float]) -> float:
+    """Photos per second of processor time; `stages` becomes the share of each stage."""
     from fieldmark.data.index import Photo, PhotoIndex
     from fieldmark.data.inspection import inspect_photos
 
     shutil.rmtree(folder, ignore_errors=True)
     photos = tuple(Photo(file.name, "a", "train", "") for file in files)
     index = PhotoIndex(files[0].parent, photos, ("a",), {})
-    began = time.process_time()
+    times = [time.process_time()]
     inspect_photos(
         index,
         background=(0, 0, 0),
@@ -137,12 +140,18 @@ def _first_epoch_speed(files: list[Path], folder: Path, mode: str) -> float:
         with_hash=False,
         threads=1,
         cache_folder=folder / "inspections",
-        progress=lambda *_: None,
+        progress=None,
     )
+    times.append(time.process_time())
     ours = pipelines.Ours(files, folder / "photos", mode=mode)
+    times.append(time.process_time())
     for start in range(0, len(files), 32):
         ours(files[start : start + 32])
-    return len(files) / (time.process_time() - began)
+    times.append(time.process_time())
+    seconds = np.diff(times)
+    names = ("inspecting every photo", "writing the cache", "preparing from the cache")
+    stages.update(zip(names, (seconds / seconds.sum()).round(3).tolist(), strict=True))
+    return len(files) / float(seconds.sum())
 
 
 def _workers(findings: Findings, plan: Plan, files: list[Path], folder: Path) -> None:

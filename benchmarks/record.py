@@ -89,7 +89,12 @@ class Findings:
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], float]], *, rounds: int, limit_seconds: float, warm_up: bool = False
+    cases: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    limit_seconds: float,
+    least: int = 1,
+    warm_up: bool = False,
 ) -> Rounds:
     """Measure every case once in each round, so that what disturbs the machine disturbs all alike.
 
@@ -98,7 +103,8 @@ def interleave(
     Args:
         cases: Each call gives one measurement.
         rounds: The most rounds, at least 1.
-        limit_seconds: No round begins that would probably end later than this; the first always runs.
+        limit_seconds: No round begins that would probably end later than this.
+        least: So many rounds run whatever the limit.
         warm_up: Call every case once before, and forget what it gave.
     """
     started = time.perf_counter()
@@ -108,7 +114,7 @@ def interleave(
         for name in names:
             cases[name]()
     longest = done = 0
-    while done < rounds and (not done or time.perf_counter() - started + longest < limit_seconds):
+    while done < rounds and (done < least or time.perf_counter() - started + longest < limit_seconds):
         began = time.perf_counter()
         turn = done % max(len(names), 1)
         for name in names[turn:] + names[:turn]:

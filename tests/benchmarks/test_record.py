@@ -79,8 +79,9 @@ def test_the_median_over_rounds_counts_and_the_warm_up_does_not():
     assert result == Rounds({"a": 2.0}, {"a": (1.0, 3.0)}, rounds=3)
 
 
-def test_no_round_begins_after_the_limit_but_the_first_always_runs():
+def test_no_round_begins_after_the_limit_but_the_least_number_always_runs():
     assert form.interleave({"a": lambda: 1.0}, rounds=5, limit_seconds=0).rounds == 1
+    assert form.interleave({"a": lambda: 1.0}, rounds=5, limit_seconds=0, least=3).rounds == 3
 
 
 def test_interleaved_gives_seconds_of_the_clock():
