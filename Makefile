@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e
-BENCHMARKS := startup pipeline train memory inference gpu
+BENCHMARKS := startup pipeline train memory inference serving gpu
+# Path of train.py of pytorch-image-models; without it, training is measured beside the other peers alone.
+TIMM_SCRIPT ?=
 
 .PHONY: demo test test-slow test-gpu check bench
 
@@ -24,7 +26,11 @@ check: $(VENV)/.installed-test
 	scripts/check
 
 bench: $(VENV)/.installed-bench
-	for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+	for name in $(BENCHMARKS); do \
+	  case $$name in train|gpu) more="$(TIMM_SCRIPT:%=--timm-script %)";; *) more=;; esac; \
+	  $(RUN) -m benchmarks.$$name $$more --json benchmarks/results/$$name.json || exit 1; \
+	done
+	$(RUN) -m benchmarks.tables
 
 # The stamps make an installation happen once, and again when what is asked for changes.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(RUN)
