@@ -89,6 +89,14 @@ def test_a_command_that_fails_is_named_with_what_it_said(tmp_path):
         startup.seconds_of(failing, tmp_path)
 
 
+def test_processor_time_is_that_of_the_work_and_not_of_the_wait(tmp_path):
+    def run(code):
+        return startup.processor_seconds_of(lambda: startup.seconds_of([sys.executable, "-c", code], tmp_path))
+
+    assert run("import time; time.sleep(1)") < 0.5
+    assert run("import time\nwhile time.process_time() < 0.6: pass") >= 0.55
+
+
 def test_a_contender_that_dies_is_left_out_and_says_why(tmp_path):
     setup = contest.Setup("nobody", str(tmp_path), "resnet18", 32, 4)
     running, failed = contest.start_all({"nobody": setup}, tmp_path / "race")
