@@ -305,6 +305,10 @@ class ModelConfig(Section):
     freeze: NonNegativeInt | Literal["all"] = 0
     """Frozen stages, counted from the input; `all` freezes the backbone. BatchNorm of a frozen stage stays frozen."""
 
+    freeze_batchnorm: bool = False
+    """BatchNorm keeps and uses its pre-trained statistics, while its weights learn: for small batches and for photos
+    unlike those of the pre-training, and so that a probed head meets the features that it was fitted on."""
+
     unfreeze_every_epochs: NonNegativeInt = 0
     """Gradual unfreezing: one stage more, from the output inwards, each so many epochs; 0 is off."""
 

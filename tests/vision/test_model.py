@@ -154,6 +154,21 @@ def test_a_frozen_stage_keeps_weights_and_batchnorm_statistics_in_training_mode(
     assert all(parameter.requires_grad for parameter in model.head.parameters())
 
 
+def test_frozen_batchnorm_keeps_its_statistics_while_its_weights_learn():
+    model = make_classifier().eval()
+    images = torch.randn(4, 3, 64, 64)
+    expected = model.features(images)
+    model.has_frozen_batchnorm = True
+    model.train()
+    torch.testing.assert_close(model.features(images), expected)
+    model(images).sum().backward()
+    norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(not norm.training and norm.weight.grad is not None for norm in norms)
+    assert all(norm.num_batches_tracked == 0 for norm in norms)
+    assert model.training
+
+
 def test_a_frozen_backbone_gives_the_same_features_in_training_mode_as_in_evaluation():
     model = make_classifier("test_efficientnet", drop_path=0.5)
     freeze_stages(model, "all")

@@ -118,6 +118,7 @@ def begin(session: Session) -> None:
     if session.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fabric.to_device(model)
+    model.has_frozen_batchnorm = config.model.freeze_batchnorm
     freeze_stages(model, session.phase(0).freeze)
     plain = build.build_optimizer(config, model)
     network, optimizer = fabric.setup(_compiled(config, model, fabric), plain)

@@ -37,6 +37,7 @@ class Classifier(nn.Module):
         self.name = name
         self.num_features = num_features
         self.num_frozen_stages = 0
+        self.has_frozen_batchnorm = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of normalised images (B, 3, H, W)."""
@@ -84,12 +85,16 @@ class Classifier(nn.Module):
         """Switch to training, but for frozen stages: those compute as in evaluation.
 
         Their BatchNorm neither uses nor updates the statistics of a batch, and their stochastic depth is off: a stage
-        that cannot learn is a fixed function.
+        that cannot learn is a fixed function. With `has_frozen_batchnorm` every BatchNorm of the backbone does so.
         """
         super().train(mode)
         if mode and self.num_frozen_stages:
             for stage in self.stages()[: self.num_frozen_stages]:
                 for module in stage:
+                    module.eval()
+        if mode and self.has_frozen_batchnorm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
                     module.eval()
         return self
 
