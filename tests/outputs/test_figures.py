@@ -57,6 +57,15 @@ def test_missing_figures_of_an_epoch_leave_a_gap_not_a_zero():
     }
 
 
+def test_the_probes_rate_is_not_drawn_among_the_schedules():
+    rows = [
+        {"epoch": 0, "lr": 3e-3, "is_probe": True, "val": {}},
+        {"epoch": 1, "lr": 1e-4, "is_probe": False, "val": {}},
+    ]
+    (line,) = training_figure(rows).axes[2].lines
+    assert list(zip(*line.get_data(), strict=True)) == [(1, 1e-4)]
+
+
 def test_the_lambda_density_integrates_to_one_and_follows_the_beta():
     rng = np.random.default_rng(0)
     values = rng.beta(2.0, 2.0, size=20_000)

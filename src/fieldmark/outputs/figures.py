@@ -89,9 +89,11 @@ def training_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     _draw_line(accuracy, epochs, [row.get("train_top1_clean") for row in metrics], "training, clean batches", COLORS[0])
     _draw_line(accuracy, epochs, [row.get("train_top1_mixed") for row in metrics], "training, mixed", COLORS[2])
     _draw_line(accuracy, epochs, [row["val"].get("top1") for row in metrics], "validation", COLORS[1])
-    _draw_line(rate, epochs, [row.get("lr") for row in metrics], "head", COLORS[3])
+    # The probe's rate is of another scale, and not of this schedule.
+    _draw_line(rate, epochs, [None if row.get("is_probe") else row.get("lr") for row in metrics], "head", COLORS[3])
     for axes, title in ((loss, "loss"), (accuracy, "top-1 accuracy"), (rate, "learning rate")):
         _dress(axes, title, "epoch")
+        axes.locator_params(axis="x", integer=True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
     return figure
