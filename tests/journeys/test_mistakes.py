@@ -81,7 +81,8 @@ def test_resume_with_other_settings_is_a_usage_error(fieldmark, trained):
     assert "give nothing else" in result.err
 
 
-def test_check_ends_with_2_where_something_must_be_mended(fieldmark, tmp_path, make_photo, tiny):
+def test_check_ends_with_2_where_something_must_be_mended(fieldmark, tmp_path, make_photo, tiny, monkeypatch):
+    monkeypatch.setattr("fieldmark.experiment.preflight.SECONDS_MEASURED", 0.05)
     for name in ("a", "b"):
         for number in range(12):
             make_photo(tmp_path / "data" / name / f"{number}.png", (9 * number, 2, 3), number + 50 * (name == "b"))
