@@ -65,7 +65,7 @@ def test_probabilities_that_underflow_stay_finite():
 
 
 def test_what_cannot_be_had_leaves_the_run_as_it_was(run):
-    with pytest.raises(DataError, match="400 photos cannot show an accuracy of 99.0%"):
+    with pytest.raises(DataError, match=r"400 photos cannot show an accuracy of 99\.0%"):
         calibrate_run(run, wanted="accuracy", wanted_value=0.99, assurance=0.99, folds=5, seed=0)
     assert load_calibration(run) is None
 
