@@ -252,7 +252,7 @@ def predict(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("runs/demo"),
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to make; default: a new one in runs/.")] = None,
     set_: Overrides = None,
 ) -> None:
     """Train on real photos in a few minutes.
@@ -260,9 +260,10 @@ def demo(
     Solar cells, functional or defective: probe, fine-tune, judge, predict.
     """
     from fieldmark.outputs.demo import run_demo
+    from fieldmark.outputs.summary import free_folder
 
     with open_progress("demo") as progress:
-        typer.echo(run_demo(out, overrides=set_ or (), progress=progress))
+        typer.echo(run_demo(out or free_folder(Path("runs/demo")), overrides=set_ or (), progress=progress))
 
 
 @config_app.command("show")

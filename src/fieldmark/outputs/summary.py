@@ -46,12 +46,16 @@ def format_accuracy(figures: dict[str, Any]) -> str:
 
 def new_run_folder(config: Config, recipe: str) -> Path:
     """`runs/<data>-<recipe>`, or the same with a number behind it where that is taken."""
-    name = f"{Path(config.data.path).resolve().stem}-{Path(recipe).stem}"
-    folder, number = Path("runs") / name, 1
-    while folder.exists():
+    return free_folder(Path("runs") / f"{Path(config.data.path).resolve().stem}-{Path(recipe).stem}")
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder`, or the same with the first number behind it that is not taken."""
+    free, number = folder, 1
+    while free.exists():
         number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
 
 
 def _kept(summary: dict[str, Any]) -> str:
