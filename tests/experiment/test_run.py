@@ -201,6 +201,15 @@ def test_stages_thaw_and_fixres_trains_head_and_norms_alone(photos, tmp_path):
     assert moved(1, 2, "backbone.layer4.0.bn1.weight")
 
 
+def test_the_probe_alone_is_a_run(photos, tmp_path):
+    reports = list(train(tiny(photos, "train.epochs=0", "probe.epochs=5"), tmp_path / "run"))
+    run = Run(tmp_path / "run")
+    assert [report.epoch for report in reports] == [0]
+    assert run.summary["status"] == "finished"
+    stored = run.predictions()
+    assert run.summary["val"]["top1"] == (stored.probabilities.argmax(1) == stored.labels).mean()
+
+
 def test_resolution_rises_on_its_way(photos, tmp_path):
     config = tiny(photos, "train.resolution_steps=[[0.0, 24], [0.5, 40]]", "eval.size=40")
     list(train(config, tmp_path / "run"))

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 
+import httpx
 import pytest
 from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
 
@@ -268,3 +269,21 @@ def test_the_openapi_document_names_every_refusal(model):
     assert set(document["paths"]) == {"/predict", "/health", "/classes", "/metrics"}
     assert set(document["paths"]["/predict"]["post"]["responses"]) == {"200", "400", "401", "408", "413", "422", "503"}
     assert json.dumps(document).count("http") == 0
+
+
+def test_an_app_that_ended_can_start_again_and_refuses_while_it_is_ended(model):
+    app = make_app(model)
+
+    async def run():
+        async with client_of(app) as client:
+            first = await predict(make_photo())(client)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            ended = await predict(make_photo())(client)
+        async with client_of(app) as client:
+            return first, ended, await predict(make_photo())(client)
+
+    first, ended, again = asyncio.run(run())
+    assert first.json() == again.json()
+    assert (ended.status_code, ended.headers["retry-after"]) == (503, "2")
+    assert "ending" in ended.json()["detail"]

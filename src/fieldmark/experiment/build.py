@@ -204,7 +204,7 @@ def phase_at(config: Config, epoch: int, *, size: int, eval_size: int, num_stage
         num_stages: Stages of the backbone.
     """
     train = config.train
-    is_fixres = epoch >= train.epochs - train.fixres_epochs
+    is_fixres = train.epochs - train.fixres_epochs <= epoch < train.epochs
     for start, side in train.resolution_steps:
         size = side if epoch >= start * train.epochs else size
     freeze = config.model.freeze

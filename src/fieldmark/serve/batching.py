@@ -53,8 +53,6 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_stopping = False
-        # One thread: two batches at once would share the same cores and only wait for each other.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     @property
     def num_waiting(self) -> int:
@@ -62,15 +60,21 @@ class Batcher:
         return len(self._waiting)
 
     def start(self) -> None:
-        """Begin to answer; call it inside the event loop."""
+        """Begin to answer, also after a stop; call it inside the event loop."""
+        self._is_stopping = False
+        self._arrived = asyncio.Event()
+        # One thread: two batches at once would share the same cores and only wait for each other.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
         """Answer what waits, then end."""
+        if self._task is None:
+            return
         self._is_stopping = True
         self._arrived.set()
-        if self._task is not None:
-            await self._task
+        await self._task
+        self._task = None
         await asyncio.to_thread(self._thread.shutdown)
 
     async def submit(self, pictures: Sequence[Picture]) -> list[Answers]:

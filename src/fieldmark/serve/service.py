@@ -30,7 +30,8 @@ class PhotoService:
         self.model = model
         self.limits = limits
         self.metrics = ServerMetrics()
-        self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._decode_threads = decode_threads
+        self._is_open = False
         self._in_hand = 0
         self._batcher = Batcher(
             model.probabilities,
@@ -46,11 +47,14 @@ class PhotoService:
         return self._in_hand
 
     def start(self) -> None:
-        """Begin to answer; call it inside the event loop."""
+        """Begin to answer, also after a stop; call it inside the event loop."""
+        self._decoders = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
         self._batcher.start()
+        self._is_open = True
 
     async def stop(self) -> None:
-        """Answer what was taken, then end."""
+        """Take no more, answer what was taken, then end."""
+        self._is_open = False
         while self._in_hand:
             await asyncio.sleep(0.01)
         await self._batcher.stop()
@@ -60,8 +64,10 @@ class PhotoService:
         """One answer for each photo, in order.
 
         Raises:
-            BusyError: Too many photos are in hand, or the time is up.
+            BusyError: Too many photos are in hand, the time is up, or the server is ending.
         """
+        if not self._is_open:
+            raise BusyError("the server is ending; send this request again later")
         if self._in_hand + len(photos) > self.limits.max_queued:
             raise BusyError("too many photos wait; send this request again later")
         self._in_hand += len(photos)
