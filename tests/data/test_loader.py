@@ -262,10 +262,13 @@ def test_what_cannot_be_sent_is_named(preparing: ModuleType) -> None:
 
 def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(preparing: ModuleType) -> None:
     with Loader(workers=2, threads=1) as loader:
-        iterator = loader.batches(preparing.Dies(), PLAN, epoch=0)
-        assert [next(iterator).numbers.tolist() for _ in range(3)] == PLAN[:3]
+        arrived: list[list[int]] = []
         with pytest.raises(ResourceError, match=r"died: signal SIGKILL.* set loader\.workers=0") as caught:
-            next(iterator)
+            for batch in loader.batches(preparing.Dies(), PLAN, epoch=0):
+                arrived.append(batch.numbers.tolist())
+        # The death may be met while later photos are asked for, before all that came first was handed out.
+        assert arrived == PLAN[: len(arrived)]
+        assert len(arrived) <= 3
         pid = int(str(caught.value).split("process ")[1].split(")")[0])
         assert not psutil.pid_exists(pid)
         # The loader stays usable: it starts new workers.
