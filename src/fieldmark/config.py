@@ -12,7 +12,8 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -36,6 +37,16 @@ class Section(BaseModel):
     """One table of the recipe. Unknown keys are errors; values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, values: Any) -> Any:
+        """TOML has no word for None: where a setting may be None, `none` says so."""
+        if not isinstance(values, Mapping):
+            return values
+        given: Mapping[str, Any] = values
+        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
+        return {name: None if value == "none" and name in optional else value for name, value in given.items()}
 
 
 class DataConfig(Section):
@@ -532,7 +543,7 @@ def dump_config(config: Config) -> str:
     """The whole tree as TOML, every default filled in; `load_config` reads it back to an equal Config."""
     import tomli_w
 
-    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+    return tomli_w.dumps(_written_none(config.model_dump(mode="json")))
 
 
 def _recipes() -> Any:
@@ -571,9 +582,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """Read one TOML value; what is not TOML is taken as a string, and `none` as None."""
-    if text.lower() == "none":
-        return None
+    """Read one TOML value; what is not TOML is taken as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -605,7 +614,7 @@ def _siblings(keys: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _without_none(value: Any) -> Any:
+def _written_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return value
+        return {key: _written_none(item) for key, item in value.items()}
+    return "none" if value is None else value

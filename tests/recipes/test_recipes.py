@@ -53,3 +53,12 @@ def test_the_report_recipe_is_the_report_term_by_term():
     assert (config.schedule.name, config.schedule.restart_factor) == ("warm_restarts", 2)
     assert (config.train.batch_size, config.train.metric, config.train.select) == (32, "top1", "best")
     assert (config.train.label_smoothing, config.train.ema_decay, config.probe.epochs) == (0, 0, 0)
+
+
+def test_none_is_read_as_the_word_or_as_no_value_by_what_the_setting_takes(tmp_path):
+    config = load_config("strong", ["augment.policy=none", "train.class_weights=none", "augment.size=none"])
+    assert (config.augment.policy, config.train.class_weights, config.augment.size) == ("none", "none", None)
+    text = dump_config(config)
+    (tmp_path / "all.toml").write_text(text)
+    assert load_config(tmp_path / "all.toml") == config
+    assert 'restart_epochs = "none"' in text  # every setting stands in the dump, so a later default changes nothing
