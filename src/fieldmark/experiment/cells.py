@@ -115,5 +115,5 @@ def _with_changes(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> di
         if not dot:
             changed[key] = value
         elif isinstance(section := changed.setdefault(table, {}), dict):
-            section[name] = None if value == "none" else value
+            section[name] = value
     return changed
