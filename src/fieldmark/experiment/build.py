@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import Precision
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -220,8 +221,12 @@ def phase_at(config: Config, epoch: int, *, size: int, eval_size: int, num_stage
     )
 
 
-def build_optimizer(config: Config, model: Classifier) -> torch.optim.Optimizer:
-    """The optimiser over all parameters that may ever learn."""
+def build_optimizer(config: Config, model: Classifier, *, precision: Precision) -> torch.optim.Optimizer:
+    """The optimiser over all parameters that may ever learn.
+
+    The fused kernel unscales fp16's gradients within its step, so there is no moment at which Fabric could clip them:
+    `MixedPrecision.unscale_gradients` refuses where there is a scaler, and nowhere else.
+    """
     settings = config.optim
     is_thawing = bool(config.model.unfreeze_every_epochs)
     groups = parameter_groups(
@@ -234,8 +239,8 @@ def build_optimizer(config: Config, model: Classifier) -> torch.optim.Optimizer:
         no_weight_decay=model.no_weight_decay(),
         include_frozen=is_thawing,
     )
-    # Fabric cannot clip what the fused kernel unscales by itself, which fp16 needs.
-    return create_optimizer(settings.name, groups, use_fused=not settings.clip_norm)
+    is_scaled = getattr(precision, "scaler", None) is not None
+    return create_optimizer(settings.name, groups, use_fused=not (settings.clip_norm and is_scaled))
 
 
 def schedule_settings(config: Config) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def begin(session: Session) -> None:
     fabric.to_device(model)
     model.has_frozen_batchnorm = config.model.freeze_batchnorm
     freeze_stages(model, session.phase(0).freeze)
-    plain = build.build_optimizer(config, model)
+    plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
     network, optimizer = fabric.setup(_compiled(config, model, fabric), plain)
     per_process = -(-train.batch_size // fabric.world_size)
     session.state = TrainState(

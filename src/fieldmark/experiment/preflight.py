@@ -96,7 +96,7 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
     fabric.to_device(model)
     micro_batch = config.train.micro_batch_size or config.train.batch_size
     images = torch.zeros(PHOTOS_TRAINED, 3, size, size, device=fabric.device)
-    plain = build.build_optimizer(config, model)
+    plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
     network, optimizer = fabric.setup(model, plain)
 
     def loss() -> Tensor:
