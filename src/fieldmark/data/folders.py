@@ -75,6 +75,16 @@ def find_photos(root: Path) -> tuple[list[str], Counter[str]]:
     return sorted(photos, key=natural_key()), ignored
 
 
+def is_photo_path(path: str) -> bool:
+    """Whether `find_photos` would take a file by this path, relative and with "/", for a photo."""
+    return not is_left_aside(path) and _is_photo_name(path)
+
+
+def is_left_aside(path: str) -> bool:
+    """Whether `find_photos` would not look at this relative path, with "/", for its name: hidden, or the system's."""
+    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in path.split("/"))
+
+
 def close_match(word: str, options: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the option most like `word`, or nothing if none is like it."""
     by_lower = {option.lower(): option for option in options}

@@ -67,26 +67,21 @@ def read_table(path: Path) -> Table:
     if suffix not in TABLE_SUFFIXES:
         raise DataError(f"{path} is a file, but not a table ({', '.join(TABLE_SUFFIXES)}). Give a folder or a table")
     try:
-        return _read_parquet(path) if suffix == ".parquet" else _read_csv(path)
+        return _read_parquet(path) if suffix == ".parquet" else read_csv(str(path), path.read_bytes())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a CSV file whole or not at all; `read_table` gives the same text back."""
-    # A bare carriage return is quoted by some versions of Python only, so quote everything where there is one.
-    needs_quotes = any("\r" in value for row in rows for value in row)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if needs_quotes else csv.QUOTE_MINIMAL)
-    writer.writerow(columns)
-    writer.writerows(rows)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(text.getvalue().encode("utf-8", errors="surrogateescape"))
-    part.replace(path)
+def read_csv(path: str, data: bytes) -> Table:
+    """Read the content of a CSV file, as `read_table` does, wherever it lies.
 
+    Args:
+        path: What messages call it; `.tsv` at its end says what separates the values.
+        data: Its content.
 
-def _read_csv(path: Path) -> Table:
-    data = path.read_bytes()
+    Raises:
+        DataError: As in `read_table`.
+    """
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = data.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
@@ -104,10 +99,23 @@ def _read_csv(path: Path) -> Table:
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a CSV table: {error}") from None
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
-    return Table(str(path), {name: list(column) for name, column in zip(header, columns, strict=True)}, {}, len(rows))
+    return Table(path, {name: list(column) for name, column in zip(header, columns, strict=True)}, {}, len(rows))
 
 
-def _checked_header(path: Path, header: Sequence[str]) -> Sequence[str]:
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a CSV file whole or not at all; `read_table` gives the same text back."""
+    # A bare carriage return is quoted by some versions of Python only, so quote everything where there is one.
+    needs_quotes = any("\r" in value for row in rows for value in row)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if needs_quotes else csv.QUOTE_MINIMAL)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(text.getvalue().encode("utf-8", errors="surrogateescape"))
+    part.replace(path)
+
+
+def _checked_header(path: str, header: Sequence[str]) -> Sequence[str]:
     if not header:
         raise DataError(f"{path} is empty: its first line must name the columns")
     twice = [name for place, name in enumerate(header) if name in header[:place]]
@@ -116,8 +124,8 @@ def _checked_header(path: Path, header: Sequence[str]) -> Sequence[str]:
     return header
 
 
-def _delimiter(path: Path, text: str) -> str:
-    if path.suffix.lower() == ".tsv":
+def _delimiter(path: str, text: str) -> str:
+    if path.lower().endswith(".tsv"):
         return "\t"
     header = text.split("\n", 1)[0]
     return max(",;\t", key=header.count)
@@ -134,7 +142,7 @@ def _read_parquet(path: Path) -> Table:
         raise DataError(f"{path} is not a Parquet table: {error}") from None
     values: dict[str, list[str]] = {}
     unusable: dict[str, str] = {}
-    names = _checked_header(path, content.column_names)
+    names = _checked_header(str(path), content.column_names)
     for name, column in zip(names, content.columns, strict=True):
         if pa.types.is_floating(column.type):
             unusable[name] = f"holds {column.type} numbers: is it 1 or 1.0? Store it as text or as integers"

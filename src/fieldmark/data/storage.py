@@ -1,0 +1,207 @@
+"""Files by URL, through fsspec: listed and fetched. The only module that imports fsspec.
+
+Credentials, endpoints and other options are fsspec's to find: in the environment (`AWS_...`, `FSSPEC_S3_...`), in the
+configuration of each provider, or in `~/.config/fsspec`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from fieldmark.errors import DataError, MissingExtraError, PhotoError
+
+# By class name, as none of their packages need be installed: errors that mean no file at all, rather than this one.
+_NO_STORAGE = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError",
+                         "TokenRetrievalError", "ProfileNotFound", "EndpointConnectionError", "ConnectTimeoutError",
+                         "ClientConnectorError", "ClientConnectorDNSError", "DefaultCredentialsError"})  # fmt: skip
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
+_S3_OPTIONS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; for public data FSSPEC_S3_ANON=true"
+
+_opened: dict[str, Any] = {}
+_opening = threading.Lock()
+
+
+class Found(NamedTuple):
+    """A file of a listing."""
+
+    path: str
+    """Relative to what was listed, with "/"."""
+
+    version: str
+    """Changes when the file does, as far as its storage tells without reading it."""
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` is a URL rather than a path of this machine."""
+    return "://" in text
+
+
+def fetch(url: str) -> bytes:
+    """The content of a file. Calls from several threads are safe.
+
+    Raises:
+        PhotoError: This file cannot be read.
+        DataError: Nothing can be read there: no such bucket, no credentials, nobody answers.
+        MissingExtraError: The package for this kind of storage is not installed.
+    """
+    storage, path = _open(url)
+    with _explained(url):
+        return storage.cat_file(path)
+
+
+@contextmanager
+def opened(location: str) -> Generator[IO[bytes]]:
+    """A file of this machine or behind a URL, open for reading.
+
+    Raises:
+        PhotoError: This file cannot be read.
+        DataError: As in `fetch`; also when the connection is lost inside the `with`.
+    """
+    with _explained(location):
+        file: Any
+        if is_url(location):
+            storage, path = _open(location)
+            file = storage.open(path, "rb")
+        else:
+            file = Path(location).open("rb")  # noqa: SIM115, closed below
+    with file:
+        try:
+            yield file
+        except Exception as error:
+            if _is_unreachable(error):  # while reading; what else goes wrong there is the reader's to judge
+                raise _unreachable(location, error) from None
+            raise
+
+
+def is_file(url: str) -> bool:
+    """Whether there is a file, rather than a folder, by this URL.
+
+    Raises:
+        DataError: There is neither, or nothing can be read there.
+    """
+    storage, path = _open(url)
+    try:
+        with _explained(url):
+            return storage.info(path)["type"] == "file"
+    except PhotoError as error:
+        raise DataError(f"{url} {error.reason}. Check bucket and path") from None
+
+
+def find_files(url: str) -> list[Found]:
+    """Every file of a folder and its sub-folders.
+
+    Raises:
+        DataError: The folder cannot be listed.
+    """
+    storage, root = _open(url)
+    storage.invalidate_cache()  # the list as it is now, not as an earlier call saw it
+    with _listing(url):
+        found: Mapping[str, Any] = storage.find(root, detail=True)
+    return [Found(path[len(root) :].lstrip("/"), _version(info)) for path, info in found.items()]
+
+
+def match_files(pattern: str, folder: str) -> list[Found]:
+    """Files that fit a URL with wildcards, relative to `folder`, a URL that the pattern starts with.
+
+    Raises:
+        DataError: The storage cannot be listed.
+    """
+    storage, path = _open(pattern)
+    root: str = storage._strip_protocol(folder)
+    with _listing(pattern):
+        found: Mapping[str, Any] = storage.glob(path, detail=True)
+    files = {name: info for name, info in found.items() if info["type"] == "file"}
+    return [Found(name[len(root) :].lstrip("/"), _version(info)) for name, info in files.items()]
+
+
+def file_version(location: str) -> str:
+    """As `Found.version`, of one file.
+
+    Raises:
+        DataError: It cannot be looked up.
+    """
+    if not is_url(location):
+        try:
+            info = Path(location).stat()
+        except OSError:
+            return "gone"
+        return f"{info.st_size} {info.st_mtime_ns}"
+    storage, path = _open(location)
+    with _listing(location):
+        return _version(storage.info(path))
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    mark = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    return f"{info.get('size')} {mark}"
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The storage of a URL, opened once for all threads, and the path in it."""
+    protocol, _, rest = url.partition("://")
+    place = f"{protocol}://{rest.split('/', 1)[0]}"
+    with _opening:  # fsspec's own instances are one per thread, and each would look for credentials anew
+        if place not in _opened:
+            _opened[place] = _new_storage(place, protocol)
+    return _opened[place], _opened[place]._strip_protocol(url)
+
+
+def _new_storage(place: str, protocol: str) -> Any:
+    try:
+        import fsspec.core
+    except ImportError:
+        raise MissingExtraError("fsspec", "storage") from None
+    try:
+        with _explained(place):
+            return fsspec.core.url_to_fs(place)[0]
+    except ImportError as error:
+        if protocol in ("s3", "s3a"):
+            raise MissingExtraError("s3fs", "storage") from None
+        raise DataError(f"{protocol}:// needs a package that is not installed: {error}") from None
+    except ValueError as error:
+        raise DataError(f"{place} cannot be opened: {error}. Check the URL; fsspec lists the protocols") from None
+
+
+@contextmanager
+def _listing(url: str) -> Generator[None]:
+    try:
+        with _explained(url):
+            yield
+    except PhotoError as error:
+        raise DataError(f"{url} cannot be listed: {error.reason}. Check bucket, path and credentials") from None
+
+
+@contextmanager
+def _explained(url: str) -> Generator[None]:
+    """Turn what a storage raises into PhotoError for one file, DataError for a storage without any."""
+    try:
+        yield
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # each provider's package has its own
+        text = _first_line(error)
+        if isinstance(error, FileNotFoundError):
+            if "bucket does not exist" in text:
+                raise DataError(f"{url}: {text}. Check the bucket's name") from None
+            raise PhotoError(url, "does not exist") from None
+        if _is_unreachable(error):
+            raise _unreachable(url, error) from None
+        denied = "permission denied" if isinstance(error, PermissionError) else text
+        raise PhotoError(url, f"cannot be read: {denied}") from None
+
+
+def _is_unreachable(error: Exception) -> bool:
+    return type(error).__name__ in _NO_STORAGE or isinstance(error, ConnectionError | TimeoutError)
+
+
+def _unreachable(url: str, error: Exception) -> DataError:
+    where = f" ({_S3_OPTIONS})" if url.startswith("s3") else ""
+    return DataError(f"{url} cannot be reached: {_first_line(error)}. Check credentials and endpoint{where}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
