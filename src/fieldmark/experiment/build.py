@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fieldmark.config import Config
+from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import ConfigError
+from fieldmark.experiment.batches import PhotoReader, TrainPhotos
 from fieldmark.experiment.environment import keep_freed_memory, usable_cores
 from fieldmark.optim.groups import create_optimizer, parameter_groups
 from fieldmark.optim.schedule import Schedule
@@ -25,6 +27,9 @@ from fieldmark.vision.names import resolve_name
 from fieldmark.vision.provenance import InputConfig
 from fieldmark.vision.sample import AugmentSpec
 from fieldmark.vision.weights import WeightsReport, data_config, load_weights
+
+if TYPE_CHECKING:
+    from fieldmark.data.cache import PhotoCache
 
 
 @dataclass(frozen=True)
@@ -125,15 +130,14 @@ class BuiltModel:
     data: InputConfig
 
 
-def build_model(config: Config, *, num_classes: int) -> BuiltModel:
-    """Backbone, head and weights.
+def create_arguments(config: Config, *, num_classes: int) -> dict[str, Any]:
+    """Arguments of `create_classifier`.
 
     Raises:
-        WeightsError: Unknown model, or weights that cannot be had.
-        ConfigError: Over the parameter budget.
+        ConfigError: No such model.
     """
     settings = config.model
-    create: dict[str, Any] = {
+    return {
         "name": resolve_name(settings.name, settings.weights),
         "num_classes": num_classes,
         "head": settings.head,
@@ -143,6 +147,17 @@ def build_model(config: Config, *, num_classes: int) -> BuiltModel:
         "drop_path": settings.drop_path,
         "stride_in_1x1": settings.stride_in_1x1,
     }
+
+
+def build_model(config: Config, *, num_classes: int) -> BuiltModel:
+    """Backbone, head and weights.
+
+    Raises:
+        WeightsError: Unknown model, or weights that cannot be had.
+        ConfigError: Over the parameter budget.
+    """
+    settings = config.model
+    create = create_arguments(config, num_classes=num_classes)
     model = create_classifier(**create)
     if settings.max_parameters_millions is not None:
         counts = [(create["name"], count_parameters(model))]
@@ -187,6 +202,44 @@ def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec, is_fi
         )
         settings |= {"crop": crop, "size": evaluation.size, "translate": (0.0, 0.0), "policy": "none", **off}
     return AugmentSpec(**settings)
+
+
+def build_reader(config: Config, index: PhotoIndex) -> PhotoReader:
+    """The pixels of an index's photos by number."""
+    return PhotoReader(tuple(index.files()), index.label_numbers(), config.data.background, config.data.max_pixels)
+
+
+def build_train_photos(
+    config: Config,
+    index: PhotoIndex,
+    sizes: NDArray[np.int64],
+    *,
+    size: int,
+    evaluation: EvalSpec,
+    is_fixres: bool,
+    cache: PhotoCache | None,
+) -> TrainPhotos:
+    """What prepares training batches.
+
+    Args:
+        config: The settings.
+        index: N photos.
+        sizes: (N, 2) upright width and height in pixels.
+        size: Side of the training images in pixels.
+        evaluation: The evaluation transform.
+        is_fixres: Whether the epoch sees the evaluation picture.
+        cache: Reduced photos, or None.
+    """
+    return TrainPhotos(
+        reader=build_reader(config, index),
+        cache=cache,
+        sizes=sizes,
+        spec=build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=is_fixres),
+        mean=evaluation.mean,
+        std=evaluation.std,
+        seed=config.train.seed,
+        is_fast=config.augment.executor == "fast",
+    )
 
 
 def build_mix_spec(config: Config) -> MixSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -96,6 +96,13 @@ class Dataset:
         return np.asarray([(fact.width, fact.height) for fact in self.facts], np.int64).reshape(-1, 2)
 
 
+def known_sizes(index: PhotoIndex, sizes: Mapping[int, tuple[int, int]]) -> NDArray[np.int64]:
+    """(N, 2) upright width and height of an index's photos of which some were measured; 1 x 1 for the others."""
+    table = np.ones((len(index.photos), 2), np.int64)
+    table[list(sizes)] = list(sizes.values())
+    return table
+
+
 def user_folder(name: str) -> Path:
     """A folder of that name in the user's cache folder, for what can be made again."""
     import platformdirs
@@ -143,8 +150,8 @@ def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
     return Dataset(index, tuple(kept), tuple(broken))
 
 
-def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress) -> list[PhotoFacts]:
-    """Decode every photo once, or remember that it was done."""
+def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress, with_hash: bool = False) -> list[PhotoFacts]:
+    """Decode every photo once, or remember that it was done; `with_hash` for finding near-duplicates."""
     progress.start(len(index.photos), 0)
     done = 0
 
@@ -157,7 +164,7 @@ def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress) -> lis
         index,
         background=config.background,
         max_pixels=config.max_pixels,
-        with_hash=False,
+        with_hash=with_hash,
         threads=usable_cores(),
         cache_folder=user_folder("inspections"),
         progress=advance,

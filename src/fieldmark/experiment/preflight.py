@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,7 +16,7 @@ from torch.nn import functional
 from fieldmark.config import Config
 from fieldmark.data.index import PhotoIndex
 from fieldmark.experiment import build
-from fieldmark.experiment.batches import PhotoReader, TrainPhotos
+from fieldmark.experiment.dataset import known_sizes
 from fieldmark.experiment.environment import usable_cores
 from fieldmark.vision.model import Classifier, count_parameters, create_classifier
 from fieldmark.vision.names import resolve_name
@@ -78,17 +77,9 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
     weights = data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
     size = build.train_size(config, weights)
     evaluation = build.build_eval_spec(config, weights)
-    all_sizes = np.ones((len(index.photos), 2), np.int64)
-    all_sizes[list(sizes)] = list(sizes.values())
-    prepare = TrainPhotos(
-        reader=PhotoReader(tuple(index.files()), index.label_numbers(), config.data.background, config.data.max_pixels),
-        cache=None,
-        sizes=all_sizes,
-        spec=build.build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=False),
-        mean=evaluation.mean,
-        std=evaluation.std,
-        seed=config.train.seed,
-        is_fast=config.augment.executor == "fast",
+    known = known_sizes(index, sizes)
+    prepare = build.build_train_photos(
+        config, index, known, size=size, evaluation=evaluation, is_fixres=False, cache=None
     )
     numbers = list(sizes)[:PHOTOS_PREPARED]
     prepared = _rate(lambda: len(prepare(numbers, 0).numbers))
@@ -135,17 +126,7 @@ def _epoch_seconds(num_train: int, num_val: int, trained: float, prepared: float
 
 
 def _model(config: Config, *, num_classes: int) -> Classifier:
-    settings = config.model
-    model = create_classifier(
-        resolve_name(settings.name, settings.weights),
-        num_classes=num_classes,
-        head=settings.head,
-        head_hidden=settings.head_hidden,
-        head_dropout=settings.head_dropout,
-        feature_dropout=settings.feature_dropout,
-        drop_path=settings.drop_path,
-        stride_in_1x1=settings.stride_in_1x1,
-    )
+    model = create_classifier(**build.create_arguments(config, num_classes=num_classes))
     if config.train.channels_last != "off":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.train()

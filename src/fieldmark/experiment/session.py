@@ -25,7 +25,7 @@ from fieldmark.engine.checkpoint import load_checkpoint, save_checkpoint, save_w
 from fieldmark.engine.evaluate import Predictions, predict_batches
 from fieldmark.engine.loop import EpochTally, TrainBatch, TrainState
 from fieldmark.experiment import build, folder
-from fieldmark.experiment.batches import EvalPhotos, PhotoReader, TrainPhotos
+from fieldmark.experiment.batches import EvalPhotos, PhotoReader
 from fieldmark.experiment.dataset import Dataset, Logged, Progress
 from fieldmark.vision.augment import EvalSpec
 from fieldmark.vision.mixing import apply_mix, draw_mix, one_hot
@@ -116,9 +116,7 @@ class Session:
 
     def reader(self) -> PhotoReader:
         """Pixels of the photos by number."""
-        data = self.config.data
-        files = tuple(self.dataset.index.files())
-        return PhotoReader(files, self.labels, data.background, data.max_pixels)
+        return build.build_reader(self.config, self.dataset.index)
 
     def phase(self, epoch: int) -> build.Phase:
         """What holds during an epoch."""
@@ -140,17 +138,14 @@ class Session:
     def train_batches(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
         """This process's batches of an epoch, on the device, mixed."""
         phase = self.phase(epoch)
-        config = self.config
-        spec = build.build_augment_spec(config, size=phase.size, evaluation=self.evaluation, is_fixres=phase.is_fixres)
-        prepare = TrainPhotos(
-            self.reader(),
-            self.cache,
+        prepare = build.build_train_photos(
+            self.config,
+            self.dataset.index,
             self.dataset.sizes,
-            spec,
-            self.evaluation.mean,
-            self.evaluation.std,
-            config.train.seed,
-            is_fast=config.augment.executor == "fast",
+            size=phase.size,
+            evaluation=self.evaluation,
+            is_fixres=phase.is_fixres,
+            cache=self.cache,
         )
         updates = self._updates(epoch)[first_step:]
         rank, processes = self.fabric.global_rank, self.fabric.world_size

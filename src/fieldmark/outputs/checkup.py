@@ -12,10 +12,9 @@ from fieldmark.config import Config
 from fieldmark.console import format_seconds
 from fieldmark.data.audit import Audit, audit
 from fieldmark.data.index import PhotoIndex
-from fieldmark.data.inspection import PhotoFacts, inspect_photos
+from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError
-from fieldmark.experiment.dataset import Progress, divide, find_photos, user_folder
-from fieldmark.experiment.environment import usable_cores
+from fieldmark.experiment.dataset import Progress, divide, find_photos, inspect
 from fieldmark.experiment.preflight import Preflight, measure
 from fieldmark.outputs.lint import LintInput, fallback_rate, lint_recipe
 from fieldmark.vision.names import resolve_name
@@ -61,7 +60,7 @@ def check_data(config: Config, *, progress: Progress) -> Checkup:
         DataError: There is no data set at all.
     """
     found = find_photos(config.data)
-    facts = _inspect(found, config, progress)
+    facts = inspect(found, config.data, progress=progress, with_hash=True)
     index, problem = _divided(found, facts, config)
     weights = data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
     sizes = {
@@ -93,26 +92,6 @@ def check_data(config: Config, *, progress: Progress) -> Checkup:
     # Without a split the audit cannot help noticing that nothing is in train; the reason says more.
     must_mend = (problem,) if problem else tuple(audited.must_mend)
     return Checkup(audited, must_mend, tuple(lint_recipe(given)), preflight)
-
-
-def _inspect(index: PhotoIndex, config: Config, progress: Progress) -> list[PhotoFacts]:
-    progress.start(len(index.photos), 0)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        progress.advance(count - done)
-        done = count
-
-    return inspect_photos(
-        index,
-        background=config.data.background,
-        max_pixels=config.data.max_pixels,
-        with_hash=True,
-        threads=usable_cores(),
-        cache_folder=user_folder("inspections"),
-        progress=advance,
-    )
 
 
 def _divided(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Config) -> tuple[PhotoIndex, str]:

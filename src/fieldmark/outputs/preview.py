@@ -17,8 +17,7 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.engine.checkpoint import whole_or_absent
 from fieldmark.errors import DataError, PhotoError
 from fieldmark.experiment import build
-from fieldmark.experiment.batches import PhotoReader, TrainPhotos
-from fieldmark.experiment.dataset import Progress, find_photos
+from fieldmark.experiment.dataset import Progress, find_photos, known_sizes
 from fieldmark.optim.schedule import lr_factor
 from fieldmark.outputs import figures
 from fieldmark.outputs.lint import LintInput, lint_recipe
@@ -86,7 +85,15 @@ def draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int
     config = given.config
     evaluation = build.build_eval_spec(config, given.weights)
     shown = _spread(list(sizes), SHOWN)
-    prepare = _train_photos(given, index, sizes, evaluation)
+    prepare = build.build_train_photos(
+        config,
+        index,
+        known_sizes(index, sizes),
+        size=build.train_size(config, given.weights),
+        evaluation=evaluation,
+        is_fixres=False,
+        cache=None,
+    )
     batches = [prepare(shown, epoch) for epoch in (0, 1)]
     figure = figures.new_figure(14, 15.5)
     whole, augmented, mixed, curves = list(figure.subfigures(4, 1, squeeze=False, height_ratios=[1, 2, 2.2, 1.6]).flat)
@@ -125,25 +132,6 @@ def _spread(numbers: list[int], count: int) -> list[int]:
     """At most `count` of the numbers, evenly spaced, so that many classes are among them."""
     places = np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int))
     return [numbers[place] for place in places]
-
-
-def _train_photos(
-    given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int, int]], evaluation: EvalSpec
-) -> TrainPhotos:
-    config = given.config
-    size = build.train_size(config, given.weights)
-    all_sizes = np.ones((len(index.photos), 2), np.int64)
-    all_sizes[list(sizes)] = list(sizes.values())
-    return TrainPhotos(
-        reader=PhotoReader(tuple(index.files()), index.label_numbers(), config.data.background, config.data.max_pixels),
-        cache=None,
-        sizes=all_sizes,
-        spec=build.build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=False),
-        mean=evaluation.mean,
-        std=evaluation.std,
-        seed=config.train.seed,
-        is_fast=config.augment.executor == "fast",
-    )
 
 
 def _pixels(image: NDArray[np.float32], evaluation: EvalSpec) -> NDArray[np.uint8]:
