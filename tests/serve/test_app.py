@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 
 import httpx
@@ -287,3 +288,13 @@ def test_an_app_that_ended_can_start_again_and_refuses_while_it_is_ended(model):
     assert first.json() == again.json()
     assert (ended.status_code, ended.headers["retry-after"]) == (503, "2")
     assert "ending" in ended.json()["detail"]
+
+
+def test_all_that_the_page_names_is_served(model):
+    app = make_app(model)
+    [page] = ask(app, lambda client: client.get("/"))
+    named = re.findall(r'(?:src|href)="(static/[^"]+)"', page.text)
+    assert len(named) >= 3
+    for name in named:
+        [answer] = ask(app, lambda client, name=name: client.get(f"/{name}"))
+        assert answer.status_code == 200, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import re
 import shutil
 import threading
 import time
@@ -70,6 +71,14 @@ def get(path):
 
 def post(path, body):
     return lambda client: client.post(path, json=body)
+
+
+def test_all_that_the_page_names_is_served(photos, tmp_path):
+    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    [page] = ask(app, get("/"))
+    named = re.findall(r'(?:src|href)="(static/[^"]+)"', page.text)
+    assert len(named) >= 4
+    assert [answer.status_code for answer in ask(app, *(get(f"/{name}") for name in named))] == [200] * len(named)
 
 
 def test_each_view_lists_its_photos_with_what_the_model_says(photos, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from fieldmark.serve.metrics import ServerMetrics
 
-STATIC = {"app.css": "text/css", "app.js": "text/javascript"}
+STATIC = {"app.css": "text/css", "app.js": "text/javascript", "attention.js": "text/javascript"}
 # The page loads nothing from elsewhere, and no page elsewhere may frame it.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "

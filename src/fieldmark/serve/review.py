@@ -19,7 +19,10 @@ from fieldmark.serve.pages import add_pages, observe
 from fieldmark.serve.review_views import ReviewViews
 from fieldmark.serve.thumbnails import thumbnail
 
-_FILES = {"review.css": "text/css", "review.js": "text/javascript", "app.css": "text/css"}
+_FILES = {
+    **{"review.css": "text/css", "app.css": "text/css"},
+    **{"review.js": "text/javascript", "attention.js": "text/javascript"},
+}
 _THUMBNAILS_KEPT = 4000  # about 15 KB each
 
 Look = Callable[[int, int], dict[str, Any]]

@@ -240,18 +240,6 @@ async function toggleAttention(item) {
   }
 }
 
-function draw(canvas, rows) {
-  canvas.width = rows[0].length;
-  canvas.height = rows.length;
-  const context = canvas.getContext("2d");
-  const pixels = context.createImageData(canvas.width, canvas.height);
-  rows.flat().forEach((value, place) => {
-    pixels.data.set([255 * Math.min(1, 1.6 * value), 255 * value ** 2, 255 * (0.35 + 0.4 * value - 0.7 * value ** 3), 255],
-      4 * place);
-  });
-  context.putImageData(pixels, 0, 0);
-}
-
 function enlarge(item) {
   const dialog = byId("large");
   dialog.querySelector("img").src = `photo/${item.photo.number}?side=1200`;
