@@ -1,4 +1,4 @@
-"""The verbs that put a trained model to use: calibrate, export, serve, review. `cli` adds them to its own."""
+"""The verbs that put a trained model to use: combine, calibrate, export, serve, review. `cli` adds them to its own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,33 @@ Run = Annotated[Path, typer.Argument(help="Run folder that `fieldmark train` wro
 
 
 def add_verbs(app: typer.Typer) -> None:
-    """Add the four verbs to the command line."""
-    for verb in (calibrate, export, serve, review):
+    """Add the five verbs to the command line."""
+    for verb in (combine, calibrate, export, serve, review):
         app.command()(verb)
+
+
+def combine(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them, such as a sweep.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to make; it predicts alone.")],
+    method: Annotated[
+        Literal["ensemble", "soup"], typer.Option(help="Average the answers; or the weights, into one model.")
+    ] = "ensemble",
+    max_parameters_millions: Annotated[
+        float | None, typer.Option(help="Budget for all parameters; default: the smallest in the runs' recipes.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Make one predictor of several runs.
+
+    predict, evaluate, calibrate and serve take it as they take a run. The runs must share their validation photos.
+    """
+    from fieldmark.console import open_progress
+    from fieldmark.outputs.combine import combine as combine_runs
+    from fieldmark.outputs.combine import format_combined
+
+    with open_progress("combine") as progress:
+        run = combine_runs(runs, out, method=method, max_parameters_millions=max_parameters_millions, progress=progress)
+    typer.echo(json.dumps({"run": str(run.path), **run.summary}, indent=2) if as_json else format_combined(run))
 
 
 def calibrate(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
@@ -108,6 +109,11 @@ def apply_temperature(logits: FloatArray, temperature: float) -> FloatArray:
     if not temperature > 0:
         raise DataError(f"a temperature must be above 0; got {temperature}")
     return np.asarray(softmax(np.asarray(logits, np.float64) / temperature, axis=1))
+
+
+def log_probabilities(probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(N, K) logits up to a constant per row. Probabilities that float32 rounds to 0 count as its smallest number."""
+    return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def cross_fitted(logits: FloatArray, labels: IntArray, *, folds: int, seed: int) -> FloatArray:

@@ -20,9 +20,10 @@ from torch import Tensor
 from fieldmark.data.decode import decode, decode_reduced
 from fieldmark.data.loader import Batch
 from fieldmark.errors import PhotoError
-from fieldmark.vision.augment import RGB, EvalSpec, augment_reference, eval_reference
+from fieldmark.vision.augment import RGB, EvalSpec, augment_reference
 from fieldmark.vision.device import augment_device
 from fieldmark.vision.sample import AugmentSpec, BatchParams, sample_params
+from fieldmark.vision.views import Views, eval_picture, picture_shape
 from fieldmark.vision.warp import augment_fast
 
 if TYPE_CHECKING:
@@ -153,26 +154,26 @@ class EvalPhotos:
 
     Args:
         reader: Where pixels come from.
-        spec: The evaluation transform.
+        spec: The evaluation transform, or several.
         keeps_broken: A photo that cannot be read becomes a grey image and a problem, instead of an error.
     """
 
     reader: PhotoReader
-    spec: EvalSpec
+    spec: EvalSpec | Views
     keeps_broken: bool
 
     def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
-        """(B, 3, S, S) float32, normalised.
+        """(B, 3, S, S) float32, normalised; several views as `vision.views` lays them out.
 
         Raises:
             PhotoError: A photo cannot be read, and `keeps_broken` is off.
         """
         rows = np.asarray(numbers, np.int64)
-        images = torch.zeros((len(rows), 3, self.spec.size, self.spec.size))
+        images = torch.zeros((len(rows), *picture_shape(self.spec)))
         problems: list[tuple[int, str]] = []
         for place, number in enumerate(rows):
             try:
-                images[place] = eval_reference(self.reader.read(int(number)), self.spec)
+                images[place] = eval_picture(self.reader.read(int(number)), self.spec)
             except PhotoError as error:
                 if not self.keeps_broken:
                     raise

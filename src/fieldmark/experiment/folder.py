@@ -36,6 +36,8 @@ LOG = "log.txt"
 WEIGHTS = "best.safetensors"
 STATE = "last.pt"
 EPOCHS = "predictions/val_epochs.npz"
+ENSEMBLE = "ensemble.json"
+MEMBERS = "members"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,16 @@ class Run:
         return self._json(DATA)
 
     @property
+    def is_ensemble(self) -> bool:
+        """Whether several models answer together; then there is no single model to load."""
+        return (self.path / ENSEMBLE).is_file()
+
+    @cached_property
+    def ensemble_info(self) -> dict[str, Any]:
+        """Names, temperatures and parameters of an ensemble's members; see `experiment.ensemble`."""
+        return self._json(ENSEMBLE)
+
+    @property
     def environment(self) -> dict[str, Any]:
         """Versions, hardware and command line."""
         return self._json(ENVIRONMENT)
@@ -143,6 +155,7 @@ class Run:
         """How a photo becomes the picture that the model judges."""
         from fieldmark.vision.augment import EvalSpec
 
+        self._refuse_ensemble()
         settings: dict[str, Any] = self.model_info["eval"]
         triples: dict[str, Any] = {name: tuple(settings[name]) for name in ("mean", "std")}
         return EvalSpec(**settings | triples)
@@ -152,9 +165,17 @@ class Run:
         from fieldmark.engine.checkpoint import load_saved_weights
         from fieldmark.vision.model import create_classifier
 
+        self._refuse_ensemble()
         model = create_classifier(**self.model_info["create"])
         model.load_state_dict(load_saved_weights(self.path / WEIGHTS))
         return model.eval()
+
+    def _refuse_ensemble(self) -> None:
+        if self.is_ensemble:
+            raise RunError(
+                f"{self.path} is an ensemble, and this takes one model: use a run in {self.path / MEMBERS}, or make "
+                "one model of the runs with `fieldmark combine --method soup`"
+            )
 
     def _file(self, name: str) -> Path:
         path = self.path / name

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from torch import nn
 
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch, auto_workers, batches
 from fieldmark.engine.evaluate import predict_batches
 from fieldmark.experiment.batches import EvalPhotos, PhotoReader
 from fieldmark.experiment.dataset import Progress
+from fieldmark.experiment.ensemble import load_members, mean_probabilities
 from fieldmark.experiment.environment import keep_freed_memory, usable_cores
 from fieldmark.experiment.folder import Run
 
@@ -30,6 +32,20 @@ def predict_photos(
     Raises:
         PhotoError: A photo cannot be read.
     """
+    if run.is_ensemble:
+        members = load_members(run)
+        return mean_probabilities(
+            [predict_photos(member.run, index, numbers, progress=progress) for member in members],
+            [member.temperature for member in members],
+            [member.order for member in members],
+        )
+    return predict_with(run.load_model(), run, index, numbers, progress=progress)
+
+
+def predict_with(
+    model: nn.Module, run: Run, index: PhotoIndex, numbers: NDArray[np.int64], *, progress: Progress
+) -> NDArray[np.float32]:
+    """The same, by a model that stands in for the run's own; it is moved to the device."""
     data, info = run.config.data, run.model_info
     fabric = open_fabric(info)
     reader = PhotoReader(tuple(index.files()), index.label_numbers(), data.background, data.max_pixels)
@@ -37,7 +53,6 @@ def predict_photos(
     plan = [numbers[start : start + size].tolist() for start in range(0, len(numbers), size)]
     prepare = EvalPhotos(reader, run.eval_spec(), keeps_broken=False)
     workers, _ = auto_workers(cores=usable_cores(), is_cached=False, has_gpu=fabric.device.type != "cpu")
-    model = run.load_model()
     if info["channels_last"]:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     progress.start(len(numbers), 0)

@@ -68,7 +68,9 @@ def group_runs(results: Sequence[RunResults]) -> list[SettingRuns]:
     groups: dict[str, list[RunResults]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for run in results:
-        own = {key: value for key, value in flatten(run.config).items() if key not in NOT_A_SETTING}
+        # What was combined has the recipe of one of its members, but is no further run of it.
+        own = {"combined": run.summary.get("combined", "none")}
+        own |= {key: value for key, value in flatten(run.config).items() if key not in NOT_A_SETTING}
         identity = repr(sorted(own.items()))
         groups.setdefault(identity, []).append(run)
         settings[identity] = own

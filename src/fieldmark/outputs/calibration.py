@@ -6,10 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fieldmark.engine.calibrate import Calibration, calibrate, cross_fitted
+from fieldmark.engine.calibrate import Calibration, calibrate, cross_fitted, log_probabilities
 from fieldmark.engine.coverage import coverage_curve, reliability_bins
 from fieldmark.errors import RunError
 
@@ -111,8 +108,3 @@ def load_calibration(run: Run) -> Calibration | None:
         return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         raise RunError(f"{path} is not JSON: {error}; remove it and calibrate again") from None
-
-
-def log_probabilities(probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(N, K) logits up to a constant per row. Probabilities that float32 rounds to 0 count as its smallest number."""
-    return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))

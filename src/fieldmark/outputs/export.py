@@ -74,6 +74,11 @@ def export_run(
     """
     from fieldmark.outputs.model_card import model_card
 
+    if run.is_ensemble:
+        raise ExportError(
+            f"{run.path} is an ensemble, and an export is one model: export one of its runs, or make one model of them "
+            "with `fieldmark combine --method soup`"
+        )
     metadata = describe_run(run, to)
     return export_model(
         run.load_model(),

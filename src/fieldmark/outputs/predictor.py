@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.errors import DataError, PhotoError, RunError
+from fieldmark.errors import DataError, PhotoError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fieldmark.data.loader import Batch
     from fieldmark.experiment.folder import Run
     from fieldmark.vision.augment import EvalSpec
+    from fieldmark.vision.views import Views
 
 Source = Union[str, Path, bytes, NDArray[np.uint8], "Image"]
 
@@ -79,8 +80,8 @@ class Predictor:
 
     Args:
         classes: K class names, in order of class number.
-        spec: How a photo becomes the model's input.
-        logits: (B, K) float32 logits of a batch.
+        spec: How a photo becomes the model's input; several ways where the members of an ensemble differ.
+        logits: (B, K) logits of a batch.
         background: RGB under transparent pixels, 0 to 255.
         max_pixels: Photos with more pixels are refused.
         batch_size: Photos at once.
@@ -92,8 +93,8 @@ class Predictor:
         self,
         *,
         classes: Sequence[str],
-        spec: EvalSpec,
-        logits: Callable[[Batch], NDArray[np.float32]],
+        spec: EvalSpec | Views,
+        logits: Callable[[Batch], NDArray[np.floating[Any]]],
         background: tuple[int, int, int],
         max_pixels: int,
         batch_size: int,
@@ -111,12 +112,12 @@ class Predictor:
 
     @classmethod
     def load(cls, model: Run | str | Path, *, flips: bool = False) -> Predictor:
-        """Open a run folder or an exported model.
+        """Open a run folder, an ensemble or an exported model.
 
         A run that was calibrated answers with calibrated probabilities.
 
         Args:
-            model: A run, its folder, or the folder that `fieldmark export` wrote.
+            model: A run, its folder, or the folder that `fieldmark combine` or `fieldmark export` wrote.
             flips: Average the logits of each photo and its mirror image: twice the time, often half a point better.
 
         Raises:
@@ -131,32 +132,14 @@ class Predictor:
 
     @classmethod
     def _load_run(cls, run: Run, *, flips: bool) -> Predictor:
-        import torch
-
-        from fieldmark.engine.evaluate import predict_batches
-        from fieldmark.experiment.folder import WEIGHTS
-        from fieldmark.experiment.judging import open_fabric
         from fieldmark.outputs.calibration import load_calibration
+        from fieldmark.outputs.networks import open_networks
 
-        if not (run.path / WEIGHTS).is_file():
-            raise RunError(
-                f"{run.path} has no weights yet (its status is {run.summary['status']!r}): "
-                f"let it train for an epoch, or continue it with `fieldmark train --resume {run.path}`"
-            )
-        channels_last = bool(run.model_info["channels_last"])
-        fabric = open_fabric(run.model_info)
-        model = run.load_model()
-        if channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        model = fabric.to_device(model)
-
-        def logits(batch: Batch) -> NDArray[np.float32]:
-            return predict_batches(fabric, model, [batch], flips=flips, channels_last=channels_last).logits
-
+        spec, logits = open_networks(run, flips=flips)
         calibration = load_calibration(run)
         return cls(
             classes=run.classes,
-            spec=run.eval_spec(),
+            spec=spec,
             logits=logits,
             background=run.config.data.background,
             max_pixels=run.config.data.max_pixels,
@@ -249,7 +232,7 @@ class Predictor:
                 yield from self._answers(batch, [index.photos[number].path for number in batch.numbers.tolist()])
 
     def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, K) calibrated probabilities of pictures (B, 3, S, S) that `eval_reference` made by `spec`."""
+        """(B, K) calibrated probabilities of pictures that `vision.views.eval_picture` made by `spec`."""
         import torch
 
         from fieldmark.data.loader import Batch
@@ -277,7 +260,7 @@ class _SourcePhotos:
     """Prepares photos that are held in hand, as `experiment.batches.EvalPhotos` does those of an index."""
 
     sources: Sequence[Source]
-    spec: EvalSpec
+    spec: EvalSpec | Views
     background: tuple[int, int, int]
     max_pixels: int
 
@@ -285,13 +268,13 @@ class _SourcePhotos:
         import torch
 
         from fieldmark.data.loader import Batch
-        from fieldmark.vision.augment import eval_reference
+        from fieldmark.vision.views import eval_picture, picture_shape
 
-        images = torch.zeros((len(numbers), 3, self.spec.size, self.spec.size))
+        images = torch.zeros((len(numbers), *picture_shape(self.spec)))
         problems: list[tuple[int, str]] = []
         for place, number in enumerate(numbers):
             try:
-                images[place] = eval_reference(self._read(self.sources[number]), self.spec)
+                images[place] = eval_picture(self._read(self.sources[number]), self.spec)
             except PhotoError as error:
                 problems.append((place, error.reason))
         order = torch.as_tensor(list(numbers), dtype=torch.int64)

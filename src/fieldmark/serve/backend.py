@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fieldmark.outputs.attention import AttentionMaps
     from fieldmark.outputs.predictor import Predictor
     from fieldmark.vision.augment import EvalSpec
+    from fieldmark.vision.views import Views
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Prepared:
     """A photo, ready for the model.
 
     Attributes:
-        picture: (3, S, S) float32, normalised.
+        picture: (3, S, S) float32, normalised; several as `vision.views` lays them out.
         box: x, y, width, height of what the model sees, as shares of the upright photo.
     """
 
@@ -93,7 +94,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, path: Path) -> ServedModel:
-        """Load a run folder (with attention maps, for convolutional models) or an export (without).
+        """Load a run (with attention maps, for convolutional models), an ensemble or an export (without).
 
         Raises:
             FieldmarkError: Neither is there, or it cannot be loaded.
@@ -108,7 +109,7 @@ class ServedModel:
         examples: list[bytes] = []
         if not (path / FILE).is_file():
             run = Run(path)
-            maps = AttentionMaps(run.load_model())
+            maps = None if run.is_ensemble else AttentionMaps(run.load_model())
             examples = _examples(run, count=5)
         return cls(predictor, name=path.resolve().name, maps=maps, examples=examples)
 
@@ -129,11 +130,11 @@ class ServedModel:
     def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
         """Decode one photo; raises PhotoError."""
         from fieldmark.data.decode import decode
-        from fieldmark.vision.augment import eval_reference
+        from fieldmark.vision.views import eval_picture
 
         photo = decode(data, background=self._predictor.background, max_pixels=max_pixels)
         spec = self._predictor.spec
-        return Prepared(eval_reference(photo, spec).numpy(), seen_box(photo.shape[1], photo.shape[0], spec))
+        return Prepared(eval_picture(photo, spec).numpy(), seen_box(photo.shape[1], photo.shape[0], spec))
 
     def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, 3, S, S) -> (B, K), calibrated."""
@@ -161,8 +162,12 @@ def _examples(run: Run, *, count: int) -> list[bytes]:
     return examples
 
 
-def seen_box(width: int, height: int, spec: EvalSpec) -> tuple[float, float, float, float]:
-    """The part of a photo that the evaluation transform keeps, as shares x, y, width, height."""
+def seen_box(width: int, height: int, spec: EvalSpec | Views) -> tuple[float, float, float, float]:
+    """The part of a photo that the evaluation transform (the widest of several) keeps: shares x, y, width, height."""
+    from fieldmark.vision.views import Views
+
+    if isinstance(spec, Views):
+        return max((seen_box(width, height, one) for one in spec.specs), key=lambda box: box[2])
     if spec.transform == "squash":
         return (0.0, 0.0, 1.0, 1.0)
     side = min(width, height) * spec.crop_fraction

@@ -173,6 +173,8 @@ def _attention(run: Run, files: list[Path]) -> Look | None:
     from fieldmark.outputs.attention import AttentionMaps
     from fieldmark.vision.augment import eval_reference
 
+    if run.is_ensemble:
+        return None
     maps = AttentionMaps(run.load_model())
     if not maps.is_available:
         return None
