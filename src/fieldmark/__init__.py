@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from fieldmark.config import Config, load_config
     from fieldmark.errors import FieldmarkError
     from fieldmark.experiment.compare import compare_runs
+    from fieldmark.experiment.grid import choice, log_uniform, uniform
     from fieldmark.experiment.run import Evaluation, Run, evaluate, resume, train
     from fieldmark.experiment.sweep import run_sweep, sweep
+    from fieldmark.outputs.calibration import calibrate_run
+    from fieldmark.outputs.combine import combine
     from fieldmark.outputs.export import export_run
     from fieldmark.outputs.predictor import Prediction, Predictor
     from fieldmark.outputs.report import write_report
@@ -25,14 +28,19 @@ _HOMES = {
     "Prediction": "outputs.predictor",
     "Predictor": "outputs.predictor",
     "Run": "experiment.run",
+    "calibrate_run": "outputs.calibration",
+    "choice": "experiment.grid",
+    "combine": "outputs.combine",
     "compare_runs": "experiment.compare",
     "evaluate": "experiment.run",
     "export_run": "outputs.export",
     "load_config": "config",
+    "log_uniform": "experiment.grid",
     "resume": "experiment.run",
     "run_sweep": "experiment.sweep",
     "sweep": "experiment.sweep",
     "train": "experiment.run",
+    "uniform": "experiment.grid",
     "write_report": "outputs.report",
 }
 
@@ -43,14 +51,19 @@ __all__ = [
     "Prediction",
     "Predictor",
     "Run",
+    "calibrate_run",
+    "choice",
+    "combine",
     "compare_runs",
     "evaluate",
     "export_run",
     "load_config",
+    "log_uniform",
     "resume",
     "run_sweep",
     "sweep",
     "train",
+    "uniform",
     "write_report",
 ]
 
