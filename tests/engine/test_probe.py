@@ -39,3 +39,8 @@ def test_same_seed_same_head_and_another_seed_another():
     (first, *_), (second, *_), (other, *_) = fit(0), fit(0), fit(1)
     assert torch.equal(first.weight, second.weight)
     assert not torch.equal(first.weight, other.weight)
+
+
+def test_no_gradient_is_left_for_the_training_that_follows():
+    head, *_ = fit(0)
+    assert all(parameter.grad is None for parameter in head.parameters())

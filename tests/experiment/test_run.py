@@ -23,6 +23,7 @@ from fieldmark.engine.metrics import summarize
 from fieldmark.errors import ConfigError, DataError, InterruptedRunError, RunError, TrainingError
 from fieldmark.experiment.build import global_batches
 from fieldmark.experiment.run import Run, evaluate, resume, train
+from fieldmark.experiment.session import Session
 
 TINY = (
     "model.name=test_resnet",
@@ -249,6 +250,26 @@ def test_a_resumed_run_equals_an_unbroken_one(photos, tmp_path, epochs):
     assert_same_result(tmp_path / "broken", tmp_path / "unbroken")
 
 
+@pytest.mark.parametrize("saves", [1, 2])
+def test_a_run_killed_right_after_a_save_equals_an_unbroken_one(photos, tmp_path, monkeypatch, saves):
+    """The first save comes between the probe and the first update, where no epoch ends."""
+    config = tiny(photos, "probe.epochs=2")
+    list(train(config, tmp_path / "unbroken"))
+    save, left = Session.save, iter(range(saves))
+
+    def save_and_die(session):
+        save(session)
+        if next(left) == saves - 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        list(train(config, tmp_path / "broken"))
+    monkeypatch.undo()
+    list(resume(tmp_path / "broken"))
+    assert_same_result(tmp_path / "broken", tmp_path / "unbroken")
+
+
 def test_resume_needs_an_unfinished_run_with_the_same_photos(photos, tmp_path):
     own = shutil.copytree(photos, tmp_path / "photos")
     config = tiny(own, "train.epochs=2")
@@ -316,6 +337,7 @@ SCRIPT = """
 import sys
 from fieldmark.config import load_config
 from fieldmark.experiment.run import resume, train
+from fieldmark.experiment.session import Session
 if __name__ == "__main__":
     out, is_resumed, overrides = sys.argv[1], sys.argv[2] == "resume", sys.argv[3:]
     for report in resume(out) if is_resumed else train(load_config(None, overrides), out):
@@ -378,6 +400,7 @@ def test_two_processes_equal_one_on_the_same_global_batches(photos, tmp_path):
         "model.head=linear",
         "train.batch_size=7",
         "train.ema_decay=0",
+        "train.precision=32-true",  # two halves of a batch round to bf16 otherwise than the whole
     ]
     assert run_script(tmp_path, tmp_path / "one", "train", *overrides).wait() == 0
     assert run_script(tmp_path, tmp_path / "two", "train", *overrides, "train.devices=2").wait() == 0

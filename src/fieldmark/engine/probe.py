@@ -87,4 +87,6 @@ def train_head(
             schedule.step()
             total += loss.detach() * len(rows)
         yield (total / len(features)).item()
+    # What the last update left would be added to the first gradient of the training that follows.
+    optimizer.zero_grad(set_to_none=True)
     head.eval()
