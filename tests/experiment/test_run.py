@@ -337,7 +337,6 @@ SCRIPT = """
 import sys
 from fieldmark.config import load_config
 from fieldmark.experiment.run import resume, train
-from fieldmark.experiment.session import Session
 if __name__ == "__main__":
     out, is_resumed, overrides = sys.argv[1], sys.argv[2] == "resume", sys.argv[3:]
     for report in resume(out) if is_resumed else train(load_config(None, overrides), out):
