@@ -6,6 +6,10 @@ folder; where neither is, each process compiles for itself. They hold no interpr
 Written by hand because no library does it in one pass: OpenCV's warp rounds to uint8 and knows no per-stage borders,
 and its colour conversion, a table and a transpose after it cost more than the warp.
 
+Pixels are blended in whole numbers, with weights in 1/256: a register holds twice as many of them, and the loops are
+written so that each is vectorised: addresses, reads and arithmetic apart, counted from 0, and casts that keep 16 and
+32 bits from growing to 64.
+
 Shape letters: H, W height and width of the photo; S side of the output; K stages.
 """
 
@@ -17,9 +21,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import float32, float64, int32, int64, types, void
+from numba import float32, float64, int64, types, uint8, uint16, uint32, void
 
-PHOTO = types.Array(types.uint8, 3, "C", readonly=True)
+PHOTO = types.Array(uint8, 3, "C", readonly=True)
+BYTES = types.Array(uint8, 1, "C", readonly=True)
+WORDS = types.Array(uint32, 2, "C")
 PICTURE = types.Array(float32, 3, "C")
 BANK = types.Array(float32, 1, "C", readonly=True)
 
@@ -37,14 +43,59 @@ def compiled(*signature: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+@compiled(void(BYTES, BYTES, BYTES, uint16, types.Array(uint8, 1, "C")))
+def average(before: Any, here: Any, after: Any, share: Any, out: Any) -> None:
+    """Write the mean of three neighbours, the outer two with a weight of `share` / 256 each, the inner with the rest.
+
+    All in 16 bits, which wrap around and back. The weight comes as such, since the compiler widens bytes to the size of
+    their factor.
+    """
+    for i in range(len(out)):
+        difference = np.uint16(before[i] + after[i] - 2 * here[i])
+        out[i] = np.uint16(difference * share + 256 * here[i] + np.uint16(128)) >> 8
+
+
 @compiled()
-def between(a: Any, b: Any, c: Any, d: Any, shift: Any, fx: Any, fy: Any) -> Any:
-    """Bilinear value of one channel, `shift` bits up, of four neighbouring pixels."""
-    low = np.int32(255)
-    p, q = np.float32((a >> shift) & low), np.float32((b >> shift) & low)
-    r, s = np.float32((c >> shift) & low), np.float32((d >> shift) & low)
-    upper, lower = p + fx * (q - p), r + fx * (s - r)
-    return upper + fy * (lower - upper)
+def pack(row: Any, words: Any) -> None:
+    """Write a row of (3 w,) bytes as (w + 1,) words, the last one twice."""
+    width = len(words) - 1
+    line = words.view(np.uint8)
+    for k in range(width):
+        line[4 * k], line[4 * k + 1], line[4 * k + 2] = row[3 * k], row[3 * k + 1], row[3 * k + 2]
+        line[4 * k + 3] = 0
+    words[width] = words[width - 1]
+
+
+@compiled(void(types.Array(uint8, 2, "C", readonly=True), int64, int64, uint16, uint16, WORDS))
+def soften(photo: Any, left: int, top: int, across: Any, down: Any, words: Any) -> None:
+    """Copy a part of a photo, averaging each pixel with its neighbours inside the part.
+
+    Args:
+        photo: (H, 3 W) uint8, the pixels of a row one after another.
+        left: First column of the part.
+        top: First row of the part.
+        across: Weight of the pixel on either side, in 1/256, at most 128; 0 averages nothing.
+        down: The same above and below.
+        words: (h + 1, w + 1) uint32, red in the lowest byte, then green and blue: written, the last row and column
+            twice, so that every pixel of the part has a neighbour.
+    """
+    height, width = words.shape[0] - 1, words.shape[1] - 1
+    start, count = 3 * left, 3 * width
+    padded, done = np.empty(count + 6, np.uint8), np.empty(count, np.uint8)
+    middle = padded[3 : 3 + count]
+    for row in range(height):
+        here = photo[top + row, start : start + count]
+        if not (across or down):
+            pack(here, words[row])
+            continue
+        above = photo[top + max(row - 1, 0), start : start + count]
+        below = photo[top + min(row + 1, height - 1), start : start + count]
+        average(above, here, below, down, middle)
+        for i in range(3):
+            padded[i], padded[3 + count + i] = middle[i], middle[count - 3 + i]
+        average(padded[:count], middle, padded[6:], across, done)
+        pack(done, words[row])
+    words[height] = words[height - 1]
 
 
 @compiled()
@@ -68,64 +119,69 @@ def visible_span(matrix: Any, limits: Any, row: float, size: int, span: Any) -> 
     span[1] = max(span[0], span[1])
 
 
-@compiled(void(int32[:, ::1], float64[:, :, ::1], float64[:, ::1], int64, int64, float32[::1], PICTURE))
-def warp(pixels: Any, matrices: Any, limits: Any, across: int, down: int, fill: Any, out: Any) -> None:
+@compiled()
+def blend(a: Any, b: Any, c: Any, d: Any, at_a: Any, at_b: Any, at_c: Any, at_d: Any) -> Any:
+    """Sum of four words, each times its weight: of one byte, or of two that are 16 bits apart."""
+    return np.uint32(np.uint32(a * at_a) + np.uint32(b * at_b)) + np.uint32(np.uint32(c * at_c) + np.uint32(d * at_d))
+
+
+@compiled(void(WORDS, float64[:, :, ::1], float64[:, ::1], float32[::1], PICTURE))
+def warp(pixels: Any, matrices: Any, limits: Any, fill: Any, out: Any) -> None:
     """Look each output pixel up in a picture, bilinearly; beyond its edges its last pixels go on.
 
     Args:
-        pixels: (H, W) int32, red in the lowest byte, then green and blue; H and W at least 2. Whole words, because
-            four of them cost less to read than twelve bytes.
+        pixels: (H + 1, W + 1) uint32 as `soften` writes them. Whole words, because four of them cost less to read than
+            twelve bytes.
         matrices: (K, 2, 3) float64 from the output, each; the last one ends in these pixels.
         limits: (K, 4) float64 x low, high, y low, high after each; points outside show the fill.
-        across: Looks per output pixel along its row, averaged: 2 antialias steps of up to about 2 pixels.
-        down: The same along its column.
         fill: (3,) float32, 0 to 255.
         out: (3, S, S) float32, 0 to 255: written.
     """
     size = out.shape[1]
-    share = np.float32(1) / np.float32(across * down)
-    height, width = pixels.shape
+    stride = pixels.shape[1]
     words = pixels.reshape(-1)
-    one, stride, zero = np.uint64(1), np.uint64(width), np.float32(0)
-    # Just short of the last pixel, so that the one after it always exists: an error of 1/4096 of a step.
-    right, bottom = np.float32(width - 1 - 1 / 4096), np.float32(height - 1 - 1 / 4096)
+    zero, right, bottom = np.float32(0), np.float32(pixels.shape[1] - 2), np.float32(pixels.shape[0] - 2)
     last = matrices[len(matrices) - 1]
     step_x, step_y = np.float32(last[0, 0]), np.float32(last[1, 0])
-    places = np.empty(size, np.int32)
-    part_x, part_y = np.empty(size, np.float32), np.empty(size, np.float32)
-    upper_left, upper_right = np.empty(size, np.int32), np.empty(size, np.int32)
-    lower_left, lower_right = np.empty(size, np.int32), np.empty(size, np.int32)
+    places, part_x, part_y = np.empty(size, np.int32), np.empty(size, np.uint32), np.empty(size, np.uint32)
+    upper_left, upper_right = np.empty(size, np.uint32), np.empty(size, np.uint32)
+    lower_left, lower_right = np.empty(size, np.uint32), np.empty(size, np.uint32)
     span = np.empty(2, np.int64)
+    fine, half, one, below = np.float32(256), np.float32(0.5), np.uint64(1), np.uint64(stride)
+    red_and_blue, byte, eight, whole = np.uint32(0xFF00FF), np.uint32(0xFF), np.uint32(8), np.uint32(256)
     for row in range(size):
         span[0], span[1] = 0, size
         for stage in range(len(matrices)):
             visible_span(matrices[stage], limits[stage], row + 0.5, size, span)
         first, end = min(max(span[0], 0), size), min(max(span[1], 0), size)
+        count = end - first
         for channel in range(3):
             out[channel, row, :first] = fill[channel]
-            out[channel, row, first:end] = zero
             out[channel, row, end:] = fill[channel]
-        for sample in range(across * down):
-            u = first + (sample % across + 0.5) / across
-            v = row + (sample // across + 0.5) / down
-            start_x = np.float32(last[0, 0] * u + last[0, 1] * v + last[0, 2] - 0.5)
-            start_y = np.float32(last[1, 0] * u + last[1, 1] * v + last[1, 2] - 0.5)
-            # Addresses, reads and arithmetic apart, and each counted from 0: so the first and the last are vectorised.
-            for k in range(end - first):
-                x = min(max(start_x + step_x * np.float32(k), zero), right)
-                y = min(max(start_y + step_y * np.float32(k), zero), bottom)
-                i, j = np.int32(x), np.int32(y)
-                part_x[k], part_y[k] = x - np.float32(i), y - np.float32(j)
-                places[k] = np.int32(j * np.int32(width)) + i
-            for k in range(end - first):
-                place = np.uint64(places[k])
-                upper_left[k], upper_right[k] = words[place], words[place + one]
-                lower_left[k], lower_right[k] = words[place + stride], words[place + stride + one]
-            for channel in range(3):
-                line, shift = out[channel, row, first:end], np.int32(8 * channel)
-                for k in range(len(line)):
-                    a, b, c, d = upper_left[k], upper_right[k], lower_left[k], lower_right[k]
-                    line[k] += share * between(a, b, c, d, shift, part_x[k], part_y[k])
+        start_x = np.float32(last[0, 0] * (first + 0.5) + last[0, 1] * (row + 0.5) + last[0, 2] - 0.5)
+        start_y = np.float32(last[1, 0] * (first + 0.5) + last[1, 1] * (row + 0.5) + last[1, 2] - 0.5)
+        for k in range(count):
+            x = np.int32(min(max(start_x + step_x * np.float32(k), zero), right) * fine + half)
+            y = np.int32(min(max(start_y + step_y * np.float32(k), zero), bottom) * fine + half)
+            part_x[k], part_y[k] = np.uint32(x) & byte, np.uint32(y) & byte
+            places[k] = np.int32((y >> np.int32(8)) * np.int32(stride)) + (x >> np.int32(8))
+        for k in range(count):
+            place = np.uint64(places[k])
+            upper_left[k], upper_right[k] = words[place], words[place + one]
+            lower_left[k], lower_right[k] = words[place + below], words[place + below + one]
+        reds, greens, blues = out[0, row, first:end], out[1, row, first:end], out[2, row, first:end]
+        for k in range(count):
+            at_d = np.uint32(part_x[k] * part_y[k] + np.uint32(128)) >> eight
+            at_b, at_c = np.uint32(part_x[k] - at_d), np.uint32(part_y[k] - at_d)
+            at_a = np.uint32(whole - part_x[k] - at_c)
+            a, b, c, d = upper_left[k], upper_right[k], lower_left[k], lower_right[k]
+            pair = blend(a & red_and_blue, b & red_and_blue, c & red_and_blue, d & red_and_blue, at_a, at_b, at_c, at_d)
+            green = blend(
+                a >> eight & byte, b >> eight & byte, c >> eight & byte, d >> eight & byte, at_a, at_b, at_c, at_d
+            )
+            reds[k] = np.float32(np.int32(pair & np.uint32(0xFFFF))) / fine
+            greens[k] = np.float32(np.int32(green)) / fine
+            blues[k] = np.float32(np.int32(np.uint32(pair) >> np.uint32(16))) / fine
 
 
 @compiled()

@@ -1,4 +1,4 @@
-"""The fast executor on the CPU: reduce, warp once, then colour, normalise and erase in compiled loops.
+"""The fast executor on the CPU: reduce, soften, warp once, then colour, normalise and erase in compiled loops.
 
 It executes the same parameters as `augment.augment_reference`, on photos that may have been decoded or cached at a
 smaller size. It resamples once where the reference does so twice, so its pictures are sharper where there is an affine.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,22 +19,23 @@ from numpy.typing import ArrayLike, NDArray
 from fieldmark.errors import DataError
 from fieldmark.vision.augment import RGB, EvalSpec, eval_crop, resize_box, to_pil
 from fieldmark.vision.geometry import Matrix, compose, crop_matrices, picture_matrices
-from fieldmark.vision.kernels import finish, look_up, warp
+from fieldmark.vision.kernels import finish, look_up, soften, warp
 from fieldmark.vision.policy import apply_operation, is_geometric
 from fieldmark.vision.sample import AugmentSpec, BatchParams, noise_bank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINGLE_LOOK = 1.25
-"""Source pixels per output pixel, along its row or column, that one bilinear look may step over; two looks are averaged
-beyond."""
-
 MOST_LEFT = 2.0
-"""Source pixels per output pixel that two looks may step over; photos are reduced with antialiasing beyond."""
+"""Source pixels per output pixel, along its row or column, for which softening is antialiasing enough; beyond, photos
+are reduced."""
 
 REDUCED_TO = 1.5
-"""Source pixels per output pixel after that reduction, so that the looks average what is left."""
+"""Source pixels per output pixel after that reduction; softening does the rest."""
+
+ALREADY_SOFT = 0.5
+"""How much of its softness a reduced photo is taken to have. All of it would match the variance of the reference's
+filter; half of it also keeps the pictures as near to the reference's."""
 
 _TINY = 1e-6
 _FAR = 1e9  # beyond any photo; not infinity, which fast arithmetic leaves undefined
@@ -42,18 +43,22 @@ _FAR = 1e9  # beyond any photo; not infinity, which fast arithmetic leaves undef
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How each photo's crop lies in the photo as given: structure of arrays, one row per photo."""
+    """How each photo's picture is made of the photo as given: structure of arrays, one row per photo."""
 
     box: NDArray[np.float64]
     """(B, 4) x, y, width, height of the crop in given pixels."""
-    matrix: Matrix
-    """(B, 2, 3) from the S×S crop to given pixels."""
     first: NDArray[np.int64]
     """(B, 2) first column and row that belongs to the crop."""
     end: NDArray[np.int64]
     """(B, 2) one past the last."""
     extent: NDArray[np.int64]
     """(B, 2) width and height to which `first` to `end` is reduced before the warp; equal to theirs for none."""
+    matrices: Matrix
+    """(B, K, 2, 3) from the output, stage by stage; the last ends in the reduced crop."""
+    limits: NDArray[np.float64]
+    """(B, K, 4) x low, high, y low, high after each stage: what lies outside shows the fill."""
+    softness: NDArray[np.uint16]
+    """(B, 2) weight of a pixel's neighbours in its row and in its column, in 1/256."""
 
 
 def augment_fast(
@@ -92,11 +97,14 @@ def augment_fast(
     bank = noise_bank() if spec.erase_value == "random" else noise_bank()[:0]
     colors = np.flatnonzero(spec.color_ranges)
     factors = params.factors.astype(np.float32)
-    pictures = picture_matrices(params, spec)
-    plan = _plan(photos, sizes, params, spec, is_plain=not pictures)
+    fill = np.array(spec.fill, dtype=np.float32)
+    plan = _plan(photos, sizes, params, spec)
+    words = np.empty(int((plan.extent + 1).prod(axis=1).max(initial=0)), np.uint32)
     for row, photo in enumerate(photos):
-        steps = [picture[row] for picture in pictures]
-        _warp(photo, plan, row, steps, spec, out[row])
+        pixels, (left, top), (width, height) = _view(photo, plan, row, spec)
+        part = words[: (height + 1) * (width + 1)].reshape(height + 1, width + 1)
+        soften(pixels.reshape(len(pixels), -1), left, top, *plan.softness[row], part)
+        warp(part, plan.matrices[row], plan.limits[row], fill, out[row])
         _apply_policy_colors(out[row], params, row, spec)
         order = params.color_order[row]
         kinds = order if len(colors) == 4 else order[np.isin(order, colors)]
@@ -144,91 +152,86 @@ def _normalization(mean: RGB, std: RGB) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def _plan(
-    photos: Sequence[NDArray[np.uint8]],
-    source_sizes: NDArray[np.float64],
-    params: BatchParams,
-    spec: AugmentSpec,
-    *,
-    is_plain: bool,
+    photos: Sequence[NDArray[np.uint8]], source_sizes: NDArray[np.float64], params: BatchParams, spec: AugmentSpec
 ) -> _Plan:
     for photo in photos:
         if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8 or 0 in photo.shape:
             raise DataError(f"a photo is (H, W, 3) uint8; got {photo.shape} {photo.dtype}. Decode it with data.decode")
+    pictures = picture_matrices(params, spec)
     given = np.array([photo.shape[1::-1] for photo in photos], dtype=np.int64).reshape(-1, 2)
     ratio = given / source_sizes
     box = params.box * np.tile(ratio, 2)
-    matrix = crop_matrices(params, spec.size) * ratio[:, :, None]
     first = np.clip(np.floor(box[:, :2] + _TINY).astype(np.int64), 0, given - 1)
     end = np.clip(np.ceil(box[:, :2] + box[:, 2:] - _TINY).astype(np.int64), first + 1, given)
+    if spec.crop == "weights":  # the evaluation's own picture
+        extent, corner, scale = np.full_like(first, spec.size), box[:, :2], spec.size / box[:, 2:]
+    else:
+        extent = _reduced_extents(box, first, end, spec, is_plain=not pictures)
+        corner, scale = first, extent / (end - first)
+    to_view = crop_matrices(params, spec.size) * ratio[:, :, None]
+    to_view[:, :, 2] -= corner
+    to_view *= scale[:, :, None]
+    matrices = np.stack([*pictures, compose(to_view, pictures[-1]) if pictures else to_view], axis=1)
+    limits = np.empty((len(box), len(pictures) + 1, 4))
+    limits[:, :-1] = (0, spec.size, 0, spec.size)
+    limits[:, -1] = (-_FAR, _FAR, -_FAR, _FAR)
+    if spec.crop == "zoom":
+        limits[:, -1] = np.stack([0 * extent[:, 0], extent[:, 0], 0 * extent[:, 1], extent[:, 1]], axis=1)
+    return _Plan(box, first, end, extent, matrices, limits, _softness(matrices[:, -1], scale * ratio))
+
+
+def _reduced_extents(
+    box: NDArray[np.float64], first: NDArray[np.int64], end: NDArray[np.int64], spec: AugmentSpec, *, is_plain: bool
+) -> NDArray[np.int64]:
+    """(B, 2) width and height of the crops before the warp."""
     # Whole pixels and no warp after the resize: the reference's own picture, so reduce straight to it.
     is_exact = np.abs(box - np.rint(box)).max(axis=1, keepdims=True, initial=0) < _TINY
     is_exact = is_exact & (is_plain and spec.crop != "zoom")
     left = box[:, 2:] / spec.size
     most, target = np.where(is_exact, 1.0, MOST_LEFT), np.where(is_exact, 1.0, REDUCED_TO)
     reduced = np.maximum(np.rint((end - first) * target / left), 2).astype(np.int64)
-    return _Plan(box, matrix, first, end, np.where(left > most, reduced, end - first))
+    return np.where(left > most, reduced, end - first)
 
 
-def _warp(
-    photo: NDArray[np.uint8],
-    plan: _Plan,
-    row: int,
-    steps: list[Matrix],
-    spec: AugmentSpec,
-    out: NDArray[np.float32],
-) -> None:
-    """Crop, resize, flips and all geometry in one look-up, values 0 to 255."""
-    pixels, matrix = _view(photo, plan, row, spec)
-    limits = np.empty((len(steps) + 1, 4))
-    limits[:-1] = (0, spec.size, 0, spec.size)
-    limits[-1] = (0, pixels.shape[1], 0, pixels.shape[0]) if spec.crop == "zoom" else (-_FAR, _FAR, -_FAR, _FAR)
-    matrices = np.stack([*steps, compose(matrix, steps[-1]) if steps else matrix])
-    across, down = 1 + (np.hypot(*matrices[-1, :, :2]) > SINGLE_LOOK)
-    warp(pixels, matrices, limits, across, down, np.array(spec.fill, dtype=np.float32), out)
+def _softness(matrices: Matrix, reduction: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """(B, 2) what the neighbours of a pixel must weigh for a bilinear look to be an antialiased one.
+
+    The reference resizes with a triangle as wide as `step` source pixels to either side, whose variance is step² / 6.
+    A bilinear look is a triangle of one pixel, and neighbours that weigh w each add 2 w. So w is (step² - 1) / 12, up
+    to the 1/4 of two pixels per step, where the two filters are one. A reduction by r has added (1 - 1 / r²) / 6
+    before.
+
+    Args:
+        matrices: (B, 2, 3) from the output to the pixels that are looked up.
+        reduction: (B, 2) size of these pixels' picture as a share of the source's: 1 / r.
+    """
+    step_squared = np.square(matrices[:, :, :2]).sum(axis=2)
+    weight = (step_squared - 1 - ALREADY_SOFT * (1 - np.square(reduction))) / 12
+    return np.rint(256 * np.clip(weight, 0, 0.25)).astype(np.uint16)
 
 
-def _view(photo: NDArray[np.uint8], plan: _Plan, row: int, spec: AugmentSpec) -> tuple[NDArray[np.int32], Matrix]:
-    """The pixels of the crop and no others, reduced where need be, and the matrix from the S×S crop to them.
+def _view(
+    photo: NDArray[np.uint8], plan: _Plan, row: int, spec: AugmentSpec
+) -> tuple[NDArray[np.uint8], Sequence[int], Sequence[int]]:
+    """Where the pixels of the crop lie, reduced where need be.
 
     Returns:
-        (H, W) int32 as `kernels.warp` reads them, and (2, 3).
+        (H, W, 3) uint8, contiguous; column and row where the crop begins in it; its width and height.
     """
-    import cv2
-
-    (left, top), (right, bottom), matrix = plan.first[row], plan.end[row], plan.matrix[row]
+    first, end, extent = plan.first[row].tolist(), plan.end[row].tolist(), plan.extent[row].tolist()
     if spec.crop == "weights":
-        return _evaluation_view(photo, plan.box[row], matrix, spec)
-    part = photo[top:bottom, left:right]
-    extent = plan.extent[row]
-    scale = np.array([[extent[0] / (right - left)], [extent[1] / (bottom - top)]])
-    matrix = np.concatenate([matrix[:, :2], matrix[:, 2:] - [[left], [top]]], axis=1) * scale
-    if extent[0] != right - left or extent[1] != bottom - top:
-        return _words(cv2.merge([*_reduce(part, extent), np.zeros((extent[1], extent[0]), np.uint8)])), matrix
-    if min(part.shape[:2]) < 2:  # the look-up reads pairs of pixels
-        return _words(cv2.cvtColor(part.repeat(2, axis=0).repeat(2, axis=1), cv2.COLOR_RGB2RGBA)), matrix * 2.0
-    return _words(cv2.cvtColor(part, cv2.COLOR_RGB2RGBA)), matrix
+        # By Pillow's resize with the weights' own filter: training on the evaluation's picture is the point of this
+        # crop (Touvron et al., FixRes, arXiv:1906.06423).
+        box = plan.box[row].tolist()
+        return np.array(resize_box(to_pil(photo), box[:2], box[2:], spec)), (0, 0), extent
+    (left, top), (right, bottom) = first, end
+    if extent != [right - left, bottom - top]:
+        return _reduce(photo[top:bottom, left:right], extent), (0, 0), extent
+    return np.ascontiguousarray(photo), first, extent
 
 
-def _words(pixels: Any) -> NDArray[np.int32]:
-    return pixels.view(np.int32)[:, :, 0]
-
-
-def _evaluation_view(
-    photo: NDArray[np.uint8], box: NDArray[np.float64], matrix: Matrix, spec: AugmentSpec
-) -> tuple[NDArray[np.int32], Matrix]:
-    """The crop as the evaluation would show it, by Pillow's resize with the weights' own filter.
-
-    Training on the evaluation's picture is the point of this crop (Touvron et al., FixRes, arXiv:1906.06423).
-    """
-    import cv2
-
-    pixels = np.asarray(resize_box(to_pil(photo), box[:2].tolist(), box[2:].tolist(), spec))
-    shifted = np.concatenate([matrix[:, :2], matrix[:, 2:] - box[:2, None]], axis=1)
-    return _words(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)), shifted * (spec.size / box[2:, None])
-
-
-def _reduce(part: NDArray[np.uint8], extent: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Antialiased bilinear resize to `extent` (width, height), channel by channel: (3, height, width).
+def _reduce(part: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[np.uint8]:
+    """Antialiased bilinear resize to `extent` (width, height).
 
     Done by torch's uint8 path, which is several times as fast as Pillow or OpenCV's area filter.
     """
@@ -237,8 +240,9 @@ def _reduce(part: NDArray[np.uint8], extent: NDArray[np.int64]) -> NDArray[np.ui
     if not part.flags.writeable:  # a photo from a cache: torch warns of such, though nothing here writes
         part = part.copy()
     source = torch.from_numpy(part).permute(2, 0, 1)[None]
-    size = (int(extent[1]), int(extent[0]))
-    return torch.nn.functional.interpolate(source, size=size, mode="bilinear", antialias=True)[0].contiguous().numpy()
+    size = (extent[1], extent[0])
+    reduced = torch.nn.functional.interpolate(source, size=size, mode="bilinear", antialias=True)
+    return np.ascontiguousarray(reduced[0].permute(1, 2, 0).numpy())
 
 
 def _apply_policy_colors(picture: NDArray[np.float32], params: BatchParams, row: int, spec: AugmentSpec) -> None:
