@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fieldmark import evidence, use
+from fieldmark.bare_ray import BareRay
 from fieldmark.console import open_progress
 from fieldmark.errors import FieldmarkError, InterruptedRunError
 
@@ -215,10 +216,10 @@ def evaluate(
     typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
 
 
-@app.command()
+@app.command(cls=BareRay)
 def predict(
     model: Annotated[Path, typer.Argument(help="Run folder, or an exported model.")],
-    photos: Annotated[Path, typer.Argument(help="Folder of photos, or one photo.")],
+    photos: Annotated[str, typer.Argument(help="Folder of photos, one photo, a list or shards; path or URL.")],
     out: Annotated[Path | None, typer.Option("--out", help="File to write: .csv, .zip, .json or .parquet.")] = None,
     form: Annotated[
         Literal["leaderboard", "long"], typer.Option("--form", help="image_name,pred_label; or all probabilities.")
@@ -226,18 +227,27 @@ def predict(
     sample: Annotated[Path | None, typer.Option("--sample", help="Sample submission to hold the rows against.")] = None,
     sample_order: Annotated[bool, typer.Option("--sample-order", help="Write the rows in the sample's order.")] = False,
     flips: Annotated[bool, typer.Option("--flips", help="Average over each photo and its mirror image.")] = False,
+    ray: Annotated[str | None, typer.Option("--ray", help="Share the work on a Ray cluster; alone, start one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Name photos and write a prediction file.
 
     Every photo has exactly one row. One that cannot be read has an empty label, is named on stderr, and makes the exit
-    code 2.
+    code 2. With --ray the work is shared out in parts, and a second call computes only what is missing.
     """
     from fieldmark.outputs.prediction import predict_photos
 
     with open_progress("predict") as progress:
         done = predict_photos(
-            model, photos, out, form=form, sample=sample, sample_order=sample_order, flips=flips, progress=progress
+            model,
+            photos,
+            out,
+            form=form,
+            sample=sample,
+            sample_order=sample_order,
+            flips=flips,
+            progress=progress,
+            ray=ray,
         )
     if out is None:
         _print_json(done.rows()) if as_json else typer.echo(done.table())

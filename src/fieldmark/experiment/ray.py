@@ -1,10 +1,11 @@
-"""Cells as tasks on a Ray cluster whose machines share the sweep's folder. The only module that imports ray."""
+"""A Ray cluster; and cells as its tasks, where its machines share the sweep's folder."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,40 @@ from fieldmark.errors import MissingExtraError, ResourceError
 from fieldmark.experiment.cell import BOOKS, Job, run_job
 
 MAX_RETRIES = 3
+
+
+def open_cluster(address: str) -> tuple[Any, bool]:
+    """Join a Ray cluster, or start one on this machine.
+
+    Args:
+        address: Of the cluster, such as `auto` or `ray://host:10001`; "" starts one here.
+
+    Returns:
+        Ray itself; and whether this call joined, so that who called should leave at the end.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        ResourceError: There is no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtraError("ray", "ray") from None
+    if ray.is_initialized():
+        return ray, False
+    try:
+        ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ResourceError(
+            f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or leave the address out"
+        ) from None
+    return ray, True
+
+
+def count_slots(ray: Any, needs: Mapping[str, float]) -> int:
+    """How many workers of these needs ("CPU", "GPU") fit into the cluster as it is now, each on one machine."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(math.floor(node.get(kind, 0.0) / n) for kind, n in needs.items() if n) for node in alive)
 
 
 class RayCells:
@@ -32,23 +67,9 @@ class RayCells:
     """
 
     def __init__(self, address: str, *, cpus: int, gpus: int) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise MissingExtraError("ray", "ray") from None
-
-        self._ray: Any = ray
-        self._owns = not ray.is_initialized()
-        if self._owns:
-            try:
-                ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ResourceError(
-                    f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, "
-                    "or leave the address out"
-                ) from None
-        self._needs = {"CPU": float(cpus), "GPU": float(gpus) if ray.cluster_resources().get("GPU") else 0.0}
-        self._task: Any = ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
+        self._ray, self._owns = open_cluster(address)
+        self._needs = {"CPU": float(cpus), "GPU": float(gpus) if self._ray.cluster_resources().get("GPU") else 0.0}
+        self._task: Any = self._ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
         self._running: dict[str, Any] = {}
         if not self.num_slots:
             self.stop()
@@ -59,11 +80,7 @@ class RayCells:
     @property
     def num_slots(self) -> int:
         """Cells that the cluster, as it is now, has room for."""
-        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return sum(
-            min(math.floor(node.get(kind, 0.0) / count) for kind, count in self._needs.items() if count)
-            for node in alive
-        )
+        return count_slots(self._ray, self._needs)
 
     def start(self, job: Job) -> None:
         """Begin a cell."""

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fieldmark.data.index import PhotoIndex, list_photos
+from fieldmark.data.index import Photo, PhotoIndex
+from fieldmark.data.lists import split_list
+from fieldmark.data.remote import PhotoSource, open_source
 from fieldmark.errors import PredictionError
 from fieldmark.experiment.dataset import Progress
 from fieldmark.outputs.prediction_files import (
     Form,
     check_sample,
+    distinct,
     in_sample_order,
+    is_leaderboard,
     json_row,
     leaderboard_names,
     save_predictions,
@@ -21,6 +25,7 @@ from fieldmark.outputs.prediction_files import (
 from fieldmark.outputs.predictor import Prediction, Predictor
 
 MOST_FAILURES_TOLD = 20
+PHOTOS_BETWEEN_LINES = 10_000
 
 
 @dataclass
@@ -65,7 +70,7 @@ class PredictedPhotos:
 
 def predict_photos(
     model: Path,
-    photos: Path,
+    photos: str | Path,
     out: Path | None,
     *,
     form: Form,
@@ -73,55 +78,116 @@ def predict_photos(
     sample_order: bool,
     flips: bool,
     progress: Progress,
+    ray: str | None = None,
 ) -> PredictedPhotos:
-    """Ask a model about a folder of photos, in natural file order, and write a file.
+    """Ask a model about photos, in their order, and write a file.
 
-    Names and sample are checked before the first photo is read.
+    Names and sample are checked before the first photo is read (of tar files as they are read).
 
     Args:
         model: Run folder or exported model.
-        photos: A folder, or one photo.
-        out: The file, or None to keep the predictions in memory.
+        photos: What `data.remote.open_source` takes: a folder, a photo, a list or shards, here or behind a URL.
+        out: The file, or None to keep the predictions in memory. On Ray also a folder, for the parts as they are.
         form: See `prediction_files.save_predictions`.
         sample: Sample submission that the rows must match, for the leaderboard form.
         sample_order: Follow the sample's order instead of the files'.
         flips: Average over each photo and its mirror image.
         progress: Where to tell how far the work is.
+        ray: Address of a Ray cluster that shares the work, "" for one on this machine, None for no Ray.
 
     Raises:
         PredictionError: Names or sample do not fit, or the file cannot be written.
         RunError: No such model.
         DataError: No photos.
+        MissingExtraError: Ray, or the package for a kind of storage, is not installed.
     """
     if sample_order and sample is None:
         raise PredictionError("--sample-order follows a sample submission: give it with --sample FILE")
+    source = open_source(str(photos))
+    has_ids = out is not None and is_leaderboard(out, form)
+    if ray is not None:
+        if out is None or sample_order:
+            raise PredictionError("--ray writes parts in the order of the photos: give --out, and no --sample-order")
+        _check_names(source, sample, has_ids=has_ids)
+        return _predict_on_ray(model, source, out, form=form, flips=flips, ray=ray, progress=progress)
     predictor = Predictor.load(model, flips=flips)
-    index = list_photos(photos)
     if sample is not None and sample_order:
-        index = _ordered(index, sample)
-    if sample is not None or (out is not None and form == "leaderboard" and out.suffix.lower() in (".csv", ".zip")):
-        names = leaderboard_names([photo.path for photo in index.photos])
-        if sample is not None:
-            check_sample(names, sample)
-    progress.start(len(index.photos), 0)
-    predictions = _counted(predictor.predict_index(index), progress)
+        source = _ordered(source, sample)
+    _check_names(source, sample, has_ids=has_ids)
+    predictions = _Told(_predictions(predictor, source), source, progress)
     if out is None:
         shown = list(predictions)
         failed = [prediction for prediction in shown if prediction.problem]
         return PredictedPhotos(None, len(shown), failed, shown)
-    failed = save_predictions(predictions, out, classes=predictor.classes, form=form)
-    return PredictedPhotos(out, len(index.photos), failed)
+    checked = distinct(predictions) if is_leaderboard(out, form) else predictions
+    failed = save_predictions(checked, out, classes=predictor.classes, form=form)
+    return PredictedPhotos(out, predictions.count, failed)
 
 
-def _ordered(index: PhotoIndex, sample: Path) -> PhotoIndex:
-    by_path = {photo.path: photo for photo in index.photos}
-    return replace(index, photos=tuple(by_path[path] for path in in_sample_order(list(by_path), sample)))
+def _predict_on_ray(
+    model: Path, source: PhotoSource, out: Path, *, form: Form, flips: bool, ray: str, progress: Progress
+) -> PredictedPhotos:
+    from fieldmark.outputs.bulk import PIECE_PHOTOS, predict_in_parts
+    from fieldmark.outputs.ray import RayParts
+
+    done = predict_in_parts(
+        model,
+        source,
+        out,
+        form=form,
+        flips=flips,
+        piece_photos=PIECE_PHOTOS,
+        open_executor=lambda: RayParts(ray, cpus=1),
+        progress=progress,
+    )
+    return PredictedPhotos(done.out, done.count, done.failed)
 
 
-def _counted(predictions: Iterable[Prediction], progress: Progress) -> Iterator[Prediction]:
-    for prediction in predictions:
-        yield prediction
-        progress.advance(1)
+def _predictions(predictor: Predictor, source: PhotoSource) -> Iterator[Prediction]:
+    if source.root is None:
+        return predictor.predict_named(source.read(predictor.batch_size))
+    # Files in a folder of this machine: other processes can read them.
+    photos = tuple(Photo(name, None, "", "") for name in source.names())
+    return predictor.predict_index(PhotoIndex(Path(source.root), photos, (), {}))
+
+
+def _check_names(source: PhotoSource, sample: Path | None, *, has_ids: bool) -> None:
+    """Of tar files only against a sample: to learn their names is to read them."""
+    if sample is not None or (has_ids and source.count is not None):
+        names = leaderboard_names(source.names())
+        if sample is not None:
+            check_sample(names, sample)
+
+
+def _ordered(source: PhotoSource, sample: Path) -> PhotoSource:
+    if source.root is None:
+        raise PredictionError(
+            f"--sample-order reorders a folder of this machine, which {source.name} is not. Give the photos as a list, "
+            "a CSV file with a column `path`, in the wanted order"
+        )
+    root, paths = source.root, in_sample_order(list(source.names()), sample)
+    return replace(source, cut=lambda size: split_list(root, iter(paths), size))
+
+
+class _Told:
+    """Predictions on their way, counted, and told as progress."""
+
+    def __init__(self, predictions: Iterable[Prediction], source: PhotoSource, progress: Progress) -> None:
+        self._predictions = predictions
+        self._total = source.count
+        self._progress = progress
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Prediction]:
+        if self._total is not None:
+            self._progress.start(self._total, 0)
+        for prediction in self._predictions:
+            yield prediction
+            self.count += 1
+            if self._total is not None:
+                self._progress.advance(1)
+            elif self.count % PHOTOS_BETWEEN_LINES == 0:
+                self._progress.message(f"{self.count} photos")
 
 
 def _line(prediction: Prediction) -> str:

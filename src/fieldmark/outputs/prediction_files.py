@@ -24,7 +24,10 @@ from fieldmark.outputs.predictor import Prediction
 Form = Literal["leaderboard", "long"]
 
 LEADERBOARD_HEADER = ("image_name", "pred_label")
+ENDINGS = (".csv", ".zip", ".json", ".parquet")
 ROWS_PER_GROUP = 4096
+NUM_LONG_COLUMNS = 5
+"""Columns of the long form before those of the classes."""
 
 
 def save_predictions(
@@ -52,9 +55,8 @@ def save_predictions(
         ".json": _save_json,
         ".parquet": _save_parquet,
     }
-    writer = writers.get(path.suffix.lower())
-    if writer is None:
-        raise PredictionError(f"{path}: predictions are written as {', '.join(writers)}; give one of these endings")
+    check_ending(path)
+    writer = writers[path.suffix.lower()]
     failed: list[Prediction] = []
 
     def watched() -> Iterator[Prediction]:
@@ -63,12 +65,61 @@ def save_predictions(
                 failed.append(prediction)
             yield prediction
 
-    with _whole_or_absent(path) as part:
+    with whole_or_absent(path) as part:
         writer(watched(), part, classes, form)
     return failed
 
 
-def leaderboard_names(paths: Sequence[str]) -> list[str]:
+def is_leaderboard(path: Path, form: Form) -> bool:
+    """Whether a file of this name would have the leaderboard form."""
+    return form == "leaderboard" and path.suffix.lower() in (".csv", ".zip")
+
+
+def check_ending(path: Path) -> None:
+    """Hold the name of a file against the formats that there are.
+
+    Raises:
+        PredictionError: Its ending says no known format.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise PredictionError(f"{path}: predictions are written as {', '.join(ENDINGS)}; give one of these endings")
+
+
+class DistinctNames:
+    """File names without folder and extension, one after another, each once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, str] = {}
+
+    def add(self, path: str) -> str:
+        """The name of a path.
+
+        Raises:
+            PredictionError: A path before it had the same name.
+        """
+        name = PurePosixPath(path).stem
+        if name in self._seen:
+            raise PredictionError(
+                f"{self._seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder "
+                "and extension. Rename one, or write the long form, which keeps the whole path"
+            )
+        self._seen[name] = path
+        return name
+
+
+def distinct(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+    """The same predictions, as long as no two have one name in the leaderboard form.
+
+    Raises:
+        PredictionError: Two have.
+    """
+    names = DistinctNames()
+    for prediction in predictions:
+        names.add(prediction.path)
+        yield prediction
+
+
+def leaderboard_names(paths: Iterable[str]) -> list[str]:
     """File names without folder and extension: the ids of the leaderboard form.
 
     >>> leaderboard_names(["test/10.jpg", "test/a.b.jpeg"])
@@ -77,18 +128,8 @@ def leaderboard_names(paths: Sequence[str]) -> list[str]:
     Raises:
         PredictionError: Two photos would have the same name.
     """
-    seen: dict[str, str] = {}
-    names: list[str] = []
-    for path in paths:
-        name = PurePosixPath(path).stem
-        if name in seen:
-            raise PredictionError(
-                f"{seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder and "
-                "extension. Rename one, or write the long form, which keeps the whole path"
-            )
-        seen[name] = path
-        names.append(name)
-    return names
+    names = DistinctNames()
+    return [names.add(path) for path in paths]
 
 
 def check_sample(names: Sequence[str], sample: Path) -> None:
@@ -151,7 +192,12 @@ def _some(names: set[str]) -> str:
 
 
 @contextmanager
-def _whole_or_absent(path: Path) -> Generator[Path]:
+def whole_or_absent(path: Path) -> Generator[Path]:
+    """A place beside `path` to write to, which becomes `path` if nothing goes wrong.
+
+    Raises:
+        PredictionError: The file cannot be written.
+    """
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,29 +282,43 @@ def json_row(prediction: Prediction) -> dict[str, Any]:
 
 
 def _save_parquet(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
-    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    schema = long_schema(classes)
+    with pq.ParquetWriter(path, schema) as writer:
+        rows = iter(predictions)
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            writer.write_table(long_table(group, schema))
+
+
+def long_schema(classes: Sequence[str]) -> Any:
+    """Arrow schema of the long form."""
+    import pyarrow as pa
 
     text, number = pa.string(), pa.float32()
     fields = [("path", text), ("pred_label", text), ("probability", number)]
     fields += [("is_unknown", pa.bool_()), ("problem", text)]
-    schema = pa.schema([*fields, *((f"p:{name}", number) for name in map(_utf8, classes))])
-    with pq.ParquetWriter(path, schema) as writer:
-        rows = iter(predictions)
-        while group := list(islice(rows, ROWS_PER_GROUP)):
-            columns: list[list[Any]] = [
-                [_utf8(prediction.path) for prediction in group],
-                [_utf8(prediction.label) if prediction.label else None for prediction in group],
-                [None if prediction.problem else prediction.probability for prediction in group],
-                [prediction.is_unknown for prediction in group],
-                [prediction.problem for prediction in group],
-                *(
-                    [None if prediction.problem else float(prediction.probabilities[k]) for prediction in group]
-                    for k in range(len(classes))
-                ),
-            ]
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+    return pa.schema([*fields, *((f"p:{name}", number) for name in map(_utf8, classes))])
+
+
+def long_table(group: Sequence[Prediction], schema: Any) -> Any:
+    """Arrow table of the long form, of some predictions."""
+    import pyarrow as pa
+
+    num_classes = len(schema) - NUM_LONG_COLUMNS
+    columns: list[list[Any]] = [
+        [_utf8(prediction.path) for prediction in group],
+        [_utf8(prediction.label) if prediction.label else None for prediction in group],
+        [None if prediction.problem else prediction.probability for prediction in group],
+        [prediction.is_unknown for prediction in group],
+        [_utf8(prediction.problem) for prediction in group],
+        *(
+            [None if prediction.problem else float(prediction.probabilities[k]) for prediction in group]
+            for k in range(num_classes)
+        ),
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _utf8(name: str) -> str:

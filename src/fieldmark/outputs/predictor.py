@@ -204,16 +204,28 @@ class Predictor:
 
             yield from self.predict_index(list_photos(Path(photos)))
             return
+        yield from self.predict_named((str(photo) if isinstance(photo, str | Path) else "", photo) for photo in photos)
+
+    def predict_named(
+        self, photos: Iterable[tuple[str, Source | PhotoError]], *, threads: int | None = None
+    ) -> Iterator[Prediction]:
+        """Ask about photos that have names, one prediction each, in their order.
+
+        Args:
+            photos: Names with what `__call__` takes, or with the reason why there is no photo. Consumed a batch at a
+                time.
+            threads: That decode; None is one for each usable core.
+        """
         from fieldmark.data.loader import Loader
         from fieldmark.experiment.environment import usable_cores
 
-        sources = iter(photos)
-        with Loader(workers=0, threads=usable_cores()) as loader:
-            while chunk := list(islice(sources, self.batch_size)):
-                prepare = _SourcePhotos(chunk, self.spec, self.background, self._max_pixels)
-                names = [str(source) if isinstance(source, str | Path) else "" for source in chunk]
+        pairs = iter(photos)
+        with Loader(workers=0, threads=threads or usable_cores()) as loader:
+            while chunk := list(islice(pairs, self.batch_size)):
+                sources = [source for _, source in chunk]
+                prepare = _SourcePhotos(sources, self.spec, self.background, self._max_pixels)
                 for batch in loader.batches(prepare, [range(len(chunk))], epoch=0):
-                    yield from self._answers(batch, names)
+                    yield from self._answers(batch, [name for name, _ in chunk])
 
     def predict_index(self, index: PhotoIndex) -> Iterator[Prediction]:
         """Ask about the photos of an index, in its order, by the paths that it has for them."""
@@ -259,7 +271,7 @@ class Predictor:
 class _SourcePhotos:
     """Prepares photos that are held in hand, as `experiment.batches.EvalPhotos` does those of an index."""
 
-    sources: Sequence[Source]
+    sources: Sequence[Source | PhotoError]
     spec: EvalSpec | Views
     background: tuple[int, int, int]
     max_pixels: int
@@ -286,6 +298,8 @@ class _SourcePhotos:
         from fieldmark.data.decode import decode
         from fieldmark.data.formats import from_image
 
+        if isinstance(source, PhotoError):
+            raise source
         if isinstance(source, np.ndarray):
             return source
         if isinstance(source, str | Path):
