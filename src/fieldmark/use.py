@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from fieldmark.bare_ray import BareRay
 
 Run = Annotated[Path, typer.Argument(help="Run folder that `fieldmark train` wrote.")]
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Add the five verbs to the command line."""
-    for verb in (combine, calibrate, export, serve, review):
+    for verb in (combine, calibrate, export, review):
         app.command()(verb)
+    app.command(cls=BareRay)(serve)
 
 
 def combine(
@@ -107,13 +111,19 @@ def serve(
     queue: Annotated[int, typer.Option(help="Most photos in hand; more are told to come back.", min=1)] = 256,
     batch: Annotated[int, typer.Option(help="Most photos in one pass of the model.", min=1)] = 16,
     timeout: Annotated[float, typer.Option(help="Longest time for a request, in seconds.", min=0.1)] = 30.0,
+    ray: Annotated[str | None, typer.Option("--ray", help="Serve from a Ray cluster; alone, start one.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="With --ray: copies of the server; default one per GPU or machine.", min=1)
+    ] = None,
 ) -> None:
     """Answer photos over HTTP, with a web page at the address itself."""
     from fieldmark.experiment.environment import usable_cores
-    from fieldmark.serve.app import create_app
-    from fieldmark.serve.backend import ServedModel
+    from fieldmark.serve.app import open_app
     from fieldmark.serve.limits import Limits
     from fieldmark.serve.server import is_local, run_server
+
+    if replicas is not None and ray is None:
+        raise typer.BadParameter("--replicas are copies on a Ray cluster: give --ray too")
 
     limits = Limits(
         max_body_bytes=int(max_megabytes * 2**20),
@@ -125,18 +135,28 @@ def serve(
         answer_seconds=timeout,
         retry_seconds=2,
     )
-    app = create_app(
-        ServedModel.load(model),
-        limits=limits,
-        max_batch=batch,
-        wait_seconds=0.002,
-        decode_threads=usable_cores(),
-        api_key=api_key,
-    )
+    opener = partial(open_app, model.absolute(), limits=limits, max_batch=batch, wait_seconds=0.002, api_key=api_key)
+    app = opener(usable_cores())  # also before replicas do: what is wrong with the model is told here
     if not is_local(host) and not api_key:
         typer.echo(f"warning: {host} can be reached from other machines, and no --api-key is set", err=True)
-    typer.echo(f"serving {model} at http://{host}:{port} (stop with Ctrl-C)", err=True)
-    run_server(app, host=host, port=port, drain_seconds=int(timeout) + 1, max_connections=1000)
+    drain_seconds = int(timeout) + 1
+    if ray is None:
+        typer.echo(f"serving {model} at http://{host}:{port} (stop with Ctrl-C)", err=True)
+        run_server(app, host=host, port=port, drain_seconds=drain_seconds, max_connections=1000)
+        return
+    from fieldmark.serve.ray import run_on_ray
+
+    del app  # its memory
+    run_on_ray(
+        opener,
+        address=ray,
+        replicas=replicas,
+        host=host,
+        port=port,
+        max_requests=queue,
+        drain_seconds=drain_seconds,
+        on_ready=lambda where: typer.echo(f"serving {model}, replicas: {where} (stop with Ctrl-C)", err=True),
+    )
 
 
 def review(

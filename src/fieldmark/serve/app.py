@@ -9,10 +9,11 @@ file names, paths and tracebacks stay here.
 import importlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 from fieldmark.errors import MissingExtraError
-from fieldmark.serve.backend import PhotoModel
+from fieldmark.serve.backend import PhotoModel, ServedModel
 from fieldmark.serve.limits import Gate, Limits
 from fieldmark.serve.pages import STATIC, add_pages, observe
 from fieldmark.serve.schema import Classes, Health, PhotoAnswers, Problem
@@ -83,6 +84,20 @@ def create_app(
     open_paths |= {f"/examples/{number}" for number in range(model.num_examples)}
     app.add_middleware(Gate, limits=limits, api_key=api_key, open_paths=open_paths)  # type: ignore[arg-type]
     return app
+
+
+def open_app(
+    path: Path, decode_threads: int, *, limits: Limits, max_batch: int, wait_seconds: float, api_key: str | None
+) -> Any:
+    """`create_app` of a run folder, an ensemble or an export."""
+    return create_app(
+        ServedModel.load(path),
+        limits=limits,
+        max_batch=max_batch,
+        wait_seconds=wait_seconds,
+        decode_threads=decode_threads,
+        api_key=api_key,
+    )
 
 
 def _add_predict(app: Any, service: PhotoService) -> None:
