@@ -31,6 +31,7 @@ bench: $(VENV)/.installed-bench
 	  $(RUN) -m benchmarks.$$name $$more --json benchmarks/results/$$name.json || exit 1; \
 	done
 	$(RUN) -m benchmarks.tables
+	$(RUN) -m benchmarks.scale
 
 # The stamps make an installation happen once, and again when what is asked for changes.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(RUN)
