@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -31,6 +32,16 @@ def test_compare_prints_settings_with_intervals_and_a_verdict(runs):
     content = json.loads(invoke("compare", *runs, "--json").stdout)
     assert len(content["pairs"]) == 1
     assert content["pairs"][0]["is_distinguishable"]
+
+
+def test_compare_against_a_baseline_prints_what_each_change_did_as_a_table(runs):
+    plain, mixed = runs
+    result = invoke("compare", mixed, plain, "--against", plain, "--markdown")
+    assert result.exit_code == 0
+    head, _, base, change = result.stdout.strip().splitlines()
+    assert head.startswith("| Change | Score | Effect | 95 % interval |")
+    assert base.startswith("| plain (baseline) | ")
+    assert re.match(r"\| mix\.prob=0\.4 \| \d\d\.\d % \| \+\d\d\.\d \| \+.* to \+.* \| &lt; 0\.001 \| yes \|", change)
 
 
 def test_findings_give_every_claim_a_verdict(runs, tmp_path):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, sweeps, or folders of them.")]
 Metric = Annotated[Literal["top1", "macro_recall", "prior_top1", "log_loss"], typer.Option(help="What to compare by.")]
 Split = Annotated[str, typer.Option("--split", help="val or test.")]
+Against = Annotated[
+    Path | None, typer.Option("--against", metavar="RUN", help="Compare each with this run alone, not every two.")
+]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -63,13 +66,23 @@ def compare(
     runs: Runs,
     metric: Metric = "top1",
     split: Split = "val",
+    against: Against = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a paper or a page.")] = False,
 ) -> None:
     """Say which runs are better, and how sure that is."""
     from fieldmark.experiment.compare import compare_runs
 
-    comparison = compare_runs(runs, metric=metric, split=split)
-    typer.echo(json.dumps(comparison.as_dict(), indent=2) if as_json else format_comparison(comparison))
+    comparison = compare_runs(runs, metric=metric, split=split, against=against)
+    if as_json:
+        typer.echo(json.dumps(comparison.as_dict(), indent=2))
+    elif markdown:
+        from fieldmark.outputs.report import markdown_table
+        from fieldmark.outputs.report_tables import effects_table, pairs_table
+
+        typer.echo(markdown_table(effects_table(comparison) if comparison.baseline else pairs_table(comparison)))
+    else:
+        typer.echo(format_comparison(comparison))
 
 
 def report(

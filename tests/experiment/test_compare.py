@@ -182,3 +182,38 @@ def test_a_single_setting_has_nothing_to_compare_with(make_run):
     found = compare_runs([make_run("a", seed=0), make_run("b", seed=1)])
     assert found.pairs == ()
     assert any("nothing to compare" in note for note in found.notes)
+
+
+def test_a_baseline_is_compared_with_each_and_corrects_for_no_other_pair(make_run):
+    make_run("plain", accuracy=0.7, overrides=_overrides(0.0))
+    for prob, accuracy in ((0.2, 0.8), (0.4, 0.72)):
+        make_run(f"at-{prob}", accuracy=accuracy, overrides=[*_overrides(prob), f"optim.lr={prob}"])
+    folders = [make_run.folder(name) for name in ("at-0.2", "at-0.4", "plain")]
+    every, found = compare_runs(folders), compare_runs(folders, against=folders[2])
+    assert [setting.name for setting in found.settings] == [
+        "plain",
+        "mix.prob=0.2 optim.lr=0.2",
+        "mix.prob=0.4 optim.lr=0.4",
+    ]
+    assert [pair.first for pair in found.pairs] == ["plain", "plain"]
+    assert (every.baseline, found.baseline) == (None, "plain")
+    by_estimate = {round(-p.difference.interval.estimate, 6): p for p in every.pairs if "prob=0 " in p.second}
+    for pair in found.pairs:
+        same = by_estimate[round(pair.difference.interval.estimate, 6)]
+        assert same.difference.p_value == pair.difference.p_value
+        assert pair.corrected_p <= same.corrected_p
+
+
+def test_a_setting_is_named_by_what_it_changes_of_the_baseline_alone(make_run):
+    make_run("plain")
+    make_run("mixed", overrides=_overrides(0.2))
+    make_run("slow", overrides=["optim.lr=0.5"])
+    found = compare_runs(
+        [make_run.folder(name) for name in ("plain", "mixed", "slow")], against=make_run.folder("plain")
+    )
+    assert [setting.name for setting in found.settings] == ["plain", "mix.prob=0.2", "optim.lr=0.5"]
+
+
+def test_a_baseline_that_is_not_among_the_runs_is_named(make_run, tmp_path):
+    with pytest.raises(RunError, match="elsewhere is not among the runs that are compared"):
+        compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))], against=tmp_path / "elsewhere")

@@ -18,7 +18,7 @@ from fieldmark.errors import RunError
 from fieldmark.experiment.replicates import Replicate, join_folds, refuse_different_photos
 from fieldmark.experiment.results import RunResults, find_runs, load_results
 from fieldmark.experiment.selection import Optimism, optimism_from_history, optimism_from_photos
-from fieldmark.experiment.settings import SettingRuns, group_runs
+from fieldmark.experiment.settings import SettingRuns, group_runs, named_against
 from fieldmark.experiment.statistics import (
     Difference,
     Interval,
@@ -78,7 +78,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All settings, and every two of them against each other."""
+    """All settings, and every two of them against each other; or, with a baseline, each against that one."""
 
     metric: Metric
     level: float
@@ -86,6 +86,8 @@ class Comparison:
     settings: tuple[Setting, ...]
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...]
+    baseline: str | None = None
+    """Name of the setting that is the first of every pair."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
@@ -105,6 +107,7 @@ class Comparison:
             "metric": self.metric,
             "level": self.level,
             "num_photos": self.num_photos,
+            "baseline": self.baseline,
             "settings": settings,
             "pairs": [asdict(pair) for pair in self.pairs],
             "notes": list(self.notes),
@@ -116,6 +119,7 @@ def compare_runs(
     *,
     metric: Metric = "top1",
     split: str = "val",
+    against: str | Path | None = None,
     level: float = 0.95,
     draws: int = 10_000,
     seed: int = 0,
@@ -127,26 +131,37 @@ def compare_runs(
         metric: `top1`; `macro_recall`, where every class counts alike; `prior_top1`, where classes count as they come
             in training; `log_loss` in nats, shown negated so that higher is better.
         split: `val` or `test`.
+        against: A run among them: its setting is the baseline that every other is compared with, and no others are,
+            so that the p-values are corrected for fewer comparisons (fix it before you look). None compares every two.
         level: Coverage of the intervals, in (0, 1).
         draws: Bootstrap draws.
         seed: Seed of the draws.
 
     Raises:
-        RunError: No runs; runs on different photos, labels or classes; the same run twice; an unfinished run.
+        RunError: No runs; runs on different photos, labels or classes; the same run twice; an unfinished run; a
+            baseline that is not among them.
     """
     if metric not in get_args(Metric):
         raise RunError(f"no metric {metric!r} to compare by: choose one of {', '.join(get_args(Metric))}")
     if not 0 < level < 1:
         raise RunError(f"level is the coverage of the intervals, between 0 and 1; got {level:g}")
     results = [load_results(path, split=split) for path in find_runs(paths)]
-    return compare_results(results, metric=metric, level=level, draws=draws, seed=seed)
+    return compare_results(results, metric=metric, level=level, draws=draws, seed=seed, against=against)
 
 
 def compare_results(
-    results: Sequence[RunResults], *, metric: Metric, level: float, draws: int, seed: int
+    results: Sequence[RunResults],
+    *,
+    metric: Metric,
+    level: float,
+    draws: int,
+    seed: int,
+    against: str | Path | None = None,
 ) -> Comparison:
     """Compare runs that were read already; arguments and errors as for `compare_runs`."""
     groups = group_runs(results)
+    if against is not None:
+        groups = named_against(groups, Path(against))
     rng = np.random.default_rng(seed)
     joined = [join_folds(group) for group in groups]
     refuse_different_photos(joined)
@@ -154,8 +169,12 @@ def compare_results(
         _setting(group, replicates, metric=metric, level=level, draws=draws, rng=rng)
         for group, replicates in zip(groups, joined, strict=True)
     ]
-    pairs = _pairs(settings, metric=metric, level=level, draws=draws, rng=rng)
-    return Comparison(metric, level, settings[0].scores.shape[1], tuple(settings), pairs, _notes(settings))
+    both = list(itertools.combinations(settings, 2))
+    if against is not None:
+        both = both[: len(settings) - 1]  # those of the first setting, the baseline
+    pairs = _pairs(both, metric=metric, level=level, draws=draws, rng=rng)
+    baseline = None if against is None else settings[0].name
+    return Comparison(metric, level, settings[0].scores.shape[1], tuple(settings), pairs, _notes(settings), baseline)
 
 
 def _setting(
@@ -206,9 +225,8 @@ def _scores(replicate: Replicate, metric: Metric) -> Scores:
 
 
 def _pairs(
-    settings: Sequence[Setting], *, metric: Metric, level: float, draws: int, rng: np.random.Generator
+    both: Sequence[tuple[Setting, Setting]], *, metric: Metric, level: float, draws: int, rng: np.random.Generator
 ) -> tuple[Pair, ...]:
-    both = list(itertools.combinations(settings, 2))
     differences = [paired_difference(a.scores, b.scores, level=level, draws=draws, rng=rng) for a, b in both]
     corrected = holm([difference.p_value for difference in differences])
     pairs: list[Pair] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fieldmark.config import Config
@@ -78,6 +79,26 @@ def group_runs(results: Sequence[RunResults]) -> list[SettingRuns]:
     return [_setting_runs(settings[identity], differing, runs) for identity, runs in groups.items()]
 
 
+def named_against(groups: Sequence[SettingRuns], run: Path) -> list[SettingRuns]:
+    """The setting of one run first, under that run's name; the others named by what they change of it.
+
+    Raises:
+        RunError: The run is not among them.
+    """
+    wanted = run.resolve()
+    found = [group for group in groups if any(one.path.resolve() == wanted for one in group.runs)]
+    if not found:
+        raise RunError(f"{run} is not among the runs that are compared: name one of them, or add it")
+    base = found[0]
+    named = [replace(base, name=run.name or str(run))]
+    for group in groups:
+        if group is base:
+            continue
+        changes = {key: value for key, value in group.changes.items() if value != base.changes[key]}
+        named.append(replace(group, name=_words(changes)))
+    return named
+
+
 def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys whose value is not the same in all settings, in recipe order."""
     first = settings[0]
@@ -86,8 +107,11 @@ def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _setting_runs(own: Mapping[str, Any], differing: Sequence[str], runs: Sequence[RunResults]) -> SettingRuns:
     changes = {key: own[key] for key in differing}
-    name = " ".join(f"{key}={format_value(value)}" for key, value in changes.items()) or runs[0].name
-    return SettingRuns(name, changes, tuple(runs))
+    return SettingRuns(_words(changes) or runs[0].name, changes, tuple(runs))
+
+
+def _words(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={format_value(value)}" for key, value in changes.items())
 
 
 def format_value(value: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.errors import PhotoError
-from fieldmark.experiment.compare import Comparison, Setting
+from fieldmark.experiment.compare import Comparison, Pair, Setting
 from fieldmark.experiment.results import RunResults
 from fieldmark.experiment.settings import flatten, format_value
 from fieldmark.outputs.report_figures import format_estimate, minutes, parameters
@@ -94,7 +94,7 @@ def _setting_row(setting: Setting, metric: str) -> tuple[str, ...]:
         str(len(setting.seeds)),
         ", ".join(format_estimate(mean, metric) for mean in setting.seed_means),
         flattery,
-        f"{np.mean([minutes(run) for run in setting.runs]):.1f}",
+        _mean_minutes(setting),
         f"{np.mean(speeds):.0f}" if speeds else "–",
         f"{parameters(first) / 1e6:.1f} M",
         weights_words(first),
@@ -108,23 +108,44 @@ def weights_words(run: RunResults) -> str:
     return ", ".join(str(part) for part in parts if part) or run.config.model.weights
 
 
+def effects_table(comparison: Comparison) -> Table:
+    """What each change of the baseline did, the best first: score, effect, interval, p-value, and what it cost.
+
+    The comparison needs a baseline.
+    """
+    interval = f"{100 * comparison.level:g} % interval"
+    head = ("Change", "Score", "Effect", interval, "p (Holm)", "Distinguishable", "Minutes")
+    base, *others = comparison.settings
+    ordered = sorted(zip(others, comparison.pairs, strict=True), key=lambda both: -both[0].interval.estimate)
+    start = (f"{base.name} (baseline)", format_estimate(base.interval.estimate, comparison.metric), *["–"] * 4)
+    rows = [(*start, _mean_minutes(base))]
+    for setting, pair in ordered:
+        score = format_estimate(setting.interval.estimate, comparison.metric)
+        found = _effect(pair, comparison.metric)
+        rows.append((setting.name, score, *found, "yes" if pair.is_distinguishable else "no", _mean_minutes(setting)))
+    return Table(head, tuple(rows), frozenset({1, 2, 3, 4, 6}))
+
+
+def _mean_minutes(setting: Setting) -> str:
+    return f"{np.mean([minutes(run) for run in setting.runs]):.1f}"
+
+
+def _effect(pair: Pair, metric: str) -> tuple[str, str, str]:
+    """Difference, interval and p-value in words."""
+    scale, digits = (1, 3) if metric == "log_loss" else (100, 1)
+    value = pair.difference.interval
+    return (
+        f"{scale * value.estimate:+.{digits}f}",
+        f"{scale * value.low:+.{digits}f} to {scale * value.high:+.{digits}f}",
+        f"{pair.corrected_p:.3f}" if pair.corrected_p >= 0.001 else "< 0.001",
+    )
+
+
 def pairs_table(comparison: Comparison) -> Table:
     """Every two settings: difference, interval, p-value and verdict."""
-    scale, digits = (1, 3) if comparison.metric == "log_loss" else (100, 1)
     head = ("Setting", "over", "Difference", f"{100 * comparison.level:g} % interval", "p (Holm)", "Verdict")
     ordered = sorted(comparison.pairs, key=lambda pair: (not pair.is_distinguishable, pair.corrected_p))
-    rows = tuple(
-        (
-            pair.second,
-            pair.first,
-            f"{scale * value.estimate:+.{digits}f}",
-            f"{scale * value.low:+.{digits}f} to {scale * value.high:+.{digits}f}",
-            f"{pair.corrected_p:.3f}" if pair.corrected_p >= 0.001 else "< 0.001",
-            pair.verdict,
-        )
-        for pair in ordered
-        for value in [pair.difference.interval]
-    )
+    rows = tuple((pair.second, pair.first, *_effect(pair, comparison.metric), pair.verdict) for pair in ordered)
     return Table(head, rows, frozenset({2, 3, 4}))
 
 
