@@ -264,8 +264,7 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(preparing: Mod
     with Loader(workers=2, threads=1) as loader:
         arrived: list[list[int]] = []
         with pytest.raises(ResourceError, match=r"died: signal SIGKILL.* set loader\.workers=0") as caught:
-            for batch in loader.batches(preparing.Dies(), PLAN, epoch=0):
-                arrived.append(batch.numbers.tolist())
+            arrived.extend(batch.numbers.tolist() for batch in loader.batches(preparing.Dies(), PLAN, epoch=0))
         # The death may be met while later photos are asked for, before all that came first was handed out.
         assert arrived == PLAN[: len(arrived)]
         assert len(arrived) <= 3

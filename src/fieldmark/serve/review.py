@@ -20,8 +20,10 @@ from fieldmark.serve.review_views import ReviewViews
 from fieldmark.serve.thumbnails import thumbnail
 
 _FILES = {
-    **{"review.css": "text/css", "app.css": "text/css"},
-    **{"review.js": "text/javascript", "attention.js": "text/javascript"},
+    "review.css": "text/css",
+    "app.css": "text/css",
+    "review.js": "text/javascript",
+    "attention.js": "text/javascript",
 }
 _THUMBNAILS_KEPT = 4000  # about 15 KB each
 
