@@ -21,7 +21,7 @@ from tests.serve.conftest import LIMITS, ask, make_photo, upload
 from fieldmark.errors import MissingExtraError, ResourceError
 from fieldmark.serve.app import open_app
 from fieldmark.serve.limits import Limits
-from fieldmark.serve.ray import num_places, run_on_ray, share_out
+from fieldmark.serve.ray import _own_serve, _reason, num_places, run_on_ray, share_out
 
 
 def cluster_of(*machines):
@@ -58,6 +58,24 @@ def test_missing_ray_is_answered_with_its_extra(monkeypatch, package):
     settings = {"host": "127.0.0.1", "port": 0, "max_requests": 1, "drain_seconds": 1, "on_ready": print}
     with pytest.raises(MissingExtraError, match=r"fieldmark\[ray\]"):
         run_on_ray(open_app, address="", replicas=1, **settings)
+
+
+def test_a_cluster_that_serves_already_is_not_taken_over():
+    running = SimpleNamespace(status=lambda: SimpleNamespace(applications={"theirs": ""}, proxies={}))
+    with pytest.raises(ResourceError, match=r"runs on this cluster already.*make_application"), _own_serve(running):
+        raise AssertionError("the block must not run")
+
+
+def test_replicas_that_do_not_start_are_told_by_the_last_line_of_their_traceback():
+    def serve_with(message):
+        deployments = {"fieldmark": SimpleNamespace(message=message)}
+        applications = {"fieldmark": SimpleNamespace(deployments=deployments)}
+        return SimpleNamespace(status=lambda: SimpleNamespace(applications=applications))
+
+    assert _reason(serve_with("Traceback:\n  x\nRunError: none is there\n"), RuntimeError("failed")) == (
+        "RunError: none is there"
+    )
+    assert _reason(serve_with(""), RuntimeError("failed")) == "failed"
 
 
 def plain_answer(model, photo):  # noqa: F811

@@ -102,7 +102,7 @@ def run_on_ray(
             try:
                 serve.run(application, name=NAME, route_prefix="/", logging_config=quiet)
             except RuntimeError as error:
-                raise ResourceError(f"the replicas do not start: {error}") from None
+                raise ResourceError(f"the replicas do not start: {_reason(serve, error)}") from None
             on_ready(f"{count} x {cpus} CPUs and {gpus} GPUs at http://{host}:{port}")
             while not stop:
                 time.sleep(_LOOK_SECONDS)
@@ -125,6 +125,14 @@ def _own_serve(serve: Any) -> Generator[None]:
         yield
     finally:
         serve.shutdown()
+
+
+def _reason(serve: Any, error: Exception) -> str:
+    """What a replica died of: the end of the traceback that Ray keeps."""
+    application = serve.status().applications.get(NAME)
+    told = application.deployments[NAME].message if application and NAME in application.deployments else ""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    return lines[-1] if lines else str(error)
 
 
 def _drain(serve: Any, seconds: float) -> None:
