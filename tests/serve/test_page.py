@@ -75,7 +75,9 @@ def test_a_stranger_can_use_the_page(browser, url):
     page.get_by_role("heading", name="Unknown").wait_for()
 
     page.set_input_files("#files", {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"text"})
-    page.get_by_text("photo 1 is not an image").first.wait_for()
+    page.get_by_text("a.jpg: it is not an image").wait_for()
+    failed = page.locator(".card.failed")
+    assert failed.get_by_role("button").count() == 0  # there is nothing to look at
 
     page.fill("#search", "gre")
     assert page.locator("#classes li").all_inner_texts() == ["green"]
@@ -85,6 +87,30 @@ def test_a_stranger_can_use_the_page(browser, url):
     # The refused upload shows in the console as a failed load; nothing else may.
     assert [problem for problem in problems if "422" not in problem] == []
     context.close()
+
+
+def test_of_several_bad_files_each_says_its_own_name_and_reason(browser, url):
+    page = browser.new_page()
+    page.goto(url)
+    page.get_by_text("colours knows").wait_for()
+    bad = [("text.jpg", b"text"), ("nothing.jpg", b"")]
+    page.set_input_files(
+        "#files", [{"name": name, "mimeType": "image/jpeg", "buffer": content} for name, content in bad]
+    )
+    page.get_by_text("nothing.jpg").wait_for()
+    notes = page.locator(".failed .note").all_inner_texts()
+    assert notes == ["text.jpg: it is not an image", "nothing.jpg: it is empty (0 bytes)"]
+    page.close()
+
+
+def test_a_server_that_is_gone_is_told(browser, url):
+    page = browser.new_page()
+    page.goto(url)
+    page.get_by_text("colours knows").wait_for()
+    page.context.set_offline(True)
+    choose(page, (255, 0, 0))
+    page.get_by_text("<i>0</i>.jpg: the server does not answer.").wait_for()
+    page.close()
 
 
 def test_a_dropped_and_a_pasted_photo_are_answered(browser, url):

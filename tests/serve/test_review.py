@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import re
@@ -239,48 +240,78 @@ def test_a_page_of_a_hundred_thousand_photos_is_quick(tmp_path):
     assert time.perf_counter() - start < 0.1
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
-def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
+@contextlib.contextmanager
+def opened_page(app, *, width):
+    """The app's page in a browser: (page, what went wrong in its scripts, the server)."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     import uvicorn
 
-    def look(number, class_number):
-        return {"attention": [[0.0, 1.0], [0.5, 0.2]], "seen": [0.1, 0, 0.8, 1]}
-
-    app = make_app(make_views(photos, tmp_path / "c.csv"), look=look)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.02)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     try:
         with sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 390, "height": 800})
+            page = browser.new_page(viewport={"width": width, "height": 800})
             problems = []
             page.on("pageerror", lambda error: problems.append(str(error)))
-            page.goto(url)
-            page.get_by_text("That was all: 2.").wait_for()
-            page.keyboard.press("r")
-            page.get_by_text("Relabelled as gull.").wait_for()
-            page.keyboard.press("ArrowRight")
-            page.keyboard.press("d")
-            page.get_by_text("Dropped.").wait_for()
-            page.keyboard.press("a")
-            page.locator(".item canvas:visible").wait_for()
-            page.reload()
-            page.get_by_text("2 decided").wait_for()
-            assert page.locator('button[data-action="drop"][aria-pressed="true"]').count() == 1
-            page.keyboard.press("u")
-            page.get_by_text("Taken back: gull/1.jpg").wait_for()
-            page.select_option("#view", "pair")
-            page.get_by_text("crow, taken for the other").wait_for()
-            assert page.locator(".item").count() == 2
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390
-            assert problems == []
+            page.goto(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/")
+            yield page, problems
             browser.close()
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
+    def look(number, class_number):
+        return {"attention": [[0.0, 1.0], [0.5, 0.2]], "seen": [0.1, 0, 0.8, 1]}
+
+    app = make_app(make_views(photos, tmp_path / "c.csv"), look=look)
+    with opened_page(app, width=390) as (page, problems):
+        page.get_by_text("That was all: 2.").wait_for()
+        page.keyboard.press("r")
+        page.get_by_text("Relabelled as gull.").wait_for()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("d")
+        page.get_by_text("Dropped.").wait_for()
+        page.keyboard.press("a")
+        page.locator(".item canvas:visible").wait_for()
+        page.reload()
+        page.get_by_text("2 decided").wait_for()
+        assert page.locator('button[data-action="drop"][aria-pressed="true"]').count() == 1
+        page.keyboard.press("u")
+        page.get_by_text("Taken back: gull/1.jpg").wait_for()
+        page.select_option("#view", "pair")
+        page.get_by_text("crow, taken for the other").wait_for()
+        assert page.locator(".item").count() == 2
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert problems == []
     assert (tmp_path / "c.csv").read_text().splitlines()[1:] == ["crow/1.jpg,relabel,gull"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+def test_a_finger_is_enough_to_name_any_class_and_long_names_fit_a_phone(photos, tmp_path):
+    names = ["Black_throated_blue_Warbler_of_the_north", "Black_throated_green_Warbler_of_the_south", "owl <b>"]
+    for old, new in zip(COLOURS, names, strict=True):
+        (photos / old).rename(photos / new)
+    table = tmp_path / "c.csv"
+    with opened_page(make_app(make_views(photos, table)), width=390) as (page, problems):
+        first = page.get_by_role("group", name=f"Decide about {names[0]}/1.jpg")
+        first.get_by_role("button", name="Other …").click()
+        page.get_by_label("Relabel as").fill("OWL <b>")
+        page.get_by_role("dialog").get_by_role("button", name="Relabel").click()
+        page.get_by_text("Relabelled as owl <b>.").wait_for()
+        page.select_option("#view", "pair")
+        page.get_by_text("taken for the other").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.context.set_offline(True)
+        for key in ("k", "u"):
+            page.keyboard.press(key)
+            page.get_by_role("status").get_by_text("The server does not answer.").wait_for()
+            page.get_by_role("status").evaluate("element => element.textContent = ''")
+        assert problems == []
+    assert table.read_text().splitlines()[1:] == [f"{names[0]}/1.jpg,relabel,owl <b>"]

@@ -6,7 +6,7 @@ const results = byId("results");
 let model = { has_attention: false, max_photos: 1 };
 let names = [];
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.00095 ? 2 : 1)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.00095 ? 2 : 1)}\u00a0%`;
 const readable = (name) => name.replaceAll("_", " ");
 
 function headers() {
@@ -73,6 +73,7 @@ function showExamples(count) {
 
 function newCard(file) {
   const card = byId("card").content.cloneNode(true).firstElementChild;
+  card.file = file;
   const image = card.querySelector("img");
   image.src = URL.createObjectURL(file);
   image.alt = `Your photo ${file.name || ""}`.trim();
@@ -84,11 +85,12 @@ function newCard(file) {
 function fail(card, reason) {
   card.classList.add("failed");
   card.querySelector("h2").textContent = "Not answered";
-  card.querySelector(".note").textContent = reason;
+  // The picture of a file that is none is gone, so its name says which it was.
+  card.querySelector(".note").textContent = `${card.file.name || "This photo"}: ${reason}`;
 }
 
 function show(card, answer, threshold) {
-  if (answer.problem) return fail(card, `This file ${answer.problem}.`);
+  if (answer.problem) return fail(card, `it ${answer.problem}.`);
   card.classList.toggle("unknown", answer.is_unknown);
   card.querySelector("h2").textContent = answer.is_unknown ? "Unknown" : readable(answer.label);
   card.querySelector(".note").textContent = answer.is_unknown
@@ -96,7 +98,7 @@ function show(card, answer, threshold) {
     : `${percent(answer.top[0].probability)} sure`;
   card.querySelector(".bars").replaceChildren(...answer.top.map(({ label, probability }) => {
     const row = document.createElement("li");
-    row.style.setProperty("--share", percent(probability).replace(" ", ""));
+    row.style.setProperty("--share", percent(probability).replace("\u00a0", ""));
     const name = document.createElement("span");
     const share = document.createElement("span");
     name.textContent = readable(label);
@@ -146,14 +148,16 @@ async function send(files) {
   try {
     response = await fetch(`predict?attention=${model.has_attention}`, { method: "POST", body: form, headers: headers() });
   } catch {
-    cards.forEach((card) => fail(card, "The server does not answer."));
+    cards.forEach((card) => fail(card, "the server does not answer."));
     byId("status").textContent = "The server does not answer.";
     return;
   }
   if (!response.ok) {
     const reason = await reasonOf(response);
     if (response.status === 401) Object.assign(byId("key-box"), { hidden: false, open: true });
-    cards.forEach((card) => fail(card, reason));
+    // Where no photo could be read, the reasons come one for each.
+    const reasons = reason.split(/; (?=photo \d+ )/).map((each) => each.replace(/^photo \d+ /, "it "));
+    cards.forEach((card, place) => fail(card, reasons.length === cards.length ? reasons[place] : reason));
     byId("status").textContent = `Not answered: ${reason}`;
     return;
   }

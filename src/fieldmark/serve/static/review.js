@@ -4,7 +4,7 @@
 const byId = (id) => document.getElementById(id);
 const list = byId("photos");
 const readable = (name) => String(name).replaceAll("_", " ");
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
 const EXPLAIN = {
   suspects: "Photos whose label the predictions contradict so clearly that the label is probably wrong (confident learning).",
   losses: "Photos that surprised the model most: wrong labels, rare views, or several subjects.",
@@ -24,13 +24,28 @@ async function ask(path, body) {
   const options = body === undefined ? {} : {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
   };
-  const response = await fetch(path, options);
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch {
+    throw new Error("The server does not answer. Is `fieldmark review` still running?");
+  }
   const content = await response.json();
   if (!response.ok) throw new Error(content.detail || `the server answered ${response.status}`);
   return content;
 }
 
-function say(text) { byId("status").textContent = text; }
+let fading;
+function say(text) {
+  clearTimeout(fading);
+  byId("status").textContent = text;
+  fading = setTimeout(() => say(""), 8000); // it lies over the photos
+}
+
+function fail(error) {
+  say(error.message);
+  clearTimeout(fading); // stays until something is done
+}
 
 function option(text, value) {
   const item = document.createElement("option");
@@ -41,7 +56,7 @@ function option(text, value) {
 
 async function start() {
   overview = await ask("api/overview");
-  byId("labels").replaceChildren(...overview.classes.map(({ name }) => option("", name)));
+  byId("labels").replaceChildren(...overview.classes.map(({ name }) => option(readable(name), name)));
   const [view, which] = location.hash.slice(1).split("/");
   if (view in EXPLAIN) state = { view, which: Number(which) || 0 };
   byId("view").value = state.view;
@@ -52,7 +67,11 @@ async function start() {
 }
 
 async function refresh() {
-  overview = await ask("api/overview");
+  try {
+    overview = await ask("api/overview");
+  } catch (error) {
+    return fail(error);
+  }
   describe();
   if (overview.duplicates_state === "searching") setTimeout(refresh, 2000);
   else if (state.view === "duplicates") restart();
@@ -144,6 +163,7 @@ function newItem(photo) {
   image.src = `photo/${photo.number}?side=240`;
   image.alt = `Photo ${photo.path}`;
   image.addEventListener("error", () => { image.alt = "This photo cannot be read."; });
+  item.querySelector(".actions").setAttribute("aria-label", `Decide about ${photo.path}`);
   item.querySelector(".look").hidden = !overview.has_attention;
   show(item);
   return item;
@@ -179,7 +199,7 @@ async function decide(item, action, label = "") {
     describe();
     say(action === "relabel" ? `Relabelled as ${readable(label)}.` : action === "drop" ? "Dropped." : "Kept.");
   } catch (error) {
-    say(error.message);
+    fail(error);
   }
 }
 
@@ -196,15 +216,27 @@ function chooseLabel(item) {
   byId("label").value = "";
   dialog.returnValue = "";
   dialog.onclose = () => {
-    const label = byId("label").value;
+    const label = classNamed(byId("label").value);
     item.focus();
     if (dialog.returnValue === "ok" && label) decide(item, "relabel", label);
   };
   dialog.showModal();
 }
 
+// What was typed, as the class is named: with spaces and in any case it is understood, if it can only be one.
+function classNamed(typed) {
+  const wanted = readable(typed.trim()).toLowerCase();
+  const found = overview.classes.map(({ name }) => name).filter((name) => readable(name).toLowerCase() === wanted);
+  return found.length === 1 ? found[0] : typed.trim();
+}
+
 async function undo() {
-  const { photo } = await ask("api/undo", {});
+  let photo;
+  try {
+    ({ photo } = await ask("api/undo", {}));
+  } catch (error) {
+    return fail(error);
+  }
   if (photo) update(photo);
   await refresh();
   if (state.view === "marked") await restart();
@@ -236,7 +268,7 @@ async function toggleAttention(item) {
     canvas.hidden = false;
     look.setAttribute("aria-pressed", "true");
   } catch (error) {
-    say(error.message);
+    fail(error);
   }
 }
 
@@ -267,6 +299,7 @@ list.addEventListener("click", (event) => {
   if (!item) return;
   const { action } = event.target.dataset;
   if (action) decide(item, action);
+  else if (event.target.matches(".other")) chooseLabel(item);
   else if (event.target.matches(".look")) toggleAttention(item);
   else if (event.target.tagName === "IMG") enlarge(item);
 });
@@ -302,4 +335,4 @@ byId("which").addEventListener("change", (event) => {
 byId("undo").addEventListener("click", undo);
 new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) loadMore(); },
   { rootMargin: "800px" }).observe(byId("more"));
-start().catch((error) => say(error.message));
+start().catch(fail);
