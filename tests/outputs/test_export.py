@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from fieldmark.engine.calibrate import calibrate
 from fieldmark.errors import ExportError
 from fieldmark.outputs.export import Photos, export_model
 from fieldmark.outputs.exported import ExportedModel
 from fieldmark.outputs.metadata import ModelMetadata
-from fieldmark.outputs.model_card import write_card
+from fieldmark.outputs.model_card import evidence_text, write_card
 from fieldmark.outputs.parity import require_parity, require_small_loss
 from fieldmark.vision.augment import EvalSpec
 from fieldmark.vision.model import create_classifier
@@ -55,7 +56,7 @@ def make_metadata(kind):
         threshold=0.4,
         parameters=123,
         licence="cc-by-nc-4.0",
-        pretraining="imagenet",
+        pretraining="in1k",
         run="run-1",
     )
 
@@ -77,7 +78,7 @@ def export(kind, out, *, model=None, photos=None, is_int8=False, loss=0.05, is_p
         is_int8=is_int8,
         max_accuracy_loss=loss,
         is_plain=is_plain,
-        card=lambda written: write_card(written, data={}, summary={}, recipe=""),
+        card=lambda written: write_card(written, data={}, summary={}, calibration=None, recipe=""),
     )
 
 
@@ -250,10 +251,40 @@ def test_an_incomplete_or_broken_export_says_so(tmp_path):
 def test_the_card_says_licence_limits_and_evidence_and_hostile_names_stay_text():
     data = {"counts": {"10": {"train": 5, "val": 1}, "2": {"train": 3}}, "fingerprint": "abc"}
     summary = {"status": "finished", "val": {"top1": 0.9, "top1_interval": [0.85, 0.94]}}
-    card = write_card(make_metadata("onnx"), data=data, summary=summary, recipe="a = '```'")
-    assert "0.8500 to 0.9400" in card
+    card = write_card(make_metadata("onnx"), data=data, summary=summary, calibration=None, recipe="a = '```'")
+    assert "| top-1 accuracy | 0.9000 (95 % interval 0.8500 to 0.9400) |" in card
+    assert "pre-trained on: ImageNet-1k" in card
     assert "forbids commercial use" in card
     assert "8 train, 1 val" in card
     assert "<b>" not in card
     assert "````toml" in card
     assert '"unknown" below a probability of 0.400' in card
+
+
+def test_the_card_has_calibrated_figures_and_nothing_of_the_machine():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    logits = rng.normal(0, 1, (200, 3)) + 2 * np.eye(3)[labels]
+    found = calibrate(logits, labels, wanted="coverage", wanted_value=0.8, assurance=0.0, folds=2, seed=0)
+    recipe = '[data]\npath = "/home/ada/photos/birds"\ncorrections = "../mine.csv"\nbroken = "refuse"\n'
+    summary = {"val": {"top1": 0.9, "log_loss": 0.5}}
+    card = write_card(make_metadata("onnx"), data={}, summary=summary, calibration=found, recipe=recipe)
+    assert f"| log loss, calibrated | {found.log_loss_after:.4f} |" in card
+    assert "| photos that are answered | 80.0% |" in card
+    assert 'path = "birds"\ncorrections = "mine.csv"\nbroken = "refuse"' in card
+    assert "ada" not in card
+
+
+@pytest.mark.parametrize(
+    ("evidence", "words"),
+    [
+        ({"int8": {"loss": 0.02}}, "80.00% after, a loss of 2.00 points (a loss of 1.00 was allowed)"),
+        ({"int8": {"loss": -0.02}}, "80.00% after, a gain of 2.00 points"),
+        ({"int8": {"loss": 0.0}}, "80.00% after, no loss"),
+        ({"parity": {"largest_difference": 0.0, "photos": 9}}, "On 9 validation photos the logits are the same to the"),
+    ],
+)
+def test_the_evidence_reads_as_what_was_found(evidence, words):
+    usual = {"calibration_photos": 50, "photos": 50, "reference": 0.8, "quantized": 0.8, "limit": 0.01}
+    rows = {kind: {**usual, "worse": 1, "better": 1, **row} for kind, row in evidence.items()}
+    assert words in evidence_text(rows)

@@ -7,32 +7,48 @@ Source:
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from fieldmark.outputs.metadata import ModelMetadata
+from fieldmark.vision.provenance import describe_pretraining
 
 if TYPE_CHECKING:
+    from fieldmark.engine.calibrate import Calibration
     from fieldmark.experiment.folder import Run
 
 
 def model_card(run: Run, metadata: ModelMetadata) -> str:
     """Markdown from what the run folder and the export measured; says so where something is not known."""
-    return write_card(metadata, data=run.data_info, summary=run.summary, recipe=_recipe(run))
+    from fieldmark.outputs.calibration import load_calibration
+
+    return write_card(
+        metadata, data=run.data_info, summary=run.summary, calibration=load_calibration(run), recipe=_recipe(run)
+    )
 
 
-def write_card(metadata: ModelMetadata, *, data: dict[str, Any], summary: dict[str, Any], recipe: str) -> str:
+def write_card(
+    metadata: ModelMetadata,
+    *,
+    data: dict[str, Any],
+    summary: dict[str, Any],
+    calibration: Calibration | None,
+    recipe: str,
+) -> str:
     """Markdown from plain values; see `model_card`."""
     sections = [
         _front_matter(metadata),
         f"# {_inline(metadata.run)}: {len(metadata.classes)} classes of photographs",
         _facts(metadata),
-        "## Results\n\n" + _results(summary),
+        "## Results\n\n" + _results(summary, data, calibration),
         "## Agreement with the run\n\n" + evidence_text(metadata.evidence),
         "## Data\n\n" + _data(data),
         "## Weights\n\n" + _weights(metadata),
         "## Limits\n\n" + _limits(metadata),
         f"## Classes\n\n{', '.join(_inline(name) for name in metadata.classes)}",
-        f"## Recipe\n\n{_fenced(recipe)}",
+        f"## Recipe\n\n<details>\n<summary>All settings</summary>\n\n{_fenced(without_folders(recipe))}\n\n</details>",
         _use(metadata),
     ]
     return "\n\n".join(sections) + "\n"
@@ -70,30 +86,59 @@ def _facts(metadata: ModelMetadata) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
 
 
-def _results(summary: dict[str, Any]) -> str:
-    metrics = _flat({key: value for key, value in summary.items() if key not in ("status",)})
-    if not metrics:
+def _results(summary: dict[str, Any], data: dict[str, Any], calibration: Calibration | None) -> str:
+    from fieldmark.engine.metrics import wilson_interval
+    from fieldmark.outputs.evaluation import METRIC_NAMES
+
+    judged: dict[str, Any] = summary.get("val", {})
+    if not judged:
         return "The run folder holds no results."
-    rows = "\n".join(f"| {_cell(name)} | {_cell(_figure(value))} |" for name, value in metrics.items())
-    return (
-        "Of the kept weights, as the run's summary has them. Validation photos chose the weights unless the recipe's "
-        "`train.select` is `last`, which makes their figures a little flattering.\n\n| Figure | Value |\n|---|---|\n"
-        + rows
+    count = sum(splits.get("val", 0) for splits in data.get("counts", {}).values())
+    rows: list[tuple[str, str]] = []
+    for key, name in METRIC_NAMES.items():
+        if judged.get(key) is None:
+            continue
+        interval: Sequence[float] | None = judged.get(f"{key}_interval")
+        if interval is None and key == "top5" and count:
+            interval = wilson_interval(round(judged[key] * count), count)
+        more = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+        rows.append((name, _figure(judged[key]) + more))
+    if calibration:
+        rows += [
+            ("log loss, calibrated", _figure(calibration.log_loss_after)),
+            ("calibration error, calibrated", _figure(calibration.calibration_error_after)),
+        ]
+        if calibration.threshold > 0:
+            rows.append(("photos that are answered", f"{calibration.coverage:.1%}"))
+            rows.append(("right among the answered", f"{calibration.accuracy:.1%}"))
+    photos = f"{count} validation photos" if count else "validation photos"
+    chosen = (
+        "which did not choose the weights"
+        if summary.get("select") == "last"
+        else "which chose the weights: that makes the figures a little flattering"
     )
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)
+    crossed = " Calibrated figures are cross-fitted." if calibration else ""
+    note = f"\n\n{_inline(str(summary['note']))}" if "note" in summary else ""  # of a soup
+    return f"On {photos}, {chosen}.{crossed}\n\n| Figure | Value |\n|---|---|\n{table}{note}"
 
 
 def evidence_text(evidence: dict[str, Any]) -> str:
     """What was measured when the model was exported, in one or two sentences."""
     if "int8" in evidence:
         row = evidence["int8"]
+        points = 100 * row["loss"]
+        change = "no loss" if points == 0 else f"a {'loss' if points > 0 else 'gain'} of {abs(points):.2f} points"
         return (
             f"int8, calibrated on {row['calibration_photos']} validation photos and judged on {row['photos']} others: "
-            f"accuracy {row['reference']:.2%} before, {row['quantized']:.2%} after, a loss of {100 * row['loss']:.2f} "
-            f"points (allowed {100 * row['limit']:.2f}). {row['worse']} photos were right only before, {row['better']} "
-            "only after."
+            f"accuracy {row['reference']:.2%} before, {row['quantized']:.2%} after, {change} (a loss of "
+            f"{100 * row['limit']:.2f} was allowed). Right only before: {row['worse']} photos; only after: "
+            f"{row['better']}."
         )
     if "parity" in evidence:
         row = evidence["parity"]
+        if row["largest_difference"] == 0:
+            return f"On {row['photos']} validation photos the logits are the same to the last bit."
         return (
             f"On {row['photos']} validation photos logits differ by at most {row['largest_difference']:.2e} "
             f"({row['relative_difference']:.3%} of the largest); the answer is the same on {row['same_answer']:.1%}."
@@ -119,7 +164,8 @@ def _data(data: dict[str, Any]) -> str:
 
 def _weights(metadata: ModelMetadata) -> str:
     text = f"Training started from weights under the licence **{_inline(metadata.licence)}**"
-    text += f", pre-trained on: {_inline(metadata.pretraining)}."
+    described = describe_pretraining(metadata.pretraining)
+    text += f", pre-trained on: {_inline(metadata.pretraining if described == 'unknown' else described)}."
     if "nc" in metadata.licence.lower().replace("_", "-").split("-"):
         text += " That licence forbids commercial use, of this model too."
     return text
@@ -152,17 +198,20 @@ def _recipe(run: Run) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else "The run folder has no recipe."
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
+def without_folders(recipe: str) -> str:
+    """A recipe for strangers: of files and folders of this machine it has the name only.
+
+    >>> without_folders('path = "/home/ada/photos/birds"')
+    'path = "birds"'
+    """
+
+    def name(found: re.Match[str]) -> str:
+        return f'{found[1]}"{PureWindowsPath(PurePosixPath(found[2]).name).name}"'
+
+    return re.sub(r'^(\w+ = )"((?:[/~]|[A-Za-z]:|\.\.)[^"\n]*)"', name, recipe, flags=re.MULTILINE)
 
 
 def _figure(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " to ".join(_figure(item) for item in value)
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

@@ -20,6 +20,7 @@ from fieldmark.experiment.compare import Comparison, Pair, Setting
 from fieldmark.experiment.results import RunResults
 from fieldmark.experiment.settings import flatten, format_value
 from fieldmark.outputs.report_figures import format_estimate, minutes, parameters
+from fieldmark.vision.provenance import describe_pretraining
 
 THUMBNAIL_PIXELS = 160
 THUMBNAIL_BYTES = 20_000
@@ -104,7 +105,9 @@ def _setting_row(setting: Setting, metric: str) -> tuple[str, ...]:
 def weights_words(run: RunResults) -> str:
     """Where a run's weights came from, with licence and pre-training."""
     weights = run.model.get("weights", {})
-    parts = [weights.get("source"), weights.get("licence"), weights.get("pretraining")]
+    tag = str(weights.get("pretraining") or "")
+    described = describe_pretraining(tag)
+    parts = [weights.get("source"), weights.get("licence"), tag if described == "unknown" else described]
     return ", ".join(str(part) for part in parts if part) or run.config.model.weights
 
 
