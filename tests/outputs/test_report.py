@@ -12,7 +12,7 @@ from PIL import Image
 from fieldmark.errors import MissingExtraError, RunError
 from fieldmark.experiment.compare import compare_runs
 from fieldmark.experiment.folder import Run
-from fieldmark.outputs.charts import draw_chart, plotly_chart
+from fieldmark.outputs.charts import Chart, Line, draw_chart, plotly_chart
 from fieldmark.outputs.report import markdown_text, write_report
 from fieldmark.outputs.report_figures import LAMBDA_DRAWS, report_charts, setting_line
 from fieldmark.outputs.report_tables import class_table, confused_pairs, pooled_confusion, thumbnail
@@ -143,6 +143,18 @@ def test_a_file_name_that_is_not_utf8_is_written_legibly(nasty_text):
 def test_a_single_run_makes_a_page_without_verdicts(nasty_text):
     assert "Verdicts" not in Page(nasty_text).text
     assert "on 100 photos." in Page(nasty_text).text
+
+
+def test_a_chart_of_one_epoch_shows_no_half_epochs_and_no_share_above_one():
+    line = Line("run", x=[0], y=[1.0], low=[1.0], high=[1.0], trend=[None])
+    chart = Chart("top1", "Accuracy", "", "epoch", "top-1", is_share=True, lines=(line,))
+    layout = plotly_chart(chart)["layout"]
+    assert layout["xaxis"]["dtick"] == 1
+    assert layout["yaxis"]["autorangeoptions"]["maxallowed"] == pytest.approx(1, abs=0.02)
+    axes = draw_chart(chart, with_title=True).axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0]
+    assert axes.get_ylim()[1] < 1.02
 
 
 def test_names_with_markup_do_no_harm_in_the_page(nasty_text):

@@ -95,6 +95,11 @@ def plotly_chart(chart: Chart) -> dict[str, Any]:
     (x_axis if chart.sideways else y_axis).update(value_axis)
     if chart.is_log_x:
         x_axis |= {"type": "log", "dtick": 1}
+    else:
+        x_axis |= _plotly_range(chart)
+    if not chart.sideways:
+        # No accuracy, loss or rate is below 0, and no share above 1, also where there is one value to make a scale of.
+        y_axis |= {"rangemode": "nonnegative"} | ({"autorangeoptions": {"maxallowed": 1.005}} if chart.is_share else {})
     if chart.sideways:
         y_axis |= {"autorange": "reversed", "showticklabels": True}
     layout: dict[str, Any] = {
@@ -109,6 +114,14 @@ def plotly_chart(chart: Chart) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
+def _plotly_range(chart: Chart) -> dict[str, Any]:
+    """How the x axis of a chart that is not logarithmic is divided."""
+    epochs = [x for line in chart.lines for x in line.x] if chart.x_label == "epoch" else []
+    if epochs and max(epochs) - min(epochs) <= 10:
+        return {"dtick": 1, "range": [min(epochs) - 0.5, max(epochs) + 0.5]}  # whole epochs
+    return {} if chart.sideways else {"rangemode": "nonnegative"}
+
+
 def _plotly_line(line: Line, number: int, *, marks: str) -> list[dict[str, Any]]:
     color, dash = COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
     name = plotly_text(line.name)
@@ -120,7 +133,10 @@ def _plotly_line(line: Line, number: int, *, marks: str) -> list[dict[str, Any]]
         traces.append({**hidden, "x": x, "y": list(line.high), "fill": "tonexty", "fillcolor": color + "33"})
     has_trend = any(value is not None for value in line.trend)
     seen = {"mode": "lines" + marks, "x": x, "y": list(line.y), "name": name, "legendgroup": name}
-    seen |= {"line": {"color": color, "width": 1 if has_trend else 2, "dash": dash}, "marker": {"size": 4}}
+    seen |= {
+        "line": {"color": color, "width": 1 if has_trend else 2, "dash": dash},
+        "marker": {"size": 4 if len(x) > 1 else 9},
+    }
     traces.append({**seen, "opacity": 0.6 if has_trend else 1.0, "showlegend": not has_trend})
     if has_trend:
         bold = {"color": color, "width": 2.5, "dash": dash}
@@ -177,6 +193,17 @@ def draw_chart(chart: Chart, *, with_title: bool) -> Figure:
         axes.invert_yaxis()
     if chart.zero:
         axes.axvline(0, color="#888888", linestyle=":", linewidth=1)
+    _scale(axes, chart)
+    axes.set(title=chart.title if with_title else "", xlabel=chart.x_label, ylabel=chart.y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not chart.sideways and axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _scale(axes: Axes, chart: Chart) -> None:
+    """What the axes are divided into."""
     if chart.is_log_x:
         axes.set_xscale("log")
     if chart.is_share:
@@ -186,13 +213,12 @@ def draw_chart(chart: Chart, *, with_title: bool) -> Figure:
     if chart.x_label == "epoch":
         from matplotlib.ticker import MaxNLocator
 
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(title=chart.title if with_title else "", xlabel=chart.x_label, ylabel=chart.y_label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if not chart.sideways and axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
-    return figure
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        low, high = axes.get_xlim()
+        if high - low < 1:  # one epoch
+            axes.set_xlim(low - 0.5, high + 0.5)
+    if chart.is_share and not chart.sideways:
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
 
 
 def _draw_line(axes: Axes, line: Line, number: int, *, marker: str) -> None:

@@ -67,7 +67,8 @@ def write_report(
         raise RunError(f"a report is .html or .md; got {path.name!r}")
     folders = [run.path if isinstance(run, Run) else run for run in runs]
     comparison = compare_runs(folders, metric=metric, split=split)
-    heading = title or f"{len(comparison.settings)} settings compared" * (len(comparison.settings) > 1) or "One setting"
+    count = len(comparison.settings)
+    heading = title or (f"{count} settings compared" if count > 1 else comparison.settings[0].name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".md":
