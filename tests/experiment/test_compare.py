@@ -217,3 +217,25 @@ def test_a_setting_is_named_by_what_it_changes_of_the_baseline_alone(make_run):
 def test_a_baseline_that_is_not_among_the_runs_is_named(make_run, tmp_path):
     with pytest.raises(RunError, match="elsewhere is not among the runs that are compared"):
         compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))], against=tmp_path / "elsewhere")
+
+
+MANY = ["mix.prob=0.2", "optim.lr=0.5", "augment.erase=0.1", "train.ema_decay=0.5", "model.head=mlp",
+        "probe.epochs=3", "train.label_smoothing=0.1"]  # fmt: skip
+
+
+def test_settings_that_differ_in_too_much_to_read_are_named_by_their_folders(make_run):
+    plain, other = make_run("plain"), make_run("other", overrides=MANY)
+    assert [setting.name for setting in compare_runs([plain, other]).settings] == ["plain", "other"]
+    assert [setting.name for setting in compare_runs([plain, other], against=other).settings] == ["other", "plain"]
+
+
+def test_runs_of_several_seeds_are_named_by_the_folder_that_holds_them(make_run):
+    runs = [
+        make_run(f"{n}/{s}", seed=s, overrides=more) for n, more in (("plain", []), ("other", MANY)) for s in (0, 1)
+    ]
+    assert [setting.name for setting in compare_runs(runs).settings] == ["plain", "other"]
+
+
+def test_folders_that_tell_no_settings_apart_leave_the_changes_as_names(make_run):
+    runs = [make_run("a/run"), make_run("b/run", overrides=MANY)]
+    assert all("optim.lr=" in setting.name for setting in compare_runs(runs).settings)

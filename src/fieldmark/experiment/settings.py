@@ -31,12 +31,17 @@ NO_EFFECT = frozenset(
 NOT_A_SETTING = CHANCE | NO_EFFECT | {"data.path"}
 
 
+MOST_WORDS = 6
+"""Settings that differ in more keys than this are named by their folders: nobody reads a recipe as a name."""
+
+
 @dataclass(frozen=True, eq=False)
 class SettingRuns:
     """One setting: its runs, and where it differs from the others.
 
     Attributes:
-        name: The changes in words, such as `mix.prob=0.4 optim.lr=0.001`; the run's name where there are none.
+        name: The changes in words, such as `mix.prob=0.4 optim.lr=0.001`; the folder's name where there are none,
+            or too many to read.
         changes: Dotted key to value, of the keys in which not all settings agree.
         runs: In the order given.
     """
@@ -76,7 +81,8 @@ def group_runs(results: Sequence[RunResults]) -> list[SettingRuns]:
         groups.setdefault(identity, []).append(run)
         settings[identity] = own
     differing = differing_keys(list(settings.values()))
-    return [_setting_runs(settings[identity], differing, runs) for identity, runs in groups.items()]
+    named = [_setting_runs(settings[identity], differing, runs) for identity, runs in groups.items()]
+    return named if len(differing) <= MOST_WORDS else _named_by_folder(named)
 
 
 def named_against(groups: Sequence[SettingRuns], run: Path) -> list[SettingRuns]:
@@ -90,12 +96,11 @@ def named_against(groups: Sequence[SettingRuns], run: Path) -> list[SettingRuns]
     if not found:
         raise RunError(f"{run} is not among the runs that are compared: name one of them, or add it")
     base = found[0]
-    named = [replace(base, name=run.name or str(run))]
+    named = [base if len(base.changes) > MOST_WORDS else replace(base, name=wanted.name)]
     for group in groups:
-        if group is base:
-            continue
-        changes = {key: value for key, value in group.changes.items() if value != base.changes[key]}
-        named.append(replace(group, name=_words(changes)))
+        if group is not base:
+            changes = {key: value for key, value in group.changes.items() if value != base.changes[key]}
+            named.append(replace(group, name=_words(changes)) if len(changes) <= MOST_WORDS else group)
     return named
 
 
@@ -108,6 +113,15 @@ def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _setting_runs(own: Mapping[str, Any], differing: Sequence[str], runs: Sequence[RunResults]) -> SettingRuns:
     changes = {key: own[key] for key in differing}
     return SettingRuns(_words(changes) or runs[0].name, changes, tuple(runs))
+
+
+def _named_by_folder(groups: Sequence[SettingRuns]) -> list[SettingRuns]:
+    """The folder of a single run, or the one that holds a setting's runs; the changes where that tells none apart."""
+    paths = [[run.path.resolve() for run in group.runs] for group in groups]
+    folders = [own[0] if len(own) == 1 else own[0].parent for own in paths]
+    if len({folder.name for folder in folders}) < len(groups):
+        return list(groups)
+    return [replace(group, name=folder.name) for group, folder in zip(groups, folders, strict=True)]
 
 
 def _words(changes: Mapping[str, Any]) -> str:
