@@ -53,6 +53,7 @@ class Model:
     name = "lite0"
     classes = tuple(f"class {number}" for number in range(1000))
     threshold = 0.0
+    back_off = None
     has_attention = False
     num_examples = 0
 

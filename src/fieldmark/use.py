@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -50,7 +50,9 @@ def calibrate(
     accuracy: Annotated[float | None, typer.Option(help="Wanted accuracy of the answers, such as 0.95.")] = None,
     coverage: Annotated[float | None, typer.Option(help="Wanted share of photos that are answered.")] = None,
     assurance: Annotated[float, typer.Option(help="How sure the accuracy must be, below 1; 0 takes it as seen.")] = 0.0,
-    taxonomy: Annotated[Path | None, typer.Option(help="Table of class,genus,family: accuracy at each level.")] = None,
+    taxonomy: Annotated[
+        Path | None, typer.Option(help="Table of class,genus,family: answer with the group that is sure.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Make probabilities honest, and choose when to say "unknown".
@@ -59,22 +61,35 @@ def calibrate(
     and export use it from then on.
     """
     from fieldmark.experiment.folder import Run as RunFolder
-    from fieldmark.outputs.calibration import calibrate_run, describe_calibration, save_calibration_figure
-    from fieldmark.outputs.taxonomy import taxonomy_scores
+    from fieldmark.outputs.back_off import describe_back_off
+    from fieldmark.outputs.calibration import (
+        calibrate_run,
+        describe_calibration,
+        load_back_off,
+        save_calibration_figure,
+    )
+    from fieldmark.outputs.taxonomy import describe_scores, taxonomy_scores
 
     if accuracy is not None and coverage is not None:
         raise typer.BadParameter("give --accuracy or --coverage, not both")
     wanted = "accuracy" if accuracy is not None else "coverage" if coverage is not None else "none"
     value = next((share for share in (accuracy, coverage) if share is not None), 1.0)
     opened = RunFolder(run)
-    found = calibrate_run(opened, wanted=wanted, wanted_value=value, assurance=assurance, folds=5, seed=0)
+    found = calibrate_run(
+        opened, wanted=wanted, wanted_value=value, assurance=assurance, folds=5, seed=0, taxonomy=taxonomy
+    )
     levels = taxonomy_scores(opened, taxonomy) if taxonomy else {}
+    groups = load_back_off(opened)
     if as_json:
-        typer.echo(json.dumps({**found.to_dict(), **({"levels": levels} if levels else {})}, indent=2))
+        more: dict[str, Any] = {"levels": levels} if levels else {}
+        more |= {"back_off": groups.to_dict()} if groups else {}
+        typer.echo(json.dumps({**found.to_dict(), **more}, indent=2))
     else:
         typer.echo(describe_calibration(found))
-        for level, score in levels.items():
-            typer.echo(f"{level:16}{score:.3f}")
+        if levels:
+            typer.echo(f"\n{describe_scores(levels)}")
+        if groups:
+            typer.echo(f"\n{describe_back_off(groups)}")
     typer.echo(f"wrote {save_calibration_figure(opened, found)}", err=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,11 +12,13 @@ from torch import nn
 
 from fieldmark.engine.calibrate import calibrate
 from fieldmark.errors import ExportError
+from fieldmark.outputs.back_off import BackOff, LevelScore
 from fieldmark.outputs.export import Photos, export_model
 from fieldmark.outputs.exported import ExportedModel
 from fieldmark.outputs.metadata import ModelMetadata
 from fieldmark.outputs.model_card import evidence_text, write_card
 from fieldmark.outputs.parity import require_parity, require_small_loss
+from fieldmark.outputs.taxonomy import build_taxonomy
 from fieldmark.vision.augment import EvalSpec
 from fieldmark.vision.model import create_classifier
 
@@ -288,3 +290,16 @@ def test_the_evidence_reads_as_what_was_found(evidence, words):
     usual = {"calibration_photos": 50, "photos": 50, "reference": 0.8, "quantized": 0.8, "limit": 0.01}
     rows = {kind: {**usual, "worse": 1, "better": 1, **row} for kind, row in evidence.items()}
     assert words in evidence_text(rows)
+
+
+def test_an_export_carries_the_groups_and_one_from_before_there_were_any_is_read():
+    tree = build_taxonomy(("class", "kind"), [[name, "bird"] for name in CLASSES])
+    groups = BackOff(tree, (0.4, 0.9), (LevelScore("class", 0.5, 1.0), LevelScore("kind", 0.5, None)))
+    metadata = replace(make_metadata("onnx"), back_off=groups.to_dict())
+    again = ModelMetadata.from_json(metadata.to_json(), "x").groups()
+    assert again.to_dict() == groups.to_dict()
+    card = write_card(metadata, data={}, summary={}, calibration=None, recipe="")
+    assert "then the finest of kind that is sure" in card
+    old = json.loads(make_metadata("onnx").to_json())
+    del old["back_off"]
+    assert ModelMetadata.from_json(json.dumps(old), "x").groups() is None

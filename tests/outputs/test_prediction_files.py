@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmark.errors import PredictionError
+from fieldmark.outputs.back_off import BackOff
 from fieldmark.outputs.prediction_files import check_sample, in_sample_order, leaderboard_names, save_predictions
 from fieldmark.outputs.predictor import Prediction
+from fieldmark.outputs.taxonomy import build_taxonomy
 
 CLASSES = ("2", "10", "great, tit")
 
@@ -60,6 +63,25 @@ def test_the_long_form_brings_back_every_probability(tmp_path):
     assert header == ["path", "pred_label", "probability", "is_unknown", "problem", "p:2", "p:10", "p:great, tit"]
     assert np.array_equal(np.array([line[5:] for line in lines[:-1]], np.float32), random)
     assert lines[-1] == ["b/11.png", "", "", "true", "truncated", "", "", ""]
+
+
+def test_with_a_taxonomy_the_long_form_ends_with_the_finest_name_that_is_sure(tmp_path):
+    tree = build_taxonomy(("class", "genus"), [["2", "even"], ["10", "even"], ["great, tit", "Parus"]])
+    groups = BackOff(tree, (0.6, 0.6), ())
+    rows = [(0.7, 0.2, 0.1), (0.4, 0.4, 0.2), (0.45, 0.1, 0.45)]
+    sent = [replace(make_prediction(f"{n}.jpg", row), threshold=0.6, back_off=groups) for n, row in enumerate(rows)]
+    sent.append(replace(ROWS[2], threshold=0.6, back_off=groups))
+    for name in ("p.csv", "p.json", "p.parquet"):
+        save_predictions(sent, tmp_path / name, classes=CLASSES, form="long", has_groups=True)
+    wanted = [("class", "2"), ("genus", "even"), (None, None), (None, None)]
+    header, *lines = read_csv(tmp_path / "p.csv")
+    assert header[-3:] == ["p:great, tit", "level", "answer"]
+    assert [tuple(field or None for field in line[-2:]) for line in lines] == wanted
+    content = json.loads((tmp_path / "p.json").read_text())["predictions"]
+    assert [(row["level"], row["answer"]) for row in content] == wanted
+    table = pq.read_table(tmp_path / "p.parquet")
+    assert [(row["level"], row["answer"]) for row in table.to_pylist()] == wanted
+    np.testing.assert_array_equal(table["p:great, tit"].to_pylist()[:3], np.float32([0.1, 0.2, 0.45]))
 
 
 def test_json_and_parquet_hold_the_same_rows(tmp_path):

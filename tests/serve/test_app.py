@@ -11,6 +11,9 @@ import httpx
 import pytest
 from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
 
+from fieldmark.outputs.back_off import BackOff
+from fieldmark.outputs.taxonomy import build_taxonomy
+
 
 def predict(*contents, query=""):
     return lambda client: client.post(f"/predict{query}", files=upload(*contents))
@@ -40,6 +43,18 @@ def test_below_the_threshold_the_answer_is_unknown_and_the_names_are_still_liste
     assert photo["is_unknown"]
     assert photo["label"] is None
     assert len(photo["top"]) == 3
+
+
+def test_where_the_class_is_not_sure_the_group_that_is_sure_is_given(model):
+    tree = build_taxonomy(("class", "warmth"), [["red", "warm"], ["green", "cold"], ["blue <b>", "cold"]])
+    model.back_off = BackOff(tree, (0.5, 0.6), ())
+    colours = [(40, 100, 100), (100, 50, 54), (0, 255, 0)]
+    [answer] = ask(make_app(model), predict(*(make_photo(colour) for colour in colours)))
+    cold, unsure, sure = answer.json()["photos"]
+    assert (cold["label"], cold["group"]["level"], cold["group"]["name"]) == (None, "warmth", "cold")
+    assert cold["group"]["probability"] == pytest.approx(0.83, abs=0.02)
+    assert (unsure["label"], unsure["group"]) == (None, None)
+    assert (sure["label"], sure["group"]) == ("green", None)
 
 
 def test_a_broken_photo_keeps_its_place_and_does_not_harm_the_others(model):
@@ -298,3 +313,22 @@ def test_all_that_the_page_names_is_served(model):
     for name in named:
         [answer] = ask(app, lambda client, name=name: client.get(f"/{name}"))
         assert answer.status_code == 200, name
+
+
+def test_an_app_answers_in_event_loops_one_after_another_whoever_left_in_the_middle(model):
+    app = make_app(model)
+
+    async def run(is_cut):
+        async with client_of(app) as client:
+            if is_cut:
+                model.gate.clear()
+                left = [asyncio.create_task(predict(make_photo())(client)) for _ in range(3)]
+                while (await client.get("/health")).json()["waiting"] < 3:
+                    await asyncio.sleep(0.001)
+                left[0].cancel()
+                model.gate.set()
+            return await predict(make_photo((0, 255, 0)))(client)
+
+    for number in range(12):
+        answer = asyncio.run(run(number % 2 == 0))
+        assert answer.json()["photos"][0]["label"] == "green"

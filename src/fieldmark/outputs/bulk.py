@@ -131,7 +131,8 @@ def predict_in_parts(
             return PartedPhotos(out, count, [prediction for prediction in predictions if prediction.problem])
         if is_leaderboard(out, form):
             predictions = distinct(predictions)
-        failed = save_predictions(predictions, out, classes=predictor.classes, form=form)
+        has_groups = predictor.back_off is not None
+        failed = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     shutil.rmtree(folder)
     return PartedPhotos(out, count, failed)
 
@@ -184,7 +185,10 @@ def _complete(folder: Path, keys: Sequence[str]) -> int:
 
 def _merged(folder: Path, num_parts: int, predictor: Predictor) -> Iterator[Prediction]:
     for number in range(num_parts):
-        yield from load_part(part_path(folder, number), classes=predictor.classes, threshold=predictor.threshold)
+        part = part_path(folder, number)
+        yield from load_part(
+            part, classes=predictor.classes, threshold=predictor.threshold, back_off=predictor.back_off
+        )
 
 
 @contextmanager

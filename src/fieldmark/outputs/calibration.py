@@ -4,34 +4,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fieldmark.engine.calibrate import Calibration, calibrate, cross_fitted, log_probabilities
 from fieldmark.engine.coverage import coverage_curve, reliability_bins
 from fieldmark.errors import RunError
+from fieldmark.outputs.back_off import BackOff, fit_back_off
+from fieldmark.outputs.taxonomy import load_taxonomy
 
 if TYPE_CHECKING:
     from fieldmark.experiment.folder import Run
 
 FILE = "calibration.json"
+BACK_OFF = "back_off"
 
 
 def calibrate_run(
-    run: Run, *, wanted: str, wanted_value: float, assurance: float, folds: int, seed: int
+    run: Run,
+    *,
+    wanted: str,
+    wanted_value: float,
+    assurance: float,
+    folds: int,
+    seed: int,
+    taxonomy: Path | None = None,
 ) -> Calibration:
     """Fit temperature and threshold on the validation photos of a run and keep them in its folder.
 
-    predict, serve and export use them from then on. See `engine.calibrate.calibrate` for the arguments.
+    predict, serve and export use them from then on. See `engine.calibrate.calibrate` for the other arguments. With
+    `taxonomy`, a table of class, genus, family, photos whose class is not sure get the finest group that is: groups are
+    right as often as the answers of classes are wanted to be (for a wanted coverage: as they are).
 
     Raises:
         RunError: No validation predictions are stored.
-        DataError: What is wanted cannot be had.
+        DataError: What is wanted cannot be had, or the taxonomy does not fit the run's classes.
     """
     from fieldmark.experiment.folder import write_json
 
     stored = run.predictions("val")
+    tree = load_taxonomy(taxonomy, run.classes) if taxonomy is not None else None
+    logits = log_probabilities(stored.probabilities)
     found = calibrate(
-        log_probabilities(stored.probabilities),
+        logits,
         stored.labels,
         wanted=wanted,
         wanted_value=wanted_value,
@@ -39,8 +53,29 @@ def calibrate_run(
         folds=folds,
         seed=seed,
     )
-    write_json(run.path / FILE, found.to_dict())
+    values = found.to_dict()
+    if tree is not None and found.threshold > 0:
+        groups = fit_back_off(
+            cross_fitted(logits, stored.labels, folds=folds, seed=seed),
+            stored.labels,
+            tree,
+            threshold=found.threshold,
+            accuracy=found.accuracy if wanted == "coverage" else wanted_value,
+            assurance=assurance,
+        )
+        values[BACK_OFF] = groups.to_dict()
+    write_json(run.path / FILE, values)
     return found
+
+
+def load_back_off(run: Run) -> BackOff | None:
+    """The taxonomy of a run's calibration, or None if it was calibrated without one.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
+    values = _stored(run)
+    return BackOff.from_dict(values[BACK_OFF]) if values and BACK_OFF in values else None
 
 
 def describe_calibration(found: Calibration) -> str:
@@ -80,7 +115,9 @@ def save_calibration_figure(run: Run, found: Calibration) -> Path:
         [row["accuracy"] for row in bins],
         s=[20 + 300 * row["count"] / len(confidence) for row in bins],
     )
-    left.set(xlabel="mean probability of the answer", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1.02))
+    left.set(
+        xlabel="mean probability of the answer", ylabel="share of right answers", xlim=(-0.02, 1.02), ylim=(-0.03, 1.03)
+    )
     left.set_title("Reliability (area: number of photos)")
     curve = coverage_curve(confidence, is_right)
     right.step(curve.coverage, curve.accuracy, where="post")
@@ -101,10 +138,15 @@ def load_calibration(run: Run) -> Calibration | None:
     Raises:
         RunError: It cannot be read.
     """
+    values = _stored(run)
+    return Calibration.from_dict(values) if values else None
+
+
+def _stored(run: Run) -> dict[str, Any] | None:
     path = run.path / FILE
     if not path.is_file():
         return None
     try:
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise RunError(f"{path} is not JSON: {error}; remove it and calibrate again") from None

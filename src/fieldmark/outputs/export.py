@@ -135,9 +135,9 @@ def export_model(
 
 def describe_run(run: Run, to: str) -> ModelMetadata:
     """The metadata of a run's model before it is exported to the form `to`."""
-    from fieldmark.outputs.calibration import load_calibration
+    from fieldmark.outputs.calibration import load_back_off, load_calibration
 
-    calibration = load_calibration(run)
+    calibration, groups = load_calibration(run), load_back_off(run)
     info = run.model_info
     weights: dict[str, Any] = info.get("weights", {})
     return ModelMetadata(
@@ -155,6 +155,7 @@ def describe_run(run: Run, to: str) -> ModelMetadata:
         pretraining=str(weights.get("pretraining", "unknown")),
         run=run.name,
         metrics=run.summary,
+        back_off=groups.to_dict() if groups else None,
     )
 
 

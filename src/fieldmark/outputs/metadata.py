@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fieldmark.errors import ExportError
 
 if TYPE_CHECKING:
+    from fieldmark.outputs.back_off import BackOff
     from fieldmark.vision.augment import EvalSpec
 
 FILE = "fieldmark.json"
@@ -37,6 +38,7 @@ class ModelMetadata:
         run: Name of the run folder.
         evidence: What was measured when it was exported: agreement of logits, accuracy of int8.
         metrics: Figures of the run on photos that it was not trained on.
+        back_off: `outputs.back_off.BackOff` as plain values: groups to answer with where the class is not sure.
     """
 
     kind: str
@@ -54,12 +56,19 @@ class ModelMetadata:
     run: str
     evidence: dict[str, Any] = field(default_factory=dict[str, Any])
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    back_off: dict[str, Any] | None = None
 
     def eval_spec(self) -> EvalSpec:
         """The evaluation picture, for `vision.augment.eval_reference`."""
         from fieldmark.vision.augment import EvalSpec
 
         return EvalSpec(**self.preprocessing)
+
+    def groups(self) -> BackOff | None:
+        """The groups to answer with where the class is not sure."""
+        from fieldmark.outputs.back_off import BackOff
+
+        return BackOff.from_dict(self.back_off) if self.back_off else None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -83,10 +92,10 @@ class ModelMetadata:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
-        missing = sorted(set(cls.__dataclass_fields__) - set(content))
+        missing = sorted(set(cls.__dataclass_fields__) - set(content) - {"back_off"})
         if missing:
             raise ExportError(f"{where} lacks {', '.join(missing)}: export the run again")
-        known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
+        known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         # JSON has lists where the values were tuples.
         for name in ("classes", "background"):
             known[name] = tuple(known[name])

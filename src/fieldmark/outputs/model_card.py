@@ -75,6 +75,9 @@ def _facts(metadata: ModelMetadata) -> str:
         if metadata.threshold > 0
         else "every photo is answered, none is called unknown"
     )
+    groups = metadata.groups()
+    if groups:
+        unknown += f"; then the finest of {', '.join(groups.taxonomy.levels[1:])} that is sure"
     rows = [
         ("Architecture", f"{metadata.architecture}, {metadata.parameters / 1e6:.2f} M parameters"),
         ("Form", f"{metadata.kind}, {metadata.precision}"),

@@ -56,7 +56,9 @@ class PredictedPhotos:
     def table(self) -> str:
         """The shown predictions for people: one line each, up to three classes for a single photo."""
         if len(self.shown) == 1:
-            return "\n".join(f"{probability:7.2%}  {name}" for name, probability in self.shown[0].top(3))
+            [only] = self.shown
+            lines = [f"{probability:7.2%}  {name}" for name, probability in only.top(3)]
+            return "\n".join([*lines, *_doubt(only)])
         return "\n".join(_line(prediction) for prediction in self.shown)
 
     def failure_message(self) -> str:
@@ -120,7 +122,8 @@ def predict_photos(
         failed = [prediction for prediction in shown if prediction.problem]
         return PredictedPhotos(None, len(shown), failed, shown)
     checked = distinct(predictions) if is_leaderboard(out, form) else predictions
-    failed = save_predictions(checked, out, classes=predictor.classes, form=form)
+    has_groups = predictor.back_off is not None
+    failed = save_predictions(checked, out, classes=predictor.classes, form=form, has_groups=has_groups)
     return PredictedPhotos(out, predictions.count, failed)
 
 
@@ -193,5 +196,13 @@ class _Told:
 def _line(prediction: Prediction) -> str:
     if prediction.problem:
         return f"{prediction.path}\t(could not be read: {prediction.problem})"
-    note = "\tunknown" if prediction.is_unknown else ""
-    return f"{prediction.path}\t{prediction.label}\t{prediction.probability:.4f}{note}"
+    notes = [prediction.path, prediction.label, f"{prediction.probability:.4f}", *_doubt(prediction)]
+    return "\t".join(notes)
+
+
+def _doubt(prediction: Prediction) -> list[str]:
+    """That the model is not sure enough of the class, and of what it is sure instead; nothing where it is."""
+    if prediction.problem or not prediction.is_unknown:
+        return []
+    answer = prediction.answer
+    return [f"unknown, but {answer.level} {answer.name} {answer.probability:.4f}" if answer.level else "unknown"]

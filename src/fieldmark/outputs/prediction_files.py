@@ -28,10 +28,12 @@ ENDINGS = (".csv", ".zip", ".json", ".parquet")
 ROWS_PER_GROUP = 4096
 NUM_LONG_COLUMNS = 5
 """Columns of the long form before those of the classes."""
+GROUP_COLUMNS = ("level", "answer")
+"""Columns after those of the classes, where the model was calibrated with a taxonomy."""
 
 
 def save_predictions(
-    predictions: Iterable[Prediction], path: Path, *, classes: Sequence[str], form: Form
+    predictions: Iterable[Prediction], path: Path, *, classes: Sequence[str], form: Form, has_groups: bool = False
 ) -> list[Prediction]:
     """Write one row for each prediction, in the order given.
 
@@ -42,6 +44,7 @@ def save_predictions(
         form: `leaderboard` has `image_name,pred_label`, the name without its extension; `long` has the path, the
             label, its probability, whether that is too little to answer, the problem of an unreadable photo, and a
             column `p:<class>` for each class. JSON and Parquet are always long.
+        has_groups: Also write `level` and `answer` in the long form: the finest name of a taxonomy that is sure.
 
     Returns:
         The predictions of photos that could not be read. Their rows have an empty label.
@@ -49,7 +52,7 @@ def save_predictions(
     Raises:
         PredictionError: The file's ending says no known format, or the file cannot be written.
     """
-    writers: dict[str, Callable[[Iterable[Prediction], Path, Sequence[str], Form], None]] = {
+    writers: dict[str, Callable[[Iterable[Prediction], Path, Sequence[str], Form, bool], None]] = {
         ".csv": _save_csv,
         ".zip": _save_zip,
         ".json": _save_json,
@@ -66,7 +69,7 @@ def save_predictions(
             yield prediction
 
     with whole_or_absent(path) as part:
-        writer(watched(), part, classes, form)
+        writer(watched(), part, classes, form, has_groups)
     return failed
 
 
@@ -210,12 +213,16 @@ def whole_or_absent(path: Path) -> Generator[Path]:
             part.unlink()
 
 
-def _save_csv(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
+def _save_csv(
+    predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form, has_groups: bool
+) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        _write_rows(file, predictions, classes, form)
+        _write_rows(file, _rows(predictions, classes, form, has_groups))
 
 
-def _save_zip(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
+def _save_zip(
+    predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form, has_groups: bool
+) -> None:
     # A fixed date: equal predictions give equal files.
     entry = zipfile.ZipInfo("prediction.csv", date_time=(1980, 1, 1, 0, 0, 0))
     entry.compress_type = zipfile.ZIP_DEFLATED
@@ -224,21 +231,29 @@ def _save_zip(predictions: Iterable[Prediction], path: Path, classes: Sequence[s
         archive.open(entry, "w", force_zip64=True) as raw,
         io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        _write_rows(file, predictions, classes, form)
+        _write_rows(file, _rows(predictions, classes, form, has_groups))
 
 
-def _write_rows(file: IO[str], predictions: Iterable[Prediction], classes: Sequence[str], form: Form) -> None:
+def _write_rows(file: IO[str], rows: Iterable[Sequence[str]]) -> None:
     plain = csv.writer(file, lineterminator="\n")
     # csv quotes only the line ending it writes itself; a lone carriage return in a name would split the row.
     quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    for row in _rows(predictions, classes, form):
+    for row in rows:
         (quoted if any("\r" in field for field in row) else plain).writerow(row)
 
 
-def _rows(predictions: Iterable[Prediction], classes: Sequence[str], form: Form) -> Iterator[Sequence[str]]:
-    yield LEADERBOARD_HEADER if form == "leaderboard" else _long_header(classes)
+def _rows(
+    predictions: Iterable[Prediction], classes: Sequence[str], form: Form, has_groups: bool
+) -> Iterator[Sequence[str]]:
+    if form == "leaderboard":
+        yield LEADERBOARD_HEADER
+        for prediction in predictions:
+            yield _leaderboard_row(prediction)
+        return
+    yield [*_long_header(classes), *(GROUP_COLUMNS if has_groups else ())]
     for prediction in predictions:
-        yield _leaderboard_row(prediction) if form == "leaderboard" else _long_row(prediction, len(classes))
+        groups = (prediction.answer.level, prediction.answer.name) if has_groups else ()
+        yield [*_long_row(prediction, len(classes)), *groups]
 
 
 def _leaderboard_row(prediction: Prediction) -> list[str]:
@@ -258,7 +273,9 @@ def _long_row(prediction: Prediction, num_classes: int) -> list[str]:
     return [*head, f"{prediction.probability:.9g}", is_unknown, "", *(f"{p:.9g}" for p in prediction.probabilities)]
 
 
-def _save_json(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
+def _save_json(
+    predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form, has_groups: bool
+) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write('{"classes": ' + json.dumps(list(classes)) + ', "predictions": [')
         for number, prediction in enumerate(predictions):
@@ -269,43 +286,50 @@ def _save_json(predictions: Iterable[Prediction], path: Path, classes: Sequence[
 
 def json_row(prediction: Prediction) -> dict[str, Any]:
     """One prediction as plain data; the probabilities of an unreadable photo are None."""
+    answer = prediction.answer
+    groups = {"level": answer.level or None, "answer": answer.name or None} if prediction.back_off else {}
     return {
         "path": prediction.path,
         "pred_label": prediction.label or None,
         "probability": None if prediction.problem else float(f"{prediction.probability:.9g}"),
         "problem": prediction.problem,
         "is_unknown": prediction.is_unknown,
+        **groups,
         "probabilities": None
         if prediction.problem
         else {name: float(f"{p:.9g}") for name, p in zip(prediction.classes, prediction.probabilities, strict=True)},
     }
 
 
-def _save_parquet(predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form) -> None:
+def _save_parquet(
+    predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form, has_groups: bool
+) -> None:
     import pyarrow.parquet as pq
 
-    schema = long_schema(classes)
+    schema = long_schema(classes, has_groups=has_groups)
     with pq.ParquetWriter(path, schema) as writer:
         rows = iter(predictions)
         while group := list(islice(rows, ROWS_PER_GROUP)):
             writer.write_table(long_table(group, schema))
 
 
-def long_schema(classes: Sequence[str]) -> Any:
-    """Arrow schema of the long form."""
+def long_schema(classes: Sequence[str], *, has_groups: bool) -> Any:
+    """Arrow schema of the long form, with or without `GROUP_COLUMNS`."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.float32()
     fields = [("path", text), ("pred_label", text), ("probability", number)]
     fields += [("is_unknown", pa.bool_()), ("problem", text)]
-    return pa.schema([*fields, *((f"p:{name}", number) for name in map(_utf8, classes))])
+    groups = [(name, text) for name in (GROUP_COLUMNS if has_groups else ())]
+    return pa.schema([*fields, *((f"p:{name}", number) for name in map(_utf8, classes)), *groups])
 
 
 def long_table(group: Sequence[Prediction], schema: Any) -> Any:
     """Arrow table of the long form, of some predictions."""
     import pyarrow as pa
 
-    num_classes = len(schema) - NUM_LONG_COLUMNS
+    has_groups = tuple(schema.names[-len(GROUP_COLUMNS) :]) == GROUP_COLUMNS
+    num_classes = len(schema) - NUM_LONG_COLUMNS - (len(GROUP_COLUMNS) if has_groups else 0)
     columns: list[list[Any]] = [
         [_utf8(prediction.path) for prediction in group],
         [_utf8(prediction.label) if prediction.label else None for prediction in group],
@@ -317,6 +341,9 @@ def long_table(group: Sequence[Prediction], schema: Any) -> Any:
             for k in range(num_classes)
         ),
     ]
+    if has_groups:
+        answers = [prediction.answer for prediction in group]
+        columns += [[answer.level or None for answer in answers], [answer.name or None for answer in answers]]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.Table.from_arrays(arrays, schema=schema)
 

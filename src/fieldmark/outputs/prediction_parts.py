@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fieldmark.errors import PredictionError
+from fieldmark.outputs.back_off import BackOff
 from fieldmark.outputs.prediction_files import NUM_LONG_COLUMNS, long_schema, long_table, whole_or_absent
 from fieldmark.outputs.predictor import Prediction
 
@@ -39,7 +40,8 @@ def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequenc
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = long_table(predictions, long_schema(classes))
+    has_groups = any(prediction.back_off for prediction in predictions)
+    table = long_table(predictions, long_schema(classes, has_groups=has_groups))
     names = [prediction.path.encode("utf-8", "surrogateescape") for prediction in predictions]
     if any(name.decode("utf-8", "replace") != p.path for name, p in zip(names, predictions, strict=True)):
         table = table.append_column(_EXACT, pa.array(names, pa.binary()))
@@ -59,7 +61,9 @@ def part_rows(path: Path, *, key: str) -> int | None:
     return facts.num_rows if (facts.metadata or {}).get(_KEY) == key.encode() else None
 
 
-def load_part(path: Path, *, classes: tuple[str, ...], threshold: float) -> Iterator[Prediction]:
+def load_part(
+    path: Path, *, classes: tuple[str, ...], threshold: float, back_off: BackOff | None
+) -> Iterator[Prediction]:
     """The rows of a part, to the bit as they were predicted.
 
     Raises:
@@ -80,6 +84,6 @@ def load_part(path: Path, *, classes: tuple[str, ...], threshold: float) -> Iter
                     axis=1,
                 ).astype(np.float32)
                 for name, row, problem in zip(names, rows, columns["problem"], strict=True):
-                    yield Prediction(name, classes, row, problem, threshold)
+                    yield Prediction(name, classes, row, problem, threshold, back_off)
     except (OSError, pa.ArrowException) as error:
         raise PredictionError(f"{path} cannot be read: {str(error).splitlines()[0]}. Remove it and go on") from None

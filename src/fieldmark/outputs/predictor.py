@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.errors import DataError, PhotoError
+from fieldmark.outputs.taxonomy import Answer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fieldmark.data.index import PhotoIndex
     from fieldmark.data.loader import Batch
     from fieldmark.experiment.folder import Run
+    from fieldmark.outputs.back_off import BackOff
     from fieldmark.vision.augment import EvalSpec
     from fieldmark.vision.views import Views
 
@@ -41,6 +43,7 @@ class Prediction:
         probabilities: (K,) float32 summing to 1; NaN for a photo that could not be read.
         problem: Why the photo could not be read; "" if it could.
         threshold: Least probability that counts as an answer, in [0, 1].
+        back_off: Groups to answer with where the class is not sure; None if there are none.
     """
 
     path: str
@@ -48,6 +51,7 @@ class Prediction:
     probabilities: NDArray[np.float32]
     problem: str
     threshold: float = 0.0
+    back_off: BackOff | None = None
 
     @property
     def label(self) -> str:
@@ -61,8 +65,15 @@ class Prediction:
 
     @property
     def is_unknown(self) -> bool:
-        """Whether the model is not sure enough to answer, or the photo could not be read."""
+        """Whether the model is not sure enough of the class, or the photo could not be read."""
         return bool(self.problem) or self.probability < self.threshold
+
+    @property
+    def answer(self) -> Answer:
+        """The finest name that is sure enough: the class, else a group of the taxonomy, else none (level "")."""
+        if self.problem:
+            return Answer("", "", float("nan"))
+        return answer_of(self.probabilities, self.classes, threshold=self.threshold, back_off=self.back_off)
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The `k` most probable classes with their probabilities; empty for a photo that could not be read."""
@@ -71,6 +82,17 @@ class Prediction:
         # Stable on the negated row, so that equals keep class order, as the accuracy counts them.
         order = np.argsort(-self.probabilities, kind="stable")[:k]
         return [(self.classes[number], float(self.probabilities[number])) for number in order]
+
+
+def answer_of(
+    probabilities: NDArray[np.float32], classes: Sequence[str], *, threshold: float, back_off: BackOff | None
+) -> Answer:
+    """The finest name that is sure enough; see `Prediction.answer`."""
+    if back_off is not None:
+        return back_off.answer(probabilities)
+    best = int(probabilities.argmax())
+    sure = float(probabilities[best])
+    return Answer("", "", sure) if sure < threshold else Answer("class", classes[best], sure)
 
 
 class Predictor:
@@ -87,6 +109,7 @@ class Predictor:
         batch_size: Photos at once.
         temperature: Divides the logits, > 0.
         threshold: Least probability that counts as an answer, in [0, 1].
+        back_off: See `Prediction`.
     """
 
     def __init__(
@@ -100,12 +123,14 @@ class Predictor:
         batch_size: int,
         temperature: float,
         threshold: float,
+        back_off: BackOff | None,
     ) -> None:
         self.classes = tuple(classes)
         self.spec = spec
         self.batch_size = batch_size
         self.temperature = temperature
         self.threshold = threshold
+        self.back_off = back_off
         self._logits = logits
         self.background = background
         self._max_pixels = max_pixels
@@ -132,7 +157,7 @@ class Predictor:
 
     @classmethod
     def _load_run(cls, run: Run, *, flips: bool) -> Predictor:
-        from fieldmark.outputs.calibration import load_calibration
+        from fieldmark.outputs.calibration import load_back_off, load_calibration
         from fieldmark.outputs.networks import open_networks
 
         spec, logits = open_networks(run, flips=flips)
@@ -146,6 +171,7 @@ class Predictor:
             batch_size=run.config.eval.batch_size,
             temperature=calibration.temperature if calibration else 1.0,
             threshold=calibration.threshold if calibration else 0.0,
+            back_off=load_back_off(run),
         )
 
     @classmethod
@@ -171,6 +197,7 @@ class Predictor:
             batch_size=defaults.eval.batch_size,
             temperature=exported.temperature,
             threshold=exported.threshold,
+            back_off=exported.metadata.groups(),
         )
 
     def __call__(self, photo: Source) -> Prediction:
@@ -262,7 +289,7 @@ class Predictor:
         for place in problems:
             probabilities[place] = np.nan
         return [
-            Prediction(name, self.classes, row, problems.get(place, ""), self.threshold)
+            Prediction(name, self.classes, row, problems.get(place, ""), self.threshold, self.back_off)
             for place, (name, row) in enumerate(zip(names, probabilities, strict=True))
         ]
 

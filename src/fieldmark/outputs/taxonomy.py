@@ -48,7 +48,7 @@ class Answer:
     """The finest answer that is sure enough.
 
     Attributes:
-        level: Name of the level, or "" for unknown.
+        level: Name of the level ("class" where there is no taxonomy), or "" for unknown.
         name: Name of the group at that level, or "" for unknown.
         probability: Summed probability of the group; for unknown, that of the likeliest group of the coarsest level.
     """
@@ -187,3 +187,12 @@ def taxonomy_scores(run: Run, table: Path) -> dict[str, float]:
     """
     stored = run.predictions("val")
     return hierarchical_accuracy(stored.probabilities, stored.labels, load_taxonomy(table, run.classes))
+
+
+def describe_scores(scores: dict[str, float]) -> str:
+    """A line for each of `hierarchical_accuracy`, for people."""
+    height = scores["mistake_height"]
+    lines = [
+        f"right at the level of {level}: {score:.1%}" for level, score in scores.items() if level != "mistake_height"
+    ]
+    return "\n".join([*lines, f"mistakes are {height:.2f} levels off on average (1: the group above is still right)"])

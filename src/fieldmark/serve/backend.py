@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from fieldmark.experiment.folder import Run
     from fieldmark.outputs.attention import AttentionMaps
+    from fieldmark.outputs.back_off import BackOff
     from fieldmark.outputs.predictor import Predictor
     from fieldmark.vision.augment import EvalSpec
     from fieldmark.vision.views import Views
@@ -50,6 +51,11 @@ class PhotoModel(Protocol):
     @property
     def threshold(self) -> float:
         """Least probability that is answered; 0 answers everything."""
+        ...
+
+    @property
+    def back_off(self) -> BackOff | None:
+        """Groups to answer with where the class is not sure."""
         ...
 
     @property
@@ -91,6 +97,7 @@ class ServedModel:
         self.name = name
         self.classes = predictor.classes
         self.threshold = predictor.threshold
+        self.back_off = predictor.back_off
 
     @classmethod
     def load(cls, path: Path) -> ServedModel:

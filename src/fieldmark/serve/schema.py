@@ -14,6 +14,14 @@ class Answer(BaseModel):
     probability: float
 
 
+class Group(BaseModel):
+    """A name at some level of the taxonomy that the model was calibrated with."""
+
+    level: str
+    name: str
+    probability: float
+
+
 class PhotoAnswer(BaseModel):
     """What the model says of one photo."""
 
@@ -22,6 +30,9 @@ class PhotoAnswer(BaseModel):
 
     is_unknown: bool
     """Whether the probability is below the threshold."""
+
+    group: Group | None
+    """Where the class is not sure: the finest group of the taxonomy that is; null if there is none."""
 
     top: list[Answer]
     """The likeliest classes, best first; empty for a photo that could not be read."""

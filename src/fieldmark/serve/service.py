@@ -14,7 +14,7 @@ from fieldmark.serve.backend import PhotoModel, Prepared
 from fieldmark.serve.batching import Batcher, QueueFullError
 from fieldmark.serve.limits import Limits
 from fieldmark.serve.metrics import ServerMetrics
-from fieldmark.serve.schema import Answer, PhotoAnswer
+from fieldmark.serve.schema import Answer, Group, PhotoAnswer
 
 
 class BusyError(Exception):
@@ -97,7 +97,9 @@ class PhotoService:
                     found = await loop.run_in_executor(self._decoders, self.model.attention, item.picture, best)
                     answer.attention = np.round(found.astype(float), 3).tolist()
             else:
-                answer = PhotoAnswer(label=None, is_unknown=True, top=[], problem=item, attention=None, seen=None)
+                answer = PhotoAnswer(
+                    label=None, is_unknown=True, group=None, top=[], problem=item, attention=None, seen=None
+                )
             outcome = "unreadable" if answer.problem else "unknown" if answer.is_unknown else "answered"
             self.metrics.photos.labels(outcome).inc()
             answers.append(answer)
@@ -117,9 +119,17 @@ class PhotoService:
         answer = PhotoAnswer(
             label=None if is_unknown else answers[0].label,
             is_unknown=is_unknown,
+            group=self._group(row) if is_unknown else None,
             top=answers,
             problem=None,
             attention=None,
             seen=list(item.box),
         )
         return answer, best[0]
+
+    def _group(self, row: NDArray[np.float32]) -> Group | None:
+        groups = self.model.back_off
+        found = groups.answer(row) if groups else None
+        if found is None or not found.level:
+            return None
+        return Group(level=found.level, name=found.name, probability=found.probability)

@@ -92,8 +92,11 @@ function fail(card, reason) {
 function show(card, answer, threshold) {
   if (answer.problem) return fail(card, `it ${answer.problem}.`);
   card.classList.toggle("unknown", answer.is_unknown);
-  card.querySelector("h2").textContent = answer.is_unknown ? "Unknown" : readable(answer.label);
-  card.querySelector(".note").textContent = answer.is_unknown
+  const { group } = answer;
+  card.querySelector("h2").textContent = group ? readable(group.name) : answer.is_unknown ? "Unknown" : readable(answer.label);
+  card.querySelector(".note").textContent = group
+    ? `${percent(group.probability)} sure of the ${group.level}, not of the class. The likeliest names:`
+    : answer.is_unknown
     ? `Nothing reaches ${percent(threshold)}, what this model needs to answer. The likeliest names:`
     : `${percent(answer.top[0].probability)} sure`;
   card.querySelector(".bars").replaceChildren(...answer.top.map(({ label, probability }) => {
@@ -167,6 +170,7 @@ async function send(files) {
   byId("status").className = "quiet";
   byId("status").textContent = answers.photos
     .map((answer) => (answer.problem ? `could not be read: it ${answer.problem}`
+      : answer.group ? `unknown, but ${answer.group.level} ${readable(answer.group.name)}`
       : answer.is_unknown ? "unknown" : `${readable(answer.label)}, ${percent(answer.top[0].probability)}`))
     .join("; ");
 }
