@@ -12,7 +12,7 @@ class BareRay(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read `--ray` without an address as `--ray=`."""
-        following = [*args[1:], "-"]
+        following = [*args, "-"][1:]
         bare = [word == "--ray" and after.startswith("-") for word, after in zip(args, following, strict=True)]
         words = ["--ray=" if is_bare else word for word, is_bare in zip(args, bare, strict=True)]
         return super().parse_args(ctx, words)
