@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -161,6 +163,24 @@ def test_a_file_is_a_photo_or_one_error(name: str, capfd: pytest.CaptureFixture[
         assert (spoken.out, spoken.err) == ("", "")
     if "cut at" in name or name in {"nothing", "noise", "zeros", "text", "postscript"} or "claims" in name:
         assert result != "photo"
+
+
+def test_pillow_prints_nothing_where_nobody_set_up_logging(tmp_path: Path) -> None:
+    data = bytearray(make("TIFF"))
+    samples = data.index(b"\x15\x01\x03\x00")  # the tag SamplesPerPixel, a short
+    data[samples + 8 : samples + 10] = (16387).to_bytes(2, "little")
+    (tmp_path / "photo.tif").write_bytes(data)
+    code = (
+        "import pathlib, sys\n"
+        "from fieldmark.data.decode import decode\n"
+        "from fieldmark.errors import PhotoError\n"
+        "try: decode(pathlib.Path(sys.argv[1]), background=(0, 0, 0), max_pixels=10**6)\n"
+        "except PhotoError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "photo.tif")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "photo.tif" in done.stdout
+    assert done.stderr == ""
 
 
 def test_there_are_enough_cases_of_either_kind() -> None:

@@ -5,6 +5,7 @@ Shape letters: H, W height and width of the upright photo, in pixels.
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from typing import TYPE_CHECKING, BinaryIO
@@ -27,6 +28,8 @@ _TRUNCATED = re.compile(r"truncat|premature end|not enough|unexpected end|end of
 _NOT_PHOTOS = frozenset({"EPS", "WMF", "EMF"})
 _MAGIC = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _PILLOW_MODULES = r"PIL\."
+# Pillow logs what is wrong with a file and then raises it: without a handler Python would print it, nameless.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def check_pixels(path: str, num_pixels: int, limit: int) -> None:

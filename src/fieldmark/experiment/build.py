@@ -17,7 +17,7 @@ from fieldmark.config import Config
 from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import ConfigError
 from fieldmark.experiment.batches import PhotoReader, TrainPhotos
-from fieldmark.experiment.environment import keep_freed_memory, usable_cores
+from fieldmark.experiment.environment import keep_freed_memory, quiet_fabric, usable_cores
 from fieldmark.optim.groups import create_optimizer, parameter_groups
 from fieldmark.optim.schedule import Schedule
 from fieldmark.vision.augment import EvalSpec
@@ -103,6 +103,7 @@ def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice]]:
         keep_freed_memory()
     precision = choose_precision(config, device.value)
     is_distributed = config.train.devices * config.train.nodes > 1
+    quiet_fabric()
     fabric = Fabric(
         accelerator=device.value,
         devices=config.train.devices,

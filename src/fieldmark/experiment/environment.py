@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -59,6 +61,13 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
+
+
+def quiet_fabric() -> None:
+    """Let Fabric say nothing on stderr but warnings: what it chooses, `train` tells in words of its own."""
+    for name in ("lightning_fabric", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*The number of training batches.*")
 
 
 def processor_name() -> str:

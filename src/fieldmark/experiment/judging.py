@@ -17,7 +17,7 @@ from fieldmark.engine.evaluate import predict_batches
 from fieldmark.experiment.batches import EvalPhotos, PhotoReader
 from fieldmark.experiment.dataset import Progress
 from fieldmark.experiment.ensemble import load_members, mean_probabilities
-from fieldmark.experiment.environment import keep_freed_memory, usable_cores
+from fieldmark.experiment.environment import keep_freed_memory, quiet_fabric, usable_cores
 from fieldmark.experiment.folder import Run
 
 
@@ -72,6 +72,7 @@ def open_fabric(info: dict[str, Any]) -> Fabric:
     if not has_gpu:
         keep_freed_memory()
     precision = info["precision"] if has_gpu or info["precision"] != "16-mixed" else "32-true"
+    quiet_fabric()
     return Fabric(accelerator="cuda" if has_gpu else "cpu", devices=1, precision=precision)
 
 

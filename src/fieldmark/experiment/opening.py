@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -63,7 +61,6 @@ def open_session(
         FieldmarkError: Any of them is not what it should be.
     """
     fabric, choices = build.build_fabric(config)
-    _silence_fabric()
     fabric.launch()
     if fabric.is_global_zero and start == "new":
         make_folder(path)
@@ -251,9 +248,3 @@ def _notes(session: Session, choices: dict[str, build.Choice]) -> list[str]:
     if config.train.epochs:
         notes += [f"warning: {text}" for text in schedule_warnings(**build.schedule_settings(config))]
     return notes
-
-
-def _silence_fabric() -> None:
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*The number of training batches.*")
