@@ -43,6 +43,26 @@ def test_a_really_full_device_is_a_clear_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("number", "told"), [(28, "Free some space"), (13, "writable"), (30, "writable")])
+def test_what_to_do_depends_on_what_was_wrong(tmp_path, number, told):
+    def refused(part):
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ResourceError, match=told):
+        checkpoint.whole_or_absent(tmp_path / "x", refused)
+
+
+def test_weights_that_may_not_be_read_are_a_clear_error(tmp_path, monkeypatch):
+    checkpoint.save_weights(tmp_path / "best.safetensors", {"a": torch.zeros(3)})
+
+    def forbidden(self, *arguments):
+        raise PermissionError(13, os.strerror(13), str(self))
+
+    monkeypatch.setattr(type(tmp_path), "open", forbidden)
+    with pytest.raises(RunError, match="cannot be read: Permission denied"):
+        checkpoint.load_saved_weights(tmp_path / "best.safetensors")
+
+
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):

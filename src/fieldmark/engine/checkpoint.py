@@ -6,6 +6,7 @@ Weights are safetensors; the state of a training is a torch file of tensors, num
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import warnings
@@ -79,9 +80,11 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise RunError(f"{path} does not exist: the run has no weights yet")
     try:
+        path.open("rb").close()  # safetensors says of a forbidden file that there is none
         return load_file(path)
-    except SafetensorError as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path} cannot be read: {reason}") from None
 
 
 def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
@@ -104,11 +107,15 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
         # torch and safetensors report a full disk by errors of their own.
         if isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS):
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            hint = "Free some space" if _is_full(error) else "Make the folder writable, or choose another"
             raise ResourceError(
-                f"{path} could not be written: {reason}. What was there before is intact. "
-                "Free some space, then resume the run"
+                f"{path} could not be written: {reason}. What was there before is intact. {hint}"
             ) from error
         raise
+
+
+def _is_full(error: Exception) -> bool:
+    return not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, None)
 
 
 def _umask() -> int:
