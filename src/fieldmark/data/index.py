@@ -167,7 +167,11 @@ def require_trainable(index: PhotoIndex) -> None:
 
 
 def save_split_table(index: PhotoIndex, path: Path) -> None:
-    """Write path, label, split and group of every photo as CSV, in index order, whole or not at all."""
+    """Write path, label, split and group of every photo as CSV, in index order, whole or not at all.
+
+    Raises:
+        ResourceError: The disk is full, or the folder not writable or not there.
+    """
     rows = [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]
     write_csv(path, SPLIT_COLUMNS, rows)
 

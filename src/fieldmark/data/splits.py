@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fieldmark.data.assignment import assign, follow_groups, return_to_train
 from fieldmark.data.index import PhotoIndex, load_split_table, save_split_table
-from fieldmark.errors import DataError
+from fieldmark.errors import DataError, ResourceError
 
 if TYPE_CHECKING:
     from fieldmark.data.inspection import PhotoFacts
@@ -94,8 +94,12 @@ def remembered_split(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_split_table(replace(divided, photos=(*divided.photos, *away)), table)
-    except OSError as error:
-        raise DataError(f"the split cannot be kept in {folder}: {error.strerror}. Free some space there") from None
+    except (OSError, ResourceError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(
+            f"the split cannot be kept in {folder}: {reason}. Make room or make it writable there, or set "
+            "XDG_CACHE_HOME to a folder where both is so"
+        ) from None
     return divided
 
 

@@ -6,6 +6,7 @@ and what is written is read back the same, newlines and quotes included.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark.data.folders import close_match
-from fieldmark.errors import DataError
+from fieldmark.errors import DataError, ResourceError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -103,7 +104,11 @@ def read_csv(path: str, data: bytes) -> Table:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a CSV file whole or not at all; `read_table` gives the same text back."""
+    """Write a CSV file whole or not at all; `read_table` gives the same text back.
+
+    Raises:
+        ResourceError: The disk is full, or the folder not writable or not there.
+    """
     # A bare carriage return is quoted by some versions of Python only, so quote everything where there is one.
     needs_quotes = any("\r" in value for row in rows for value in row)
     text = io.StringIO(newline="")
@@ -111,8 +116,14 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]])
     writer.writerow(columns)
     writer.writerows(rows)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(text.getvalue().encode("utf-8", errors="surrogateescape"))
-    part.replace(path)
+    try:
+        part.write_bytes(text.getvalue().encode("utf-8", errors="surrogateescape"))
+        part.replace(path)
+    except OSError as error:
+        # In a folder that is not there, or is a file, there is nothing to take away either.
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise ResourceError(f"{path} could not be written: {error.strerror}") from None
 
 
 def _checked_header(path: str, header: Sequence[str]) -> Sequence[str]:
