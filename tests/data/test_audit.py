@@ -174,7 +174,7 @@ def test_one_class_is_not_enough():
     photos, facts = make_data()
     kept = [place for place, photo in enumerate(photos) if photo.label == "a"]
     found = judge([photos[place] for place in kept], [facts[place] for place in kept], classes=("a",))
-    assert "needs at least 2 classes; there are 1" in only(found.must_mend)
+    assert "needs at least 2 classes; there is only 'a'" in only(found.must_mend)
 
 
 def test_few_photos_and_imbalance_are_pointed_out():

@@ -141,7 +141,7 @@ def test_a_path_that_does_not_exist_is_answered_with_the_nearest_name(tmp_path):
     message = error_of(load, tmp_path / "flower" / "a")
     assert "does not exist" in message
     assert "did you mean 'Flowers'?" in message
-    assert "does not exist (looked in" in error_of(load, Path("no such folder"))
+    assert f"there is no 'no such folder' in {Path.cwd()}" in error_of(load, Path("no such folder"))
 
 
 @pytest.mark.parametrize(

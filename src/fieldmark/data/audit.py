@@ -80,7 +80,8 @@ def audit(
 def _class_faults(found: Findings) -> list[str]:
     lines: list[str] = []
     if len(found.num_train) < 2:
-        lines.append(f"A classifier needs at least 2 classes; there are {len(found.num_train)}. Add class folders")
+        only = f"there is only {listed(list(found.num_train))}" if found.num_train else "there is none"
+        lines.append(f"A classifier needs at least 2 classes; {only}. Add a class folder with photos")
     untrained = [name for name, count in found.num_train.items() if not count]
     if untrained:
         lines.append(f"{_classes(untrained)} no photo in train: {listed(untrained)}. Add some, or leave the class out")

@@ -106,8 +106,7 @@ def existing(path: Path) -> Path:
         hint = close_match(missing, os.listdir(parent))  # noqa: PTH208, names suffice
     except OSError:
         hint = ""
-    where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-    raise DataError(f"{path} does not exist{where}: there is no {missing!r} in {parent}{hint or '. Check the path'}")
+    raise DataError(f"{path} does not exist: there is no {missing!r} in {parent}{hint or '. Check the path'}")
 
 
 def _walk(
@@ -122,6 +121,8 @@ def _walk(
             f"{folder} cannot be listed: {error.strerror}. Make it readable, or move it out of the data"
         ) from None
     inside = (*above, (info.st_dev, info.st_ino))
+    if above and not entries:
+        ignored["empty folder"] += 1
     for entry in entries:
         reason = _reason_to_ignore(entry, inside)
         if reason:

@@ -115,7 +115,8 @@ def _divided(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Config) -> 
 def format_checkup(checkup: Checkup) -> str:
     """A table for people: classes, photos, cost, then what to know and what to mend."""
     found = checkup.audit
-    lines = [f"{found.root}: {found.num_photos} photos, {len(found.counts)} classes", *_class_table(found.counts)]
+    classes = f"{len(found.counts)} class" + "es" * (len(found.counts) != 1)
+    lines = [f"{found.root}: {found.num_photos} photos, {classes}", *_class_table(found.counts)]
     if found.num_unlabelled:
         lines.append(f"without a label: {found.num_unlabelled}")
     if found.ignored:
