@@ -44,6 +44,17 @@ def test_each_mistake_is_told(settings, words):
     assert any(words in finding for finding in lint(*settings)), lint(*settings)
 
 
+def test_an_average_is_advised_that_fits_the_run():
+    (short,) = [
+        finding for finding in lint("train.ema_decay=0.999", "train.epochs=1", steps=3) if "remembers" in finding
+    ]
+    (long,) = [
+        finding for finding in lint("train.ema_decay=0.999", "train.epochs=1", steps=100) if "remembers" in finding
+    ]
+    assert short.endswith("Set train.ema_decay=0")
+    assert long.endswith("Set train.ema_decay=0.9 or 0")
+
+
 def test_crop_fallback_is_measured_on_the_photos():
     scale = "augment.crop_scale=[0.6, 1.2]"
     wide = [finding for finding in lint(scale, sizes=[(1600, 900)] * 4) if "fixed centre crop" in finding]

@@ -193,9 +193,10 @@ def _average(given: LintInput) -> Iterable[str]:
     train = given.config.train
     steps = train.epochs * given.steps_per_epoch
     if train.ema_decay and steps and 1 / (1 - train.ema_decay) > steps / 3:
+        fitting = f"{1 - 10 / steps:.3g} or 0" if steps > 10 else "0"
         yield (
             f"the average of decay {train.ema_decay:g} remembers {1 / (1 - train.ema_decay):.0f} updates, and the run "
-            f"has {steps}: much of it will be the start. Set train.ema_decay={max(1 - 10 / steps, 0):.3g} or 0"
+            f"has {steps}: much of it will be the start. Set train.ema_decay={fitting}"
         )
 
 
