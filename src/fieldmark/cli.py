@@ -1,13 +1,15 @@
 """The command line: each verb parses, calls and prints. Nothing else in the package prints.
 
 Results go to stdout (`--json` for machines), progress and errors to stderr. Exit codes: 0 done, 1 a bug (with its
-traceback), 2 the user can mend it (one message), 130 stopped from the keyboard.
+traceback) or nobody reading the results any more, 2 the user can mend it (one message), 130 stopped from the keyboard.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,6 +47,15 @@ RunFolder = Annotated[Path, typer.Argument(help="Run folder that `fieldmark trai
 
 DEFAULT_RECIPE = "strong"
 
+# What a machine refuses, and a user can mend. Any other OSError is a bug and shows its traceback.
+MACHINE_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it readable and writable, or choose another place"),
+    errno.EIO: "Look whether the disk is well",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+}
+
 
 def main() -> None:
     """Run the command line; the one place where our errors become a message and an exit code."""
@@ -59,6 +70,16 @@ def main() -> None:
     except FieldmarkError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        typer.echo(f"error: {where}{error.strerror}. {MACHINE_ERRORS[error.errno]}", err=True)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's answer to Ctrl-C
+            typer.echo("stopped by Ctrl-C", err=True)
+        raise
 
 
 @app.command()

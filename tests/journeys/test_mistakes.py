@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +147,87 @@ def test_ctrl_c_ends_with_130(monkeypatch, fieldmark):
 
     monkeypatch.setattr(config, "recipe_names", stopped)
     assert fieldmark("recipes", "list").code == 130
+
+
+def test_ctrl_c_says_so_in_one_line(monkeypatch, fieldmark):
+    from fieldmark import config
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config, "recipe_names", stopped)
+    assert fieldmark("recipes", "list").err == "stopped by Ctrl-C\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(errno.ENOSPC, "Free some space"), (errno.EACCES, "another place"), (errno.EROFS, "another place")],
+)
+def test_what_the_machine_refuses_is_told_and_not_traced(monkeypatch, fieldmark, number, told):
+    from fieldmark import config
+
+    def refused():
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr(config, "recipe_names", refused)
+    assert_told(fieldmark("recipes", "list"), f"some/file: {os.strerror(number)}", told)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_results_that_find_no_room_are_one_message():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "fieldmark", "config", "show", "report"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device. Free some space\n")
+
+
+def test_a_split_table_that_cannot_be_written_is_one_message_and_leaves_nothing(fieldmark, photos, tiny, tmp_path):
+    assert_told(fieldmark("split", photos, "--out", tmp_path / "none" / "s.csv", *tiny()), "s.csv could not be written")
+    (tmp_path / "folder.csv").mkdir()
+    assert_told(fieldmark("split", photos, "--out", tmp_path / "folder.csv", *tiny()), "folder.csv could not be")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.csv"]
+
+
+@pytest.mark.parametrize("verb", ["predict", "check", "train", "evaluate", "split", "preview"])
+def test_a_verb_alone_is_told_what_it_misses(fieldmark, verb):
+    result = fieldmark(verb)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert "Missing argument" in result.err or "no data" in result.err
+
+
+def test_weights_that_cannot_be_read_are_one_message(fieldmark, trained, photos, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "best.safetensors").write_bytes(b"torn")
+    assert_told(fieldmark("predict", run, photos), "best.safetensors cannot be read")
+    (run / "best.safetensors").unlink()
+    assert_told(fieldmark("predict", run, photos), "no weights yet")
+
+
+def test_an_empty_class_folder_is_counted(fieldmark, tmp_path, make_photo, tiny):
+    for number in range(5):
+        make_photo(tmp_path / "data" / "robin" / f"{number}.png", (1, 2, 3), number)
+    (tmp_path / "data" / "wren").mkdir()
+    told = fieldmark("check", tmp_path / "data", *tiny())
+    assert told.code == 2
+    assert "5 photos, 1 class\n" in told.out
+    assert "left aside: empty folder (1)" in told.out
+    assert "there is only 'robin'" in told.out
+
+
+def test_a_photo_alone_that_cannot_be_read_is_told_on_stdout_too(fieldmark, trained, tmp_path):
+    (tmp_path / "one.png").write_bytes(b"")
+    result = fieldmark("predict", trained, tmp_path / "one.png")
+    assert_told(result, "'one.png' is empty")
+    assert "one.png\t(could not be read: is empty (0 bytes))" in result.out
+
+
+def test_the_libraries_below_say_nothing(trained, photos, tmp_path):
+    """In a process of its own: a logger that was silenced once stays so."""
+    command = [sys.executable, "-m", "fieldmark", "predict", str(trained), str(photos / "2")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_help_imports_nothing_heavy():
