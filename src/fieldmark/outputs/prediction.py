@@ -55,7 +55,7 @@ class PredictedPhotos:
 
     def table(self) -> str:
         """The shown predictions for people: one line each, up to three classes for a single photo."""
-        if len(self.shown) == 1:
+        if len(self.shown) == 1 and not self.shown[0].problem:
             [only] = self.shown
             lines = [f"{probability:7.2%}  {name}" for name, probability in only.top(3)]
             return "\n".join([*lines, *_doubt(only)])
