@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,22 @@ def fieldmark(monkeypatch, capsys) -> Callable[..., Result]:
     return run
 
 
+@pytest.fixture(scope="session")
+def session_fieldmark() -> Callable[..., Result]:
+    """The same for fixtures that outlive a test, which `capsys` does not."""
+    from fieldmark.cli import main
+
+    def run(*arguments: object) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", ["fieldmark", *map(str, arguments)])
+            with pytest.raises(SystemExit) as exit_:
+                main()
+        return Result(int(exit_.value.code or 0), out.getvalue(), err.getvalue())
+
+    return run
+
+
 def settings(*more: str) -> list[str]:
     """`--set` for a model so small that a run takes a second."""
     return [word for pair in [*TINY, *more] for word in ("--set", pair)]
@@ -89,6 +107,12 @@ def trained(photos, tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny() -> Callable[..., list[str]]:
     """`settings`, for tests that start runs of their own."""
+    return settings
+
+
+@pytest.fixture(scope="session")
+def session_settings() -> Callable[..., list[str]]:
+    """`settings`, for fixtures that outlive a test."""
     return settings
 
 
