@@ -155,3 +155,15 @@ def test_text_stands_out_from_its_background(browser, url, scheme):
     # WCAG 2.2, success criterion 1.4.3
     assert {selector: ratio for selector, ratio in ratios if ratio < 4.5} == {}
     page.close()
+
+
+def test_fingers_are_not_told_to_drop_or_to_press_keys(browser, url):
+    for is_touched in (True, False):
+        context = browser.new_context(
+            viewport={"width": 390, "height": 800}, has_touch=is_touched, is_mobile=is_touched
+        )
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_role("region", name="Choose photos").wait_for()
+        assert page.get_by_text("Drop photos here").is_visible() == (not is_touched)
+        context.close()
