@@ -197,6 +197,13 @@ def test_what_was_combined_predicts_when_moved_with_its_members_and_photos_gone(
     assert evaluate_run(moved, split="val", data=None, progress=quiet).photos == len(Run(moved).split.of("val"))
 
 
+def test_members_of_which_some_are_calibrated_are_warned_of(ensemble, first, tmp_path):
+    assert "warning: first not calibrated, but the others are" in format_combined(ensemble)
+    copy = tmp_path / "third"
+    shutil.copytree(first.path, copy)
+    assert "warning" not in format_combined(combine([first.path, copy], tmp_path / "both"))
+
+
 def test_an_ensemble_can_be_calibrated_and_then_says_unknown(ensemble, files, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ensemble.path, copy)

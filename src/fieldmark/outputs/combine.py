@@ -116,6 +116,13 @@ def format_combined(run: Run) -> str:
         temperature = f"  temperature {row['temperature']:.3f}" if "temperature" in row else ""
         lines.append(f"  {name:{width}}  top-1 {row['top1']:.4f}{temperature}{kept}")
     lines.append(f"validation: top-1 {val['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}")
+    temperatures = {name: row.get("temperature", 1.0) for name, row in members.items()}
+    as_they_are = [name for name, temperature in temperatures.items() if temperature == 1]
+    if 0 < len(as_they_are) < len(members):
+        lines.append(
+            f"warning: {', '.join(as_they_are)} not calibrated, but the others are: the surest outvote the rest. "
+            "Calibrate all members or none, and combine them again"
+        )
     return "\n".join([*lines, summary["note"]])
 
 
