@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fieldmark.experiment.run import Run
 from fieldmark.outputs.predictor import Predictor
@@ -123,6 +124,16 @@ def test_preview_draws_and_warns(fieldmark, photos, tiny, tmp_path):
     assert result.code == 0
     assert "never zooms out" in result.out
     assert (tmp_path / "p.png").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("methods", ['["mixup", "cutmix"]', '["cutmix"]', "[]"])
+def test_a_preview_has_no_gap_where_a_method_is_not_used(fieldmark, photos, tiny, tmp_path, methods):
+    settings = tiny("probe.epochs=0", "mix.prob=0.3", f"mix.methods={methods}")
+    result = fieldmark("preview", "laptop", photos, "--out", tmp_path / "p.png", *settings)
+    assert result.code == 0
+    rows = (np.asarray(Image.open(tmp_path / "p.png").convert("L")) < 250).any(axis=1)
+    inked = np.flatnonzero(rows)
+    assert np.diff(inked).max() < 0.06 * len(rows)
 
 
 def test_split_is_written_and_trained_from(fieldmark, photos, tiny, tmp_path):

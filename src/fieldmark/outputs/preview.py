@@ -95,8 +95,10 @@ def draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int
         cache=None,
     )
     batches = [prepare(shown, epoch) for epoch in (0, 1)]
-    figure = figures.new_figure(14, 15.5)
-    whole, augmented, mixed, curves = list(figure.subfigures(4, 1, squeeze=False, height_ratios=[1, 2, 2.2, 1.6]).flat)
+    # A row of photos is as high in every section, so that one method of mixing leaves no gap where another would be.
+    heights = [1, 2, max(1.1 * len(config.mix.methods), 0.1), 1.6]
+    figure = figures.new_figure(14, 2.28 * sum(heights))
+    whole, augmented, mixed, curves = list(figure.subfigures(4, 1, squeeze=False, height_ratios=heights).flat)
     photos = [
         decode(index.files()[n], background=config.data.background, max_pixels=config.data.max_pixels) for n in shown
     ]
