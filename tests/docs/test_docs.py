@@ -94,6 +94,52 @@ def test_every_command_of_a_page_works(page, workplace, monkeypatch):
         assert run(command, monkeypatch) == 0, command
 
 
+def other_commands(page: Path) -> list[str]:
+    """Lines that begin with `fieldmark` in blocks that are shown and not run: shell and text."""
+    lines = [line for language in ("sh", "text") for block in blocks(page, language) for line in block.splitlines()]
+    return [line for line in lines if line.startswith("fieldmark ")]
+
+
+OTHERS = [(page.stem, command) for page in PAGES for command in other_commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), OTHERS)
+def test_every_command_that_is_shown_is_one(page, command):
+    """Verb, options, values and number of arguments, without doing it."""
+    import typer.main
+
+    from fieldmark.cli import app
+
+    words = shlex.split(command, comments=True)[1:]
+    verb = typer.main.get_command(app).commands[words[0]]
+    verb.make_context(words[0], words[1:])
+
+
+@pytest.fixture(scope="module")
+def compared(synthetic_run, tmp_path_factory) -> Path:
+    """The runs and sweeps that the pages of compare and report speak of."""
+    root = tmp_path_factory.mktemp("compared")
+    for name in ("runs/plain", "runs/mixed", "runs/a", "runs/b", "sweeps/mixing/0", "sweeps/mixing/1",
+                 "sweeps/elements/strong", "sweeps/elements/gentle"):  # fmt: skip
+        is_other = name.endswith(("mixed", "b", "1", "gentle"))
+        synthetic_run(root / name, overrides=["mix.prob=0.4"] if is_other else [])
+    return root
+
+
+@pytest.mark.parametrize(
+    "command", [command for page, command in OTHERS if page in ("compare", "report") and "sweep " not in command]
+)
+def test_the_commands_of_compare_and_report_work(compared, monkeypatch, command):
+    monkeypatch.chdir(compared)
+    assert run(command, monkeypatch) == 0
+
+
+def test_the_readme_names_the_pinned_torch():
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    torch, torchvision = (next(pin for pin in pins if pin.startswith(f"{name}==")) for name in ("torch", "torchvision"))
+    assert f"`{torch} {torchvision}`" in (ROOT / "README.md").read_text()
+
+
 def test_the_python_of_the_readme_runs(workplace, capsys):
     (code,) = blocks(ROOT / "README.md", "python")
     exec(compile(code, "README.md", "exec"), {})
