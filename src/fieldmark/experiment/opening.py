@@ -22,6 +22,7 @@ from fieldmark.experiment import build, folder
 from fieldmark.experiment.dataset import Dataset, Logged, Progress, inspect, prepare_dataset, refusal, user_folder
 from fieldmark.experiment.environment import describe_environment, usable_cores
 from fieldmark.experiment.session import Session
+from fieldmark.experiment.tracking import require_trackers
 from fieldmark.optim.schedule import schedule_warnings
 from fieldmark.vision.model import freeze_stages
 
@@ -60,6 +61,7 @@ def open_session(
     Raises:
         FieldmarkError: Any of them is not what it should be.
     """
+    require_trackers(config.train.trackers)
     fabric, choices = build.build_fabric(config)
     fabric.launch()
     if fabric.is_global_zero and start == "new":

@@ -6,6 +6,7 @@ metrics.jsonl is always written, by `run`; these are copies on request.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,17 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Flush and let go."""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Look for the packages of the trackers asked for: at the start, not after a probe that took minutes.
+
+    Raises:
+        MissingExtraError: One is not installed.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise MissingExtraError(name, name)
 
 
 def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
