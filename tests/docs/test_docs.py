@@ -134,6 +134,13 @@ def test_the_commands_of_compare_and_report_work(compared, monkeypatch, command)
     assert run(command, monkeypatch) == 0
 
 
+def test_every_paper_that_the_code_or_a_page_names_is_cited():
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
+    named = {number for file in files for number in re.findall(r"arXiv:(\d{4}\.\d{4,5})", file.read_text("utf-8"))}
+    assert len(named) > 20
+    assert not named - set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", (ROOT / "CITATION.cff").read_text("utf-8")))
+
+
 def test_the_readme_names_the_pinned_torch():
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     torch, torchvision = (next(pin for pin in pins if pin.startswith(f"{name}==")) for name in ("torch", "torchvision"))
