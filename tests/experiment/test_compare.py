@@ -239,3 +239,9 @@ def test_runs_of_several_seeds_are_named_by_the_folder_that_holds_them(make_run)
 def test_folders_that_tell_no_settings_apart_leave_the_changes_as_names(make_run):
     runs = [make_run("a/run"), make_run("b/run", overrides=MANY)]
     assert all("optim.lr=" in setting.name for setting in compare_runs(runs).settings)
+
+
+def test_an_accuracy_of_few_seeds_stays_between_none_and_all(make_run):
+    runs = [make_run("poor", accuracy=0.3), make_run("good", seed=1, accuracy=0.9)]
+    interval = compare_runs(runs).settings[0].interval
+    assert (interval.low, interval.high) == (0.0, 1.0)

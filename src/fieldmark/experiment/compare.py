@@ -194,6 +194,8 @@ def _setting(
         interval = Interval(right / num_photos, *wilson_interval(right, num_photos, confidence=level))
     else:
         interval = mean_interval(scores, level=level, draws=draws, rng=rng)
+        if metric != "log_loss":  # Student's t of two or three seeds knows no bounds
+            interval = Interval(interval.estimate, max(interval.low, 0.0), min(interval.high, 1.0))
     optimisms = [run_optimism(run, draws=min(draws, 2000), rng=rng) for run in group.runs]
     optimism = Optimism(float(np.mean([found.points for found in optimisms])), optimisms[0].source)
     seeds = tuple(replicate.seed for replicate in replicates)
