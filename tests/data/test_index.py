@@ -129,6 +129,7 @@ def test_only_extensions_that_can_be_read_count_as_photos():
         (["train/a/1.jpg", "val/1.jpg"], "no class folders in the val folder, only photos"),
         (["train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "has both val/ and valid/"),
         (["birds/train/a/1.jpg", "birds/val/a/1.jpg"], "holds only 'birds', with a train folder in it"),
+        (["birds/a/1.jpg", "birds/b/1.jpg"], "holds only 'birds', with 2 folders in it: 'a', 'b'. If those are"),
     ],
 )
 def test_a_folder_that_is_no_data_set_says_why(tmp_path, names, expected):
@@ -211,6 +212,8 @@ def test_a_parquet_table_reads_as_its_csv_would(tmp_path):
         ("", "is empty: its first line must name the columns"),
         ("path,label\n", "has no rows"),
         ("path,lable\na.jpg,x\n", "has no column 'label'; it has 'path', 'lable'; did you mean 'lable'?"),
+        ("file,label\na.jpg,x\n", "or say which it is: --set data.path_column=NAME"),
+        ("path,class\na.jpg,x\n", "or say which it is: --set data.label_column=NAME"),
         ("path,label,label\na.jpg,x,y\n", "has two columns named 'label'"),
         ("path,label\na.jpg,x,y\n", "line 2: 3 values, but the header names 2 columns"),
         ('path,label\n"a.jpg,x\n', "is not a CSV table"),

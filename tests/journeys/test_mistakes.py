@@ -68,6 +68,15 @@ def test_a_folder_that_is_no_run(fieldmark, photos, tmp_path):
     assert_told(fieldmark("predict", tmp_path / "none", photos), "none")
 
 
+def test_photos_that_are_no_longer_where_they_were(fieldmark, trained, photos, tmp_path):
+    assert_told(fieldmark("evaluate", trained, "--data", photos.parent / "fotos"), "fotos does not exist", "'photos'?")
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    told = json.loads((moved / "data.json").read_text()) | {"root": "/gone"}
+    (moved / "data.json").write_text(json.dumps(told))
+    assert_told(fieldmark("evaluate", moved, "--split", "train"), "were in /gone, which is gone", "--data")
+
+
 def test_an_ending_that_is_no_format(fieldmark, trained, photos, tmp_path):
     result = fieldmark("predict", trained, photos / "2", "--out", tmp_path / "p.xlsx")
     assert_told(result, "p.xlsx", ".csv, .zip, .json, .parquet")

@@ -57,10 +57,10 @@ def read_listing(
     Raises:
         DataError: A column is missing, a row says too little, two rows contradict each other, or files are missing.
     """
-    labels = table.column(label_column)
+    labels = table.column(label_column, setting="data.label_column")
     splits = [_split_of(table, value) for value in table.optional_column(split_column)]
     groups = table.optional_column(group_column)
-    root, names = _resolve(folder, table, table.column(path_column))
+    root, names = _resolve(folder, table, table.column(path_column, setting="data.path_column"))
     rows: dict[str, Row] = {}
     for name, label, split, group in zip(names, labels, splits, groups, strict=True):
         if not label.strip() and split != "test":
@@ -142,8 +142,14 @@ def _refuse_wrapped(root: Path, names: Sequence[str]) -> None:
     folders = _folders(names)
     if len(folders) == 1:
         inner = [name.split("/", 1)[1] for name in names if "/" in name]
-        if any(SPLIT_NAMES.get(folder.lower()) == "train" for folder in _folders(inner)):
+        within = _folders(inner)
+        if any(SPLIT_NAMES.get(folder.lower()) == "train" for folder in within):
             raise DataError(f"{root} holds only {folders[0]!r}, with a train folder in it: give {root / folders[0]}")
+        if len(within) > 1:
+            raise DataError(
+                f"{root} holds only {folders[0]!r}, with {len(within)} folders in it: {listed(within)}. If those are "
+                f"the classes, give {root / folders[0]}; else add a second class beside it"
+            )
 
 
 def _split_of(table: Table, value: str) -> str:

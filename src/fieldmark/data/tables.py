@@ -36,8 +36,12 @@ class Table:
 
     num_rows: int
 
-    def column(self, name: str) -> list[str]:
+    def column(self, name: str, *, setting: str = "") -> list[str]:
         """The values of a column, one for each row.
+
+        Args:
+            name: The column's.
+            setting: Where a user may give another name, for the message.
 
         Raises:
             DataError: There is no such column, or it is not text; lists the columns there are.
@@ -47,7 +51,9 @@ class Table:
         if name not in self.values:
             names = [*self.values, *self.unusable]
             there = ", ".join(repr(column) for column in names)
-            raise DataError(f"{self.name} has no column {name!r}; it has {there}{close_match(name, names) or '.'}")
+            hint = close_match(name, names) or "."
+            way_out = f" Rename one, or say which it is: --set {setting}=NAME" if setting else ""
+            raise DataError(f"{self.name} has no column {name!r}; it has {there}{hint}{way_out}")
         return self.values[name]
 
     def optional_column(self, name: str | None) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fieldmark.config import Config
+from fieldmark.data.folders import existing
 from fieldmark.engine import metrics
 from fieldmark.engine.finite import NonFiniteError
 from fieldmark.engine.loop import EpochReport, TrainBatch, train_epochs
@@ -99,13 +100,16 @@ def evaluate(
         progress: Where to tell how far the work is.
 
     Raises:
-        RunError: The run has no such labelled photos.
+        RunError: The run has no such labelled photos, or the folder that they were in is gone.
+        DataError: `data` does not exist.
         PhotoError: A photo broke or vanished.
     """
     from fieldmark.experiment.judging import predict_photos
 
     run = run if isinstance(run, Run) else Run(run)
-    index = run.split if data is None else replace(run.split, root=Path(data))
+    index = run.split if data is None else replace(run.split, root=existing(Path(data)))
+    if not index.root.exists():
+        raise RunError(f"the photos of {run.path} were in {index.root}, which is gone: say where they are with --data")
     labels = index.label_numbers()
     numbers = np.asarray(
         [place for place, photo in enumerate(index.photos) if photo.split == split and labels[place] >= 0], np.int64
