@@ -65,7 +65,10 @@ def main() -> None:
     try:
         app()
     except InterruptedRunError as error:
-        typer.echo(str(error), err=True)
+        from fieldmark.experiment.environment import is_main_process
+
+        if is_main_process():
+            typer.echo(str(error), err=True)
         sys.exit(130)
     except FieldmarkError as error:
         typer.echo(f"error: {error}", err=True)
@@ -202,6 +205,7 @@ def train(
 ) -> None:
     """Fine-tune a model and write a run folder."""
     from fieldmark.experiment import run as runs
+    from fieldmark.experiment.environment import is_main_process
     from fieldmark.outputs.summary import format_epoch, format_result, new_run_folder
 
     if resume is not None and (data is not None or out is not None or set_):
@@ -211,7 +215,10 @@ def train(
     with open_progress("train") as progress:
         reports = runs.resume(folder, progress=progress) if resume else runs.train(config, folder, progress=progress)
         for report in reports:
-            progress.message(format_epoch(report))
+            if is_main_process():
+                progress.message(format_epoch(report))
+    if not is_main_process():
+        return
     run = runs.Run(folder)
     _print_json({"run": str(folder), **run.summary}) if as_json else typer.echo(format_result(run))
 

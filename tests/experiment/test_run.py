@@ -397,6 +397,70 @@ def test_killed_at_random_points_a_run_ends_as_the_unbroken_one(photos, tmp_path
 
 
 @pytest.mark.slow
+def test_a_probe_of_two_processes_is_that_of_one(photos, tmp_path):
+    """Also where one of them has no photo of its own."""
+    overrides = [f"data.path={photos}", *TINY, "train.epochs=0", "probe.epochs=3", "train.precision=32-true"]
+    assert run_script(tmp_path, tmp_path / "one", "train", *overrides).wait() == 0
+    assert run_script(tmp_path, tmp_path / "two", "train", *overrides, "train.devices=2").wait() == 0
+    one, two = Run(tmp_path / "one").metrics[0], Run(tmp_path / "two").metrics[0]
+    for key in ("train_loss", "train_top1_clean"):
+        assert one[key] == pytest.approx(two[key], rel=1e-5)
+    assert one["val"] == pytest.approx(two["val"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "told"), [((), "exists and is not empty"), (("model.weights=/gone/w.pth",), "/gone/w.pth")]
+)
+def test_what_is_wrong_is_told_once_by_two_processes(photos, tmp_path, settings, told):
+    out = tmp_path / "run"
+    out.mkdir()
+    if not settings:
+        (out / "note.txt").write_text("mine")
+    pairs = [f"data.path={photos}", *TINY, "train.devices=2", *settings]
+    command = [sys.executable, "-m", "fieldmark", "train", "--out", str(out), *(f"--set={pair}" for pair in pairs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [8, 1])
+def test_a_signal_to_one_of_two_processes_stops_both_and_is_told_once(photos, tmp_path, batch_size):
+    """Whether epochs are shorter than the updates between two questions, or longer."""
+    out = tmp_path / "run"
+    settings = ("train.devices=2", "train.epochs=5000", f"train.batch_size={2 * batch_size}")
+    pairs = [f"data.path={photos}", *TINY, *settings]
+    command = [sys.executable, "-m", "fieldmark", "train", "--out", str(out), *(f"--set={pair}" for pair in pairs)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not Run(out).metrics if (out / "recipe.toml").is_file() else True:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert told.count("everything is saved") == 1
+    assert "Traceback" not in told
+    assert Run(out).summary["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_the_command_line_tells_each_epoch_once_for_two_processes(photos, tmp_path):
+    pairs = [f"data.path={photos}", *TINY, "train.devices=2", "train.epochs=2", "probe.epochs=2"]
+    command = [sys.executable, "-m", "fieldmark", "train", "--out", str(tmp_path / "run"), "--json"]
+    done = subprocess.run(
+        [*command, *(f"--set={pair}" for pair in pairs)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert json.loads(done.stdout)["status"] == "finished"
+    for line in ("probe ", "epoch   1", "epoch   2", "data: "):
+        assert sum(told.startswith(line) for told in done.stderr.splitlines()) == 1, done.stderr
+    assert "deprecated" not in done.stderr
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one_on_the_same_global_batches(photos, tmp_path):
     """Without BatchNorm and mixing, whose statistics and partners are each process's own."""
     overrides = [
@@ -408,6 +472,8 @@ def test_two_processes_equal_one_on_the_same_global_batches(photos, tmp_path):
         "train.batch_size=7",
         "train.ema_decay=0",
         "train.precision=32-true",  # two halves of a batch round to bf16 otherwise than the whole
+        "probe.epochs=2",
+        "eval.batch_size=20",  # the last batch of 36 photos is short, and the 12 of validation are one process's
     ]
     assert run_script(tmp_path, tmp_path / "one", "train", *overrides).wait() == 0
     assert run_script(tmp_path, tmp_path / "two", "train", *overrides, "train.devices=2").wait() == 0
@@ -421,5 +487,5 @@ def test_two_processes_equal_one_on_the_same_global_batches(photos, tmp_path):
     assert one.predictions().paths == two.predictions().paths
     assert len(two.predictions().paths) == 12
     np.testing.assert_allclose(one.predictions().probabilities, two.predictions().probabilities, atol=1e-4)
-    assert len((tmp_path / "two/metrics.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "two/metrics.jsonl").read_text().splitlines()) == 4
     json.loads((tmp_path / "two/summary.json").read_text())

@@ -5,7 +5,7 @@ Shape letters: B batch, N photos, K classes, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fieldmark.data.loader import Batch
 
@@ -47,7 +47,7 @@ def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> N
 
 @torch.inference_mode()
 def predict_batches(
-    fabric: Fabric, model: nn.Module, batches: Iterable[Batch], *, flips: bool, channels_last: bool
+    fabric: Fabric, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
 ) -> Predictions:
     """Run a model over batches.
 

@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fieldmark.data.loader import Batch
+from fieldmark.engine.evaluate import predict_batches
 from fieldmark.vision.model import Classifier
 
 
-@torch.inference_mode()
 def compute_features(
     fabric: Fabric, model: Classifier, batches: Iterable[Batch], *, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
     """Pooled features of every photo.
 
+    Args:
+        fabric: Device, precision, and the other processes.
+        model: Whose features are wanted.
+        batches: This process's share; together the shares hold each photo once.
+        channels_last: Memory layout of the images.
+
     Returns:
-        (N, F) float32 and the photos' numbers (N,) int64, both on the CPU, in the order of the batches.
+        (N, F) float32 and the photos' numbers (N,) int64, both on the CPU, by rising number: those of all processes, so
+        that each fits the same head.
     """
     model.eval()
-    features: list[Tensor] = []
-    numbers: list[Tensor] = []
-    for batch in batches:
-        images = batch.images.to(fabric.device, non_blocking=True)
-        images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
-        with fabric.autocast():
-            features.append(model.features(images).float().cpu())
-        numbers.append(batch.numbers)
-    return torch.cat(features), torch.cat(numbers)
+    found = predict_batches(fabric, model.features, batches, flips=False, channels_last=channels_last)
+    return torch.from_numpy(found.logits), torch.from_numpy(found.numbers)
 
 
 def train_head(

@@ -47,6 +47,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that speaks and writes: the only one, or the first of those that train together."""
+    from torch import distributed
+
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next update; elsewhere this does nothing.
 
@@ -67,7 +74,8 @@ def quiet_fabric() -> None:
     """Let Fabric say nothing on stderr but warnings: what it chooses, `train` tells in words of its own."""
     for name in ("lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*The number of training batches.*")
+    for message in (".*The number of training batches.*", ".*all_gather is deprecated.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def processor_name() -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +18,18 @@ from fieldmark.data.index import PhotoIndex, save_split_table
 from fieldmark.data.loader import Loader, auto_workers
 from fieldmark.engine.average import RunningAverage
 from fieldmark.engine.loop import EpochTally, TrainState
-from fieldmark.errors import DataError, ResourceError, RunError
+from fieldmark.errors import DataError, FieldmarkError, ResourceError, RunError
 from fieldmark.experiment import build, folder
-from fieldmark.experiment.dataset import Dataset, Logged, Progress, inspect, prepare_dataset, refusal, user_folder
+from fieldmark.experiment.dataset import (
+    Dataset,
+    Logged,
+    Progress,
+    Quiet,
+    inspect,
+    prepare_dataset,
+    refusal,
+    user_folder,
+)
 from fieldmark.experiment.environment import describe_environment, usable_cores
 from fieldmark.experiment.session import Session
 from fieldmark.experiment.tracking import require_trackers
@@ -28,6 +38,9 @@ from fieldmark.vision.model import freeze_stages
 
 if TYPE_CHECKING:
     from fieldmark.data.cache import PhotoCache
+
+
+Result = TypeVar("Result")
 
 
 def make_folder(path: Path) -> None:
@@ -64,28 +77,28 @@ def open_session(
     require_trackers(config.train.trackers)
     fabric, choices = build.build_fabric(config)
     fabric.launch()
-    if fabric.is_global_zero and start == "new":
-        make_folder(path)
+    if start == "new":
+        _together(fabric, lambda: make_folder(path) if fabric.is_global_zero else None)
     if fabric.is_global_zero and start == "again":
         for name in (folder.METRICS, folder.EPOCHS):
             (path / name).unlink(missing_ok=True)
     log = Logged(progress, path / folder.LOG) if fabric.is_global_zero else None
-    progress = log or progress
+    progress = log or Quiet()
     fabric.barrier()
     torch.manual_seed(config.train.seed)
     if config.train.deterministic and fabric.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
     if start == "resumed":
-        dataset = _resumed_dataset(config, path, progress)
+        dataset = _together(fabric, lambda: _resumed_dataset(config, path, progress))
     else:
-        dataset = prepare_dataset(config.data, progress=progress)
+        dataset = _together(fabric, lambda: prepare_dataset(config.data, progress=progress))
     index = dataset.index
     cache, cache_note = _open_cache(config, dataset, fabric, progress)
     workers, workers_note = _workers(config, fabric, is_cached=cache is not None)
     if fabric.device.type == "cpu":
         choices["threads"] = build.choose_threads(config, workers=workers)
         torch.set_num_threads(choices["threads"].value)
-    built = build.build_model(config, num_classes=len(index.classes))
+    built = _together(fabric, lambda: build.build_model(config, num_classes=len(index.classes)))
     evaluation = build.build_eval_spec(config, built.data)
     session = Session(
         config=config,
@@ -108,6 +121,21 @@ def open_session(
         if start != "resumed":
             _write_beginning(session, choices["precision"].value)
     return session
+
+
+def _together(fabric: Fabric, work: Callable[[], Result]) -> Result:
+    """What `work` gives, or its error once: where the first process has one too, the others leave the word to it."""
+    result, problem = None, None
+    try:
+        result = work()
+    except FieldmarkError as error:
+        problem = error
+    is_told = fabric.broadcast(problem is not None)
+    if problem is not None and (fabric.is_global_zero or not is_told):
+        raise problem
+    if is_told:
+        raise SystemExit(2)
+    return result  # type: ignore[return-value]  # without a problem it is what `work` gave
 
 
 def begin(session: Session) -> None:

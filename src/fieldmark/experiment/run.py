@@ -217,7 +217,7 @@ def _learn(session: Session, stop: StopRequest) -> Iterator[EpochReport]:
             yield report
             if is_over:
                 break
-            if stop:
+            if _agreed(session, stop, 0):
                 _interrupted(session, stop)
     except NonFiniteError as error:
         raise _named(session, error) from error
@@ -244,7 +244,7 @@ def _watched(session: Session, stop: StopRequest, epoch: int, first: int) -> Ite
 
 
 def _agreed(session: Session, stop: StopRequest, number: int) -> bool:
-    """Whether all processes stop here: they ask each other now and then, since a signal reaches them apart."""
+    """Whether all processes stop here: they ask each other each tenth time, since a signal may reach but one of them."""
     if session.fabric.world_size == 1:
         return bool(stop)
     if number % 10:
