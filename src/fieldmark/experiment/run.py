@@ -244,7 +244,7 @@ def _watched(session: Session, stop: StopRequest, epoch: int, first: int) -> Ite
 
 
 def _agreed(session: Session, stop: StopRequest, number: int) -> bool:
-    """Whether all processes stop here: they ask each other each tenth time, since a signal may reach but one of them."""
+    """Whether all processes stop here: they ask each tenth time, as a signal may reach but one."""
     if session.fabric.world_size == 1:
         return bool(stop)
     if number % 10:
