@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from PIL import Image
 from fieldmark.config import load_config
 from fieldmark.engine.checkpoint import load_checkpoint, load_saved_weights
 from fieldmark.engine.metrics import summarize
-from fieldmark.errors import ConfigError, DataError, InterruptedRunError, RunError, TrainingError
+from fieldmark.errors import ConfigError, DataError, InterruptedRunError, ResourceError, RunError, TrainingError
 from fieldmark.experiment.build import global_batches
 from fieldmark.experiment.run import Run, evaluate, resume, train
 from fieldmark.experiment.session import Session
@@ -281,6 +282,36 @@ def test_resume_needs_an_unfinished_run_with_the_same_photos(photos, tmp_path):
     Image.new("RGB", (90, 90)).save(own / "train/2/0.png")
     with pytest.raises(DataError, match="not those that"):
         list(resume(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "last.pt", "metrics.jsonl"])
+def test_a_full_disk_says_how_to_go_on_and_harms_nothing(photos, tmp_path, monkeypatch, name):
+    config, out = tiny(photos, "train.select=last"), tmp_path / "run"
+    replace, opened, calls = Path.replace, Path.open, []
+
+    def refuse(path):
+        if path.name.startswith(name):
+            calls.append(path)
+            if len(calls) == 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def full_replace(self, target):
+        refuse(Path(target))
+        return replace(self, target)
+
+    def full_open(self, mode="r", *arguments, **named):
+        if mode == "a":
+            refuse(self)
+        return opened(self, mode, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full_replace)
+        patch.setattr(Path, "open", full_open)
+        with pytest.raises(ResourceError, match=f"No space left on device.*, then continue with.* --resume {out}"):
+            list(train(config, out))
+    list(resume(out))
+    list(train(config, tmp_path / "unbroken"))
+    assert_same_result(out, tmp_path / "unbroken")
 
 
 def test_a_number_that_is_not_finite_names_the_photos_and_keeps_the_last_good_weights(photos, tmp_path):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from fieldmark.engine import metrics
 from fieldmark.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights, whole_or_absent
 from fieldmark.engine.evaluate import Predictions, predict_batches
 from fieldmark.engine.loop import EpochTally, TrainBatch, TrainState
+from fieldmark.errors import ResourceError
 from fieldmark.experiment import build, folder
 from fieldmark.experiment.batches import EvalPhotos, PhotoReader
 from fieldmark.experiment.dataset import Dataset, Logged, Progress
@@ -186,9 +188,10 @@ class Session:
             self.best = Best(value, epoch)
         is_kept = is_best if self.config.train.select == "best" else True
         if is_kept and self.fabric.is_global_zero:
-            save_weights(self.path / folder.WEIGHTS, model.state_dict())
-            if self.latest is not None:
-                self._store_predictions(self.latest)
+            with _writing(self.path):
+                save_weights(self.path / folder.WEIGHTS, model.state_dict())
+                if self.latest is not None:
+                    self._store_predictions(self.latest)
         return is_kept
 
     def save(self) -> None:
@@ -197,21 +200,20 @@ class Session:
         if not self.fabric.is_global_zero:
             return
         state = self.state
-        save_checkpoint(
-            self.path / folder.STATE,
-            {
-                "model": state.model.state_dict(),
-                "optimizer": state.optimizer.state_dict(),
-                "precision": self.fabric.strategy.precision.state_dict(),
-                "average": state.average.model.state_dict() if state.average else None,
-                "tally": state.tally.sums,
-                "counts": {name: getattr(state, name) for name in _COUNTS},
-                "random": random_states.reshape(self.fabric.world_size, -1).cpu(),
-                "best": asdict(self.best),
-                "seconds": self.seconds + time.perf_counter() - self.started,
-                "history": json.dumps(self.history),
-            },
-        )
+        content = {
+            "model": state.model.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "average": state.average.model.state_dict() if state.average else None,
+            "tally": state.tally.sums,
+            "counts": {name: getattr(state, name) for name in _COUNTS},
+            "random": random_states.reshape(self.fabric.world_size, -1).cpu(),
+            "best": asdict(self.best),
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            "history": json.dumps(self.history),
+        }
+        with _writing(self.path):
+            save_checkpoint(self.path / folder.STATE, content)
 
     def restore(self) -> None:
         """Take up the state of `last.pt`, and drop what was written after it."""
@@ -238,11 +240,12 @@ class Session:
         self.history.append(row)
         if not self.fabric.is_global_zero:
             return
-        with (self.path / folder.METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.latest is not None:
-            self.val_by_epoch.append(self.latest.logits.argmax(axis=1).astype(np.int32))
-            self._store_epochs()
+        with _writing(self.path):
+            with (self.path / folder.METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if self.latest is not None:
+                self.val_by_epoch.append(self.latest.logits.argmax(axis=1).astype(np.int32))
+                self._store_epochs()
 
     def _updates(self, epoch: int) -> list[Sequence[int]]:
         config = self.config.train
@@ -297,6 +300,18 @@ class Session:
         if path.is_file():
             with np.load(path) as stored:
                 self.val_by_epoch = list(stored["predicted"][: len(self.history)])
+
+
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
+    """Say of a run folder that takes no more how the run goes on once it does."""
+    try:
+        yield
+    except ResourceError as error:
+        raise ResourceError(f"{error}, then continue with: fieldmark train --resume {path}") from error
+    except OSError as error:
+        reason = f"{error.filename or path} could not be written: {error.strerror}"
+        raise ResourceError(f"{reason}. Mend that, then continue with: fieldmark train --resume {path}") from error
 
 
 def _random_state(device: torch.device) -> Tensor:
