@@ -145,7 +145,7 @@ def _weaknesses(found: Findings) -> list[str]:
     for split in ("val", "test"):
         absent = [name for name, gap in found.gaps if gap == split]
         if absent:
-            lines.append(f"{_classes(absent)} no photo in {split}: {listed(absent)}. Nothing is measured for them")
+            lines.append(f"{_classes(absent)} no photo in {split}: {listed(absent)}. Nothing is measured there")
     few = sorted((count, name) for name, count in found.num_train.items() if 0 < count < FEW_PHOTOS)
     if few:
         names = [name for _, name in few]

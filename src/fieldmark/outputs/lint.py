@@ -135,7 +135,10 @@ def _mixing(given: LintInput) -> Iterable[str]:
             "they are: train accuracy on clean batches cannot be told, and the model hardly sees a whole photo"
         )
     if smoothing:
-        yield f"mixing and label smoothing {smoothing:g} both soften the targets: probabilities will be too low"
+        yield (
+            f"mixing and label smoothing {smoothing:g} both soften the targets: probabilities will be too low, until "
+            "`fieldmark calibrate` mends them"
+        )
     if not mix.off_epochs and config.train.epochs >= 10:
         yield "mixing goes on to the last epoch: mix.off_epochs=3 or so lets the model end on whole photos"
 
