@@ -31,7 +31,7 @@ def test_nothing_is_said_where_nothing_is_wrong():
         (["augment.executor=reference", "augment.shear=5", "augment.affine_interpolation=nearest"], "jagged"),
         (["augment.executor=reference", "augment.degrees=20", "augment.fill=[0, 0, 0]"], "black corners"),
         (["mix.prob=0.5", "mix.off_epochs=3"], "leaves 0% of the batches"),
-        (["mix.prob=0.2", "mix.off_epochs=3", "train.label_smoothing=0.1"], "too low, until `fieldmark calibrate` mends them"),
+        (["mix.prob=0.2", "mix.off_epochs=3", "train.label_smoothing=0.1"], "until `fieldmark calibrate` mends them"),
         (["mix.prob=0.2"], "mixing goes on to the last epoch"),
         (["augment.size=448", "eval.size=448"], "while the weights were trained at 224"),
         (["eval.size=192"], "evaluation at 192 pixels is smaller than training at 224"),
