@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
-
 from fieldmark.config import Config
-from fieldmark.errors import ConfigError, ResourceError, RunError
+from fieldmark.errors import ConfigError, ResourceError
+from fieldmark.experiment.alone import alone
 from fieldmark.experiment.cell import BOOKS, Job, Outcome, load_outcome
 from fieldmark.experiment.cell_folder import (
     cell_value,
@@ -136,20 +135,14 @@ def run_sweep(
         (out / BOOKS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(f"{out} cannot be created: {error.strerror}") from None
-    lock = FileLock(out / BOOKS / "sweep.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(f"another sweep is at work in {out}: wait for it, or give another folder") from None
-    try:
+    busy = f"another sweep is at work in {out}: wait for it, or give another folder"
+    with alone(out / BOOKS / "sweep.lock", busy=busy):
         executor = _open_executor(base, jobs=jobs, ray=ray, ray_cpus=ray_cpus)
         work = _Work(grid, out, plan, executor, trainer, on_status or _ignore)
         try:
             return work.run(poll_seconds)
         finally:
             executor.stop()
-    finally:
-        lock.release()
 
 
 def _open_executor(base: Mapping[str, Any], *, jobs: int | None, ray: str | None, ray_cpus: int) -> Executor:

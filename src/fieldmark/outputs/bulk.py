@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
-
 from fieldmark.data.remote import PhotoSource, Piece, digest, to_json
-from fieldmark.errors import DataError, PredictionError, RunError
+from fieldmark.errors import DataError, PredictionError
+from fieldmark.experiment.alone import alone
 from fieldmark.experiment.dataset import Progress
 from fieldmark.outputs.part_worker import (
     BOOKS,
@@ -200,12 +199,7 @@ def _locked(folder: Path) -> Generator[None]:
         (folder / BOOKS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PredictionError(f"{folder} cannot be written: {error.strerror}") from None
-    lock = FileLock(folder / BOOKS / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(f"another predict is at work in {folder}: wait for it, or give another --out") from None
-    try:
+    with alone(
+        folder / BOOKS / "lock", busy=f"another predict is at work in {folder}: wait for it, or give another --out"
+    ):
         yield
-    finally:
-        lock.release()

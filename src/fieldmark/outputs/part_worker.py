@@ -87,13 +87,14 @@ def model_fingerprint(model: Path, *, flips: bool) -> str:
     Raises:
         RunError: One of them cannot be read.
     """
-    from fieldmark.experiment.folder import CLASSES, MODEL, RECIPE, WEIGHTS
+    from fieldmark.experiment.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS
+    from fieldmark.outputs import calibration
     from fieldmark.outputs.metadata import FILE
 
     if (model / FILE).is_file():
         files = sorted(path for path in model.iterdir() if path.is_file())
     else:
-        names = (RECIPE, CLASSES, MODEL, WEIGHTS, "calibration.json", "ensemble.json")
+        names = (RECIPE, CLASSES, MODEL, WEIGHTS, calibration.FILE, ENSEMBLE)
         folders = [model, *sorted(model.glob("members/*"))]  # of an ensemble
         files = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     total = hashlib.sha256(f"flips={flips}".encode())
