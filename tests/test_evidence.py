@@ -60,3 +60,8 @@ def test_a_report_with_another_ending_is_refused(runs, tmp_path):
 def test_a_sweep_without_such_a_grid_names_those_there_are(tmp_path):
     result = invoke("sweep", "resnet50-mixin", "--out", str(tmp_path / "out"))
     assert "resnet50-mixing" in str(result.exception)
+
+
+def test_sweep_takes_ray_without_an_address_as_predict_and_serve_do(tmp_path):
+    result = invoke("sweep", "no-such-grid", "--out", str(tmp_path / "out"), "--ray")
+    assert "no-such-grid" in str(result.exception)

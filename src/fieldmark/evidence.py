@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fieldmark.bare_ray import BareRay
 from fieldmark.console import format_seconds, open_progress
 from fieldmark.errors import RunError
 
@@ -25,8 +26,9 @@ Against = Annotated[
 
 def add_verbs(app: typer.Typer) -> None:
     """Add the four verbs to the command line."""
-    for verb in (sweep, compare, report, findings):
+    for verb in (compare, report, findings):
         app.command()(verb)
+    app.command(cls=BareRay)(sweep)
 
 
 def sweep(
