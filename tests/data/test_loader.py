@@ -314,6 +314,16 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 10) -> bool:
     return is_so()
 
 
+def test_no_code_runs_where_a_batch_ends_so_that_no_ctrl_c_is_lost_there(preparing: ModuleType) -> None:
+    with Loader(workers=1, threads=1) as loader:
+        arrived = list(loader.batches(preparing.Prepare(), PLAN, epoch=0))
+        called: list[str] = []
+        sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+        arrived.clear()
+        sys.setprofile(None)
+    assert called == []
+
+
 def test_ctrl_c_ends_all_and_only_the_training_process_speaks(preparing: ModuleType, tmp_path: Path) -> None:
     process, pids = run_script(preparing, tmp_path, "forkserver")
     assert len(pids) == 2

@@ -124,11 +124,14 @@ class _Worker:
         self._slots: dict[int, Tensor] = {}  # shared memory, (bytes,) uint8
         self._num_slots = 0
         self._free: deque[int] = deque()
+        self._lent: dict[int, tuple[weakref.ref[Any], int]] = {}  # by id: what lives on a slot, and the slot
+        self._returned: deque[weakref.ref[Any]] = deque()
         self._asked: deque[int | None] = deque()
         self._slot_bytes = 0
 
     def ask(self, numbers: list[int], epoch: int) -> None:
         """Ask for a batch, to be put in shared memory that nobody uses."""
+        self._take_back()
         slot = self._free.popleft() if self._free else None
         if slot is None and self._slot_bytes:
             slot, self._num_slots = self._num_slots, self._num_slots + 1
@@ -159,6 +162,7 @@ class _Worker:
         if isinstance(reply, Batch) and reply.images.nbytes > self._slot_bytes:
             # The first batch, or a larger one than before: those to come get memory of this size.
             self._slot_bytes = reply.images.nbytes
+            self._take_back()
             while self._free:
                 del self._slots[self._free.popleft()]
         if slot is not None:
@@ -169,9 +173,17 @@ class _Worker:
         """A view of the slot, which is free again when the last tensor on it is gone."""
         size = reply.dtype.itemsize * math.prod(reply.shape)
         pixels = self._slots[reply.slot][:size].numpy()
-        # torch holds this very array as long as any tensor shares its memory.
-        weakref.finalize(pixels, self._release, reply.slot)
+        # torch holds this very array as long as any tensor shares its memory. What happens at its end is no Python
+        # code: a Ctrl-C that arrived there would be told on stderr and lost.
+        loan = weakref.ref(pixels, self._returned.append)
+        self._lent[id(loan)] = loan, reply.slot
         return torch.from_numpy(pixels).view(reply.dtype).view(reply.shape)
+
+    def _take_back(self) -> None:
+        """Free the slots that no tensor lives on any more."""
+        while self._returned:
+            loan = self._lent.pop(id(self._returned.popleft()))
+            self._release(loan[1])
 
     def _release(self, slot: int) -> None:
         if self._slots[slot].nbytes >= self._slot_bytes:
