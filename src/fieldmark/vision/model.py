@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from fieldmark.errors import ConfigError
@@ -45,7 +47,8 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, F) of normalised images (B, 3, H, W), before any dropout."""
-        features: Tensor = self.backbone(images)
+        with _fast_gradients(is_wanted=self.training and images.device.type == "cpu"):
+            features: Tensor = self.backbone(images)
         if features.ndim != 2:
             raise ConfigError(
                 f"model.name: {self.name} gives features of shape {tuple(features.shape)} rather than one vector for "
@@ -97,6 +100,16 @@ class Classifier(nn.Module):
                 if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
                     module.eval()
         return self
+
+
+def _fast_gradients(*, is_wanted: bool) -> AbstractContextManager[object]:
+    if not is_wanted or torch.compiler.is_compiling():
+        return nullcontext()
+    from fieldmark.vision.depthwise import (
+        DepthwiseGradients,
+    )  # its kernels cost time to load, and only training has use
+
+    return DepthwiseGradients()
 
 
 def create_classifier(
