@@ -37,8 +37,8 @@ def make_plan(*, is_quick: bool) -> Plan:
     """The quick plan ends within 3 minutes on 2 cores: one model at 96 pixels, on few photos."""
     if is_quick:
         return Plan((("tf_efficientnet_lite0", 96, 192),), rounds=3, limit_seconds=60, step_batch=4, step_rounds=3)
-    models = (("tf_efficientnet_lite0", 160, 2699), ("resnet18", 224, 1344), ("resnet50", 224, 320))
-    return Plan(models, rounds=3, limit_seconds=3600, step_batch=16, step_rounds=7)
+    models = (("tf_efficientnet_lite0", 160, 1344), ("resnet18", 224, 640), ("resnet50", 224, 224))
+    return Plan(models, rounds=3, limit_seconds=3600, step_batch=16, step_rounds=5)
 
 
 def contenders(model: str, size: int, data: Path, *, cores: int, timm_script: str, device: str) -> dict[str, Setup]:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -184,6 +185,23 @@ def test_a_worker_computes_alone_and_is_deaf_to_ctrl_c(preparing: ModuleType, pa
     (facts,) = pair.batches(preparing.Facts(), [[0]], epoch=0)
     _, torch_threads, cv2_threads, _, ignores_interrupts = facts.numbers.tolist()
     assert (torch_threads, cv2_threads, ignores_interrupts) == (1, 1, 1)
+
+
+def test_threads_compute_alone_and_leave_all_others_theirs() -> None:
+    def prepare(numbers: Sequence[int], epoch: int) -> Batch:
+        counts = torch.full((len(numbers),), torch.get_num_threads())
+        return Batch(torch.zeros(len(numbers), 3, 1, 1), counts, counts, ())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with Loader(workers=0, threads=2) as loader:
+            (batch,) = loader.batches(prepare, [[0, 1, 2, 3]], epoch=0)
+        assert batch.numbers.tolist() == [1] * 4
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_batch_that_is_kept_is_never_overwritten(preparing: ModuleType, pair: Loader) -> None:

@@ -59,4 +59,9 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
 def _in_equal_slots(images: Sequence[Tensor]) -> list[Tensor]:
     """The same (B, 3, H, W) with H and W of the largest, padded with zeros below and to the right."""
     height, width = (max(part.shape[axis] for part in images) for axis in (2, 3))
-    return [functional.pad(part, (0, width - part.shape[3], 0, height - part.shape[2])) for part in images]
+    margins = [(width - part.shape[3], height - part.shape[2]) for part in images]
+    # Padding by nothing would copy.
+    return [
+        functional.pad(part, (0, right, 0, below)) if right or below else part
+        for part, (right, below) in zip(images, margins, strict=True)
+    ]
