@@ -229,6 +229,7 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="val, test or train.")] = "val",
     data: Annotated[Path | None, typer.Option("--data", help="Where the photos are now, if they moved.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for tables and pictures.")] = None,
+    flips: Annotated[bool, typer.Option("--flips", help="As predict --flips would, and what that changes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Judge a run on a labelled split.
@@ -238,8 +239,8 @@ def evaluate(
     from fieldmark.outputs.evaluation import evaluate_run, format_scores, save_scores
 
     with open_progress("evaluate") as progress:
-        scores = evaluate_run(run, split=split, data=data, progress=progress)
-    paths = save_scores(scores, out or run / "evaluation" / split)
+        scores = evaluate_run(run, split=split, data=data, flips=flips, progress=progress)
+    paths = save_scores(scores, out or run / "evaluation" / (f"{split}-flips" if flips else split))
     _print_json(scores.as_dict()) if as_json else typer.echo(format_scores(scores))
     typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
 

@@ -7,10 +7,31 @@ import pytest
 
 from fieldmark.errors import RunError
 from fieldmark.experiment.compare import compare_runs
+from fieldmark.experiment.verdict import verdict
 
 
 def _overrides(prob):
     return [f"mix.prob={prob}"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "end"), [(12, "About 11 more seeds each would"), (2000, "Many more seeds, and perhaps")]
+)
+def test_nobody_is_told_to_train_hundreds_of_seeds(make_run, runs, end):
+    difference = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))]).pairs[0].difference
+    words = verdict(
+        "a",
+        "b",
+        difference,
+        is_distinguishable=False,
+        photos=None,
+        runs=runs,
+        level=0.95,
+        unit="points",
+        num_comparisons=1,
+    )
+    assert end in words
+    assert words.endswith("be needed to see a difference of 1 point.")
 
 
 def test_a_clear_difference_is_called_better_and_a_small_one_is_not(make_run):

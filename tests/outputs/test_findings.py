@@ -52,6 +52,13 @@ def test_best_must_hold_against_each_other_value(find):
     assert len(found.evidence) == 2
 
 
+def test_what_else_a_sweep_compares_makes_no_claim_less_sure(find):
+    others = [([f"train.batch_size={size}"], 0, 0.7) for size in (8, 16, 24)]
+    finding = find((['model.head="linear"'], 0, 0.7), (['model.head="mlp"'], 0, 0.7), *others)[LINEAR]
+    assert finding.verdict == "not distinguishable"
+    assert "comparisons" not in finding.evidence[0]
+
+
 def test_a_history_is_not_judged_by_one_run_each(find):
     runs = [(["mix.prob=0.0"], 0, 0.9), (["mix.prob=0.4"], 0, 0.9)]
     found = find(*runs)["More mixing makes validation accuracy converge faster"]

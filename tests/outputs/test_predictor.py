@@ -11,7 +11,8 @@ from PIL import Image
 
 from fieldmark.config import load_config
 from fieldmark.errors import DataError, PhotoError, RunError
-from fieldmark.experiment.run import Run, train
+from fieldmark.experiment.run import Quiet, Run, train
+from fieldmark.outputs.evaluation import evaluate_run, format_scores
 from fieldmark.outputs.predictor import Prediction, Predictor
 
 SETTINGS = [
@@ -131,6 +132,22 @@ def test_flips_average_a_photo_and_its_mirror_image(run):
     pair = np.log(plain.probabilities(images)) + np.log(plain.probabilities(mirrored))
     expected = np.exp(pair / 2) / np.exp(pair / 2).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(flipping.probabilities(images), expected, rtol=1e-4)
+
+
+def test_an_evaluation_with_flips_says_what_they_change_and_stores_none_of_it(run):
+    stored = (run.path / "predictions" / "val.parquet").read_bytes()
+    scores = evaluate_run(run.path, split="val", data=None, flips=True, progress=Quiet())
+    plain = evaluate_run(run.path, split="val", data=None, flips=False, progress=Quiet())
+    validation = [place for place, photo in enumerate(run.split.photos) if photo.split == "val"]
+    answers = list(Predictor.load(run, flips=True).predict([run.split.files()[place] for place in validation]))
+    truth = [run.classes[run.split.label_numbers()[place]] for place in validation]
+    assert scores.metrics["top1"] == np.mean([found.label == true for found, true in zip(answers, truth, strict=True)])
+    assert scores.flips.interval.estimate == pytest.approx(scores.metrics["top1"] - plain.metrics["top1"])
+    assert f"{100 * scores.flips.interval.estimate:+.1f}" in format_scores(scores)
+    assert scores.as_dict()["flips"]["num_photos"] == len(validation)
+    assert (run.path / "predictions" / "val.parquet").read_bytes() == stored
+    assert plain.flips is None
+    assert "flips" not in plain.as_dict()
 
 
 def test_threads_get_the_answers_of_one(predictor, files):

@@ -230,24 +230,40 @@ def _pairs(
     both: Sequence[tuple[Setting, Setting]], *, metric: Metric, level: float, draws: int, rng: np.random.Generator
 ) -> tuple[Pair, ...]:
     differences = [paired_difference(a.scores, b.scores, level=level, draws=draws, rng=rng) for a, b in both]
-    corrected = holm([difference.p_value for difference in differences])
+    named = [
+        (first.name, second.name, difference) for (first, second), difference in zip(both, differences, strict=True)
+    ]
+    return judge_together(named, metric=metric, level=level)
+
+
+def judge_together(
+    differences: Sequence[tuple[str, str, Difference]], *, metric: Metric, level: float
+) -> tuple[Pair, ...]:
+    """Verdicts on differences that are looked at together: their p-values are corrected for that number, by Holm.
+
+    Args:
+        differences: The names of two settings, and the difference of the second over the first.
+        metric: Of which they are.
+        level: Coverage of their intervals.
+    """
+    corrected = holm([difference.p_value for _, _, difference in differences])
     pairs: list[Pair] = []
-    for (first, second), difference, p_value in zip(both, differences, corrected, strict=True):
+    for (first, second, difference), p_value in zip(differences, corrected, strict=True):
         photos = photos_needed(difference, effect=EFFECT, level=level, power=POWER)
         runs = runs_needed(difference, effect=EFFECT, level=level, power=POWER)
         is_distinguishable = p_value < 1 - level
         words = verdict(
-            first.name,
-            second.name,
+            first,
+            second,
             difference,
             is_distinguishable=is_distinguishable,
             photos=photos,
             runs=runs,
             level=level,
             unit="nats" if metric == "log_loss" else "points",
-            num_comparisons=len(both),
+            num_comparisons=len(differences),
         )
-        pairs.append(Pair(first.name, second.name, difference, p_value, photos, runs, is_distinguishable, words))
+        pairs.append(Pair(first, second, difference, p_value, photos, runs, is_distinguishable, words))
     return tuple(pairs)
 
 

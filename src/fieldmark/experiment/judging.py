@@ -22,9 +22,9 @@ from fieldmark.experiment.folder import Run
 
 
 def predict_photos(
-    run: Run, index: PhotoIndex, numbers: NDArray[np.int64], *, progress: Progress
+    run: Run, index: PhotoIndex, numbers: NDArray[np.int64], *, flips: bool, progress: Progress
 ) -> NDArray[np.float32]:
-    """Probabilities of some photos of an index.
+    """Probabilities of some photos of an index, or with `flips` of each photo and its mirror image in the mean.
 
     Returns:
         (N, K) float32 in the order of `numbers`, which must rise.
@@ -35,15 +35,15 @@ def predict_photos(
     if run.is_ensemble:
         members = load_members(run)
         return mean_probabilities(
-            [predict_photos(member.run, index, numbers, progress=progress) for member in members],
+            [predict_photos(member.run, index, numbers, flips=flips, progress=progress) for member in members],
             [member.temperature for member in members],
             [member.order for member in members],
         )
-    return predict_with(run.load_model(), run, index, numbers, progress=progress)
+    return predict_with(run.load_model(), run, index, numbers, flips=flips, progress=progress)
 
 
 def predict_with(
-    model: nn.Module, run: Run, index: PhotoIndex, numbers: NDArray[np.int64], *, progress: Progress
+    model: nn.Module, run: Run, index: PhotoIndex, numbers: NDArray[np.int64], *, flips: bool, progress: Progress
 ) -> NDArray[np.float32]:
     """The same, by a model that stands in for the run's own; it is moved to the device."""
     data, info = run.config.data, run.model_info
@@ -60,7 +60,7 @@ def predict_with(
         fabric,
         fabric.to_device(model),
         _counted(batches(prepare, plan, epoch=0, workers=workers), progress),
-        flips=False,
+        flips=flips,
         channels_last=info["channels_last"],
     )
     return predictions.probabilities()

@@ -89,7 +89,12 @@ class Evaluation:
 
 
 def evaluate(
-    run: Run | str | Path, *, split: str = "val", data: str | Path | None = None, progress: Progress | None = None
+    run: Run | str | Path,
+    *,
+    split: str = "val",
+    data: str | Path | None = None,
+    flips: bool = False,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Predict a labelled split of a run's photos anew, and store the predictions in the run folder.
 
@@ -97,6 +102,8 @@ def evaluate(
         run: The run.
         split: `train`, `val` or `test`.
         data: Where the photos are now; None is where they were.
+        flips: Average the logits of each photo and its mirror image. Such predictions are not stored: those of the
+            run are of the photos as they are.
         progress: Where to tell how far the work is.
 
     Raises:
@@ -117,15 +124,16 @@ def evaluate(
     if not len(numbers):
         there = sorted({photo.split for photo in index.photos})
         raise RunError(f"{run.path} has no labelled photos in {split!r}; it has {', '.join(there)}")
-    probabilities = predict_photos(run, index, numbers, progress=progress or Quiet())
+    probabilities = predict_photos(run, index, numbers, flips=flips, progress=progress or Quiet())
     paths = tuple(index.photos[number].path for number in numbers)
-    folder.write_predictions(
-        run.path / "predictions" / f"{split}.parquet",
-        paths=paths,
-        labels=labels[numbers],
-        probabilities=probabilities,
-        classes=run.classes,
-    )
+    if not flips:
+        folder.write_predictions(
+            run.path / "predictions" / f"{split}.parquet",
+            paths=paths,
+            labels=labels[numbers],
+            probabilities=probabilities,
+            classes=run.classes,
+        )
     return judged(run, PhotoPredictions(paths, labels[numbers], probabilities), split=split)
 
 

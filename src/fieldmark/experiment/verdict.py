@@ -10,7 +10,7 @@ EFFECT = 0.01
 """The smallest difference worth seeing: one point of accuracy, or 0.01 nats of log loss."""
 
 MOST_SEEDS = 50
-"""More seeds than this are not proposed where more photos would do."""
+"""More seeds than this are not proposed: nobody trains them to see a point."""
 
 POWER = 0.8
 """Probability with which a true difference of `EFFECT` is to be seen."""
@@ -59,15 +59,14 @@ def _needed(difference: Difference, photos: int | None, runs: int | None, unit: 
     if photos is not None:
         ways.append(f"{_round(photos - difference.num_photos):,} more photos")
     more = (runs or 0) - min(difference.num_runs)
-    # Nobody trains a hundred seeds to see a point where photos would do.
-    if runs is not None and (more <= MOST_SEEDS or photos is None):
+    if runs is not None and more <= MOST_SEEDS:
         ways.append(f"{more} more {'seed' if more == 1 else 'seeds'} each")
     if (photos is not None and photos <= difference.num_photos) or (
         runs is not None and runs <= min(difference.num_runs)
     ):
         return f"A difference of {effect} would probably have been seen."
     if not ways:
-        return f"More photos and more seeds together would be needed to see a difference of {effect}."
+        return f"Many more seeds, and perhaps photos, would be needed to see a difference of {effect}."
     return f"About {' or '.join(ways)} would be needed to see a difference of {effect}."
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fieldmark.engine.checkpoint import whole_or_absent
 from fieldmark.engine.metrics import confusion_matrix, summarize, wilson_interval
 from fieldmark.errors import RunError
 from fieldmark.experiment.dataset import Progress
+from fieldmark.experiment.statistics import Difference, paired_difference
 from fieldmark.outputs.figures import confusion_figure, figure_png
 
 METRIC_NAMES = {
@@ -70,6 +71,7 @@ class Scores:
         top1_low, top1_high: 95 % Wilson interval of the top-1 accuracy.
         classes: One per class, in order of class number.
         confusion: (K, K) counts; row: the true class, column: the predicted one.
+        flips: What averaging over mirror images adds to the top-1 accuracy, where that was asked for.
     """
 
     split: str
@@ -79,6 +81,7 @@ class Scores:
     top1_high: float
     classes: tuple[ClassScore, ...]
     confusion: NDArray[np.int64]
+    flips: Difference | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; undefined figures are None."""
@@ -89,10 +92,10 @@ class Scores:
             "top1_interval": [self.top1_low, self.top1_high],
             "classes": [{key: _defined(value) for key, value in asdict(row).items()} for row in self.classes],
             "confusion": self.confusion.tolist(),
-        }
+        } | ({} if self.flips is None else {"flips": asdict(self.flips)})
 
 
-def evaluate_run(path: Path, *, split: str, data: Path | None, progress: Progress) -> Scores:
+def evaluate_run(path: Path, *, split: str, data: Path | None, flips: bool, progress: Progress) -> Scores:
     """Judge one split of a run.
 
     Stored predictions of the kept weights are used where there are some, so this needs no photos then; else the photos
@@ -102,6 +105,7 @@ def evaluate_run(path: Path, *, split: str, data: Path | None, progress: Progres
         path: The run folder.
         split: `val`, `test` or `train`.
         data: Where the photos are now; predicts them anew. None is where they were.
+        flips: Judge the mean of each photo and its mirror image, and tell what that changes.
         progress: Where to tell how far the work is.
 
     Raises:
@@ -115,7 +119,15 @@ def evaluate_run(path: Path, *, split: str, data: Path | None, progress: Progres
         stored = run.predictions(split)
     else:
         stored = evaluate(run, split=split, data=data, progress=progress).predictions
-    return score(stored.probabilities, stored.labels, run.classes, run.prior, split=split)
+    if not flips:
+        return score(stored.probabilities, stored.labels, run.classes, run.prior, split=split)
+    both = evaluate(run, split=split, data=data, flips=True, progress=progress).predictions
+    place = {name: number for number, name in enumerate(stored.paths)}
+    plain = stored.probabilities[[place[name] for name in both.paths]]
+    scores = score(both.probabilities, both.labels, run.classes, run.prior, split=split)
+    hits = [(found.argmax(axis=1) == both.labels).astype(np.float64)[None] for found in (plain, both.probabilities)]
+    rng = np.random.default_rng(0)
+    return replace(scores, flips=paired_difference(*hits, level=0.95, draws=10_000, rng=rng))
 
 
 def score(
@@ -183,6 +195,12 @@ def format_scores(scores: Scores, *, most_classes: int = 20) -> str:
             continue
         interval = f"  ({scores.top1_low:.4f} to {scores.top1_high:.4f})" if name == "top1" else ""
         lines.append(f"{title:36}{scores.metrics[name]:.4f}{interval}")
+    if scores.flips is not None:
+        change = scores.flips.interval
+        lines.append(
+            f"{'by flips, points of top-1':36}{100 * change.estimate:+.1f}  "
+            f"({100 * change.low:+.1f} to {100 * change.high:+.1f}; p = {scores.flips.p_value:.2g})"
+        )
     worst = sorted((row for row in scores.classes if row.photos), key=lambda row: (row.recall, -row.photos))
     shown = worst[:most_classes]
     width = min(max(len(row.name) for row in shown), 40)

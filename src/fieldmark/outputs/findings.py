@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fieldmark.errors import ResourceError, RunError
-from fieldmark.experiment.compare import Comparison, Pair, Setting, compare_results
+from fieldmark.experiment.compare import Comparison, Pair, Setting, compare_results, judge_together
 from fieldmark.experiment.results import RunResults, find_runs, load_results
 from fieldmark.outputs.report import markdown_table
 from fieldmark.outputs.report_tables import Table
@@ -118,12 +118,15 @@ NOT_IN_RUNS = (
     ("Mixing at probability 0.4 is best on the leaderboard", "needs the labels of the competition's test photos"),
 )  # fmt: skip
 
+LEVEL = 0.95
+"""Coverage of the intervals."""
+
 INTRODUCTION = """\
 Each claim of the competition report and of those who beat it, with the verdict that our runs support. A claim is judged
-only by settings that differ in nothing else. Accuracy: paired 95 % intervals, corrected for the number of comparisons.
-Histories: whether all runs of one setting lie beyond all of the other. "Partly" means that some pairs of settings
-support the claim and others cannot be told apart. Small models and few epochs stand in for large ones where the sweep's
-name ends in "quick": what holds for them need not hold for a ResNet-50."""
+only by settings that differ in nothing else. Accuracy: paired 95 % intervals, and p-values corrected for the number of
+comparisons that speak to the claim. Histories: whether all runs of one setting lie beyond all of the other. "Partly"
+means that some pairs of settings support the claim and others cannot be told apart. Small models and few epochs stand
+in for large ones where the sweep's name ends in "quick": what holds for them need not hold for a ResNet-50."""
 
 
 def find_findings(comparisons: Sequence[Comparison]) -> list[Finding]:
@@ -151,7 +154,7 @@ def write_findings(paths: Sequence[str | Path], path: str | Path, *, command: st
     if not paths:
         raise RunError("no runs to find anything in: give run folders, or folders of them")
     groups = [[load_results(run, split="val") for run in find_runs([one])] for one in paths]
-    comparisons = [compare_results(runs, metric="top1", level=0.95, draws=10_000, seed=0) for runs in groups]
+    comparisons = [compare_results(runs, metric="top1", level=LEVEL, draws=10_000, seed=0) for runs in groups]
     findings = find_findings(comparisons)
     try:
         Path(path).write_text(render_findings(findings, groups, command=command), encoding="utf-8")
@@ -187,11 +190,20 @@ def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunRe
 
 
 def _judge(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
-    judged = [
-        found
+    speaking = [
+        (comparison, pair, favours_second)
         for comparison in comparisons
         for pair in comparison.pairs
-        if (found := _judge_pair(claim, _settings_of(comparison, pair), pair)) is not None
+        if (favours_second := _favours_second(claim, *_settings_of(comparison, pair))) is not None
+    ]
+    # One claim is one question: what else a sweep compares does not make its answer less sure.
+    pairs = judge_together(
+        [(pair.first, pair.second, pair.difference) for _, pair, _ in speaking], metric="top1", level=LEVEL
+    )
+    judged = [
+        found
+        for (comparison, asked, favours_second), pair in zip(speaking, pairs, strict=True)
+        if (found := _judge_pair(claim, _settings_of(comparison, asked), pair, favours_second=favours_second))
     ]
     verdict = _together({verdict for verdict, _ in judged})
     return Finding(claim.text, verdict, tuple(evidence for _, evidence in judged))
@@ -213,13 +225,17 @@ def _settings_of(comparison: Comparison, pair: Pair) -> tuple[Setting, Setting]:
     return by_name[pair.first], by_name[pair.second]
 
 
-def _judge_pair(claim: Claim, settings: tuple[Setting, Setting], pair: Pair) -> tuple[Verdict, str] | None:
-    first, second = settings
+def _favours_second(claim: Claim, first: Setting, second: Setting) -> bool | None:
+    """Whether the claim has the second setting ahead; None if it says nothing of the two."""
     if [key for key in first.changes if first.changes[key] != second.changes[key]] != [claim.key]:
         return None
-    favours_second = claim.favours(first.changes[claim.key], second.changes[claim.key])
-    if favours_second is None:
-        return None
+    return claim.favours(first.changes[claim.key], second.changes[claim.key])
+
+
+def _judge_pair(
+    claim: Claim, settings: tuple[Setting, Setting], pair: Pair, *, favours_second: bool
+) -> tuple[Verdict, str] | None:
+    first, second = settings
     if claim.measure == "accuracy":
         if not pair.is_distinguishable:
             return "not distinguishable", pair.verdict

@@ -79,7 +79,7 @@ class _SoupJudge:
         from fieldmark.experiment.judging import predict_with
 
         self._model.load_state_dict(weights)
-        found = predict_with(self._model, self._run, self._index, self._numbers, progress=self._progress)
+        found = predict_with(self._model, self._run, self._index, self._numbers, flips=False, progress=self._progress)
         score = top1(found, self._labels)
         what = self._names[len(self.scores)] if len(self.scores) < len(self._names) else "soup with one more"
         self._progress.message(f"{what}: top-1 {score:.4f}")
