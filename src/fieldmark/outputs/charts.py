@@ -89,7 +89,7 @@ def plotly_chart(chart: Chart) -> dict[str, Any]:
         data.insert(0, {**bars, "opacity": 0.6})
     for number, dot in enumerate(chart.dots):
         data.append(_plotly_dot(chart, dot, number))
-    value_axis = {"tickformat": ".0%" if chart.is_share else "", "zeroline": False}
+    value_axis = {"tickformat": ".1~%" if chart.is_share else "", "zeroline": False}
     x_axis: dict[str, Any] = {"title": {"text": chart.x_label}, "automargin": True, "zeroline": False}
     y_axis: dict[str, Any] = {"title": {"text": chart.y_label}, "automargin": True, "zeroline": False}
     (x_axis if chart.sideways else y_axis).update(value_axis)
@@ -209,7 +209,7 @@ def _scale(axes: Axes, chart: Chart) -> None:
     if chart.is_share:
         from matplotlib.ticker import PercentFormatter
 
-        (axes.xaxis if chart.sideways else axes.yaxis).set_major_formatter(PercentFormatter(1.0, decimals=0))
+        (axes.xaxis if chart.sideways else axes.yaxis).set_major_formatter(PercentFormatter(1.0))
     if chart.x_label == "epoch":
         from matplotlib.ticker import MaxNLocator
 
