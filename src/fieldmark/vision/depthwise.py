@@ -37,9 +37,9 @@ WIDEST_GOOD_KERNEL = 3
 class DepthwiseGradients(TorchFunctionMode):
     """Within it, depthwise convolutions whose gradients torch computes slowly get theirs from this module.
 
-    The forward pass stays torch's own, so do all other convolutions, and so does a convolution that is not square, is
-    dilated, is in 16-bit floats or does not lie in channels_last. Gradients are summed in 32 bit, whatever the
-    precision, in an order that depends on `torch.get_num_threads()` alone.
+    The forward pass stays torch's own. So do all other convolutions, and those that are not square, are dilated, are in
+    float16 or do not lie in channels_last. Gradients are summed in 32 bit, whatever the precision, in an order that
+    depends on `torch.get_num_threads()` alone.
     """
 
     def __torch_function__(
