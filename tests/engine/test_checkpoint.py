@@ -36,22 +36,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_debris(tmp_path, monkeypa
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
-def test_a_really_full_device_is_a_clear_error(tmp_path):
-    with pytest.raises(ResourceError, match="could not be written"):
-        checkpoint.whole_or_absent(tmp_path / "x", lambda part: torch.save({"a": torch.zeros(10**5)}, "/dev/full"))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("number", "told"), [(28, "Free some space"), (13, "writable"), (30, "writable")])
-def test_what_to_do_depends_on_what_was_wrong(tmp_path, number, told):
-    def refused(part):
-        raise OSError(number, os.strerror(number))
-
-    with pytest.raises(ResourceError, match=told):
-        checkpoint.whole_or_absent(tmp_path / "x", refused)
-
-
 def test_weights_that_may_not_be_read_are_a_clear_error(tmp_path, monkeypatch):
     checkpoint.save_weights(tmp_path / "best.safetensors", {"a": torch.zeros(3)})
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmark.errors import PredictionError
+from fieldmark.errors import PredictionError, ResourceError
 from fieldmark.outputs.back_off import BackOff
 from fieldmark.outputs.prediction_files import check_sample, in_sample_order, leaderboard_names, save_predictions
 from fieldmark.outputs.predictor import Prediction
@@ -152,7 +152,7 @@ def test_an_unknown_ending_names_the_known_ones(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PredictionError, match=r"file/p.csv cannot be written: "):
+    with pytest.raises(ResourceError, match=r"file/p.csv could not be written: "):
         save_predictions(ROWS, tmp_path / "file" / "p.csv", classes=CLASSES, form="long")
 
 

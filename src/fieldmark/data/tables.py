@@ -6,17 +6,16 @@ and what is written is read back the same, newlines and quotes included.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fieldmark.data.folders import close_match
-from fieldmark.errors import DataError, ResourceError
+from fieldmark.errors import DataError
+from fieldmark.files import whole_or_absent
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -121,15 +120,8 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]])
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if needs_quotes else csv.QUOTE_MINIMAL)
     writer.writerow(columns)
     writer.writerows(rows)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(text.getvalue().encode("utf-8", errors="surrogateescape"))
-        part.replace(path)
-    except OSError as error:
-        # In a folder that is not there, or is a file, there is nothing to take away either.
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise ResourceError(f"{path} could not be written: {error.strerror}") from None
+    content = text.getvalue().encode("utf-8", errors="surrogateescape")
+    whole_or_absent(path, lambda part: part.write_bytes(content))
 
 
 def _checked_header(path: str, header: Sequence[str]) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and loading that never runs code.
+"""Checkpoints and weights: files that are whole or absent, and loading that never runs code.
 
 Weights are safetensors; the state of a training is a torch file of tensors, numbers and strings, read with
 `weights_only`.
@@ -6,22 +6,19 @@ Weights are safetensors; the state of a training is a torch file of tensors, num
 
 from __future__ import annotations
 
-import errno
-import os
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fieldmark.errors import ResourceError, RunError
+from fieldmark.errors import RunError
+from fieldmark.files import whole_or_absent
 
 FORMAT = 1
-
-_DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error", "Parent directory")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -85,41 +82,3 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path} cannot be read: {reason}") from None
-
-
-def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary name beside `path`, then move the finished file into place.
-
-    Raises:
-        ResourceError: Writing failed; the temporary file is gone, and what was there before is intact.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        # safetensors makes files that only their owner may read.
-        part.chmod(0o666 & ~_umask())
-        # Without the sync a power cut may leave a renamed but empty file.
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except Exception as error:
-        part.unlink(missing_ok=True)
-        # torch and safetensors report a full disk by errors of their own.
-        if isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            hint = "Free some space" if _is_full(error) else "Make the folder writable, or choose another"
-            raise ResourceError(
-                f"{path} could not be written: {reason}. What was there before is intact. {hint}"
-            ) from error
-        raise
-
-
-def _is_full(error: Exception) -> bool:
-    return not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, None)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

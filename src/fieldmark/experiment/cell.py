@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import FieldmarkError, InterruptedRunError
-from fieldmark.experiment.folder import METRICS, RECIPE, read_json_lines
+from fieldmark.experiment.folder import METRICS, RECIPE, read_json_lines, write_json
 from fieldmark.experiment.results import run_status
 
 BOOKS = ".sweep"
@@ -64,7 +64,7 @@ class Job:
 
     def save(self) -> None:
         """Write the job file."""
-        _write_whole(self.path, asdict(self))
+        write_json(self.path, asdict(self))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Outcome:
 
     def save(self, sweep: Path, name: str) -> None:
         """Write it beside the job file."""
-        _write_whole(sweep / BOOKS / f"{name}.outcome.json", asdict(self))
+        write_json(sweep / BOOKS / f"{name}.outcome.json", asdict(self))
 
 
 def load_outcome(sweep: Path, name: str) -> Outcome | None:
@@ -169,13 +169,6 @@ def values_at(sweep: Path, metric: str, epoch: int) -> dict[str, float]:
             if seen:
                 values[path.parent.name] = max(seen)
     return values
-
-
-def _write_whole(path: Path, content: object) -> None:
-    # Not folder.write_json: it needs torch, which the process that watches over the cells does without.
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    part.replace(path)
 
 
 def main(path: str) -> int:

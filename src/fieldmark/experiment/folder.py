@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fieldmark.config import Config, load_config
 from fieldmark.errors import RunError
+from fieldmark.files import whole_or_absent
 
 if TYPE_CHECKING:
     from fieldmark.data.index import PhotoIndex
@@ -192,8 +193,6 @@ class Run:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON that a person can read, whole or not at all."""
-    from fieldmark.engine.checkpoint import whole_or_absent
-
     text = json.dumps(content, indent=2, ensure_ascii=True) + "\n"
     whole_or_absent(path, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -215,8 +214,6 @@ def write_predictions(
     """Store predictions of labelled photos: `path`, `label` (a name), and one column of probabilities per class."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from fieldmark.engine.checkpoint import whole_or_absent
 
     path.parent.mkdir(exist_ok=True)
     columns = {

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from fieldmark.config import Config, MixConfig
 from fieldmark.data.loader import Batch, Loader, epoch_order, shard_plan
 from fieldmark.engine import metrics
-from fieldmark.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights, whole_or_absent
+from fieldmark.engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from fieldmark.engine.evaluate import Predictions, predict_batches
 from fieldmark.engine.loop import EpochTally, TrainBatch, TrainState
 from fieldmark.errors import ResourceError
 from fieldmark.experiment import build, folder
 from fieldmark.experiment.batches import EvalPhotos, PhotoReader
 from fieldmark.experiment.dataset import Dataset, Logged, Progress
+from fieldmark.files import whole_or_absent
 from fieldmark.vision.augment import EvalSpec
 from fieldmark.vision.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.vision.model import freeze_stages, train_only_head_and_norms

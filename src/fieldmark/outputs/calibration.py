@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fieldmark.engine.calibrate import Calibration, calibrate, cross_fitted, log_probabilities
 from fieldmark.engine.coverage import coverage_curve, reliability_bins
 from fieldmark.errors import RunError
+from fieldmark.files import whole_or_absent
 from fieldmark.outputs.back_off import BackOff, fit_back_off
 from fieldmark.outputs.taxonomy import load_taxonomy
 
@@ -100,8 +101,6 @@ def describe_calibration(found: Calibration) -> str:
 def save_calibration_figure(run: Run, found: Calibration) -> Path:
     """Draw the reliability diagram and the coverage-accuracy curve as RUN/calibration.png."""
     from matplotlib.figure import Figure
-
-    from fieldmark.engine.checkpoint import whole_or_absent
 
     stored = run.predictions("val")
     probabilities = cross_fitted(log_probabilities(stored.probabilities), stored.labels, folds=5, seed=0)

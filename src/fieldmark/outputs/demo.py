@@ -14,12 +14,12 @@ import numpy as np
 from fieldmark.config import load_config
 from fieldmark.console import format_seconds
 from fieldmark.data.decode import decode
-from fieldmark.engine.checkpoint import whole_or_absent
 from fieldmark.engine.metrics import wilson_interval
 from fieldmark.errors import MissingExtraError
 from fieldmark.experiment.dataset import Progress
 from fieldmark.experiment.environment import processor_name, usable_cores
 from fieldmark.experiment.run import Evaluation, Run, evaluate, train
+from fieldmark.files import whole_or_absent
 from fieldmark.outputs import figures
 from fieldmark.outputs.evaluation import save_scores, score
 from fieldmark.outputs.summary import format_epoch

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.engine.checkpoint import whole_or_absent
 from fieldmark.engine.metrics import confusion_matrix, summarize, wilson_interval
 from fieldmark.errors import RunError
 from fieldmark.experiment.dataset import Progress
 from fieldmark.experiment.statistics import Difference, paired_difference
+from fieldmark.files import whole_or_absent
 from fieldmark.outputs.figures import confusion_figure, figure_png
 
 METRIC_NAMES = {

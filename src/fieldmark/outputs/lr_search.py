@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from fieldmark.config import Config
-from fieldmark.engine.checkpoint import whole_or_absent
 from fieldmark.engine.loop import soft_cross_entropy
 from fieldmark.experiment.dataset import Progress
 from fieldmark.experiment.opening import begin, open_session
 from fieldmark.experiment.session import Session
+from fieldmark.files import whole_or_absent
 from fieldmark.optim.finder import LrSweep, find_lr
 from fieldmark.outputs import figures
 

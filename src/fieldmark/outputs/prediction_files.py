@@ -12,13 +12,13 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 from fieldmark.errors import PredictionError
+from fieldmark.files import whole_or_absent
 from fieldmark.outputs.predictor import Prediction
 
 Form = Literal["leaderboard", "long"]
@@ -50,7 +50,8 @@ def save_predictions(
         The predictions of photos that could not be read. Their rows have an empty label.
 
     Raises:
-        PredictionError: The file's ending says no known format, or the file cannot be written.
+        PredictionError: The file's ending says no known format.
+        ResourceError: The file cannot be written.
     """
     writers: dict[str, Callable[[Iterable[Prediction], Path, Sequence[str], Form, bool], None]] = {
         ".csv": _save_csv,
@@ -68,8 +69,11 @@ def save_predictions(
                 failed.append(prediction)
             yield prediction
 
-    with whole_or_absent(path) as part:
+    def write(part: Path) -> None:
+        part.parent.mkdir(parents=True, exist_ok=True)
         writer(watched(), part, classes, form, has_groups)
+
+    whole_or_absent(path, write)
     return failed
 
 
@@ -192,25 +196,6 @@ def _sample_names(sample: Path) -> list[str]:
 def _some(names: set[str]) -> str:
     shown = ", ".join(repr(name) for name in sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-@contextmanager
-def whole_or_absent(path: Path) -> Generator[Path]:
-    """A place beside `path` to write to, which becomes `path` if nothing goes wrong.
-
-    Raises:
-        PredictionError: The file cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise PredictionError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _save_csv(

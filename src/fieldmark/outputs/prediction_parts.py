@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fieldmark.errors import PredictionError
+from fieldmark.files import whole_or_absent
 from fieldmark.outputs.back_off import BackOff
-from fieldmark.outputs.prediction_files import NUM_LONG_COLUMNS, long_schema, long_table, whole_or_absent
+from fieldmark.outputs.prediction_files import NUM_LONG_COLUMNS, long_schema, long_table
 from fieldmark.outputs.predictor import Prediction
 
 _KEY = b"fieldmark.part"
@@ -35,7 +36,7 @@ def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequenc
         key: What the rows depend on.
 
     Raises:
-        PredictionError: It cannot be written.
+        ResourceError: It cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -45,8 +46,13 @@ def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequenc
     names = [prediction.path.encode("utf-8", "surrogateescape") for prediction in predictions]
     if any(name.decode("utf-8", "replace") != p.path for name, p in zip(names, predictions, strict=True)):
         table = table.append_column(_EXACT, pa.array(names, pa.binary()))
-    with whole_or_absent(path) as part:
-        pq.write_table(table.replace_schema_metadata({_KEY: key.encode()}), part)
+    keyed = table.replace_schema_metadata({_KEY: key.encode()})
+
+    def write(part: Path) -> None:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(keyed, part)
+
+    whole_or_absent(path, write)
 
 
 def part_rows(path: Path, *, key: str) -> int | None:

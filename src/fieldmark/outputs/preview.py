@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from fieldmark.config import Config
 from fieldmark.data.decode import decode, read_size
 from fieldmark.data.index import PhotoIndex
-from fieldmark.engine.checkpoint import whole_or_absent
 from fieldmark.errors import DataError, PhotoError
 from fieldmark.experiment import build
 from fieldmark.experiment.dataset import Progress, find_photos, known_sizes
+from fieldmark.files import whole_or_absent
 from fieldmark.optim.schedule import lr_factor
 from fieldmark.outputs import figures
 from fieldmark.outputs.lint import LintInput, lint_recipe

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fieldmark.errors import DataError
+from fieldmark.files import whole_or_absent
 
 ACTIONS = ("keep", "relabel", "drop")
 COLUMNS = ("path", "action", "label")
@@ -103,8 +104,6 @@ class Corrections:
             self._history.append((row["path"], None))
 
     def _write(self) -> None:
-        from fieldmark.engine.checkpoint import whole_or_absent
-
         def write(part: Path) -> None:
             with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 table = csv.writer(file)

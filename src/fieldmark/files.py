@@ -1,0 +1,53 @@
+"""Files that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from fieldmark.errors import ResourceError
+
+_DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error", "Parent directory")
+
+
+def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary name beside `path`, then move the finished file into place.
+
+    Raises:
+        ResourceError: Writing failed; the temporary file is gone, and what was there before is intact.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        # safetensors makes files that only their owner may read.
+        part.chmod(0o666 & ~_umask())
+        # Without the sync a power cut may leave a renamed but empty file.
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
+        # In a folder that is not there, or is a file, there is nothing to take away either.
+        with suppress(OSError):
+            part.unlink()
+        # torch and safetensors report a full disk by errors of their own.
+        if isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            hint = "Free some space" if _is_full(error) else "Make the folder writable, or choose another"
+            raise ResourceError(
+                f"{path} could not be written: {reason}. What was there before is intact. {hint}"
+            ) from error
+        raise
+
+
+def _is_full(error: BaseException) -> bool:
+    return not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, None)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fieldmark.errors import ResourceError
+from fieldmark.files import whole_or_absent
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+def test_a_really_full_device_is_a_clear_error(tmp_path):
+    with pytest.raises(ResourceError, match="could not be written"):
+        whole_or_absent(tmp_path / "x", lambda part: torch.save({"a": torch.zeros(10**5)}, "/dev/full"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "told"), [(28, "Free some space"), (13, "writable"), (30, "writable")])
+def test_what_to_do_depends_on_what_was_wrong(tmp_path, number, told):
+    def refused(part):
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ResourceError, match=told):
+        whole_or_absent(tmp_path / "x", refused)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    (tmp_path / "x").write_text("old")
+
+    def broken_off(part):
+        part.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        whole_or_absent(tmp_path / "x", broken_off)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "old")]
+
+
+def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"file/x could not be written: Not a directory"):
+        whole_or_absent(tmp_path / "file" / "x", lambda part: part.write_text("new"))
