@@ -157,6 +157,17 @@ def test_a_chart_of_one_epoch_shows_no_half_epochs_and_no_share_above_one():
     assert axes.get_ylim()[1] < 1.02
 
 
+def test_ticks_of_shares_say_where_they_are():
+    line = Line("run", x=[1, 2], y=[0.50, 0.53], low=[0.50, 0.53], high=[0.50, 0.53], trend=[None, None])
+    chart = Chart("top1", "Accuracy", "", "epoch", "top-1", is_share=True, lines=(line,))
+    assert plotly_chart(chart)["layout"]["yaxis"]["tickformat"] == ".1~%"
+    figure = draw_chart(chart, with_title=True)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
+        assert float(label.get_text().strip("%")) == pytest.approx(100 * place)
+
+
 def test_names_with_markup_do_no_harm_in_the_page(nasty_text):
     page = Page(nasty_text)
     assert sum(tag == "script" for tag, _ in page.tags) == 3
