@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from fieldmark.config import load_config
-from fieldmark.errors import MissingExtraError
+from fieldmark.errors import MissingExtraError, ResourceError
 from fieldmark.experiment import tracking
 from fieldmark.experiment.run import train
 
@@ -40,7 +40,7 @@ def test_a_row_becomes_numbers_by_name():
 
 
 def test_tensorboard_files_hold_every_figure(tmp_path):
-    (tracker,) = tracking.open_trackers(["tensorboard"], tmp_path, {})
+    tracker = tracking.Trackers(["tensorboard"], tmp_path, {}, warn=pytest.fail)
     tracker.log(FLAT, epoch=2)
     tracker.log({"val/top1": 0.75}, epoch=3)
     tracker.close()
@@ -55,7 +55,7 @@ def test_tensorboard_files_hold_every_figure(tmp_path):
 def test_weights_and_biases_is_given_settings_rows_and_the_end(tmp_path, monkeypatch):
     wandb = Recorder("wandb")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    (tracker,) = tracking.open_trackers(["wandb"], tmp_path / "mine", {"train": {"epochs": 3}})
+    tracker = tracking.Trackers(["wandb"], tmp_path / "mine", {"train": {"epochs": 3}}, warn=pytest.fail)
     tracker.log(FLAT, epoch=2)
     tracker.close()
     started = {
@@ -70,7 +70,7 @@ def test_weights_and_biases_is_given_settings_rows_and_the_end(tmp_path, monkeyp
 def test_mlflow_is_given_settings_rows_and_the_end(tmp_path, monkeypatch):
     mlflow = Recorder("mlflow")
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    (tracker,) = tracking.open_trackers(["mlflow"], tmp_path / "mine", {"train": {"epochs": 3}})
+    tracker = tracking.Trackers(["mlflow"], tmp_path / "mine", {"train": {"epochs": 3}}, warn=pytest.fail)
     tracker.log(FLAT, epoch=2)
     tracker.close()
     assert [name for name, _, _ in mlflow.calls] == [
@@ -81,6 +81,38 @@ def test_mlflow_is_given_settings_rows_and_the_end(tmp_path, monkeypatch):
         "end_run",
     ]
     assert mlflow.calls[3][1:] == ((FLAT,), {"step": 2})
+
+
+def test_a_tracker_that_does_not_start_is_an_error_and_closes_the_others(tmp_path, monkeypatch):
+    def refused(**_):
+        raise OSError("no key:\n log in")
+
+    mlflow, wandb = Recorder("mlflow"), Recorder("wandb")
+    wandb.init = refused
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ResourceError, match=r"wandb does not start: no key: log in\. .*leave it out of train.trackers"):
+        tracking.Trackers(["mlflow", "wandb"], tmp_path, {}, warn=pytest.fail)
+    assert mlflow.calls[-1][0] == "end_run"
+
+
+def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(tmp_path, monkeypatch):
+    def gone(*_, **__):
+        raise ConnectionError("server is gone")
+
+    mlflow, wandb = Recorder("mlflow"), Recorder("wandb")
+    mlflow.log_metrics = wandb.finish = gone
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    told = []
+    tracker = tracking.Trackers(["mlflow", "wandb"], tmp_path, {}, warn=told.append)
+    for epoch in (1, 2):
+        tracker.log(FLAT, epoch=epoch)
+    tracker.close()
+    assert [name for name, _, _ in wandb.calls] == ["init", "log", "log"]
+    assert len(told) == 2
+    assert told[0].startswith("warning: mlflow failed in epoch 1: server is gone. The training goes on without it")
+    assert told[1] == "warning: wandb did not close: server is gone"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])

@@ -24,7 +24,7 @@ from fieldmark.experiment.folder import PhotoPredictions, Run
 from fieldmark.experiment.interrupt import StopRequest, stop_requests
 from fieldmark.experiment.opening import begin, open_session
 from fieldmark.experiment.session import Session
-from fieldmark.experiment.tracking import flatten, open_trackers
+from fieldmark.experiment.tracking import Trackers, flatten
 from fieldmark.vision.mixing import one_hot
 
 __all__ = ["Evaluation", "Progress", "Quiet", "Run", "evaluate", "resume", "train"]
@@ -195,7 +195,8 @@ def _probe(session: Session) -> EpochReport:
 def _learn(session: Session, stop: StopRequest) -> Iterator[EpochReport]:
     config, state, path = session.config, session.state, session.path
     epochs, steps = config.train.epochs, session.steps_per_epoch
-    trackers = open_trackers(config.train.trackers, path, config.model_dump()) if session.fabric.is_global_zero else []
+    names = config.train.trackers if session.fabric.is_global_zero else ()
+    trackers = Trackers(names, path, config.model_dump(), warn=session.progress.message)
     session.enter_phase()
     session.progress.start(epochs * steps, state.epoch * steps + state.step_in_epoch)
     class_weights = build.build_class_weights(config, session.prior)
@@ -216,8 +217,7 @@ def _learn(session: Session, stop: StopRequest) -> Iterator[EpochReport]:
                 session.save()
                 _interrupted(session, stop)
             row = _keep(session, report, state.average.model if state.average else state.model)
-            for tracker in trackers:
-                tracker.log(flatten(row), epoch=report.epoch)
+            trackers.log(flatten(row), epoch=report.epoch)
             is_over = state.epoch == epochs or _is_patience_over(session, report.epoch)
             if not is_over:
                 session.enter_phase()
@@ -230,8 +230,7 @@ def _learn(session: Session, stop: StopRequest) -> Iterator[EpochReport]:
     except NonFiniteError as error:
         raise _named(session, error) from error
     finally:
-        for tracker in trackers:
-            tracker.close()
+        trackers.close()
     _finish(session)
 
 

@@ -5,12 +5,12 @@ metrics.jsonl is always written, by `run`; these are copies on request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from fieldmark.errors import MissingExtraError
+from fieldmark.errors import MissingExtraError, ResourceError
 
 
 class Tracker(Protocol):
@@ -34,19 +34,65 @@ def require_trackers(names: Sequence[str]) -> None:
             raise MissingExtraError(name, name)
 
 
-def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
-    """Start the trackers asked for.
+class Trackers:
+    """The trackers asked for, as one.
+
+    One that cannot start is an error. One that fails later, since its server went away, is told of once and left out
+    from then on: hours of training do not end for a copy.
 
     Args:
         names: Of `tensorboard`, `wandb`, `mlflow`.
         folder: The run folder.
         settings: The resolved recipe, kept with the run where the tracker can.
+        warn: Takes a line for the user.
 
     Raises:
         MissingExtraError: A tracker's package is not installed.
+        ResourceError: A tracker does not start.
     """
-    kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
-    return [kinds[name](folder, settings) for name in names]
+
+    def __init__(
+        self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], *, warn: Callable[[str], None]
+    ) -> None:
+        self._warn = warn
+        self._open: dict[str, Tracker] = {}
+        kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
+        for name in names:
+            try:
+                self._open[name] = kinds[name](folder, settings)
+            except MissingExtraError:
+                self.close()
+                raise
+            except Exception as error:  # each package has errors of its own
+                self.close()
+                raise ResourceError(
+                    f"{name} does not start: {_in_a_line(error)}. See to its settings (WANDB_MODE=offline, "
+                    f"MLFLOW_TRACKING_URI), or leave it out of train.trackers"
+                ) from error
+
+    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
+        """Hand the values of an epoch to each."""
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.log(values, epoch=epoch)
+            except Exception as error:
+                del self._open[name]
+                self._warn(
+                    f"warning: {name} failed in epoch {epoch}: {_in_a_line(error)}. The training goes on without it; "
+                    "metrics.jsonl has every epoch"
+                )
+
+    def close(self) -> None:
+        """Let each flush and let go."""
+        for name, tracker in self._open.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self._warn(f"warning: {name} did not close: {_in_a_line(error)}")
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
