@@ -204,15 +204,15 @@ def draw_chart(chart: Chart, *, with_title: bool) -> Figure:
 
 def _scale(axes: Axes, chart: Chart) -> None:
     """What the axes are divided into."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     if chart.is_log_x:
         axes.set_xscale("log")
     if chart.is_share:
-        from matplotlib.ticker import PercentFormatter
-
-        (axes.xaxis if chart.sideways else axes.yaxis).set_major_formatter(PercentFormatter(1.0))
+        axis = axes.xaxis if chart.sideways else axes.yaxis
+        axis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_major_locator(MaxNLocator(7))  # more labels would run into each other
     if chart.x_label == "epoch":
-        from matplotlib.ticker import MaxNLocator
-
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         low, high = axes.get_xlim()
         if high - low < 1:  # one epoch
