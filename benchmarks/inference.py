@@ -34,7 +34,7 @@ from fieldmark.experiment.environment import usable_cores
 from fieldmark.outputs.export_onnx import quantize_onnx, write_onnx
 from fieldmark.outputs.export_openvino import quantize_openvino, write_openvino
 from fieldmark.outputs.exported import ExportedModel
-from fieldmark.outputs.fusion import fuse_batch_norm
+from benchmarks.fusion import fuse_batch_norm
 from fieldmark.outputs.metadata import FILE, ModelMetadata
 
 BATCH, SIZE = 16, 224

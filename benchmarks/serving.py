@@ -61,7 +61,7 @@ class Model:
         import timm
         import torch
 
-        from fieldmark.outputs.fusion import fuse_batch_norm
+        from benchmarks.fusion import fuse_batch_norm
         from fieldmark.vision.augment import EvalSpec
 
         torch.set_num_threads(os.cpu_count() or 1)

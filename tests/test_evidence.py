@@ -44,14 +44,6 @@ def test_compare_against_a_baseline_prints_what_each_change_did_as_a_table(runs)
     assert re.match(r"\| mix\.prob=0\.4 \| \d\d\.\d % \| \+\d\d\.\d \| \+.* to \+.* \| &lt; 0\.001 \| yes \|", change)
 
 
-def test_findings_give_every_claim_a_verdict(runs, tmp_path):
-    result = invoke("findings", *runs, "--out", str(tmp_path / "findings.md"))
-    assert result.exit_code == 0
-    text = (tmp_path / "findings.md").read_text()
-    assert "not tested here" in text
-    assert "fieldmark findings" in text
-
-
 def test_a_report_with_another_ending_is_refused(runs, tmp_path):
     result = invoke("report", *runs, "--out", str(tmp_path / "report.pdf"))
     assert isinstance(result.exception, RunError)

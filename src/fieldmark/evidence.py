@@ -1,4 +1,4 @@
-"""The verbs that turn runs into evidence: sweep, compare, report, findings. `cli` adds them to its own."""
+"""The verbs that turn runs into evidence: sweep, compare, report. `cli` adds them to its own."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Against = Annotated[
 
 
 def add_verbs(app: typer.Typer) -> None:
-    """Add the four verbs to the command line."""
-    for verb in (compare, report, findings):
+    """Add the three verbs to the command line."""
+    for verb in (compare, report):
         app.command()(verb)
     app.command(cls=BareRay)(sweep)
 
@@ -102,18 +102,6 @@ def report(
 
     for path in write_report(runs, out, metric=metric, split=split, title=title, with_photos=photos):
         typer.echo(f"wrote {path}")
-
-
-def findings(
-    runs: Runs, out: Annotated[Path, typer.Option("--out", help="Markdown to write.")] = Path("findings.md")
-) -> None:
-    """Hold the claims of the competition report against your runs."""
-    from fieldmark.outputs.findings import write_findings
-
-    command = " ".join(["fieldmark findings", *map(str, runs), "--out", str(out)])
-    for finding in write_findings(runs, out, command=command):
-        typer.echo(f"{finding.verdict}: {finding.claim}")
-    typer.echo(f"wrote {out}", err=True)
 
 
 def format_comparison(comparison: Comparison) -> str:

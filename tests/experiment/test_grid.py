@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,12 +105,19 @@ def test_a_recipe_beside_the_grid_is_found(tmp_path):
     assert grid_cells(grid, base_settings(grid, ()))[0].config.train.epochs == 77
 
 
-@pytest.mark.parametrize("name", grid_names())
-def test_every_shipped_grid_is_valid_with_several_seeds(name):
+OURS = sorted(map(str, (Path(__file__).parents[2] / "experiments/grids").glob("*.toml")))
+
+
+def test_there_are_grids_that_our_recipes_were_chosen_by():
+    assert OURS
+
+
+@pytest.mark.parametrize("name", [*grid_names(), *OURS])
+def test_every_grid_is_valid_with_several_seeds(name):
     grid = load_grid(name)
     cells = grid_cells(grid, base_settings(grid, ()))
     assert len(cells) == len({cell.name for cell in cells}) >= 2 * len(grid.seeds)
-    assert len(grid.seeds) >= (1 if name.endswith("-quick") else 3)
+    assert len(grid.seeds) >= (1 if "-quick" in name else 3)
     assert grid.description
 
 

@@ -295,8 +295,10 @@ def _finish(session: Session) -> None:
     }
     if (session.path / "predictions" / "val.parquet").is_file():
         run = Run(session.path)
-        evaluation = judged(run, run.predictions("val"), split="val")
-        summary["val"] = {**evaluation.figures, "top1_interval": list(evaluation.top1_interval)}
+        predictions = run.predictions("val")
+        figures, total = metrics.summarize(predictions.probabilities, predictions.labels, run.prior), len(predictions.labels)
+        interval = metrics.wilson_interval(round(figures["top1"] * total), total)
+        summary["val"] = {**figures, "top1_interval": list(interval)}
     folder.write_json(session.path / folder.SUMMARY, summary)
 
 

@@ -6,6 +6,8 @@ it says so and nothing more.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fieldmark.errors import ResourceError, RunError
+from fieldmark.errors import FieldmarkError, ResourceError, RunError
 from fieldmark.experiment.compare import Comparison, Pair, Setting, compare_results, judge_together
 from fieldmark.experiment.results import RunResults, find_runs, load_results
 from fieldmark.outputs.report import markdown_table
@@ -285,3 +287,23 @@ def epochs_to_reach(rows: Sequence[Mapping[str, Any]], *, share: float) -> float
         return 1.0
     before, after = values[place - 1], values[place]
     return place + (goal - before) / (after - before)
+
+
+def main() -> None:
+    """Write the page from the folders named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.findings", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="Run folders, sweeps, or folders of them.")
+    parser.add_argument("--out", type=Path, default=Path("findings.md"), help="Markdown to write.")
+    arguments = parser.parse_args()
+    command = " ".join(["python -m experiments.findings", *map(str, arguments.runs), "--out", str(arguments.out)])
+    try:
+        findings = write_findings(arguments.runs, arguments.out, command=command)
+    except FieldmarkError as error:
+        sys.exit(f"error: {error}")
+    for finding in findings:
+        print(f"{finding.verdict}: {finding.claim}")
+    print(f"wrote {arguments.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fieldmark.errors import RunError
-from fieldmark.outputs.findings import CLAIMS, NOT_IN_RUNS, epochs_to_reach, write_findings
+from experiments.findings import CLAIMS, NOT_IN_RUNS, epochs_to_reach, main, write_findings
 
 ACCURACY = "Mixing at probability 0.3 or more gives the best validation accuracy"
 LOSS = "More mixing raises the training loss"
@@ -104,3 +104,14 @@ def test_claims_are_about_settings_that_exist():
     known = flatten(load_config())
     assert [claim.key for claim in CLAIMS if claim.key not in known] == []
     json.dumps([claim.text for claim in CLAIMS])
+
+
+def test_the_command_gives_every_claim_a_verdict(make_run, tmp_path, monkeypatch, capsys):
+    for name, prob, accuracy in (("plain", 0.0, 0.5), ("mixed", 0.4, 0.95)):
+        make_run(name, overrides=[f"mix.prob={prob}"], accuracy=accuracy)
+    page = tmp_path / "findings.md"
+    monkeypatch.setattr("sys.argv", ["findings", str(tmp_path / "plain"), str(tmp_path / "mixed"), "--out", str(page)])
+    main()
+    assert len(capsys.readouterr().out.splitlines()) == len(CLAIMS) + len(NOT_IN_RUNS)
+    assert "not tested here" in page.read_text()
+    assert "python -m experiments.findings" in page.read_text()

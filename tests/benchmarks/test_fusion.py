@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from fieldmark.outputs.fusion import fuse_batch_norm
+from benchmarks.fusion import fuse_batch_norm
 
 
 def make_model(name, seed=0):
