@@ -76,7 +76,7 @@ def _settings(setup: Setup) -> Any:
 
 def ours(setup: Setup, folder: Path, stage: Stage) -> None:
     """Fieldmark as a user runs it, with the fast executor and the uint8 cache."""
-    from fieldmark.experiment.run import train
+    from fieldmark.runs.train import train
 
     reports = train(_settings(setup), folder / "run")
     while stage.wait():
@@ -86,9 +86,9 @@ def ours(setup: Setup, folder: Path, stage: Stage) -> None:
 
 def ours_model(setup: Setup, folder: Path, stage: Stage) -> None:
     """Fieldmark's own loop on one batch that is ready: the ceiling."""
-    from fieldmark.engine.loop import train_epochs
-    from fieldmark.experiment.dataset import Quiet
-    from fieldmark.experiment.opening import begin, open_session
+    from fieldmark.progress import Quiet
+    from fieldmark.runs.session import begin, open_session
+    from fieldmark.training.loop import train_epochs
 
     session = open_session(_settings(setup), folder / "run", start="new", progress=Quiet())
     begin(session)

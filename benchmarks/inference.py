@@ -20,6 +20,7 @@ import numpy as np
 import timm
 import torch
 
+from benchmarks.fusion import fuse_batch_norm
 from benchmarks.record import (
     PHOTOS,
     Findings,
@@ -30,12 +31,9 @@ from benchmarks.record import (
     parse_arguments,
     report,
 )
-from fieldmark.experiment.environment import usable_cores
-from fieldmark.outputs.export_onnx import quantize_onnx, write_onnx
-from fieldmark.outputs.export_openvino import quantize_openvino, write_openvino
-from fieldmark.outputs.exported import ExportedModel
-from benchmarks.fusion import fuse_batch_norm
-from fieldmark.outputs.metadata import FILE, ModelMetadata
+from fieldmark.export.formats import quantize_onnx, quantize_openvino, write_onnx, write_openvino
+from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata
+from fieldmark.runs.environment import usable_cores
 
 BATCH, SIZE = 16, 224
 EAGER = "eager float32"
@@ -70,8 +68,8 @@ def load_photos(count: int) -> tuple[np.ndarray, str]:
     if not files:
         noise = np.random.default_rng(0).normal(0, 1, (count, 3, SIZE, SIZE)).astype(np.float32)
         return noise, "noise: agreement of answers means nothing"
+    from fieldmark.augment.reference import EvalSpec, eval_reference
     from fieldmark.data.decode import decode
-    from fieldmark.vision.augment import EvalSpec, eval_reference
 
     spec: Any = EvalSpec(**SPEC)
     chosen = [files[place] for place in np.linspace(0, len(files) - 1, count).round().astype(int)]

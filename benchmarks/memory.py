@@ -114,9 +114,9 @@ def _train_peak(data: Path, folder: Path, updates: int) -> float:
 def train_some(data: str, out: str, updates: int, home: str) -> None:
     """Open a run with everything that a user's has, and end it after some updates; 0 trains one epoch to the end."""
     from fieldmark.config import load_config
-    from fieldmark.experiment.dataset import Quiet
-    from fieldmark.experiment.opening import begin, open_session
-    from fieldmark.experiment.run import train
+    from fieldmark.progress import Quiet
+    from fieldmark.runs.session import begin, open_session
+    from fieldmark.runs.train import train
 
     settings = ["augment.size=96", "model.name=tf_efficientnet_lite0", "model.weights=random", "train.batch_size=8"]
     settings += [
@@ -141,7 +141,7 @@ def train_some(data: str, out: str, updates: int, home: str) -> None:
 
 
 def _update_all(session: Any, batches: Any) -> None:
-    from fieldmark.engine.loop import train_epochs
+    from fieldmark.training.loop import train_epochs
 
     reports = train_epochs(
         session.fabric,
@@ -162,7 +162,7 @@ def _index(findings: Findings, plan: Plan, files: Sequence[Path], folder: Path) 
     """Seconds for 100,000 files: listing and naming them, inspecting each for the first time, and once more."""
     from fieldmark.data.index import load_index
     from fieldmark.data.inspection import inspect_photos
-    from fieldmark.experiment.environment import usable_cores
+    from fieldmark.runs.environment import usable_cores
 
     large, small = folder / "index", folder / "check"
     link_photos(files, large, count=plan.index_files, classes=100)

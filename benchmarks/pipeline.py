@@ -221,7 +221,7 @@ def _data_loader_speed(files: Sequence[Path], count: int, workers: int) -> float
 
 def main() -> None:
     """Measure and report."""
-    from fieldmark.experiment.environment import usable_cores
+    from fieldmark.runs.environment import usable_cores
 
     arguments = make_parser(__doc__ or "").parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # torch is imported after this, here and in the workers

@@ -146,9 +146,9 @@ class Ours:
 
         from fieldmark.config import load_config
         from fieldmark.data.decode import read_size
-        from fieldmark.experiment.batches import PhotoReader, TrainPhotos
-        from fieldmark.experiment.build import build_augment_spec, build_eval_spec
-        from fieldmark.vision.provenance import InputConfig
+        from fieldmark.models.provenance import InputConfig
+        from fieldmark.runs.build import build_augment_spec, build_eval_spec
+        from fieldmark.runs.dataset import PhotoReader, TrainPhotos
 
         config = load_config("report", ["augment.executor=fast"])
         weights = InputConfig(SIZE, SIZE, 1.0, "bilinear", MEAN, STD, is_size_fixed=False)
@@ -171,7 +171,7 @@ class Ours:
     def open_cache(self) -> Any:
         """Write the cache, or find it written."""
         from fieldmark.data.cache import open_cache
-        from fieldmark.experiment.dataset import Quiet
+        from fieldmark.progress import Quiet
 
         files, sizes, folder, mode, short_side = self._settings
         cache, report = open_cache(

@@ -155,7 +155,7 @@ def make_record(name: str, findings: Findings, *, is_quick: bool, load_before: S
 
 def versions(*packages: str) -> dict[str, str]:
     """Python, what Fieldmark stands on, and `packages`; what is not installed is left out."""
-    from fieldmark.experiment.environment import describe_environment
+    from fieldmark.runs.environment import describe_environment
 
     more = {package: version for package in packages if (version := _version(package))}
     return describe_environment()["versions"] | more
@@ -163,7 +163,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The machine, its vector instructions, and how busy it is now."""
-    from fieldmark.experiment.environment import describe_hardware
+    from fieldmark.runs.environment import describe_hardware
 
     return describe_hardware() | {"instruction_sets": instruction_sets(), "load_average": load_average()}
 

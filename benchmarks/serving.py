@@ -62,7 +62,7 @@ class Model:
         import torch
 
         from benchmarks.fusion import fuse_batch_norm
-        from fieldmark.vision.augment import EvalSpec
+        from fieldmark.augment.reference import EvalSpec
 
         torch.set_num_threads(os.cpu_count() or 1)
         model = timm.create_model("tf_efficientnet_lite0").eval()
@@ -76,9 +76,9 @@ class Model:
         raise NotImplementedError
 
     def prepare(self, data: bytes, *, max_pixels: int) -> Any:
+        from fieldmark.augment.reference import eval_reference
         from fieldmark.data.decode import decode
-        from fieldmark.serve.backend import Prepared
-        from fieldmark.vision.augment import eval_reference
+        from fieldmark.serve.service import Prepared
 
         photo = decode(data, background=(255, 255, 255), max_pixels=max_pixels)
         return Prepared(eval_reference(photo, self._spec).numpy(), (0.0, 0.0, 1.0, 1.0))

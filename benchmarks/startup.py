@@ -148,8 +148,8 @@ class FirstUpdate:
 def first_batch(data: str, out: str) -> None:
     """From the settings to the first batch of training images."""
     from fieldmark.config import load_config
-    from fieldmark.experiment.dataset import Quiet
-    from fieldmark.experiment.opening import begin, open_session
+    from fieldmark.progress import Quiet
+    from fieldmark.runs.session import begin, open_session
 
     session = open_session(load_config(None, _settings(data, ENDLESS)), Path(out), start="new", progress=Quiet())
     begin(session)
@@ -160,7 +160,7 @@ def first_batch(data: str, out: str) -> None:
 def first_update(data: str, out: str) -> None:
     """From the settings to the end of the first update."""
     from fieldmark.config import load_config
-    from fieldmark.experiment.run import train
+    from fieldmark.runs.train import train
 
     for _ in train(load_config(None, _settings(data, ENDLESS)), out, progress=FirstUpdate()):
         pass
@@ -169,14 +169,14 @@ def first_update(data: str, out: str) -> None:
 def run_one_epoch(data: str, out: str) -> None:
     """Leave a run that can be resumed."""
     from fieldmark.config import load_config
-    from fieldmark.experiment.run import train
+    from fieldmark.runs.train import train
 
     next(train(load_config(None, _settings(data, ENDLESS)), out))
 
 
 def first_resumed_update(out: str) -> None:
     """From a run folder to the end of its next update; the folder stays as it is."""
-    from fieldmark.experiment.run import resume
+    from fieldmark.runs.train import resume
 
     for _ in resume(out, progress=FirstUpdate()):
         pass

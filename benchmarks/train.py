@@ -155,7 +155,7 @@ def _add_notes(findings: Findings, device: str) -> None:
 
 def main() -> None:
     """Measure and report."""
-    from fieldmark.experiment.environment import usable_cores
+    from fieldmark.runs.environment import usable_cores
 
     parser = make_parser(__doc__ or "")
     parser.add_argument("--timm-script", default="", metavar="FILE", help="train.py of pytorch-image-models")

@@ -16,10 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fieldmark.errors import FieldmarkError, ResourceError, RunError
-from fieldmark.experiment.compare import Comparison, Pair, Setting, compare_results, judge_together
-from fieldmark.experiment.results import RunResults, find_runs, load_results
-from fieldmark.outputs.report import markdown_table
-from fieldmark.outputs.report_tables import Table
+from fieldmark.runs.folder import RunResults, find_runs, load_results
+from fieldmark.study.compare import Comparison, Pair, Setting, compare_results, judge_together
+from fieldmark.study.report import Table, markdown_table
 
 Verdict = Literal[
     "supported", "partly supported", "contradicted", "inconsistent", "not distinguishable", "not tested here"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fieldmark.config import dump_config, load_config
-from fieldmark.experiment.folder import write_predictions
+from fieldmark.runs.folder import write_predictions
 
 MakeRun = Callable[..., Path]
 

@@ -11,37 +11,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fieldmark.config import Config, load_config
     from fieldmark.errors import FieldmarkError
-    from fieldmark.experiment.compare import compare_runs
-    from fieldmark.experiment.grid import choice, log_uniform, uniform
-    from fieldmark.experiment.run import Evaluation, Run, evaluate, resume, train
-    from fieldmark.experiment.sweep import run_sweep, sweep
-    from fieldmark.outputs.calibration import calibrate_run
-    from fieldmark.outputs.combine import combine
-    from fieldmark.outputs.export import export_run
-    from fieldmark.outputs.predictor import Prediction, Predictor
-    from fieldmark.outputs.report import write_report
+    from fieldmark.export.export import export_run
+    from fieldmark.inference.calibrate import calibrate_run
+    from fieldmark.inference.combine import combine
+    from fieldmark.inference.evaluation import Evaluation, evaluate
+    from fieldmark.inference.predictor import Prediction, Predictor
+    from fieldmark.runs.folder import Run
+    from fieldmark.runs.train import resume, train
+    from fieldmark.study.compare import compare_runs
+    from fieldmark.study.grid import choice, log_uniform, uniform
+    from fieldmark.study.report import write_report
+    from fieldmark.study.sweep import run_sweep, sweep
 
 _HOMES = {
     "Config": "config",
-    "Evaluation": "experiment.run",
+    "Evaluation": "inference.evaluation",
     "FieldmarkError": "errors",
-    "Prediction": "outputs.predictor",
-    "Predictor": "outputs.predictor",
-    "Run": "experiment.run",
-    "calibrate_run": "outputs.calibration",
-    "choice": "experiment.grid",
-    "combine": "outputs.combine",
-    "compare_runs": "experiment.compare",
-    "evaluate": "experiment.run",
-    "export_run": "outputs.export",
+    "Prediction": "inference.predictor",
+    "Predictor": "inference.predictor",
+    "Run": "runs.folder",
+    "calibrate_run": "inference.calibrate",
+    "choice": "study.grid",
+    "combine": "inference.combine",
+    "compare_runs": "study.compare",
+    "evaluate": "inference.evaluation",
+    "export_run": "export.export",
     "load_config": "config",
-    "log_uniform": "experiment.grid",
-    "resume": "experiment.run",
-    "run_sweep": "experiment.sweep",
-    "sweep": "experiment.sweep",
-    "train": "experiment.run",
-    "uniform": "experiment.grid",
-    "write_report": "outputs.report",
+    "log_uniform": "study.grid",
+    "resume": "runs.train",
+    "run_sweep": "study.sweep",
+    "sweep": "study.sweep",
+    "train": "runs.train",
+    "uniform": "study.grid",
+    "write_report": "study.report",
 }
 
 __all__ = [

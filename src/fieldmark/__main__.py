@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fieldmark.cli import main
+from fieldmark.cli.app import main
 
 main()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fieldmark.errors import ResourceError
+from filelock import FileLock, Timeout
+
+from fieldmark.errors import ResourceError, RunError
 
 _DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error", "Parent directory")
 
@@ -51,3 +53,25 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def alone(lock: Path, *, busy: str) -> Generator[None]:
+    """Hold a lock to the end of the block; the system lets go of a dead process's.
+
+    Args:
+        lock: File of the lock, in a folder that exists.
+        busy: What to say if another process holds it.
+
+    Raises:
+        RunError: Another process holds it.
+    """
+    held = FileLock(lock, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise RunError(busy) from None
+    try:
+        yield
+    finally:
+        held.release()

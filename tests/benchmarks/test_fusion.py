@@ -7,9 +7,8 @@ import copy
 import pytest
 import timm
 import torch
-from torch import nn
-
 from benchmarks.fusion import fuse_batch_norm
+from torch import nn
 
 
 def make_model(name, seed=0):

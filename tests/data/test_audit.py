@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fieldmark.data.audit import Audit, audit
-from fieldmark.data.findings import MOST_NEAR_DUPLICATES
+from fieldmark.data.audit import MOST_NEAR_DUPLICATES, Audit, audit
 from fieldmark.data.index import Photo, PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 

@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fieldmark.data import filling, packs, presets
-from fieldmark.data.cache import CacheReport, PhotoCache, open_cache
+from fieldmark.data import cache as cache_module
+from fieldmark.data import packs
+from fieldmark.data.cache import CacheReport, PhotoCache, Preset, choose_mode, open_cache, reduce_photo
 from fieldmark.data.decode import decode
-from fieldmark.data.presets import Preset, choose_mode, reduce_photo
 
 WHITE = (255, 255, 255)
 BIRDS = Path(__file__).parents[2] / "../shared/data/birds100"
@@ -145,7 +145,7 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     files = make_photos(tmp_path / "data", 5)
     first, report = opened(files, tmp_path / "cache")
     assert (report.hits, report.photos) == (0, 5)
-    monkeypatch.setattr(presets, "decode_reduced", None)
+    monkeypatch.setattr(cache_module, "decode_reduced", None)
     second, report = opened(files, tmp_path / "cache")
     assert (report.hits, report.photos, report.mode) == (5, 5, "uint8")
     assert first is not None
@@ -185,7 +185,7 @@ def test_a_photo_that_changes_while_it_is_decoded_is_not_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = make_photos(tmp_path / "data", 3)
-    whole = presets.decode_reduced
+    whole = cache_module.decode_reduced
 
     def decode_slowly(file: Path, **options: Any) -> Any:
         photo = whole(file, **options)
@@ -193,7 +193,7 @@ def test_a_photo_that_changes_while_it_is_decoded_is_not_served(
             replace_photo(file)
         return photo
 
-    monkeypatch.setattr(presets, "decode_reduced", decode_slowly)
+    monkeypatch.setattr(cache_module, "decode_reduced", decode_slowly)
     cache = filled(files, tmp_path / "cache")
     assert [cache.get(number) is not None for number in range(3)] == [True, False, True]
 
@@ -298,7 +298,7 @@ def test_a_pack_that_is_cut_or_deleted_under_a_reader_is_a_miss(tmp_path: Path) 
 
 def test_packs_are_sealed_as_they_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = make_photos(tmp_path / "data", 9)
-    monkeypatch.setattr(filling, "_PACK_BYTES", 2 * 32 * 43 * 3)
+    monkeypatch.setattr(cache_module, "_PACK_BYTES", 2 * 32 * 43 * 3)
     cache = filled(files, tmp_path / "cache")
     assert len(list((tmp_path / "cache").rglob("*.pack"))) == 5
     assert all(np.array_equal(cache.get(number), expected(file)) for number, file in enumerate(files))
@@ -334,7 +334,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from fieldmark.data import presets
+from fieldmark.data import cache as cache_module
 from fieldmark.data.cache import open_cache
 
 class Tell:
@@ -343,13 +343,12 @@ class Tell:
     def message(self, text): print("message", text, flush=True)
 
 delay, folder, pack_bytes = float(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-from fieldmark.data import filling
-filling._PACK_BYTES = pack_bytes
-make = presets.Preset.make
+cache_module._PACK_BYTES = pack_bytes
+make = cache_module.Preset.make
 def slowly(self, file, max_pixels):
     time.sleep(delay)
     return make(self, file, max_pixels)
-presets.Preset.make = slowly
+cache_module.Preset.make = slowly
 files = sorted((folder / "data").glob("*.jpg"), key=lambda file: int(file.stem))
 cache, report = open_cache(
     files, sizes=np.array([(60, 45)] * len(files)), mode="uint8", short_side=64, folder=folder / "cache",
@@ -404,7 +403,7 @@ def test_a_lock_that_is_never_released_costs_only_the_new_photos(
     files = make_photos(tmp_path / "data", 3)
     opened(files[:2], tmp_path / "cache")
     (lock_path,) = (tmp_path / "cache").rglob("writing.lock")
-    monkeypatch.setattr(filling, "_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(cache_module, "_WAIT_SECONDS", 0.05)
     with FileLock(lock_path):
         cache, report = opened(files, tmp_path / "cache")
     assert cache is not None
@@ -462,7 +461,7 @@ def test_a_full_disk_means_a_part_of_the_cache_or_none(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = make_photos(tmp_path / "data", 9)
-    monkeypatch.setattr(filling, "_PACK_BYTES", 2 * 32 * 43 * 3)
+    monkeypatch.setattr(cache_module, "_PACK_BYTES", 2 * 32 * 43 * 3)
     add = packs.PackWriter.add
     calls = []
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fieldmark.data import duplicates
-from fieldmark.data.duplicates import near_pairs, same_values
+from fieldmark.data import audit
+from fieldmark.data.audit import near_pairs, same_values
 
 
 def by_brute_force(first, second, max_distance):
@@ -43,7 +43,7 @@ def test_the_search_finds_what_comparing_everything_finds(seed, num_first, num_s
 def test_portions_do_not_change_the_result(monkeypatch):
     rng = np.random.default_rng(0)
     first, second = rng.integers(0, 50, 200, dtype=np.uint64), rng.integers(0, 50, 300, dtype=np.uint64)
-    monkeypatch.setattr(duplicates, "PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(audit, "PAIRS_AT_ONCE", 7)
     left, right, distance = near_pairs(first, second, max_distance=2)
     assert list(zip(distance.tolist(), left.tolist(), right.tolist(), strict=True)) == by_brute_force(first, second, 2)
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from fieldmark.data import inspection
 from fieldmark.data.index import Photo, PhotoIndex
-from fieldmark.data.inspection import PhotoFacts, capture_time, inspect_photos, perceptual_hash
-from fieldmark.data.memory import FileKey, open_memory
+from fieldmark.data.inspection import FileKey, PhotoFacts, capture_time, inspect_photos, open_memory, perceptual_hash
 
 
 def make_photo(path: Path, *, seed: int = 0, size: tuple[int, int] = (40, 30), exif: Image.Exif | None = None) -> Path:

@@ -20,9 +20,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmark.data.batch import join_batches
-from fieldmark.data.loader import Batch, Loader, auto_workers, batches, epoch_order, shard_plan
-from fieldmark.data.workers import WorkerPool
+from fieldmark.data.loader import Loader, auto_workers, batches, epoch_order, shard_plan
+from fieldmark.data.workers import Batch, WorkerPool, join_batches
 from fieldmark.errors import PhotoError, ResourceError, TrainingError
 
 # Worker processes import what they unpickle, so what prepares batches must live in an importable module.

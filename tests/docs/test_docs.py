@@ -36,7 +36,7 @@ COMMANDS = [page for page in PAGES if commands(page)]
 
 
 def run(command: str, patch: pytest.MonkeyPatch) -> int:
-    from fieldmark.cli import main
+    from fieldmark.cli.app import main
 
     words = shlex.split(command, comments=True)
     assert words[0] == "fieldmark"
@@ -108,7 +108,7 @@ def test_every_command_that_is_shown_is_one(page, command):
     """Verb, options, values and number of arguments, without doing it."""
     import typer.main
 
-    from fieldmark.cli import app
+    from fieldmark.cli.app import app
 
     words = shlex.split(command, comments=True)[1:]
     verb = typer.main.get_command(app).commands[words[0]]
@@ -163,7 +163,7 @@ def test_every_link_between_pages_leads_somewhere():
 def test_every_verb_has_a_page():
     import typer.main
 
-    from fieldmark.cli import app
+    from fieldmark.cli.app import app
 
     verbs = set(typer.main.get_command(app).commands)
     pages = {page.stem for page in PAGES}

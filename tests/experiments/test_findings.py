@@ -3,9 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from experiments.findings import CLAIMS, NOT_IN_RUNS, epochs_to_reach, main, write_findings
 
 from fieldmark.errors import RunError
-from experiments.findings import CLAIMS, NOT_IN_RUNS, epochs_to_reach, main, write_findings
 
 ACCURACY = "Mixing at probability 0.3 or more gives the best validation accuracy"
 LOSS = "More mixing raises the training loss"
@@ -99,7 +99,7 @@ def test_no_runs_find_nothing(tmp_path):
 
 def test_claims_are_about_settings_that_exist():
     from fieldmark.config import load_config
-    from fieldmark.experiment.settings import flatten
+    from fieldmark.runs.folder import flatten
 
     known = flatten(load_config())
     assert [claim.key for claim in CLAIMS if claim.key not in known] == []

@@ -55,7 +55,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture
 def fieldmark(monkeypatch, capsys) -> Callable[..., Result]:
     """Run a command as a shell would: arguments in, exit code, stdout and stderr out."""
-    from fieldmark.cli import main
+    from fieldmark.cli.app import main
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["fieldmark", *map(str, arguments)])
@@ -71,7 +71,7 @@ def fieldmark(monkeypatch, capsys) -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def session_fieldmark() -> Callable[..., Result]:
     """The same for fixtures that outlive a test, which `capsys` does not."""
-    from fieldmark.cli import main
+    from fieldmark.cli.app import main
 
     def run(*arguments: object) -> Result:
         out, err = io.StringIO(), io.StringIO()
@@ -92,7 +92,7 @@ def settings(*more: str) -> list[str]:
 @pytest.fixture(scope="session")
 def trained(photos, tmp_path_factory) -> Path:
     """A run folder, made once by the command line."""
-    from fieldmark.cli import main
+    from fieldmark.cli.app import main
 
     out = tmp_path_factory.mktemp("runs") / "tiny"
     words = ["fieldmark", "train", str(photos), "--recipe", "laptop", "--out", str(out), *settings()]

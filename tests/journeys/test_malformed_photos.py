@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fieldmark.experiment.run import Run
-from fieldmark.outputs.predictor import Predictor
+from fieldmark.inference.predictor import Predictor
+from fieldmark.runs.folder import Run
 
 NUM_WHOLE = 12
 COLORS = {"2": (200, 60, 50), "10": (50, 170, 70), "great, tit": (60, 70, 200)}
@@ -91,7 +91,7 @@ def everything(dirty) -> set[str]:
 def broken(dirty, everything, session_fieldmark, session_settings) -> dict[str, str]:
     """What `check` says is broken: path to reason."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fieldmark.experiment.preflight.SECONDS_MEASURED", 0.05)
+        patch.setattr("fieldmark.runs.check.SECONDS_MEASURED", 0.05)
         result = session_fieldmark("check", dirty, "--recipe", "laptop", "--json", *session_settings())
     assert result.code == 2, result.err
     found = json.loads(result.out)

@@ -94,7 +94,7 @@ def test_resume_with_other_settings_is_a_usage_error(fieldmark, trained):
 
 
 def test_check_ends_with_2_where_something_must_be_mended(fieldmark, tmp_path, make_photo, tiny, monkeypatch):
-    monkeypatch.setattr("fieldmark.experiment.preflight.SECONDS_MEASURED", 0.05)
+    monkeypatch.setattr("fieldmark.runs.check.SECONDS_MEASURED", 0.05)
     for name in ("a", "b"):
         for number in range(12):
             make_photo(tmp_path / "data" / name / f"{number}.png", (9 * number, 2, 3), number + 50 * (name == "b"))
@@ -123,7 +123,8 @@ def test_training_refuses_broken_photos_and_skips_them_when_asked(fieldmark, tmp
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
-    from fieldmark import cli, config
+    from fieldmark import config
+    from fieldmark.cli import app
 
     def broken():
         raise ZeroDivisionError
@@ -131,7 +132,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(config, "recipe_names", broken)
     monkeypatch.setattr(sys, "argv", ["fieldmark", "recipes", "list"])
     with pytest.raises(ZeroDivisionError):
-        cli.main()
+        app.main()
 
 
 @pytest.mark.parametrize("error", FieldmarkError.__subclasses__(), ids=lambda error: error.__name__)
@@ -242,7 +243,7 @@ def test_the_libraries_below_say_nothing(trained, photos, tmp_path):
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['fieldmark', '--help']\n"
-        "from fieldmark.cli import main\n"
+        "from fieldmark.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'timm', 'pydantic', 'PIL', 'matplotlib', 'rich', 'scipy'}\n"

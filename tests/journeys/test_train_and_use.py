@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fieldmark.experiment.run import Run
-from fieldmark.outputs.predictor import Predictor
+from fieldmark.inference.predictor import Predictor
+from fieldmark.runs.folder import Run
 
 
 def read_csv(path):

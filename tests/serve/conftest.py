@@ -14,8 +14,8 @@ from PIL import Image
 
 from fieldmark.data.decode import decode
 from fieldmark.serve.app import create_app
-from fieldmark.serve.backend import Prepared
 from fieldmark.serve.limits import Limits
+from fieldmark.serve.service import Prepared
 
 LIMITS = {
     "max_body_bytes": 200_000,

@@ -11,8 +11,7 @@ import httpx
 import pytest
 from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
 
-from fieldmark.outputs.back_off import BackOff
-from fieldmark.outputs.taxonomy import build_taxonomy
+from fieldmark.inference.taxonomy import BackOff, build_taxonomy
 
 
 def predict(*contents, query=""):

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
-from tests.outputs.test_bulk import model  # noqa: F401, a fixture
+from tests.inference.test_bulk import model  # noqa: F401, a fixture
 from tests.serve.conftest import LIMITS, ask, make_photo, upload
 
 from fieldmark.errors import MissingExtraError, ResourceError
 from fieldmark.serve.app import open_app
 from fieldmark.serve.limits import Limits
-from fieldmark.serve.ray import _own_serve, _reason, num_places, run_on_ray, share_out
+from fieldmark.serve.server import _own_serve, _reason, num_places, run_on_ray, share_out
 
 
 def cluster_of(*machines):
@@ -111,7 +111,7 @@ def wait_until(is_so, *, seconds=240):
 def served(model, tmp_path):  # noqa: F811
     """The command line with two replicas: process, and a client that knows the key."""
     words = ["serve", str(model), "--ray", "--replicas", "2", "--port", "0", "--max-megabytes", "0.5"]
-    program = "import ray; ray.init(num_cpus=2, log_to_driver=False); from fieldmark.cli import main; main()"
+    program = "import ray; ray.init(num_cpus=2, log_to_driver=False); from fieldmark.cli.app import main; main()"
     surroundings = {**os.environ, "FIELDMARK_API_KEY": "secret", "RAY_USAGE_STATS_ENABLED": "0"}
     with (tmp_path / "err").open("w+") as err:
         process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=err, env=surroundings)

@@ -18,10 +18,8 @@ from PIL import Image
 
 from fieldmark.data.index import Photo, PhotoIndex, apply_corrections, load_index
 from fieldmark.errors import DataError
-from fieldmark.outputs.triage import Judged
-from fieldmark.serve.corrections import Corrections
-from fieldmark.serve.review import create_review_app
-from fieldmark.serve.review_views import ReviewViews
+from fieldmark.inference.triage import Judged
+from fieldmark.serve.review import Corrections, ReviewViews, create_review_app
 
 COLOURS = {"crow": (20, 20, 20), "gull": (230, 230, 230), "owl <b>": (140, 90, 40)}
 CHROMIUM = shutil.which("chromium")

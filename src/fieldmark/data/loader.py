@@ -17,10 +17,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from fieldmark.data.batch import Batch, join_batches
-from fieldmark.data.workers import WorkerPool
-
-__all__ = ["Batch", "Loader", "auto_workers", "batches", "epoch_order", "shard_plan"]
+from fieldmark.data.workers import Batch, WorkerPool, join_batches
 
 Plan = Sequence[Sequence[int]]
 

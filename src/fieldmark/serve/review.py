@@ -2,22 +2,279 @@
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations of functions that are defined in others.
 
-from collections.abc import Callable
+import csv
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel
 
-from fieldmark.errors import DataError, MissingExtraError, PhotoError
-from fieldmark.experiment.folder import Run
-from fieldmark.outputs.triage import join_judged, near_duplicates
-from fieldmark.serve.backend import seen_box
-from fieldmark.serve.corrections import Corrections
-from fieldmark.serve.metrics import ServerMetrics
-from fieldmark.serve.pages import add_pages, observe
-from fieldmark.serve.review_views import ReviewViews
-from fieldmark.serve.thumbnails import thumbnail
+from fieldmark.data.index import PhotoIndex
+from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, PhotoError
+from fieldmark.files import whole_or_absent
+from fieldmark.inference.triage import (
+    ConfusedPair,
+    Judged,
+    confused_pairs,
+    highest_losses,
+    join_judged,
+    label_suspects,
+    near_duplicates,
+)
+from fieldmark.runs.folder import Run
+from fieldmark.serve.app import add_pages, observe
+from fieldmark.serve.service import ServerMetrics, seen_box, thumbnail
+
+ACTIONS = ("keep", "relabel", "drop")
+COLUMNS = ("path", "action", "label")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do with one photo; `label` is the new one of a relabelled photo, else ""."""
+
+    action: str
+    label: str
+
+
+class Corrections:
+    """Decisions by path, written to disk after each change. Calls from several threads are safe.
+
+    Args:
+        file: CSV table to read, if it is there, and to write.
+
+    Raises:
+        DataError: The table is there and cannot be read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._lock = threading.Lock()
+        self._decisions: dict[str, Decision] = {}
+        # Each change with what was there before; decisions of earlier sessions can be undone too, newest first.
+        self._history: list[tuple[str, Decision | None]] = []
+        if file.is_file():
+            self._read()
+
+    def get(self, path: str) -> Decision | None:
+        """The decision about a photo, if there is one."""
+        return self._decisions.get(path)
+
+    def paths(self) -> list[str]:
+        """Photos with a decision, the oldest first."""
+        with self._lock:
+            return list(self._decisions)
+
+    def decide(self, path: str, action: str, label: str) -> None:
+        """Decide about a photo; an earlier decision is replaced.
+
+        Raises:
+            DataError: Not an action, or a relabelling without a label.
+            ResourceError: The table cannot be written; the decision is not taken.
+        """
+        if action not in ACTIONS:
+            raise DataError(f"an action is {', '.join(ACTIONS)}; got {action!r}")
+        if action == "relabel" and not label:
+            raise DataError(f"{path!r} is to be relabelled: say to which class")
+        with self._lock:
+            before = self._decisions.pop(path, None)
+            self._decisions[path] = Decision(action, label if action == "relabel" else "")
+            self._write_or_restore(path, before)
+            self._history.append((path, before))
+
+    def undo(self) -> str | None:
+        """Take back the latest change; its path, or None if there is none."""
+        with self._lock:
+            if not self._history:
+                return None
+            path, before = self._history[-1]
+            now = self._decisions.pop(path, None)
+            if before is not None:
+                self._decisions[path] = before
+            self._write_or_restore(path, now)
+            self._history.pop()
+            return path
+
+    def _write_or_restore(self, path: str, before: Decision | None) -> None:
+        try:
+            self._write()
+        except Exception:
+            self._decisions.pop(path, None)
+            if before is not None:
+                self._decisions[path] = before
+            raise
+
+    def _read(self) -> None:
+        try:
+            with self.file.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, csv.Error) as error:
+            raise DataError(f"the corrections {self.file} cannot be read: {error}") from None
+        for row in rows:
+            if not set(COLUMNS) <= set(row) or row["action"] not in ACTIONS:
+                raise DataError(
+                    f"{self.file} is not a table of corrections (path,action,label): give another --out, or mend it"
+                )
+            self._decisions[row["path"]] = Decision(row["action"], row["label"] or "")
+            self._history.append((row["path"], None))
+
+    def _write(self) -> None:
+        def write(part: Path) -> None:
+            with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                table = csv.writer(file)
+                table.writerow(COLUMNS)
+                table.writerows((path, it.action, it.label) for path, it in self._decisions.items())
+
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        whole_or_absent(self.file, write)
+
+
+DuplicateSearch = Callable[[], Sequence[tuple[int, int, int]]]
+
+
+class ReviewViews:
+    """Orders the photos of a run by why they deserve a look.
+
+    Args:
+        index: All photos of the run.
+        judged: Predictions of those that the model was not trained on.
+        corrections: Decisions so far.
+        find_duplicates: Looks for near-duplicates; called once, on a thread of its own.
+    """
+
+    def __init__(
+        self, index: PhotoIndex, judged: Judged, corrections: Corrections, *, find_duplicates: DuplicateSearch
+    ) -> None:
+        self.index = index
+        self.judged = judged
+        self.corrections = corrections
+        self.classes = judged.classes
+        self._number_of = {photo.path: number for number, photo in enumerate(index.photos)}
+        self._place_of = {path: place for place, path in enumerate(judged.paths)}
+        self._number_at = [self._number_of.get(path, -1) for path in judged.paths]
+        self._guesses, self._losses = judged.guesses, judged.losses
+        self.pairs: list[ConfusedPair] = confused_pairs(judged)
+        self._suspects = self._numbers(label_suspects(judged))
+        self._highest = self._numbers(highest_losses(judged))
+        self._duplicates: list[tuple[int, int, int]] = []
+        self.duplicates_state = "searching"
+        self._by_class: dict[str, list[int]] = {name: [] for name in self.classes}
+        for number, photo in enumerate(index.photos):
+            if photo.label in self._by_class:
+                self._by_class[photo.label].append(number)
+        self._search = threading.Thread(target=self._find, args=(find_duplicates,), daemon=True)
+        self._search.start()
+
+    def overview(self) -> dict[str, Any]:
+        """Names and sizes of the views."""
+        return {
+            "classes": [{"name": name, "photos": len(self._by_class[name])} for name in self.classes],
+            "photos": len(self.index.photos),
+            "judged": len(self.judged.paths),
+            "suspects": len(self._suspects),
+            "losses": len(self._highest),
+            "pairs": [
+                {"first": self.classes[pair.first], "second": self.classes[pair.second], "photos": len(pair.places)}
+                for pair in self.pairs[:200]
+            ],
+            "duplicates": len(self._duplicates),
+            "duplicates_state": self.duplicates_state,
+            "marked": len(self.corrections.paths()),
+            "table": self.corrections.file.name,
+        }
+
+    def page(self, view: str, *, which: int, offset: int, limit: int) -> dict[str, Any]:
+        """Photos of one view from `offset` on.
+
+        Args:
+            view: "suspects", "losses", "pair", "class", "duplicates" or "marked".
+            which: The pair's place among the pairs, or the class number.
+            offset: First row.
+            limit: Most rows.
+
+        Raises:
+            DataError: There is no such view.
+        """
+        if view == "duplicates":
+            rows = self._duplicates[offset : offset + limit]
+            photos = [
+                {**self.photo(number), "near": place + offset, "bits": bits}
+                for place, (left, right, bits) in enumerate(rows)
+                for number in (left, right)
+            ]
+            return {"total": len(self._duplicates), "next": offset + len(rows), "photos": photos}
+        numbers = self._view(view, which)
+        chosen = numbers[offset : offset + limit]
+        photos = [self.photo(number) for number in chosen]
+        return {"total": len(numbers), "next": offset + len(chosen), "photos": photos}
+
+    def photo(self, number: int) -> dict[str, Any]:
+        """What the page says of one photo."""
+        photo = self.index.photos[number]
+        decision = self.corrections.get(photo.path)
+        place = self._place_of.get(photo.path)
+        known: dict[str, Any] = {"guess": None, "probability": None, "loss": None}
+        if place is not None:
+            guess = int(self._guesses[place])
+            probability = float(self.judged.probabilities[place, guess])
+            known = {"guess": self.classes[guess], "probability": probability, "loss": float(self._losses[place])}
+        return {
+            "number": number,
+            "path": photo.path.encode("utf-8", "replace").decode(),
+            "label": photo.label,
+            "split": photo.split,
+            **known,
+            "action": decision.action if decision else None,
+            "new_label": decision.label if decision else None,
+        }
+
+    def decide(self, number: int, action: str, label: str) -> dict[str, Any]:
+        """Decide about a photo; the photo afterwards.
+
+        Raises:
+            DataError: No such action or class.
+        """
+        if action == "relabel" and label not in self.classes:
+            raise DataError(f"{label!r} is not one of the {len(self.classes)} classes")
+        self.corrections.decide(self.index.photos[number].path, action, label)
+        return self.photo(number)
+
+    def undo(self) -> dict[str, Any] | None:
+        """Take back the latest decision; the photo afterwards, or None."""
+        path = self.corrections.undo()
+        number = self._number_of.get(path) if path is not None else None
+        return None if number is None else self.photo(number)
+
+    def _view(self, view: str, which: int) -> list[int]:
+        if view == "suspects":
+            return self._suspects
+        if view == "losses":
+            return self._highest
+        if view == "marked":
+            found = [self._number_of.get(path, -1) for path in reversed(self.corrections.paths())]
+            return [number for number in found if number >= 0]
+        if view == "pair" and 0 <= which < len(self.pairs):
+            return self._numbers(self.pairs[which].places)
+        if view == "class" and 0 <= which < len(self.classes):
+            return self._by_class[self.classes[which]]
+        raise DataError(f"there is no view {view!r} number {which}")
+
+    def _numbers(self, places: Any) -> list[int]:
+        """Numbers in the index of judged photos; photos that are no longer in the index are left out."""
+        found = [self._number_at[int(place)] for place in np.asarray(places, np.int64)]
+        return [number for number in found if number >= 0]
+
+    def _find(self, find_duplicates: DuplicateSearch) -> None:
+        try:
+            self._duplicates = list(find_duplicates())
+            self.duplicates_state = "done"
+        except (FieldmarkError, OSError) as error:
+            self.duplicates_state = f"failed: {error}"
+
 
 _FILES = {
     "review.css": "text/css",
@@ -171,9 +428,9 @@ def _add_photos(app: Any, views: ReviewViews, look: Look | None) -> None:
 
 def _attention(run: Run, files: list[Path]) -> Look | None:
     """Maps by the run's model, computed when they are asked for."""
+    from fieldmark.augment.reference import eval_reference
     from fieldmark.data.decode import decode
-    from fieldmark.outputs.attention import AttentionMaps
-    from fieldmark.vision.augment import eval_reference
+    from fieldmark.inference.triage import AttentionMaps
 
     if run.is_ensemble:
         return None

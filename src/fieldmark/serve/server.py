@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 from fieldmark.errors import MissingExtraError, ResourceError
+from fieldmark.runs.environment import count_slots, open_cluster
+from fieldmark.runs.train import stop_requests
 
 
 def run_server(app: Any, *, host: str, port: int, drain_seconds: int, max_connections: int) -> None:
@@ -68,3 +74,170 @@ def is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+NAME = "fieldmark"
+_LOOK_SECONDS = 0.2
+
+
+def make_application(
+    open_app: Callable[[int], Any], *, replicas: int, cpus: int, gpus: int, max_requests: int, drain_seconds: int
+) -> Any:
+    """The app as what `ray.serve.run` takes, for a cluster that has Serve already.
+
+    Each replica has a model, batches and limits of its own, and restarts by itself when it dies.
+
+    Args:
+        open_app: Called on a replica with the number of its cores, gives the ASGI app; a function of a module that is
+            installed there, or a `functools.partial` of one.
+        replicas: How many.
+        cpus: Cores of each.
+        gpus: GPUs of each.
+        max_requests: Requests that a replica takes at once, and that wait in front of all. No fewer than the photos
+            that it holds: the app refuses by itself, with Retry-After.
+        drain_seconds: Longest time that requests in hand may take at the end.
+
+    Raises:
+        MissingExtraError: Ray Serve is not installed.
+    """
+    serve = _import_serve()
+
+    def build() -> Any:
+        import torch
+
+        torch.set_num_threads(cpus)
+        return open_app(cpus)
+
+    return serve.deployment(
+        serve.ingress(build)(),
+        name=NAME,
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        max_ongoing_requests=max_requests,
+        max_queued_requests=max_requests,
+        graceful_shutdown_timeout_s=drain_seconds,
+        graceful_shutdown_wait_loop_s=_LOOK_SECONDS,
+    ).bind()
+
+
+def run_on_ray(
+    open_app: Callable[[int], Any],
+    *,
+    address: str,
+    replicas: int | None,
+    host: str,
+    port: int,
+    max_requests: int,
+    drain_seconds: int,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve from a cluster until SIGINT or SIGTERM; then answer what is in hand, and return.
+
+    Every machine of the cluster with a replica listens, and hands requests to all replicas.
+
+    Args:
+        open_app: As in `make_application`.
+        address: As in `open_cluster`.
+        replicas: How many; they share the cores evenly. None is one for each GPU, or else for each machine.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        max_requests: As in `make_application`.
+        drain_seconds: As in `make_application`.
+        on_ready: Called once with what is running, as text, when requests are answered.
+
+    Raises:
+        MissingExtraError: Ray Serve is not installed.
+        ResourceError: There is no cluster, no room in it, Serve runs there already, or the replicas do not start.
+    """
+    serve = _import_serve()
+    with listen(host, port) as listener:  # a port that is taken is one clear message
+        port = listener.getsockname()[1]
+    ray, owns = open_cluster(address)
+    try:
+        with _own_serve(serve), stop_requests() as stop:
+            count = replicas or num_places(ray)
+            cpus, gpus = share_out(ray, count)
+            application = make_application(
+                open_app, replicas=count, cpus=cpus, gpus=gpus, max_requests=max_requests, drain_seconds=drain_seconds
+            )
+            quiet = {"log_level": "ERROR", "enable_access_log": False}
+            serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+            try:
+                serve.run(application, name=NAME, route_prefix="/", logging_config=quiet)
+            except RuntimeError as error:
+                raise ResourceError(f"the replicas do not start: {_reason(serve, error)}") from None
+            on_ready(f"{count} x {cpus} CPUs and {gpus} GPUs at http://{host}:{port}")
+            while not stop:
+                time.sleep(_LOOK_SECONDS)
+            _drain(serve, drain_seconds)
+    finally:
+        if owns:
+            ray.shutdown()
+
+
+@contextmanager
+def _own_serve(serve: Any) -> Generator[None]:
+    """Ray Serve, from here to the end of the block."""
+    status = serve.status()
+    if status.applications or status.proxies:
+        raise ResourceError(
+            "Ray Serve runs on this cluster already, with an address of its own. Stop it (`serve shutdown`), or add "
+            "the app to it: ray.serve.run(fieldmark.serve.server.make_application(...))"
+        )
+    try:
+        yield
+    finally:
+        serve.shutdown()
+
+
+def _reason(serve: Any, error: Exception) -> str:
+    """What a replica died of: the end of the traceback that Ray keeps."""
+    application = serve.status().applications.get(NAME)
+    told = application.deployments[NAME].message if application and NAME in application.deployments else ""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    return lines[-1] if lines else str(error)
+
+
+def _drain(serve: Any, seconds: float) -> None:
+    """Answer what is in hand, which a shutdown alone would cut off."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            serve.delete(NAME)
+            return
+        except TimeoutError:  # Ray waits for a minute
+            if time.monotonic() >= end:
+                return
+
+
+def _import_serve() -> Any:
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise MissingExtraError(error.name or "ray[serve]", "ray") from None
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    return serve
+
+
+def num_places(ray: Any) -> int:
+    """Replicas that suit a cluster: one for each GPU, or else for each machine with cores."""
+    gpus = int(ray.cluster_resources().get("GPU", 0.0))
+    machines = sum(node["Alive"] and node["Resources"].get("CPU", 0.0) >= 1 for node in ray.nodes())
+    return gpus or machines or 1
+
+
+def share_out(ray: Any, count: int) -> tuple[int, int]:
+    """Most cores, and GPUs, that each of so many replicas can have.
+
+    Raises:
+        ResourceError: They do not fit into the cluster.
+    """
+    total = ray.cluster_resources()
+    gpus = 1 if total.get("GPU") else 0
+    for cpus in range(int(total.get("CPU", 0.0)) // count, 0, -1):
+        if count_slots(ray, {"CPU": float(cpus), "GPU": float(gpus)}) >= count:
+            return cpus, gpus
+    raise ResourceError(
+        f"{count} replicas need a CPU each and {gpus} GPUs each, and the Ray cluster has {total.get('CPU', 0):g} CPUs "
+        f"and {total.get('GPU', 0):g} GPUs. Give fewer --replicas, or add machines"
+    )

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from fieldmark.errors import PhotoError
-from fieldmark.serve.backend import PhotoModel, Prepared
 from fieldmark.serve.batching import Batcher, QueueFullError
 from fieldmark.serve.limits import Limits
-from fieldmark.serve.metrics import ServerMetrics
-from fieldmark.serve.schema import Answer, Group, PhotoAnswer
+
+if TYPE_CHECKING:
+    from fieldmark.augment.reference import EvalSpec, Views
+    from fieldmark.inference.predictor import Predictor
+    from fieldmark.inference.taxonomy import BackOff
+    from fieldmark.inference.triage import AttentionMaps
+    from fieldmark.runs.folder import Run
 
 
 class BusyError(Exception):
@@ -133,3 +142,278 @@ class PhotoService:
         if found is None or not found.level:
             return None
         return Group(level=found.level, name=found.name, probability=found.probability)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A photo, ready for the model.
+
+    Attributes:
+        picture: (3, S, S) float32, normalised; several as `vision.views` lays them out.
+        box: x, y, width, height of what the model sees, as shares of the upright photo.
+    """
+
+    picture: NDArray[np.float32]
+    box: tuple[float, float, float, float]
+
+
+class PhotoModel(Protocol):
+    """What the server asks of a model."""
+
+    @property
+    def name(self) -> str:
+        """What people call it; never a path."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names, in order of class number."""
+        ...
+
+    @property
+    def threshold(self) -> float:
+        """Least probability that is answered; 0 answers everything."""
+        ...
+
+    @property
+    def back_off(self) -> BackOff | None:
+        """Groups to answer with where the class is not sure."""
+        ...
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether `attention` can be asked."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """How many photos the page may offer to try."""
+        ...
+
+    def example(self, number: int) -> bytes:
+        """One of them, as JPEG."""
+        ...
+
+    def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
+        """Decode one photo; raises PhotoError."""
+        ...
+
+    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, 3, S, S) -> (B, K), rows sum to 1."""
+        ...
+
+    def attention(self, picture: NDArray[np.float32], class_number: int) -> NDArray[np.float32]:
+        """(h, w) in [0, 1]: where the model looked for a class."""
+        ...
+
+
+class ServedModel:
+    """A run folder or an exported model behind the server."""
+
+    def __init__(
+        self, predictor: Predictor, *, name: str, maps: AttentionMaps | None, examples: Sequence[bytes]
+    ) -> None:
+        self._predictor = predictor
+        self._maps = maps
+        self._examples = list(examples)
+        self.name = name
+        self.classes = predictor.classes
+        self.threshold = predictor.threshold
+        self.back_off = predictor.back_off
+
+    @classmethod
+    def load(cls, path: Path) -> ServedModel:
+        """Load a run (with attention maps, for convolutional models), an ensemble or an export (without).
+
+        Raises:
+            FieldmarkError: Neither is there, or it cannot be loaded.
+        """
+        from fieldmark.inference.exported import FILE
+        from fieldmark.inference.predictor import Predictor
+        from fieldmark.inference.triage import AttentionMaps
+        from fieldmark.runs.folder import Run
+
+        predictor = Predictor.load(path)
+        maps = None
+        examples: list[bytes] = []
+        if not (path / FILE).is_file():
+            run = Run(path)
+            maps = None if run.is_ensemble else AttentionMaps(run.load_model())
+            examples = _examples(run, count=5)
+        return cls(predictor, name=path.resolve().name, maps=maps, examples=examples)
+
+    @property
+    def num_examples(self) -> int:
+        """How many photos the page may offer to try."""
+        return len(self._examples)
+
+    def example(self, number: int) -> bytes:
+        """One of them, as JPEG."""
+        return self._examples[number]
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether `attention` can be asked."""
+        return self._maps is not None and self._maps.is_available
+
+    def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
+        """Decode one photo; raises PhotoError."""
+        from fieldmark.augment.reference import eval_picture
+        from fieldmark.data.decode import decode
+
+        photo = decode(data, background=self._predictor.background, max_pixels=max_pixels)
+        spec = self._predictor.spec
+        return Prepared(eval_picture(photo, spec).numpy(), seen_box(photo.shape[1], photo.shape[0], spec))
+
+    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, 3, S, S) -> (B, K), calibrated."""
+        return self._predictor.probabilities(images)
+
+    def attention(self, picture: NDArray[np.float32], class_number: int) -> NDArray[np.float32]:
+        """(28, 28) in [0, 1]."""
+        assert self._maps is not None
+        maps: Any = self._maps(picture[None], [class_number])
+        return maps[0]
+
+
+def _examples(run: Run, *, count: int) -> list[bytes]:
+    """Some validation photos of different classes, if they are still there."""
+    from fieldmark.errors import FieldmarkError
+
+    examples: list[bytes] = []
+    try:
+        files = run.split.of("val").files()
+        for place in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int):
+            examples.append(thumbnail(files[place], 640))
+    except FieldmarkError:
+        pass  # a run without its photos serves all the same
+    return examples
+
+
+def seen_box(width: int, height: int, spec: EvalSpec | Views) -> tuple[float, float, float, float]:
+    """The part of a photo that the evaluation transform (the widest of several) keeps: shares x, y, width, height."""
+    from fieldmark.augment.reference import Views
+
+    if isinstance(spec, Views):
+        return max((seen_box(width, height, one) for one in spec.specs), key=lambda box: box[2])
+    if spec.transform == "squash":
+        return (0.0, 0.0, 1.0, 1.0)
+    side = min(width, height) * spec.crop_fraction
+    return ((width - side) / 2 / width, (height - side) / 2 / height, side / width, side / height)
+
+
+class ServerMetrics:
+    """Counters of one server, in a registry of their own, so that two apps in a process do not mix."""
+
+    def __init__(self) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "fieldmark_requests", "Requests by path and status.", ["path", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "fieldmark_request_seconds", "Time from body to answer.", ["path"], registry=self.registry
+        )
+        self.photos = Counter("fieldmark_photos", "Photos by outcome.", ["outcome"], registry=self.registry)
+        self.batch_size = Histogram(
+            "fieldmark_batch_photos",
+            "Photos answered in one pass of the model.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=self.registry,
+        )
+        self.waiting = Gauge("fieldmark_waiting_photos", "Photos that wait for the model.", registry=self.registry)
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        from prometheus_client import generate_latest
+
+        answer: Any = generate_latest(self.registry)
+        return answer
+
+
+class Answer(BaseModel):
+    """One class and its probability."""
+
+    label: str
+    probability: float
+
+
+class Group(BaseModel):
+    """A name at some level of the taxonomy that the model was calibrated with."""
+
+    level: str
+    name: str
+    probability: float
+
+
+class PhotoAnswer(BaseModel):
+    """What the model says of one photo."""
+
+    label: str | None
+    """The likeliest class; null if it is not sure enough, or the photo could not be read."""
+
+    is_unknown: bool
+    """Whether the probability is below the threshold."""
+
+    group: Group | None
+    """Where the class is not sure: the finest group of the taxonomy that is; null if there is none."""
+
+    top: list[Answer]
+    """The likeliest classes, best first; empty for a photo that could not be read."""
+
+    problem: str | None
+    """Why the photo could not be read; null if it could."""
+
+    attention: list[list[float]] | None
+    """Rows of a map in 0 to 1: where the model looked for its first answer. Only on request."""
+
+    seen: list[float] | None
+    """x, y, width, height, as shares of the photo, of what the model sees and `attention` covers."""
+
+
+class PhotoAnswers(BaseModel):
+    """Answers in the order of the photos."""
+
+    model: str
+    threshold: float
+    photos: list[PhotoAnswer]
+
+
+class Health(BaseModel):
+    """Whether the server answers, and with what."""
+
+    status: str
+    model: str
+    classes: int
+    waiting: int
+    has_attention: bool
+    examples: int
+    max_photos: int
+
+
+class Classes(BaseModel):
+    """Names of the classes; a class's number is its place."""
+
+    classes: list[str]
+    threshold: float
+
+
+class Problem(BaseModel):
+    """Why a request was refused."""
+
+    detail: Any
+
+
+def thumbnail(file: Path, side: int) -> bytes:
+    """JPEG of a photo, its long side at most `side` pixels; raises PhotoError."""
+    from PIL import Image
+
+    from fieldmark.data.decode import decode_reduced
+
+    photo = decode_reduced(file, min_short_side=side, background=(255, 255, 255), max_pixels=178_956_970).pixels
+    image = Image.fromarray(photo)
+    image.thumbnail((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()

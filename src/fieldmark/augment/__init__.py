@@ -1,0 +1,1 @@
+"""One batch's random numbers, and the executors that apply them."""

@@ -1,0 +1,176 @@
+"""MixUp and CutMix: a batch blended from itself, and the labels with it.
+
+Which method, how much and which partner are drawn apart from their execution, from (seed, epoch, step). Targets are
+distributions over classes always, mixed or not: a loss that treated hard labels otherwise would change its scale
+between mixed and clean batches.
+
+Shape letters: B photos of a batch, K classes, H, W height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fieldmark.augment.sample import MIX, uniforms
+from fieldmark.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Method = Literal["mixup", "cutmix"]
+
+
+@dataclass(frozen=True, slots=True)
+class MixSpec:
+    """How often and how strongly batches are mixed.
+
+    Args:
+        prob: Probability, per batch, of each of `methods`; at most one over their number.
+        methods: At most one of them is used in a batch, in this order of the dice.
+        mixup_alpha: Range of α of MixUp's Beta(α, α), drawn per batch; two equal numbers fix it.
+        cutmix_alpha: The same of CutMix.
+
+    Raises:
+        ConfigError: `prob` is not in [0, 1 / number of methods], or a range is not positive and rising.
+    """
+
+    prob: float
+    methods: tuple[Method, ...]
+    mixup_alpha: tuple[float, float]
+    cutmix_alpha: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prob * len(self.methods) <= 1:
+            raise ConfigError(
+                f"mix prob is per method: with {len(self.methods)} methods it must be 0 to {1 / len(self.methods):g}; "
+                f"got {self.prob:g}"
+            )
+        for name, (low, high) in (("mixup_alpha", self.mixup_alpha), ("cutmix_alpha", self.cutmix_alpha)):
+            if not 0 < low <= high:
+                raise ConfigError(f"{name} must be two numbers with 0 < low <= high; got [{low:g}, {high:g}]")
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What happens to one batch.
+
+    Args:
+        kind: `none` leaves the batch as it is.
+        lam: λ, the share in [0, 1] that each photo keeps of itself; 1 for `none`. Of CutMix, exactly the share of
+            pixels.
+        box: x, y, width, height in pixels of CutMix's rectangle, all 0 otherwise.
+        partners: (B,) int64, a permutation: the place in the batch of each photo's partner.
+    """
+
+    kind: Literal["none", "mixup", "cutmix"]
+    lam: float
+    box: tuple[int, int, int, int]
+    partners: NDArray[np.int64]
+
+
+def draw_mix(spec: MixSpec, *, seed: int, epoch: int, step: int, batch_size: int, image_size: int) -> Mix:
+    """Draw what happens to one batch.
+
+    One u ~ U(0, 1) decides: below `prob` the first method, below 2 `prob` the second, else none.
+
+    Args:
+        spec: How often and how strongly.
+        seed: Seed of the run.
+        epoch: 0-based epoch.
+        step: 0-based update of the run.
+        batch_size: B, any number from 1.
+        image_size: Side of the square images, in pixels.
+
+    Source:
+        Zhang et al., "mixup", arXiv:1710.09412, sec. 2; Yun et al., "CutMix", arXiv:1905.04899, sec. 3.1.
+    """
+    u = float(uniforms(seed, epoch, [step], stream=MIX, count=1)[0, 0])
+    place = int(u / spec.prob) if spec.prob > 0 else len(spec.methods)
+    if place >= len(spec.methods):
+        return Mix("none", 1.0, (0, 0, 0, 0), np.arange(batch_size))
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, step, MIX])))
+    kind = spec.methods[place]
+    lam, box = _draw_lambda(spec, kind, rng, image_size)
+    return Mix(kind, lam, box, rng.permutation(batch_size))
+
+
+def lambda_draws(spec: MixSpec, method: Method, *, count: int, seed: int, image_size: int) -> NDArray[np.float64]:
+    """(count,) values of λ of one method, drawn as for batches: for the histograms."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, MIX])))
+    return np.array([_draw_lambda(spec, method, rng, image_size)[0] for _ in range(count)])
+
+
+def apply_mix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+    """Blend every photo, and its target, with its partner.
+
+    Args:
+        images: (B, C, H, W) float.
+        targets: (B, K) float, each row a distribution over classes.
+        mix: Drawn for this batch.
+
+    Returns:
+        Images and targets of the same shapes; the arguments are left as they were. Target rows still sum to 1.
+
+    Raises:
+        DataError: `mix` was drawn for another batch size, or its rectangle does not lie in the images.
+    """
+    import torch
+
+    if mix.kind == "none":
+        return images, targets
+    if not len(images) == len(targets) == len(mix.partners):
+        raise DataError(f"mix drawn for {len(mix.partners)} photos; got {len(images)} images, {len(targets)} targets")
+    partners = torch.from_numpy(mix.partners).to(images.device, non_blocking=True)
+    # lerp, not a·λ + b·(1 − λ): it leaves equal targets exactly as they are.
+    mixed_targets = torch.lerp(targets[partners], targets, mix.lam)
+    if mix.kind == "mixup":
+        return torch.lerp(images[partners], images, mix.lam), mixed_targets
+    x, y, width, height = mix.box
+    if x + width > images.shape[3] or y + height > images.shape[2]:
+        raise DataError(f"rectangle {mix.box} does not lie in images of {images.shape[3]}×{images.shape[2]}")
+    mixed = images.clone()
+    mixed[:, :, y : y + height, x : x + width] = images[partners, :, y : y + height, x : x + width]
+    return mixed, mixed_targets
+
+
+def one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Targets of hard labels.
+
+    Args:
+        labels: (B,) int64 class numbers, 0 to `num_classes` - 1.
+        num_classes: K.
+        smoothing: Share of each row that is spread evenly over all classes, in [0, 1].
+
+    Returns:
+        (B, K) float32 whose rows sum to 1.
+
+    Source:
+        Szegedy et al., "Rethinking the Inception Architecture", arXiv:1512.00567, sec. 7.
+    """
+    import torch
+
+    even = smoothing / num_classes
+    targets = torch.full((len(labels), num_classes), even, device=labels.device)
+    return targets.scatter_(1, labels[:, None], 1.0 - smoothing + even)
+
+
+def _draw_lambda(
+    spec: MixSpec, kind: Method, rng: np.random.Generator, image_size: int
+) -> tuple[float, tuple[int, int, int, int]]:
+    """λ and rectangle of one batch; CutMix's λ is recomputed from the rectangle's true area after clipping."""
+    alpha = rng.uniform(*(spec.mixup_alpha if kind == "mixup" else spec.cutmix_alpha))
+    lam = float(rng.beta(alpha, alpha))
+    if kind == "mixup":
+        return lam, (0, 0, 0, 0)
+    half = int(image_size * math.sqrt(1.0 - lam)) // 2
+    center_x, center_y = rng.integers(image_size, size=2).tolist()
+    left, right = max(center_x - half, 0), min(center_x + half, image_size)
+    top, bottom = max(center_y - half, 0), min(center_y + half, image_size)
+    box = (left, top, right - left, bottom - top)
+    return (image_size**2 - box[2] * box[3]) / image_size**2, box

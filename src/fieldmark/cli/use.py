@@ -1,0 +1,202 @@
+"""The verbs that put a trained model to use: combine, calibrate, export, serve, review. `cli` adds them to its own."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fieldmark.cli.options import BareRay
+
+Run = Annotated[Path, typer.Argument(help="Run folder that `fieldmark train` wrote.")]
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Add the five verbs to the command line."""
+    for verb in (combine, calibrate, export, review):
+        app.command()(verb)
+    app.command(cls=BareRay)(serve)
+
+
+def combine(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them, such as a sweep.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to make; it predicts alone.")],
+    method: Annotated[
+        Literal["ensemble", "soup"], typer.Option(help="Average the answers; or the weights, into one model.")
+    ] = "ensemble",
+    max_parameters_millions: Annotated[
+        float | None, typer.Option(help="Budget for all parameters; default: the smallest in the runs' recipes.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Make one predictor of several runs.
+
+    predict, evaluate, calibrate and serve take it as they take a run. The runs must share their validation photos.
+    """
+    from fieldmark.inference.combine import combine as combine_runs
+    from fieldmark.inference.combine import format_combined
+    from fieldmark.progress import open_progress
+
+    with open_progress("combine") as progress:
+        run = combine_runs(runs, out, method=method, max_parameters_millions=max_parameters_millions, progress=progress)
+    typer.echo(json.dumps({"run": str(run.path), **run.summary}, indent=2) if as_json else format_combined(run))
+
+
+def calibrate(
+    run: Run,
+    accuracy: Annotated[float | None, typer.Option(help="Wanted accuracy of the answers, such as 0.95.")] = None,
+    coverage: Annotated[float | None, typer.Option(help="Wanted share of photos that are answered.")] = None,
+    assurance: Annotated[float, typer.Option(help="How sure the accuracy must be, below 1; 0 takes it as seen.")] = 0.0,
+    taxonomy: Annotated[
+        Path | None, typer.Option(help="Table of class,genus,family: answer with the group that is sure.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Make probabilities honest, and choose when to say "unknown".
+
+    Fits a temperature on the validation photos; every figure is of photos that it was not fitted on. predict, serve
+    and export use it from then on.
+    """
+    from fieldmark.inference.calibrate import (
+        calibrate_run,
+        describe_calibration,
+        load_back_off,
+        save_calibration_figure,
+    )
+    from fieldmark.inference.taxonomy import describe_back_off, describe_scores, taxonomy_scores
+    from fieldmark.runs.folder import Run as RunFolder
+
+    if accuracy is not None and coverage is not None:
+        raise typer.BadParameter("give --accuracy or --coverage, not both")
+    wanted = "accuracy" if accuracy is not None else "coverage" if coverage is not None else "none"
+    value = next((share for share in (accuracy, coverage) if share is not None), 1.0)
+    opened = RunFolder(run)
+    found = calibrate_run(
+        opened, wanted=wanted, wanted_value=value, assurance=assurance, folds=5, seed=0, taxonomy=taxonomy
+    )
+    levels = taxonomy_scores(opened, taxonomy) if taxonomy else {}
+    groups = load_back_off(opened)
+    if as_json:
+        more: dict[str, Any] = {"levels": levels} if levels else {}
+        more |= {"back_off": groups.to_dict()} if groups else {}
+        typer.echo(json.dumps({**found.to_dict(), **more}, indent=2))
+    else:
+        typer.echo(describe_calibration(found))
+        if levels:
+            typer.echo(f"\n{describe_scores(levels)}")
+        if groups:
+            typer.echo(f"\n{describe_back_off(groups)}")
+    typer.echo(f"wrote {save_calibration_figure(opened, found)}", err=True)
+
+
+def export(
+    run: Run,
+    to: Annotated[Literal["onnx", "openvino", "torch", "timm"], typer.Option(help="Form of the model.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="Folder to create; RUN-FORM if not given.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise (onnx, openvino): smaller and faster.")] = False,
+    max_accuracy_loss: Annotated[float, typer.Option(help="Most accuracy that int8 may lose; 0.01 is a point.")] = 0.01,
+    photos: Annotated[int, typer.Option(help="Most validation photos to prove it on.", min=1)] = 600,
+) -> None:
+    """Write the model for elsewhere, if it is proven on validation photos to be the same."""
+    from fieldmark.export.export import export_run
+    from fieldmark.export.model_card import evidence_text
+    from fieldmark.runs.folder import Run as RunFolder
+
+    folder = out or run.with_name(f"{run.resolve().name}-{to}{'-int8' if int8 else ''}")
+    written = export_run(
+        RunFolder(run), folder, to=to, is_int8=int8, max_accuracy_loss=max_accuracy_loss, max_photos=photos
+    )
+    typer.echo(f"wrote {folder}\n{evidence_text(written.evidence)}")
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="Run folder, or an exported model.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FIELDMARK_API_KEY", help="Ask clients for this key (X-API-Key).")
+    ] = None,
+    max_megabytes: Annotated[float, typer.Option(help="Largest request.", min=0.001)] = 64.0,
+    max_megapixels: Annotated[float, typer.Option(help="Largest photo.", min=0.001)] = 60.0,
+    max_photos: Annotated[int, typer.Option(help="Most photos in a request.", min=1)] = 64,
+    queue: Annotated[int, typer.Option(help="Most photos in hand; more are told to come back.", min=1)] = 256,
+    batch: Annotated[int, typer.Option(help="Most photos in one pass of the model.", min=1)] = 16,
+    timeout: Annotated[float, typer.Option(help="Longest time for a request, in seconds.", min=0.1)] = 30.0,
+    ray: Annotated[str | None, typer.Option("--ray", help="Serve from a Ray cluster; alone, start one.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="With --ray: copies of the server; default one per GPU or machine.", min=1)
+    ] = None,
+) -> None:
+    """Answer photos over HTTP, with a web page at the address itself."""
+    from fieldmark.runs.environment import usable_cores
+    from fieldmark.serve.app import open_app
+    from fieldmark.serve.limits import Limits
+    from fieldmark.serve.server import is_local, run_server
+
+    if replicas is not None and ray is None:
+        raise typer.BadParameter("--replicas are copies on a Ray cluster: give --ray too")
+
+    limits = Limits(
+        max_body_bytes=int(max_megabytes * 2**20),
+        max_held_bytes=8 * int(max_megabytes * 2**20),
+        max_photos=max_photos,
+        max_pixels=int(max_megapixels * 1e6),
+        max_queued=queue,
+        body_seconds=timeout,
+        answer_seconds=timeout,
+        retry_seconds=2,
+    )
+    opener = partial(open_app, model.absolute(), limits=limits, max_batch=batch, wait_seconds=0.002, api_key=api_key)
+    app = opener(usable_cores())  # also before replicas do: what is wrong with the model is told here
+    if not is_local(host) and not api_key:
+        typer.echo(f"warning: {host} can be reached from other machines, and no --api-key is set", err=True)
+    drain_seconds = int(timeout) + 1
+    if ray is None:
+        typer.echo(f"serving {model} at http://{host}:{port} (stop with Ctrl-C)", err=True)
+        run_server(app, host=host, port=port, drain_seconds=drain_seconds, max_connections=1000)
+        return
+    from fieldmark.serve.server import run_on_ray
+
+    del app  # its memory
+    run_on_ray(
+        opener,
+        address=ray,
+        replicas=replicas,
+        host=host,
+        port=port,
+        max_requests=queue,
+        drain_seconds=drain_seconds,
+        on_ready=lambda where: typer.echo(f"serving {model}, replicas: {where} (stop with Ctrl-C)", err=True),
+    )
+
+
+def review(
+    runs: Annotated[list[Path], typer.Argument(help="Run folder; or the runs of a cross-validation, one per fold.")],
+    out: Annotated[Path | None, typer.Option(help="Table of corrections; corrections.csv beside the run.")] = None,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8001,
+    near: Annotated[int, typer.Option(help="Near-duplicates differ in at most so many of 64 bits.", min=0, max=11)] = 6,
+) -> None:
+    """Look at mistakes and mend labels, in a local web page.
+
+    The photos are only read. Train with the table by --set data.corrections=TABLE.
+    """
+    from fieldmark.runs.dataset import user_folder
+    from fieldmark.runs.environment import usable_cores
+    from fieldmark.runs.folder import Run as RunFolder
+    from fieldmark.serve.review import open_review
+    from fieldmark.serve.server import run_server
+
+    table = out or runs[0].resolve().with_name("corrections.csv")
+    app = open_review(
+        [RunFolder(run) for run in runs],
+        table,
+        max_distance=near,
+        threads=usable_cores(),
+        memory=user_folder("inspections"),
+        hosts=["127.0.0.1", "localhost"],
+    )
+    typer.echo(f"review at http://127.0.0.1:{port}, decisions go to {table} (stop with Ctrl-C)", err=True)
+    run_server(app, host="127.0.0.1", port=port, drain_seconds=5, max_connections=200)

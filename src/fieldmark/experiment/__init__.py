@@ -1,1 +1,0 @@
-"""Settings become runs, and runs become evidence."""

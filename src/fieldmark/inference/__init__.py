@@ -1,0 +1,1 @@
+"""A run folder answers: predictions, scores, calibration, prediction files."""

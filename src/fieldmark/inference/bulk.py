@@ -1,0 +1,506 @@
+"""Predict in parts, so that many workers share the work and what is done is never done again.
+
+The photos are cut into pieces; each piece becomes one part file, whole or absent, whose key says of which photos and
+of which model it is. A second call computes the parts that are missing. At the end the parts, in order, are the
+prediction: as they lie, in a folder, or merged into one file.
+
+    OUT/ or OUT.csv.parts/
+        part-00000000.parquet ...   one a piece
+        .predict/plan.json          what is predicted with what; another call must agree
+        .predict/pieces/N.json      pieces whose part is missing; N.attempts has a byte for each attempt
+        .predict/lock
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, PredictionError, ResourceError, RunError
+from fieldmark.files import alone, whole_or_absent
+from fieldmark.inference.predictor import Prediction, Predictor
+from fieldmark.inference.sources import PhotoSource, Piece, digest, from_json, read_ahead, to_json
+from fieldmark.inference.taxonomy import BackOff
+from fieldmark.inference.writers import (
+    NUM_LONG_COLUMNS,
+    Form,
+    check_ending,
+    distinct,
+    is_leaderboard,
+    long_schema,
+    long_table,
+    save_predictions,
+)
+from fieldmark.progress import Progress
+from fieldmark.runs.environment import count_slots, open_cluster
+
+FORMAT = 1
+PIECE_PHOTOS = 1024
+
+
+class Executor(Protocol):
+    """Has parts made, somewhere."""
+
+    @property
+    def threads(self) -> int:
+        """`PartTask.threads`."""
+        ...
+
+    def run(self, task: PartTask, numbers: Sequence[int]) -> Iterator[PartDone]:
+        """Make these parts, in any order; each is told once."""
+        ...
+
+    def stop(self) -> None:
+        """No more is wanted."""
+        ...
+
+
+@dataclass(frozen=True)
+class PartedPhotos:
+    """Parts that are all there.
+
+    Attributes:
+        out: The file or folder.
+        count: Photos.
+        failed: Predictions of photos that could not be read.
+    """
+
+    out: Path
+    count: int
+    failed: list[Prediction]
+
+
+def predict_in_parts(
+    model: Path,
+    source: PhotoSource,
+    out: Path,
+    *,
+    form: Form,
+    flips: bool,
+    piece_photos: int,
+    open_executor: Callable[[], Executor],
+    progress: Progress,
+) -> PartedPhotos:
+    """Predict photos part by part; called again, only those that are missing.
+
+    Args:
+        model: Run folder or exported model.
+        source: The photos.
+        out: A file, by its ending; or a folder, which then holds the parts.
+        form: Of a file; see `prediction_files.save_predictions`. Parts are long.
+        flips: Average over each photo and its mirror image.
+        piece_photos: Photos of a part, where a list can be cut; rounded up to whole batches.
+        open_executor: Gives who computes; not called if nothing is missing.
+        progress: Where to tell how far the work is.
+
+    Raises:
+        PredictionError: `out` was begun with other photos or another model, or cannot be written.
+        DataError: The photos cannot be reached.
+        RunError: No such model, or another call is at work.
+    """
+    is_file = bool(out.suffix) and not out.is_dir()
+    if is_file:
+        check_ending(out)
+    predictor = Predictor.load(model, flips=flips)
+    folder = (out.with_name(out.name + ".parts") if is_file else out).absolute()
+    with _locked(folder):
+        size = -(-piece_photos // predictor.batch_size) * predictor.batch_size
+        fingerprint = model_fingerprint(model, flips=flips)
+        keys = [combined([digest(piece), fingerprint]) for piece in source.cut(size)]
+        _agree(folder, {"format": FORMAT, "model": fingerprint, "photos": combined(keys), "parts": len(keys)}, out)
+        rows = [part_rows(part_path(folder, number), key=key) for number, key in enumerate(keys)]
+        missing = {number for number, count in enumerate(rows) if count is None}
+        done = sum(count for count in rows if count is not None) if source.count else len(keys) - len(missing)
+        progress.start(source.count or len(keys), done)
+        if missing:
+            _save_pieces(folder, source.cut(size), missing)
+            executor = open_executor()
+            task = PartTask(str(model.absolute()), fingerprint, flips, str(folder), executor.threads)
+            try:
+                _run(executor, task, sorted(missing), progress, by_photos=bool(source.count))
+            finally:
+                executor.stop()
+            shutil.rmtree(folder / BOOKS / "pieces", ignore_errors=True)
+        count = _complete(folder, keys)
+        predictions = _merged(folder, len(keys), predictor)
+        if not is_file:
+            return PartedPhotos(out, count, [prediction for prediction in predictions if prediction.problem])
+        if is_leaderboard(out, form):
+            predictions = distinct(predictions)
+        has_groups = predictor.back_off is not None
+        failed = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
+    shutil.rmtree(folder)
+    return PartedPhotos(out, count, failed)
+
+
+def _save_pieces(folder: Path, pieces: Iterable[Piece], missing: set[int]) -> None:
+    waiting = piece_path(folder, 0).parent
+    shutil.rmtree(waiting, ignore_errors=True)
+    waiting.mkdir()
+    for number, piece in enumerate(pieces):
+        if number in missing:
+            piece_path(folder, number).write_text(to_json(piece), encoding="ascii")
+
+
+def _run(executor: Executor, task: PartTask, numbers: Sequence[int], progress: Progress, *, by_photos: bool) -> None:
+    for done in executor.run(task, numbers):
+        if done.problem:
+            raise DataError(f"part {done.number} cannot be made: {done.problem}. What is done is kept; call again")
+        progress.advance(done.rows if by_photos else 1)
+
+
+def _agree(folder: Path, plan: dict[str, Any], out: Path) -> None:
+    """Write the plan, or hold it against the one that is there."""
+    path = folder / BOOKS / "plan.json"
+    if not path.is_file():
+        path.write_text(json.dumps(plan, indent=2), encoding="ascii")
+        return
+    before: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+    # Parts' keys hold the model too, so the digest of the photos means something only beside the same model.
+    reasons = {"format": "by another version", "model": "with another model (or other --flips)"}
+    changed = next((reason for name, reason in reasons.items() if before.get(name) != plan[name]), "")
+    if not changed and before != plan:
+        changed = f"of other photos ({before['parts']} parts then, {plan['parts']} now; files may have changed)"
+    if changed:
+        raise PredictionError(f"{folder} was begun {changed}. Give another --out than {out}, or remove {folder}")
+
+
+def _complete(folder: Path, keys: Sequence[str]) -> int:
+    """Number of rows of all parts."""
+    total = 0
+    for number, key in enumerate(keys):
+        rows = part_rows(part_path(folder, number), key=key)
+        if rows is None:
+            raise PredictionError(
+                f"{part_path(folder, number)} is not there though it was made: let all machines share the folder of "
+                "--out, and call again"
+            )
+        total += rows
+    return total
+
+
+def _merged(folder: Path, num_parts: int, predictor: Predictor) -> Iterator[Prediction]:
+    for number in range(num_parts):
+        part = part_path(folder, number)
+        yield from load_part(
+            part, classes=predictor.classes, threshold=predictor.threshold, back_off=predictor.back_off
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Generator[None]:
+    """The folder with its books, for one call at a time."""
+    try:
+        if folder.exists() and not (folder / BOOKS).is_dir() and any(folder.iterdir()):
+            raise PredictionError(f"{folder} exists and holds something else. Give another --out")
+        (folder / BOOKS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PredictionError(f"{folder} cannot be written: {error.strerror}") from None
+    with alone(
+        folder / BOOKS / "lock", busy=f"another predict is at work in {folder}: wait for it, or give another --out"
+    ):
+        yield
+
+
+BOOKS = ".predict"
+MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """What a worker must know; plain, so that it can be sent.
+
+    Attributes:
+        model: Run folder or export, by a path that is the same on every machine.
+        fingerprint: Of the model; a worker that sees another refuses.
+        flips: Average over each photo and its mirror image.
+        folder: Of the parts, the same on every machine.
+        threads: Of one worker; 0 leaves it to the libraries.
+    """
+
+    model: str
+    fingerprint: str
+    flips: bool
+    folder: str
+    threads: int
+
+
+class PartDone(NamedTuple):
+    """What came of one part."""
+
+    number: int
+    rows: int
+    problem: str
+    """Why there is no part, for the user; "" if there is."""
+
+
+class PartWorker:
+    """Makes parts, one after another, with one model."""
+
+    def __init__(self, task: PartTask) -> None:
+        self._task = task
+        self._predictor: Predictor | None = None
+
+    def __call__(self, number: int) -> PartDone:
+        """Make one part; whoever died in the middle of it left nothing."""
+        try:
+            return PartDone(number, self._make(number), "")
+        except FieldmarkError as error:
+            return PartDone(number, 0, str(error))
+
+    def _make(self, number: int) -> int:
+        folder = Path(self._task.folder)
+        _count_attempt(folder, number)
+        predictor = self._predictor = self._predictor or self._load()
+        piece = load_piece(folder, number)
+        photos = read_ahead(piece.read(), predictor.batch_size)
+        predictions = list(predictor.predict_named(photos, threads=self._task.threads or None))
+        key = combined([digest(piece), self._task.fingerprint])
+        save_part(part_path(folder, number), predictions, classes=predictor.classes, key=key)
+        return len(predictions)
+
+    def _load(self) -> Predictor:
+        task = self._task
+        if self._task.threads:
+            import torch
+
+            torch.set_num_threads(task.threads)
+        if model_fingerprint(Path(task.model), flips=task.flips) != task.fingerprint:
+            raise RunError(f"{task.model} is another model on this worker: let all machines see the same folder")
+        return Predictor.load(task.model, flips=task.flips)
+
+
+def model_fingerprint(model: Path, *, flips: bool) -> str:
+    """64 hex digits over the files that a model's answers depend on.
+
+    Raises:
+        RunError: One of them cannot be read.
+    """
+    from fieldmark.inference import calibrate
+    from fieldmark.inference.exported import FILE
+    from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS
+
+    if (model / FILE).is_file():
+        files = sorted(path for path in model.iterdir() if path.is_file())
+    else:
+        names = (RECIPE, CLASSES, MODEL, WEIGHTS, calibrate.FILE, ENSEMBLE)
+        folders = [model, *sorted(model.glob("members/*"))]  # of an ensemble
+        files = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+    total = hashlib.sha256(f"flips={flips}".encode())
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"\0{path.relative_to(model).as_posix()}\0{content}".encode())
+    except OSError as error:
+        raise RunError(f"{model} cannot be read: {error.strerror}") from None
+    return total.hexdigest()
+
+
+def load_piece(folder: Path, number: int) -> Piece:
+    """A piece whose part is missing.
+
+    Raises:
+        ResourceError: This machine does not see the folder.
+    """
+    try:
+        return from_json(piece_path(folder, number).read_text(encoding="ascii"))
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be read here ({error.strerror}): let all machines share the folder of --out"
+        ) from None
+
+
+def _count_attempt(folder: Path, number: int) -> None:
+    """Refuse a part that workers die of, which whoever restarts them cannot tell from bad luck."""
+    path = piece_path(folder, number).with_suffix(".attempts")
+    try:
+        with path.open("ab") as file:
+            file.write(b".")
+            attempts = file.tell()
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be written here ({error.strerror}): let all machines share the folder of --out"
+        ) from None
+    if attempts > MAX_ATTEMPTS:
+        raise ResourceError(
+            f"{MAX_ATTEMPTS} workers died of this part, with the photos that {piece_path(folder, number)} names. "
+            "Did they run out of memory? Take out the photo that is too large"
+        )
+
+
+def piece_path(folder: Path, number: int) -> Path:
+    """Where a piece waits for its part."""
+    return folder / BOOKS / "pieces" / f"{number}.json"
+
+
+def combined(texts: Iterable[str]) -> str:
+    """64 hex digits over some that are such digests themselves, in their order."""
+    return hashlib.sha256("\n".join(texts).encode("ascii")).hexdigest()
+
+
+_KEY = b"fieldmark.part"
+_EXACT = "path_bytes"
+_ROWS_AT_ONCE = 1024
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where a part lies; sorted by name, parts are in order up to a hundred million."""
+    return folder / f"part-{number:08d}.parquet"
+
+
+def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequence[str], key: str) -> None:
+    """Write a part, whole or not at all.
+
+    Args:
+        path: The file.
+        predictions: Its rows.
+        classes: K names, in order of class number.
+        key: What the rows depend on.
+
+    Raises:
+        ResourceError: It cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    has_groups = any(prediction.back_off for prediction in predictions)
+    table = long_table(predictions, long_schema(classes, has_groups=has_groups))
+    names = [prediction.path.encode("utf-8", "surrogateescape") for prediction in predictions]
+    if any(name.decode("utf-8", "replace") != p.path for name, p in zip(names, predictions, strict=True)):
+        table = table.append_column(_EXACT, pa.array(names, pa.binary()))
+    keyed = table.replace_schema_metadata({_KEY: key.encode()})
+
+    def write(part: Path) -> None:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(keyed, part)
+
+    whole_or_absent(path, write)
+
+
+def part_rows(path: Path, *, key: str) -> int | None:
+    """Number of rows of a part, or None if there is no part of this key."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        facts = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return None
+    return facts.num_rows if (facts.metadata or {}).get(_KEY) == key.encode() else None
+
+
+def load_part(
+    path: Path, *, classes: tuple[str, ...], threshold: float, back_off: BackOff | None
+) -> Iterator[Prediction]:
+    """The rows of a part, to the bit as they were predicted.
+
+    Raises:
+        PredictionError: It cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                columns = {name: batch.column(name).to_pylist() for name in ("path", "problem")}
+                names = columns["path"]
+                if _EXACT in batch.schema.names:
+                    names = [name.decode("utf-8", "surrogateescape") for name in batch.column(_EXACT).to_pylist()]
+                rows = np.stack(
+                    [batch.column(NUM_LONG_COLUMNS + k).to_numpy(zero_copy_only=False) for k in range(len(classes))],
+                    axis=1,
+                ).astype(np.float32)
+                for name, row, problem in zip(names, rows, columns["problem"], strict=True):
+                    yield Prediction(name, classes, row, problem, threshold, back_off)
+    except (OSError, pa.ArrowException) as error:
+        raise PredictionError(f"{path} cannot be read: {str(error).splitlines()[0]}. Remove it and go on") from None
+
+
+class RayParts:
+    """Makes each part in one of as many actors as the cluster has room for, each with a predictor of its own.
+
+    Ray Data hands the numbers of missing parts to an actor pool and starts actors anew that died; the part of a dead
+    actor is made again from its piece, as often as `PartWorker` has it. Photos, pixels and predictions do not pass
+    through Ray: a piece is a list of names, or a shard, which the worker reads, and a part is a file, which it writes.
+
+    Args:
+        address: As in `open_cluster`.
+        cpus: Cores of an actor, where the cluster has no GPU; with GPUs each actor has one, and its share of the cores.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        ResourceError: There is no cluster at the address, or no machine in it has room for an actor.
+    """
+
+    def __init__(self, address: str, *, cpus: int) -> None:
+        self._ray, self._owns = open_cluster(address)
+        total = self._ray.cluster_resources()
+        num_gpus = total.get("GPU", 0.0)
+        self._needs = {"CPU": float(cpus), "GPU": 0.0}
+        if num_gpus:
+            self._needs = {"CPU": float(max(total.get("CPU", 0.0) // num_gpus, 1)), "GPU": 1.0}
+        self._num_slots = count_slots(self._ray, self._needs)
+        if not self._num_slots:
+            self.stop()
+            raise ResourceError(
+                f"a worker needs {self._needs['CPU']:g} CPUs and {self._needs['GPU']:g} GPUs on one machine, and no "
+                "machine of the Ray cluster has them"
+            )
+
+    @property
+    def threads(self) -> int:
+        """Of one worker."""
+        return int(self._needs["CPU"])
+
+    def run(self, task: PartTask, numbers: Sequence[int]) -> Iterator[PartDone]:
+        """Make these parts, in any order."""
+        try:
+            import ray.data as ray_data
+        except ImportError as error:
+            raise MissingExtraError(error.name or "ray[data]", "ray") from None
+        context = ray_data.DataContext.get_current()
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # A block a part: what is done is told at once, and a worker that dies loses no more than one.
+        waiting = ray_data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
+        made = waiting.map_batches(
+            _PartActor,
+            fn_constructor_args=(task,),
+            batch_size=1,
+            compute=ray_data.ActorPoolStrategy(size=min(self._num_slots, len(numbers))),
+            num_cpus=self._needs["CPU"],
+            num_gpus=self._needs["GPU"] or None,
+        )
+        for row in made.iter_rows():
+            yield PartDone(int(row["number"]), int(row["rows"]), str(row["problem"]))
+
+    def stop(self) -> None:
+        """Leave the cluster."""
+        if self._owns:
+            self._ray.shutdown()
+
+
+class _PartActor:
+    """`PartWorker` as Ray Data calls it."""
+
+    def __init__(self, task: PartTask) -> None:
+        self._worker = PartWorker(task)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        done = [self._worker(int(number)) for number in batch["number"]]
+        return {
+            "number": np.array([part.number for part in done]),
+            "rows": np.array([part.rows for part in done]),
+            "problem": np.array([part.problem for part in done], dtype=object),
+        }

@@ -1,0 +1,522 @@
+"""Photos to be predicted, wherever they lie: folders, lists and shards, on this machine or behind a URL.
+
+A source is cut into pieces that are read one after another here, or each on another machine. A piece is plain data: it
+can be sent, and remembered, and its digest changes with the photos that it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from glob import glob
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+from fieldmark.data.folders import close_match, existing, find_photos, is_left_aside, is_photo_path, natural_key
+from fieldmark.data.index import require_photos
+from fieldmark.data.tables import TABLE_SUFFIXES, read_csv
+from fieldmark.errors import DataError, PhotoError
+from fieldmark.inference.storage import Found, fetch, file_version, find_files, is_file, is_url, match_files, opened
+
+NamedPhoto = tuple[str, Path | bytes | PhotoError]
+"""A photo's name in tables; and its file, its content, or why there is none."""
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes", "content")
+KEY_COLUMNS = ("path", "__key__", "key", "file_name", "filename", "name", "id")
+_SHARD_ROWS_AT_ONCE = 32
+_READ_AHEAD_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """The photos of a tar file, in its order.
+
+    Attributes:
+        location: Path or URL.
+        name: What the names of its photos begin with.
+        version: As `storage.Found.version`.
+    """
+
+    location: str
+    name: str
+    version: str
+    kind: ClassVar[str] = "tar"
+
+    def names(self) -> Iterator[str]:
+        """Names of the photos, without reading them."""
+        for name, _ in self._members(reads=False):
+            yield name
+
+    def read(self) -> Iterator[NamedPhoto]:
+        """Names and contents, in one pass from the beginning to the end."""
+        return self._members(reads=True)
+
+    def _members(self, *, reads: bool) -> Iterator[NamedPhoto]:
+        last = ""
+        try:
+            with opened(self.location) as file, _open_tar(file) as archive:
+                for member in archive:
+                    path = member.name.removeprefix("./")
+                    if not member.isfile() or not is_photo_path(path):
+                        continue
+                    last = f" after {path!r}"
+                    yield f"{self.name}/{path}", _content(archive, member, self.name) if reads else b""
+                if not archive.is_whole:
+                    raise tarfile.ReadError("it has no end")
+        except PhotoError as error:
+            yield self.name, error
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            yield self.name, PhotoError(self.name, f"is damaged{last}: {error}; photos behind that are lost")
+
+
+class _WatchedInfo(tarfile.TarInfo):
+    """Tells the archive when its closing mark was read: `tarfile` itself takes any nonsense for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile)
+        except _END_MARK:
+            tarfile.is_whole = True
+            raise
+
+
+_END_MARK: Any = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+
+
+class _WatchedTar(tarfile.TarFile):
+    tarinfo = _WatchedInfo
+    is_whole = False
+
+
+def _open_tar(file: IO[bytes]) -> _WatchedTar:
+    # A stream, packed or not: never seeks, so it suits storage that answers each seek with a request.
+    return _WatchedTar.open(fileobj=file, mode="r|*", bufsize=_READ_AHEAD_BYTES)
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> bytes | PhotoError:
+    try:
+        content = archive.extractfile(member)
+        return content.read() if content is not None else b""
+    except (ConnectionError, TimeoutError):
+        raise
+    except (tarfile.TarError, OSError, EOFError) as error:
+        return PhotoError(member.name, f"cannot be read from {shard}: {error}")
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """The photos of one row group of a Parquet table, in its order.
+
+    Attributes:
+        location: Path or URL of the table.
+        name: What the names of its photos begin with.
+        version: As `storage.Found.version`.
+        group: Number of the row group.
+        first_row: Its first row's number in the table.
+        num_rows: How many it has.
+        image: Column of contents: bytes, or `{bytes, path}` as Hugging Face stores images.
+        key: Column that names the photos; None names them by the row's number.
+    """
+
+    location: str
+    name: str
+    version: str
+    group: int
+    first_row: int
+    num_rows: int
+    image: str
+    key: str | None
+    kind: ClassVar[str] = "rows"
+
+    def names(self) -> Iterator[str]:
+        """Names of the photos, without reading them."""
+        for name, _ in self._rows([self.key] if self.key else [], reads=False):
+            yield name
+
+    def read(self) -> Iterator[NamedPhoto]:
+        """Names and contents."""
+        return self._rows([self.image, *([self.key] if self.key else [])], reads=True)
+
+    def _rows(self, columns: list[str], *, reads: bool) -> Iterator[NamedPhoto]:
+        import pyarrow as pa
+
+        number, end = self.first_row, self.first_row + self.num_rows
+        try:
+            with opened(self.location) as file:
+                batches: Any = open_parquet(file, self.name).iter_batches(
+                    _SHARD_ROWS_AT_ONCE, row_groups=[self.group], columns=columns
+                )
+                for row in (row for batch in batches for row in batch.to_pylist()) if columns else [{}] * self.num_rows:
+                    key = _text(row[self.key]) if self.key else str(number)
+                    yield f"{self.name}/{key}", _cell(row[self.image], key) if reads else b""
+                    number += 1
+        except (PhotoError, pa.ArrowException, OSError) as error:
+            reason = error.reason if isinstance(error, PhotoError) else f"is damaged: {str(error).splitlines()[0]}"
+            for row in range(number, end):
+                yield f"{self.name}/{row}", PhotoError(self.name, f"cannot be had: {self.name} {reason}")
+
+
+def row_shards(location: str, name: str, version: str) -> list[RowShard]:
+    """A Parquet table as one shard for each row group; none if it holds no photos, but their paths perhaps.
+
+    Raises:
+        DataError: No such table, or it cannot be read.
+    """
+    import pyarrow as pa
+
+    try:
+        with opened(location) as file:
+            table = open_parquet(file, location)
+            schema, groups = table.schema_arrow, table.metadata
+            rows = [groups.row_group(number).num_rows for number in range(groups.num_row_groups)]
+    except PhotoError as error:
+        raise DataError(f"{location} {error.reason}") from None
+    kinds = {field.name: field.type for field in schema}
+    image = next((column for column in IMAGE_COLUMNS if column in kinds and _holds_bytes(kinds[column])), None)
+    if image is None:
+        return []
+    key = next((c for c in KEY_COLUMNS if c in kinds and c != image and not pa.types.is_nested(kinds[c])), None)
+    starts = [sum(rows[:number]) for number in range(len(rows))]
+    return [
+        RowShard(location, name, version, number, start, count, image, key)
+        for number, (start, count) in enumerate(zip(starts, rows, strict=True))
+    ]
+
+
+def open_parquet(file: IO[bytes], name: str) -> Any:
+    """A Parquet file for reading.
+
+    Raises:
+        DataError: It is none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{name} is not a Parquet table: {str(error).splitlines()[0]}") from None
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(kind.field(place).name == "bytes" for place in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _cell(value: Any, key: str) -> bytes | PhotoError:
+    content = value.get("bytes") if isinstance(value, dict) else value
+    return PhotoError(key, "has no content in its table") if content is None else content
+
+
+def _text(key: Any) -> str:
+    return key.decode("utf-8", "surrogateescape") if isinstance(key, bytes) else str(key)
+
+
+PATH_COLUMN = "path"
+# A request to an object store takes tens of milliseconds, of which most is waiting.
+FETCHES_AT_ONCE = 16
+_FETCHED_AHEAD = 64
+_LIST_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class FileList:
+    """Photos that are files of their own.
+
+    Attributes:
+        root: Folder or URL that relative paths begin at.
+        paths: The photos, as tables name them: relative to the root, absolute, or URLs. "" is a gap in a list.
+        versions: `storage.Found.version` of each where a listing told it, else none at all.
+    """
+
+    root: str
+    paths: tuple[str, ...]
+    versions: tuple[str, ...]
+    kind: ClassVar[str] = "files"
+
+    def names(self) -> Iterator[str]:
+        """Names of the photos."""
+        return iter(self.paths)
+
+    def read(self) -> Iterator[NamedPhoto]:
+        """Names, and files of this machine unread or what was fetched of others.
+
+        Raises:
+            DataError: Nothing can be fetched from a storage at all.
+        """
+        with ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-fetch") as pool:
+            for start in range(0, len(self.paths), _FETCHED_AHEAD):
+                part = self.paths[start : start + _FETCHED_AHEAD]
+                yield from zip(part, pool.map(self._fetch, part), strict=True)
+
+    def _fetch(self, path: str) -> Path | bytes | PhotoError:
+        if not path:
+            return PhotoError("", "has no path in the list")
+        location = locate(self.root, path)
+        if not is_url(location):
+            return Path(location)
+        try:
+            return fetch(location)
+        except PhotoError as error:
+            return error
+
+
+def locate(root: str, path: str) -> str:
+    """Where a listed photo is: `path` itself if it is a URL or absolute, else below `root`."""
+    if is_url(path) or Path(path).is_absolute():
+        return path
+    if not is_url(root):
+        return str(Path(root) / path)
+    return f"{root}{path}" if root.endswith("/") else f"{root}/{path}"
+
+
+def split_list(root: str, paths: Iterator[str], size: int) -> Iterator[FileList]:
+    """A list of any length in pieces of `size`."""
+    while part := tuple(islice(paths, size)):
+        yield FileList(root, part, ())
+
+
+def open_list(location: str, root: str) -> tuple[int, Callable[[], Iterator[str]]]:
+    """A table of paths.
+
+    Args:
+        location: Path or URL of a CSV or Parquet table.
+        root: Folder or URL that the table lies in.
+
+    Returns:
+        Number of rows; and what yields the column `path` from the beginning. Of Parquet a part at a time is in memory.
+
+    Raises:
+        DataError: No such table, or it has no column `path`.
+    """
+    try:
+        if location.lower().endswith(".parquet"):
+            with opened(location) as file:
+                table = open_parquet(file, location)
+                names, num_rows = table.schema_arrow.names, table.metadata.num_rows
+            if PATH_COLUMN not in names:
+                there = ", ".join(map(repr, names))
+                hint = close_match(PATH_COLUMN, names) or ". A list needs `path`; a shard needs `image`, as bytes"
+                raise DataError(f"{location} has no column {PATH_COLUMN!r}; it has {there}{hint}")
+            return num_rows, partial(_parquet_paths, location)
+        with opened(location) as file:
+            paths = read_csv(location, file.read()).column(PATH_COLUMN)
+    except PhotoError as error:
+        raise DataError(f"{location} {error.reason}") from None
+    return len(paths), partial(iter, paths)
+
+
+def _parquet_paths(location: str) -> Iterator[str]:
+    with opened(location) as file:
+        for batch in open_parquet(file, location).iter_batches(_LIST_ROWS_AT_ONCE, columns=[PATH_COLUMN]):
+            for value in batch.column(0).to_pylist():
+                text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+                yield "" if text is None else str(text)
+
+
+Piece = FileList | TarShard | RowShard
+
+_KINDS: dict[str, Callable[..., Piece]] = {kind.kind: kind for kind in (FileList, TarShard, RowShard)}
+_WILD = re.compile(r"[*?\[{]")
+_LISTED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """Photos in their order.
+
+    Attributes:
+        name: What messages call it.
+        count: How many there are; None for tar files, which tell only when they are read.
+        cut: Called with a number of photos, yields the pieces from the first. Only lists of files are cut to this
+            size; a tar file or a row group is a piece, whatever it holds.
+        root: Folder of this machine that all names are relative to; None where they are not all files in one.
+    """
+
+    name: str
+    count: int | None
+    cut: Callable[[int], Iterator[Piece]]
+    root: str | None = None
+
+    def names(self) -> Iterator[str]:
+        """Names of all photos, as tables will have them."""
+        return chain.from_iterable(piece.names() for piece in self.cut(_LISTED_AT_ONCE))
+
+    def read(self, ahead: int) -> Iterator[NamedPhoto]:
+        """All photos; the next `ahead` of them are fetched while the last are used."""
+        return read_ahead(chain.from_iterable(piece.read() for piece in self.cut(_LISTED_AT_ONCE)), ahead)
+
+
+def open_source(text: str) -> PhotoSource:
+    """Find out what photos are meant, without reading any.
+
+    Args:
+        text: Path or URL of one of: a folder of photos; else a folder of tar or Parquet files; a photo; a tar file; a
+            Parquet table that holds photos; a CSV or Parquet table with a column `path`. Wildcards (`*`, `?`, `[..]`,
+            `**`) and braces (`{0000..0003}`, `{a,b}`) stand for several files.
+
+    Raises:
+        DataError: There is nothing of that kind, or its storage cannot be reached.
+        MissingExtraError: The package for this kind of storage is not installed.
+    """
+    given = text
+    if not is_url(text):
+        text = str(Path(text).absolute())  # for whoever reads a piece elsewhere
+        if Path(text).exists():
+            return _of_local(Path(text))
+    if _WILD.search(text) and not text.startswith("http"):
+        folder = _fixed_folder(text)
+        found = [file for pattern in expand_braces(text) for file in _match(pattern, folder)]
+        return _of_files(text, folder, found)
+    if not is_url(text):
+        existing(Path(given))  # says what is missing
+    if is_file(text):
+        root, _, name = text.rpartition("/")
+        return _of_file(text, root, Found(name, file_version(text)))
+    return _of_files(text, text, find_files(text))
+
+
+def read_ahead(photos: Iterable[NamedPhoto], count: int) -> Iterator[NamedPhoto]:
+    """The same photos, the next `count` of which another thread fetches while the last are used."""
+    photos = iter(photos)
+    with ThreadPoolExecutor(1, "fieldmark-ahead") as thread:
+
+        def take() -> list[NamedPhoto]:
+            return list(islice(photos, count))
+
+        coming = thread.submit(take)
+        while part := coming.result():
+            coming = thread.submit(take)
+            yield from part
+
+
+def digest(piece: Piece) -> str:
+    """64 hex digits over what a piece names and how its storage marks it."""
+    return hashlib.sha256(to_json(piece).encode("ascii")).hexdigest()
+
+
+def to_json(piece: Piece) -> str:
+    """A piece as text."""
+    return json.dumps({"kind": piece.kind, **asdict(piece)})
+
+
+def from_json(text: str) -> Piece:
+    """What `to_json` wrote."""
+    fields: dict[str, Any] = json.loads(text)
+    kind = _KINDS[fields.pop("kind")]
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def expand_braces(text: str) -> list[str]:
+    """`{a,b}` and `{0008..0010}` written out, the first brace slowest, as shells and WebDataset do.
+
+    >>> expand_braces("s-{08..10}.{tar,tgz}")
+    ['s-08.tar', 's-08.tgz', 's-09.tar', 's-09.tgz', 's-10.tar', 's-10.tgz']
+    """
+    brace = re.search(r"\{([^{}]*)\}", text)
+    if brace is None:
+        return [text]
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", brace[1]):
+        width = len(span[1]) if span[1].startswith("0") else 0
+        options = [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        options = brace[1].split(",")
+    rests = expand_braces(text[brace.end() :])
+    return [text[: brace.start()] + option + rest for option in options for rest in rests]
+
+
+def _of_local(path: Path) -> PhotoSource:
+    if not path.is_dir():
+        found = Found(path.name, file_version(str(path)))
+        return _of_file(str(path), str(path.parent), found)
+    names, ignored = find_photos(path)
+    if not names:
+        others = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        if any(_is_shard(name) for name in others):
+            return _of_files(str(path), str(path), [Found(name, file_version(str(path / name))) for name in others])
+        require_photos(path, names, ignored)
+    # Looked up piece by piece: the state of a million files takes a while, and only those who remember need it.
+    return PhotoSource(str(path), len(names), partial(_cut_local, str(path), names), str(path))
+
+
+def _cut_local(root: str, names: Sequence[str], size: int) -> Iterator[FileList]:
+    for start in range(0, len(names), size):
+        part = tuple(names[start : start + size])
+        yield FileList(root, part, tuple(file_version(locate(root, name)) for name in part))
+
+
+def _match(pattern: str, folder: str) -> list[Found]:
+    """Files that a pattern without braces stands for; one that names a single file must be there."""
+    if is_url(pattern):
+        if _WILD.search(pattern):
+            return match_files(pattern, folder)
+        return [Found(pattern[len(folder) :].lstrip("/"), file_version(pattern))]
+    files = [Path(name) for name in glob(pattern, recursive=True)]  # noqa: PTH207, takes absolute patterns too
+    if not files and not _WILD.search(pattern):
+        existing(Path(pattern))
+    return [Found(file.relative_to(folder).as_posix(), file_version(str(file))) for file in files if file.is_file()]
+
+
+def _fixed_folder(pattern: str) -> str:
+    """The part of a pattern up to the folder above its first wildcard."""
+    place = _WILD.search(pattern)
+    return pattern[: place.start() if place else None].rpartition("/")[0] or ("/" if pattern.startswith("/") else "")
+
+
+def _is_shard(name: str) -> bool:
+    return not is_left_aside(name) and name.lower().endswith((*TAR_SUFFIXES, ".parquet"))
+
+
+def _of_files(name: str, root: str, found: Iterable[Found]) -> PhotoSource:
+    """Photos among the files; shards and lists where there is no photo, each with all that it holds."""
+    key = natural_key()
+    there = sorted({file.path: file for file in found}.values(), key=lambda file: key(file.path))
+    photos = [file for file in there if is_photo_path(file.path)]
+    if photos:
+        return PhotoSource(name, len(photos), partial(_cut_found, root, photos))
+    shards = [file for file in there if _is_shard(file.path)]
+    if not shards:
+        seen = f"{len(there)} other files" if there else "nothing"
+        raise DataError(
+            f"{name} holds no photos: {seen} there. Give a folder of photos, a list (.csv or .parquet with a column "
+            "`path`), or shards (.tar, or .parquet with the bytes of photos)"
+        )
+    with ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-open") as pool:
+        sources = list(pool.map(lambda file: _of_file(name, root, file), shards))
+    counts = [source.count for source in sources if source.count is not None]
+    count = sum(counts) if len(counts) == len(sources) else None
+    return PhotoSource(name, count, lambda size: chain.from_iterable(source.cut(size) for source in sources))
+
+
+def _cut_found(root: str, found: Sequence[Found], size: int) -> Iterator[FileList]:
+    for start in range(0, len(found), size):
+        part = found[start : start + size]
+        yield FileList(root, tuple(file.path for file in part), tuple(file.version for file in part))
+
+
+def _of_file(name: str, root: str, file: Found) -> PhotoSource:
+    location, lower = locate(root, file.path), file.path.lower()
+    if lower.endswith(TAR_SUFFIXES):
+        return PhotoSource(name, None, lambda _: iter([TarShard(location, file.path, file.version)]))
+    if lower.endswith(".parquet") and (shards := row_shards(location, file.path, file.version)):
+        return PhotoSource(name, sum(shard.num_rows for shard in shards), lambda _: iter(shards))
+    if lower.endswith(TABLE_SUFFIXES):
+        folder = location.rpartition("/")[0] if is_url(location) else str(Path(location).parent)
+        count, paths = open_list(location, folder)
+        if not count:
+            raise DataError(f"{location} is a list without rows: there is nothing to predict")
+        return PhotoSource(name, count, lambda size: split_list(folder, paths(), size))
+    here = None if is_url(root) else root
+    return PhotoSource(name, 1, lambda _: iter([FileList(root, (file.path,), (file.version,))]), here)

@@ -1,0 +1,255 @@
+"""Which photos deserve a second look, from the predictions that a run stored.
+
+Letters: N photos with a prediction, K classes.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fieldmark.errors import DataError, MissingExtraError
+from fieldmark.inference.calibrate import load_calibration
+from fieldmark.inference.calibration import apply_temperature, log_probabilities
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fieldmark.data.index import PhotoIndex
+    from fieldmark.runs.folder import Run
+
+
+Places = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Predictions of photos that the model was not trained on: of validation, or out of fold.
+
+    Attributes:
+        paths: N paths relative to the data root.
+        labels: (N,) class numbers, as the folders say.
+        probabilities: (N, K) float32.
+        classes: K names.
+    """
+
+    paths: tuple[str, ...]
+    labels: Places
+    probabilities: NDArray[np.float32]
+    classes: tuple[str, ...]
+
+    @property
+    def guesses(self) -> Places:
+        """(N,) likeliest class."""
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """(N,) negative log-likelihood of the label, in nats."""
+        likelihood = self.probabilities[np.arange(len(self.labels)), self.labels].astype(np.float64)
+        return -np.log(np.maximum(likelihood, np.finfo(np.float32).tiny))
+
+
+@dataclass(frozen=True, slots=True)
+class ConfusedPair:
+    """Two classes that are taken for each other.
+
+    Attributes:
+        first: Class number, the smaller.
+        second: Class number.
+        places: Photos of either that were called the other, the surest mistake first.
+    """
+
+    first: int
+    second: int
+    places: tuple[int, ...]
+
+
+def join_judged(runs: Sequence[Run]) -> Judged:
+    """Validation predictions of one run, or of the folds of one data set: then each photo is judged out of fold.
+
+    Probabilities are calibrated where the run is.
+
+    Raises:
+        DataError: The runs know different classes, or judge the same photo twice.
+        RunError: A run stored no predictions.
+    """
+    classes = runs[0].classes
+    paths: list[str] = []
+    labels: list[Places] = []
+    probabilities: list[NDArray[np.float32]] = []
+    for run in runs:
+        if run.classes != classes:
+            raise DataError(f"{run.path} knows other classes than {runs[0].path}: review runs of one data set together")
+        stored, calibration = run.predictions("val"), load_calibration(run)
+        temperature = calibration.temperature if calibration else 1.0
+        paths += stored.paths
+        labels.append(stored.labels)
+        probabilities.append(apply_temperature(log_probabilities(stored.probabilities), temperature).astype(np.float32))
+    if len(set(paths)) != len(paths):
+        raise DataError(
+            f"{len(paths) - len(set(paths))} photos are judged by more than one of the runs: give the folds of one "
+            "cross-validation, each once"
+        )
+    return Judged(tuple(paths), np.concatenate(labels), np.concatenate(probabilities), classes)
+
+
+def confused_pairs(judged: Judged) -> list[ConfusedPair]:
+    """Pairs of classes by the number of photos mistaken for each other, most first."""
+    guesses = judged.guesses
+    wrong = np.flatnonzero(guesses != judged.labels)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place in wrong[np.argsort(-judged.probabilities[wrong].max(axis=1), kind="stable")]:
+        first, second = sorted((int(judged.labels[place]), int(guesses[place])))
+        groups.setdefault((first, second), []).append(int(place))
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [ConfusedPair(first, second, tuple(places)) for (first, second), places in ordered]
+
+
+def highest_losses(judged: Judged) -> Places:
+    """All N places, the photo that surprised the model most first."""
+    return np.argsort(-judged.losses, kind="stable")
+
+
+def label_suspects(judged: Judged) -> Places:
+    """Places of photos whose label is probably wrong, the surest first.
+
+    Raises:
+        MissingExtraError: cleanlab is not installed.
+
+    Source:
+        Northcutt, Jiang and Chuang, "Confident Learning", arXiv:1911.00068, section 3 (prune by noise rate), by the
+        cleanlab library, ranked by self-confidence.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+    except ImportError:
+        raise MissingExtraError("cleanlab", "review") from None
+    # cleanlab takes class numbers without gaps: a class that no judged photo has is left out.
+    present = np.unique(judged.labels)
+    if len(present) < 2:
+        return np.zeros(0, np.int64)
+    rows = judged.probabilities[:, present].astype(np.float64) + 1e-12
+    found = find_label_issues(
+        np.searchsorted(present, judged.labels),
+        rows / rows.sum(axis=1, keepdims=True),
+        return_indices_ranked_by="self_confidence",
+        n_jobs=1,
+    )
+    return np.asarray(found, np.int64)
+
+
+def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memory: Path) -> list[tuple[int, int, int]]:
+    """Pairs of photos that look the same: (number, number, bits that differ), the likest first.
+
+    Args:
+        index: Photos; those that cannot be read are left aside.
+        max_distance: Largest Hamming distance of the 64-bit perceptual hashes.
+        threads: Photos read at once.
+        memory: Folder where what was seen of the photos is remembered.
+    """
+    from fieldmark.data.audit import near_pairs
+    from fieldmark.data.inspection import inspect_photos
+
+    facts = inspect_photos(
+        index,
+        background=(255, 255, 255),
+        max_pixels=178_956_970,
+        threads=threads,
+        with_hash=True,
+        cache_folder=memory,
+        progress=None,
+    )
+    numbers = np.array([place for place, fact in enumerate(facts) if fact.perceptual_hash], np.int64)
+    hashes = np.array([int(facts[place].perceptual_hash, 16) for place in numbers], np.uint64)
+    left, right, distances = near_pairs(hashes, hashes, max_distance=max_distance)
+    return [
+        (int(numbers[a]), int(numbers[b]), int(distance))
+        for a, b, distance in zip(left, right, distances, strict=True)
+        if a < b
+    ]
+
+
+MAP_SIDE = 28
+
+
+class AttentionMaps:
+    """Grad-CAM of a classifier. Calls from several threads are safe: they take turns.
+
+    Args:
+        model: (B, 3, S, S) -> (B, K), in eval mode, convolutional. A copy is kept: the hooks of the library must not
+            slow down the model that predicts.
+
+    Raises:
+        MissingExtraError: grad-cam is not installed.
+
+    Source:
+        Selvaraju et al., "Grad-CAM", arXiv:1610.02391, section 3.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        import copy
+
+        self._model = copy.deepcopy(model).eval()
+        self._lock = threading.Lock()
+        layer = last_spatial_layer(self._model)
+        self._cam: Any = None
+        if layer is not None:
+            try:
+                from pytorch_grad_cam import GradCAM
+            except ImportError:
+                raise MissingExtraError("grad-cam", "review") from None
+            self._cam = GradCAM(self._model, [layer])
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the model has a layer with a map; vision transformers have none."""
+        return self._cam is not None
+
+    def __call__(self, images: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np.float32]:
+        """(B, 28, 28) maps in [0, 1] for one class of each normalised image (B, 3, S, S)."""
+        import torch
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+        from torch.nn import functional
+
+        if self._cam is None:
+            return np.zeros((len(images), MAP_SIDE, MAP_SIDE), np.float32)
+        targets = [ClassifierOutputTarget(number) for number in classes]
+        with self._lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            maps = np.asarray(self._cam(input_tensor=torch.from_numpy(images), targets=targets), np.float32)
+        # The library enlarges the map to the input; a page needs no more than this and draws it smoothly.
+        small = functional.interpolate(torch.from_numpy(maps)[:, None], (MAP_SIDE, MAP_SIDE), mode="area")
+        return np.clip(np.nan_to_num(small[:, 0].numpy()), 0, 1)
+
+
+def last_spatial_layer(model: nn.Module) -> nn.Module | None:
+    """The last module whose output still is a map, (B, C, h, w) with h and w above 1; None if there is none."""
+    import torch
+    from torch import nn
+
+    found: list[nn.Module] = []
+
+    def remember(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
+            found.append(module)
+
+    # Not activations in place: a backward hook on them would see a changed tensor.
+    kinds = nn.Conv2d | nn.BatchNorm2d | nn.Sequential
+    hooks = [module.register_forward_hook(remember) for module in model.modules() if isinstance(module, kinds)]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, 224, 224))
+    except (RuntimeError, AssertionError, ValueError):  # a model of another fixed input size
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[-1] if found else None

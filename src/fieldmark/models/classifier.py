@@ -1,0 +1,297 @@
+"""A timm backbone with a head of its own, its stages, and which of them learn.
+
+Shape letters: B batch, H height, W width, F pooled features, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from fieldmark.errors import ConfigError
+from fieldmark.models.names import check_name
+
+
+class Classifier(nn.Module):
+    """Backbone, pooled features, head.
+
+    Args:
+        backbone: (B, 3, H, W) -> (B, F).
+        head: (B, F) -> (B, K).
+        name: The timm name of the backbone.
+        num_features: F.
+        feature_dropout: Probability with which a pooled feature is zeroed in training, in [0, 1).
+    """
+
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, *, name: str, num_features: int, feature_dropout: float
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.feature_dropout = nn.Dropout(feature_dropout)
+        self.head = head
+        self.name = name
+        self.num_features = num_features
+        self.num_frozen_stages = 0
+        self.has_frozen_batchnorm = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of normalised images (B, 3, H, W)."""
+        return self.classify(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (B, F) of normalised images (B, 3, H, W), before any dropout."""
+        with _fast_gradients(is_wanted=self.training and images.device.type == "cpu"):
+            features: Tensor = self.backbone(images)
+        if features.ndim != 2:
+            raise ConfigError(
+                f"model.name: {self.name} gives features of shape {tuple(features.shape)} rather than one vector for "
+                "each photo, as an encoder of a larger system does. Choose a model that classifies"
+            )
+        return features
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, K) of pooled features (B, F)."""
+        return self.head(self.feature_dropout(features))
+
+    def stages(self) -> list[list[nn.Module]]:
+        """Modules by stage from the input outwards: the stem, the backbone's stages, the head last.
+
+        A stage holds the largest modules that lie in it as a whole. A tensor that belongs to no such module (a
+        position embedding, say) is in `stage_parameters` alone.
+        """
+        stage_of = _backbone_stages(self.backbone)
+        stages: list[list[nn.Module]] = [[] for _ in range(max(stage_of.values()) + 1)]
+        _sort_modules(self.backbone, "", stage_of, stages)
+        return [*stages, [self.head]]
+
+    def stage_parameters(self) -> list[list[tuple[str, nn.Parameter]]]:
+        """(name, parameter) by stage, as in `stages`; each parameter of the model exactly once."""
+        stage_of = _backbone_stages(self.backbone)
+        stages: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(max(stage_of.values()) + 1)]
+        for name, parameter in self.backbone.named_parameters():
+            stages[stage_of[name]].append((f"backbone.{name}", parameter))
+        return [*stages, [(f"head.{name}", parameter) for name, parameter in self.head.named_parameters()]]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the backbone's authors exempt from decay besides norms and biases."""
+        exempt = getattr(self.backbone, "no_weight_decay", set[str])
+        return {f"backbone.{name}" for name in exempt()}
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, but for frozen stages: those compute as in evaluation.
+
+        Their BatchNorm neither uses nor updates the statistics of a batch, and their stochastic depth is off: a stage
+        that cannot learn is a fixed function. With `has_frozen_batchnorm` every BatchNorm of the backbone does so.
+        """
+        super().train(mode)
+        if mode and self.num_frozen_stages:
+            for stage in self.stages()[: self.num_frozen_stages]:
+                for module in stage:
+                    module.eval()
+        if mode and self.has_frozen_batchnorm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
+                    module.eval()
+        return self
+
+
+def _fast_gradients(*, is_wanted: bool) -> AbstractContextManager[object]:
+    if not is_wanted or torch.compiler.is_compiling():
+        return nullcontext()
+    from fieldmark.models.depthwise import (
+        DepthwiseGradients,  # its kernels cost time to load, and only training has use
+    )
+
+    return DepthwiseGradients()
+
+
+def create_classifier(
+    name: str,
+    *,
+    num_classes: int,
+    head: Literal["linear", "mlp"],
+    head_hidden: int,
+    head_dropout: float,
+    feature_dropout: float,
+    drop_path: float,
+    stride_in_1x1: bool,
+) -> Classifier:
+    """A randomly initialised classifier; torch's global generator decides the weights.
+
+    Args:
+        name: A timm name; see `names.resolve_name` for aliases.
+        num_classes: K, at least 1.
+        head: "linear" is Linear(F, K). "mlp" is the report's Linear(F, `head_hidden`), Dropout(`head_dropout`), ReLU,
+            Linear(`head_hidden`, K), with dropout before the ReLU as the report has it.
+        head_hidden: Width of the mlp head.
+        head_dropout: Dropout of the mlp head, in [0, 1).
+        feature_dropout: Dropout of the pooled features before either head, in [0, 1).
+        drop_path: Rate of stochastic depth in the last block (arXiv:1603.09382), in [0, 1).
+        stride_in_1x1: Give the stride of a bottleneck to its first 1x1 convolution: the original ResNet (He et al.,
+            arXiv:1512.03385, table 1), as Keras' weights have it, rather than "v1.5".
+
+    Raises:
+        ConfigError: Unknown name, or an option that this backbone does not have.
+        WeightsError: `name` is on the hub ("hf-hub:...") and the hub cannot be reached.
+    """
+    backbone = _create_backbone(name, drop_path)
+    if stride_in_1x1:
+        _move_stride_to_1x1(backbone, name)
+    # The width after the backbone's own pre-logits layer, which some networks (MobileNetV3, VGG) have.
+    num_features = int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
+    layers: nn.Module = nn.Linear(num_features, num_classes)
+    if head == "mlp":
+        layers = nn.Sequential(
+            nn.Linear(num_features, head_hidden),
+            nn.Dropout(head_dropout),
+            nn.ReLU(),
+            nn.Linear(head_hidden, num_classes),
+        )
+    return Classifier(backbone, layers, name=name, num_features=num_features, feature_dropout=feature_dropout)
+
+
+def freeze_stages(model: Classifier, count: int | Literal["all"]) -> None:
+    """Freeze exactly the first `count` stages of the backbone; all later ones, and the head, learn.
+
+    Calling it again with less is gradual unfreezing (Howard & Ruder, arXiv:1801.06146, section 3.3).
+
+    Args:
+        model: Changed in place: `requires_grad`, and the mode of frozen modules (see `Classifier.train`).
+        count: Stages from the input, the stem being the first; "all" freezes the backbone.
+
+    Raises:
+        ConfigError: The backbone has fewer stages.
+    """
+    stages = model.stage_parameters()[:-1]
+    number = len(stages) if count == "all" else count
+    if not 0 <= number <= len(stages):
+        raise ConfigError(
+            f"model.freeze: {model.name} has {len(stages)} stages with its stem; got {count}. "
+            f'Give 0 to {len(stages)}, or "all"'
+        )
+    for position, stage in enumerate(stages):
+        for _, parameter in stage:
+            parameter.requires_grad_(position >= number)
+    model.head.requires_grad_(True)
+    model.num_frozen_stages = number
+    model.train(model.training)
+
+
+def train_only_head_and_norms(model: Classifier) -> None:
+    """Leave only the head and the normalisation layers learning, for the last epochs at test resolution.
+
+    Norms of frozen stages stay frozen. The others also follow the statistics of the new resolution.
+
+    Source:
+        Touvron et al., "Fixing the train-test resolution discrepancy", arXiv:1906.06423, section 4.2.
+    """
+    for module in model.backbone.modules():
+        is_norm = "norm" in type(module).__name__.lower()  # timm has some twenty norm classes without a common base
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(parameter.requires_grad and is_norm)
+    model.head.requires_grad_(True)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, whether they learn or not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_parameter_budget(counts: Sequence[tuple[str, int]], *, max_millions: float) -> None:
+    """Refuse models that have too many parameters in all.
+
+    Args:
+        counts: (name, parameters) of one model, or of each member of an ensemble.
+        max_millions: The budget, in 1e6 parameters.
+
+    Raises:
+        ConfigError: The sum is above the budget; names each count.
+    """
+    total = sum(count for _, count in counts)
+    if total <= max_millions * 1e6:
+        return
+    each = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts)
+    what = f"{each} parameters" if len(counts) == 1 else f"{len(counts)} models, {total / 1e6:.2f} M in all ({each})"
+    raise ConfigError(
+        f"model.max_parameters_millions: the budget is {max_millions:g} M; got {what}. "
+        "Choose a smaller backbone or head, fewer models, or raise the budget"
+    )
+
+
+def _create_backbone(name: str, drop_path: float) -> nn.Module:
+    import timm
+
+    from fieldmark.models.names import check_hub_model
+
+    check_name(name)
+    check_hub_model(name)
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ConfigError(f"model.drop_path: {name} has no stochastic depth; got {drop_path:g}. Give 0") from None
+
+
+def _move_stride_to_1x1(backbone: nn.Module, name: str) -> None:
+    for layer in ("layer2", "layer3", "layer4"):
+        block: Any = next(iter(getattr(backbone, layer, ())), None)
+        is_bottleneck = hasattr(block, "conv3")  # a basic block has no 1x1 convolution in front
+        if not is_bottleneck or getattr(block.conv2, "stride", None) != (2, 2):
+            raise ConfigError(
+                f"model.stride_in_1x1: {name} has no strided 3x3 convolution in bottlenecks of layer2 to layer4 to "
+                "take the stride from. It is for ResNets such as resnet50; set it to false"
+            )
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+
+
+def _backbone_stages(backbone: nn.Module) -> dict[str, int]:
+    """Stage number of each tensor of the backbone, from the input, by timm's own coarse grouping."""
+    from timm.models._manipulate import group_with_matcher
+
+    names = list(dict.fromkeys([*backbone.state_dict(), *(name for name, _ in backbone.named_parameters())]))
+    try:
+        matcher = cast(Any, backbone).group_matcher(coarse=True)
+    except (AttributeError, AssertionError):  # a few families have none (MetaFormer), or none for stages (RDNet)
+        return _stages_by_numbers(names)
+    # "" matches no pattern, so it marks the group of tensors outside any stage: a final norm or projection, which
+    # belongs to the last stage.
+    groups: Mapping[int, list[str]] = group_with_matcher(iter([(name, name) for name in (*names, "")]), matcher)
+    grouping = {name: int(number) for number, members in groups.items() for name in members}
+    outside = grouping.pop("")
+    if isinstance(matcher, Mapping):
+        grouping = {name: max(number - (number == outside), 0) for name, number in grouping.items()}
+    order = {number: position for position, number in enumerate(sorted(set(grouping.values())))}
+    return {name: order[number] for name, number in grouping.items()}
+
+
+def _stages_by_numbers(names: Sequence[str]) -> dict[str, int]:
+    """Stages as the items of the largest numbered list of modules; the stem is what comes before it."""
+    matches = {name: re.match(r"(\w+)\.(\d+)\.", name) for name in names}
+    lists = Counter(match[1] for match in matches.values() if match)
+    main = max(lists, key=lambda name: lists[name], default="")
+    grouping: dict[str, int] = {}
+    latest = 0
+    for name, match in matches.items():
+        latest = int(match[2]) + 1 if match and match[1] == main else latest
+        grouping[name] = latest
+    order = {number: position for position, number in enumerate(sorted(set(grouping.values())))}
+    return {name: order[number] for name, number in grouping.items()}
+
+
+def _sort_modules(module: nn.Module, prefix: str, stage_of: Mapping[str, int], stages: list[list[nn.Module]]) -> None:
+    numbers = {number for name, number in stage_of.items() if name.startswith(prefix)}
+    if len(numbers) == 1:
+        stages[numbers.pop()].append(module)
+        return
+    for name, child in module.named_children():
+        if any(key.startswith(f"{prefix}{name}.") for key in stage_of):
+            _sort_modules(child, f"{prefix}{name}.", stage_of, stages)

@@ -1,1 +1,0 @@
-"""What leaves the project: predictions, figures, reports, exported models."""

@@ -1,0 +1,506 @@
+"""What `fieldmark check` does: inspect the photos, audit them, lint the recipe on them, estimate the cost."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fieldmark.augment.sample import crop_fallback_rate
+from fieldmark.config import Config
+from fieldmark.data.audit import Audit, audit
+from fieldmark.data.index import PhotoIndex
+from fieldmark.data.inspection import PhotoFacts
+from fieldmark.errors import DataError
+from fieldmark.models.classifier import Classifier, count_parameters, create_classifier
+from fieldmark.models.names import resolve_name
+from fieldmark.models.provenance import InputConfig
+from fieldmark.models.weights import data_config
+from fieldmark.progress import Progress, format_seconds
+from fieldmark.runs import build
+from fieldmark.runs.build import build_augment_spec, build_eval_spec, train_size
+from fieldmark.runs.dataset import divide, find_photos, inspect, known_sizes
+from fieldmark.runs.environment import usable_cores
+from fieldmark.training.schedule import schedule_warnings
+
+PHOTOS_PREPARED = 32
+PHOTOS_TRAINED = 8
+SECONDS_MEASURED = 2.0
+BYTES_PER_PARAMETER = 16
+"""Weight, gradient and AdamW's two averages, in 32 bit."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was measured, and what follows for the run.
+
+    Attributes:
+        prepared_per_second: Photos decoded and augmented in a second by one core, without a cache.
+        trained_per_second: Photos trained on in a second by all of the device.
+        epoch_seconds: One epoch with its validation.
+        run_hours: All epochs, and the probe.
+        memory_gigabytes: Weights, gradients, optimiser and activations of one update.
+        parameters_millions: Size of the model.
+    """
+
+    prepared_per_second: float
+    trained_per_second: float
+    epoch_seconds: float
+    run_hours: float
+    memory_gigabytes: float
+    parameters_millions: float
+
+    @property
+    def bottleneck(self) -> str:
+        """What the time goes into: "preparing photos" or "training"."""
+        one_photo = 1 / (self.prepared_per_second * usable_cores())
+        return "preparing photos" if one_photo > 1 / self.trained_per_second else "training"
+
+    def estimates(self) -> dict[str, float]:
+        """Plain numbers, names with units."""
+        return asdict(self)
+
+
+def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Preflight:
+    """Prepare and train on a few photos.
+
+    Args:
+        config: The settings.
+        index: The photos, with their splits.
+        sizes: Photo number -> upright width and height, of training photos that can be read.
+
+    Raises:
+        ConfigError: No such model, or no such device.
+    """
+    fabric, _ = build.build_fabric(config)
+    if fabric.device.type == "cpu":
+        torch.set_num_threads(build.choose_threads(config, workers=0).value)
+    weights = data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
+    size = build.train_size(config, weights)
+    evaluation = build.build_eval_spec(config, weights)
+    known = known_sizes(index, sizes)
+    prepare = build.build_train_photos(
+        config, index, known, size=size, evaluation=evaluation, is_fixres=False, cache=None
+    )
+    numbers = list(sizes)[:PHOTOS_PREPARED]
+    prepared = _rate(lambda: len(prepare(numbers, 0).numbers))
+    model = _model(config, num_classes=len(index.classes))
+    fabric.to_device(model)
+    micro_batch = config.train.micro_batch_size or config.train.batch_size
+    images = torch.zeros(PHOTOS_TRAINED, 3, size, size, device=fabric.device)
+    plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
+    network, optimizer = fabric.setup(model, plain)
+
+    def loss() -> Tensor:
+        return functional.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.long).to(fabric.device))
+
+    def step() -> int:
+        fabric.backward(loss())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if fabric.device.type == "cuda":
+            torch.cuda.synchronize()
+        return len(images)
+
+    activations = _saved_bytes(loss) / len(images) * micro_batch
+    trained = _rate(step)
+    parameters = count_parameters(model)
+    is_shared = fabric.device.type == "cpu"  # then preparing photos takes cores from training
+    counts = [sum(photo.split == split for photo in index.photos) for split in ("train", "val")]
+    epoch = _epoch_seconds(counts[0], counts[1], trained, prepared * usable_cores(), is_shared=is_shared)
+    probe = counts[0] / (3 * trained) if config.probe.epochs else 0.0
+    return Preflight(
+        prepared_per_second=prepared,
+        trained_per_second=trained,
+        epoch_seconds=epoch,
+        run_hours=(config.train.epochs * epoch + probe) / 3600,
+        memory_gigabytes=(parameters * BYTES_PER_PARAMETER + activations) / 2**30,
+        parameters_millions=parameters / 1e6,
+    )
+
+
+def _epoch_seconds(num_train: int, num_val: int, trained: float, prepared: float, *, is_shared: bool) -> float:
+    """One epoch with validation, whose forward pass is a third of a training step."""
+    compute = num_train / trained + num_val / (3 * trained)
+    preparation = (num_train + num_val) / prepared
+    return compute + preparation if is_shared else max(compute, preparation)
+
+
+def _model(config: Config, *, num_classes: int) -> Classifier:
+    model = create_classifier(**build.create_arguments(config, num_classes=num_classes))
+    if config.train.channels_last != "off":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.train()
+
+
+def _rate(work: Callable[[], int]) -> float:
+    """Units per second of `work`, which says how many it did; the first call warms up (a kernel may be compiled)."""
+    work()
+    started, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - started < SECONDS_MEASURED:
+        done += work()
+    return done / (time.perf_counter() - started)
+
+
+def _saved_bytes(loss: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, each storage counted once."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss()
+    return sum(kept.values())
+
+
+NEAR_DISTANCE_BITS = 6
+MOST_CLASSES_TOLD = 30
+MOST_BROKEN_TOLD = 20
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """Everything that was found.
+
+    Attributes:
+        audit: Of the photos.
+        must_mend: What keeps training from being right: the audit's, and what keeps the photos from being divided.
+        recipe_warnings: What looks like a mistake in the recipe for these photos.
+        preflight: Time and memory of the run; None where there is nothing to train on.
+    """
+
+    audit: Audit
+    must_mend: tuple[str, ...]
+    recipe_warnings: tuple[str, ...]
+    preflight: Preflight | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        content = self.audit.to_dict()
+        bottleneck = self.preflight.bottleneck if self.preflight else None
+        return content | {
+            "must_mend": list(self.must_mend),
+            "recipe_warnings": list(self.recipe_warnings),
+            "bottleneck": bottleneck,
+        }
+
+
+def check_data(config: Config, *, progress: Progress) -> Checkup:
+    """Inspect every photo, judge the data set, lint the recipe on it, and measure what a run would cost.
+
+    Raises:
+        ConfigError: No path, or no such model.
+        DataError: There is no data set at all.
+    """
+    found = find_photos(config.data)
+    facts = inspect(found, config.data, progress=progress, with_hash=True)
+    index, problem = _divided(found, facts, config)
+    weights = data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
+    sizes = {
+        place: (fact.width, fact.height)
+        for place, (photo, fact) in enumerate(zip(index.photos, facts, strict=True))
+        if photo.split == "train" and photo.label is not None and not fact.problem
+    }
+    counts = {split: sum(photo.split == split for photo in index.photos) for split in ("train", "val")}
+    given = LintInput(
+        config=config,
+        weights=weights,
+        sizes=np.asarray(list(sizes.values()), np.int64).reshape(-1, 2),
+        classes=index.classes,
+        steps_per_epoch=max(-(-counts["train"] // config.train.batch_size), 1),
+        num_val=counts["val"],
+    )
+    preflight = None
+    if sizes and len(index.classes) > 1:
+        progress.message("measuring a few photos and updates")
+        preflight = measure(config, index, sizes)
+    audited = audit(
+        index,
+        facts,
+        near_distance=NEAR_DISTANCE_BITS,
+        skip_broken=config.data.broken == "skip",
+        crop_fallback_rate=fallback_rate(config, weights, given.sizes) if sizes else None,
+        estimates=preflight.estimates() if preflight else {},
+    )
+    # Without a split the audit cannot help noticing that nothing is in train; the reason says more.
+    must_mend = (problem,) if problem else tuple(audited.must_mend)
+    return Checkup(audited, must_mend, tuple(lint_recipe(given)), preflight)
+
+
+def _divided(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Config) -> tuple[PhotoIndex, str]:
+    """The index with the split that training would make of the usable photos, or why there is none."""
+    usable = [
+        place
+        for place, (photo, fact) in enumerate(zip(index.photos, facts, strict=True))
+        if photo.label is not None and not fact.problem
+    ]
+    part = replace(index, photos=tuple(index.photos[place] for place in usable))
+    try:
+        divided = divide(part, [facts[place] for place in usable], config.data)
+    except DataError as error:
+        return index, str(error)
+    photos = list(index.photos)
+    for place, photo in zip(usable, divided.photos, strict=True):
+        photos[place] = photo
+    return replace(index, photos=tuple(photos)), ""
+
+
+def format_checkup(checkup: Checkup) -> str:
+    """A table for people: classes, photos, cost, then what to know and what to mend."""
+    found = checkup.audit
+    classes = f"{len(found.counts)} class" + "es" * (len(found.counts) != 1)
+    lines = [f"{found.root}: {found.num_photos} photos, {classes}", *_class_table(found.counts)]
+    if found.num_unlabelled:
+        lines.append(f"without a label: {found.num_unlabelled}")
+    if found.ignored:
+        lines.append("left aside: " + ", ".join(f"{reason} ({count})" for reason, count in found.ignored.items()))
+    if found.sizes is not None:
+        sizes = found.sizes
+        lines.append(
+            f"sizes: short side {sizes.min_short_side} to {sizes.max_short_side}, median "
+            f"{sizes.median_short_side:.0f} pixels; aspect {sizes.median_aspect:.2f}; {sizes.num_bytes / 1e6:.0f} MB"
+        )
+    lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in found.formats.items()))
+    if found.crop_fallback_rate is not None:
+        lines.append(f"random crops that are a fixed centre crop in truth: {found.crop_fallback_rate:.1%}")
+    if checkup.preflight is not None:
+        lines.append(_cost(checkup.preflight))
+    broken = [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN_TOLD]]
+    if len(found.broken) > MOST_BROKEN_TOLD:
+        broken.append(f"broken: ... and {len(found.broken) - MOST_BROKEN_TOLD} more (--json lists all)")
+    lines += broken
+    lines += [f"note: {text}" for text in found.warnings]
+    lines += [f"recipe: {text}" for text in checkup.recipe_warnings]
+    lines += [f"mend: {text}" for text in checkup.must_mend]
+    lines.append("not ready to train" if checkup.must_mend else "ready to train")
+    return "\n".join(lines)
+
+
+def _class_table(counts: dict[str, dict[str, int]]) -> list[str]:
+    if not counts:
+        return []
+    splits = list(next(iter(counts.values())))
+    shown = dict(list(counts.items())[:MOST_CLASSES_TOLD])
+    width = min(max(map(len, shown)), 40)
+    lines = [f"{'class':{width}}" + "".join(f"{split or 'photos':>8}" for split in splits)]
+    for name, by_split in shown.items():
+        lines.append(f"{name[:width]:{width}}" + "".join(f"{by_split[split]:8d}" for split in splits))
+    if len(counts) > len(shown):
+        lines.append(f"... and {len(counts) - len(shown)} more classes")
+    totals = [sum(by_split[split] for by_split in counts.values()) for split in splits]
+    lines.append(f"{'all':{width}}" + "".join(f"{total:8d}" for total in totals))
+    return lines
+
+
+def _cost(preflight: Preflight) -> str:
+    whole, epoch = (format_seconds(seconds) for seconds in (preflight.run_hours * 3600, preflight.epoch_seconds))
+    return (
+        f"cost: about {whole} in all, {epoch} an epoch, {preflight.memory_gigabytes:.1f} GB of memory, "
+        f"{preflight.parameters_millions:.1f} M parameters; "
+        f"most of the time goes into {preflight.bottleneck}"
+    )
+
+
+CROPS_DRAWN = 20_000
+LEFT_RIGHT = ({"left", "links", "gauche", "l"}, {"right", "rechts", "droite", "r"})
+UP_DOWN = ({"up", "top", "upper", "upright"}, {"down", "bottom", "lower", "inverted"})
+
+
+@dataclass(frozen=True)
+class LintInput:
+    """What the rules look at.
+
+    Attributes:
+        config: The settings.
+        weights: The picture that the weights expect.
+        sizes: (N, 2) upright width and height of photos, in pixels; a sample will do.
+        classes: Class names.
+        steps_per_epoch: Updates of one epoch.
+        num_val: Photos of validation.
+    """
+
+    config: Config
+    weights: InputConfig
+    sizes: NDArray[np.int64]
+    classes: Sequence[str]
+    steps_per_epoch: int
+    num_val: int
+
+
+def lint_recipe(given: LintInput) -> list[str]:
+    """One sentence per finding, each with the way out; empty where nothing looks wrong."""
+    rules = (_crop, _affine, _flips, _mixing, _sizes, _squash, _schedule, _average, _selection)
+    return [finding for rule in rules for finding in rule(given)]
+
+
+def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]) -> float:
+    """Share of training crops on photos of these sizes that are a fixed centre crop in truth."""
+    if not len(sizes):
+        return 0.0
+    spec = build_augment_spec(
+        config, size=train_size(config, weights), evaluation=build_eval_spec(config, weights), is_fixres=False
+    )
+    return crop_fallback_rate(spec, sizes, draws=max(CROPS_DRAWN // len(sizes), 1))
+
+
+def _crop(given: LintInput) -> Iterable[str]:
+    augment = given.config.augment
+    if augment.crop != "random_resized":
+        return
+    low, high = augment.crop_scale
+    rate = fallback_rate(given.config, given.weights, given.sizes)
+    if high > 1:
+        yield (
+            f"crop_scale reaches {high:g}, but random_resized never zooms out: draws larger than the photo are "
+            'rejected. Set augment.crop="zoom" for real zoom-out, or an upper end of 1'
+        )
+    if rate >= 0.01:
+        yield (
+            f"{rate:.1%} of the random crops of these photos are a fixed centre crop instead, because ten draws in a "
+            f'row did not fit (crop_scale [{low:g}, {high:g}]). Lower crop_scale, or set augment.crop="zoom"'
+        )
+
+
+def _affine(given: LintInput) -> Iterable[str]:
+    augment = given.config.augment
+    has_affine = bool(augment.degrees or augment.shear or any(augment.translate))
+    if not has_affine or augment.executor != "reference":
+        return
+    yield (
+        "the reference executor resamples twice, crop and then affine; "
+        'augment.executor="fast" composes both into one filtered warp'
+    )
+    if augment.affine_interpolation == "nearest":
+        yield 'nearest-neighbour affine leaves jagged edges: set augment.affine_interpolation="bilinear"'
+    if augment.fill == (0, 0, 0):
+        yield "black corners tell the model how far a photo was turned: set augment.fill to the mean colour"
+
+
+def _flips(given: LintInput) -> Iterable[str]:
+    augment = given.config.augment
+    for prob, name, words in (
+        (augment.horizontal_flip, "horizontal_flip", LEFT_RIGHT),
+        (augment.vertical_flip, "vertical_flip", UP_DOWN),
+    ):
+        pair = _opposites(given.classes, words) if prob else None
+        if pair:
+            yield (
+                f"classes {pair[0]!r} and {pair[1]!r} differ by direction, and {name} turns one into the other with "
+                f"probability {prob:g}: set augment.{name}=0"
+            )
+
+
+def _opposites(classes: Sequence[str], words: tuple[set[str], set[str]]) -> tuple[str, str] | None:
+    """Two classes whose names differ in a pair of opposite words alone."""
+    seen: dict[tuple[str, ...], str] = {}
+    first, second = words
+    for name in classes:
+        parts = tuple(re.findall(r"[^\W_]+", name.lower()))
+        for place, part in enumerate(parts):
+            if part in first | second:
+                key = (*parts[:place], "", *parts[place + 1 :])
+                other = seen.setdefault((*key, "1" if part in first else "2"), name)
+                opposite = seen.get((*key, "2" if part in first else "1"))
+                if opposite is not None:
+                    return opposite, other
+    return None
+
+
+def _mixing(given: LintInput) -> Iterable[str]:
+    config = given.config
+    mix, smoothing = config.mix, config.train.label_smoothing
+    share = mix.prob * len(mix.methods)
+    if not share:
+        return
+    if share > 0.95:
+        yield (
+            f"mix.prob {mix.prob:g} for each of {len(mix.methods)} methods leaves {1 - share:.0%} of the batches as "
+            "they are: train accuracy on clean batches cannot be told, and the model hardly sees a whole photo"
+        )
+    if smoothing:
+        yield (
+            f"mixing and label smoothing {smoothing:g} both soften the targets: probabilities will be too low, until "
+            "`fieldmark calibrate` mends them"
+        )
+    if not mix.off_epochs and config.train.epochs >= 10:
+        yield "mixing goes on to the last epoch: mix.off_epochs=3 or so lets the model end on whole photos"
+
+
+def _sizes(given: LintInput) -> Iterable[str]:
+    weights = given.weights
+    size = train_size(given.config, weights)
+    evaluation = build_eval_spec(given.config, weights)
+    if size != weights.train_size:
+        cost = (size / weights.train_size) ** 2
+        yield (
+            f"training at {size} pixels, while the weights were trained at {weights.train_size}: "
+            f"{cost:.2g} times the work per photo, and features at another scale"
+        )
+    if evaluation.size < size:
+        yield (
+            f"evaluation at {evaluation.size} pixels is smaller than training at {size}; random crops enlarge objects, "
+            f"so evaluate at the same size or more (arXiv:1906.06423): set eval.size={size}"
+        )
+    small = float((given.sizes.min(axis=1) < size).mean()) if len(given.sizes) else 0.0
+    if small > 0.5:
+        yield f"{small:.0%} of the photos are smaller than {size} pixels and will be enlarged"
+
+
+def _squash(given: LintInput) -> Iterable[str]:
+    config = given.config
+    evaluation = build_eval_spec(config, given.weights)
+    if evaluation.transform == "squash":
+        ratios = given.sizes.max(axis=1) / np.maximum(given.sizes.min(axis=1), 1) if len(given.sizes) else np.ones(1)
+        if float(np.median(ratios)) > 1.05:
+            yield (
+                f"evaluation squashes photos of median aspect {float(np.median(ratios)):.2f} to a square, while the "
+                'weights expect an undistorted centre crop: set eval.transform="weights"'
+            )
+    if evaluation.interpolation != given.weights.interpolation:
+        yield (
+            f"evaluation resizes {evaluation.interpolation}, the weights expect {given.weights.interpolation}: "
+            "leave eval.interpolation out"
+        )
+
+
+def _schedule(given: LintInput) -> Iterable[str]:
+    schedule = given.config.schedule
+    return schedule_warnings(
+        schedule.name,
+        total_epochs=given.config.train.epochs,
+        warmup_epochs=schedule.warmup_epochs,
+        restart_epochs=schedule.restart_epochs,
+        restart_factor=schedule.restart_factor,
+        min_factor=schedule.min_factor,
+    )
+
+
+def _average(given: LintInput) -> Iterable[str]:
+    train = given.config.train
+    steps = train.epochs * given.steps_per_epoch
+    if train.ema_decay and steps and 1 / (1 - train.ema_decay) > steps / 3:
+        fitting = f"{1 - 10 / steps:.3g} or 0" if steps > 10 else "0"
+        yield (
+            f"the average of decay {train.ema_decay:g} remembers {1 / (1 - train.ema_decay):.0f} updates, and the run "
+            f"has {steps}: much of it will be the start. Set train.ema_decay={fitting}"
+        )
+
+
+def _selection(given: LintInput) -> Iterable[str]:
+    train = given.config.train
+    if train.select == "best" and train.epochs > 1 and 0 < given.num_val < 500:
+        yield (
+            f"the best of {train.epochs} epochs is chosen on {given.num_val} photos, where one photo is "
+            f'{1 / given.num_val:.2%}: its accuracy will be too high. train.select="last" chooses nothing'
+        )

@@ -1,0 +1,316 @@
+"""Settings and a path become photos that can be trained on: found, divided, inspected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fieldmark.augment.device import augment_device
+from fieldmark.augment.fast import augment_fast
+from fieldmark.augment.reference import RGB, EvalSpec, Views, augment_reference, eval_picture, picture_shape
+from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
+from fieldmark.config import DataConfig
+from fieldmark.data import splits
+from fieldmark.data.decode import decode, decode_reduced
+from fieldmark.data.index import PhotoIndex, apply_corrections, load_index, require_trainable
+from fieldmark.data.inspection import PhotoFacts, inspect_photos
+from fieldmark.data.workers import Batch
+from fieldmark.errors import ConfigError, DataError, PhotoError
+from fieldmark.progress import Progress
+from fieldmark.runs.environment import usable_cores
+
+if TYPE_CHECKING:
+    from fieldmark.data.cache import PhotoCache
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Photos that a run may use.
+
+    Attributes:
+        index: Usable photos, each in a split.
+        facts: One for each photo of `index`, in its order.
+        broken: (path, reason) of photos that were left out.
+    """
+
+    index: PhotoIndex
+    facts: tuple[PhotoFacts, ...]
+    broken: tuple[tuple[str, str], ...]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N, 2) upright width and height in pixels."""
+        return np.asarray([(fact.width, fact.height) for fact in self.facts], np.int64).reshape(-1, 2)
+
+
+def known_sizes(index: PhotoIndex, sizes: Mapping[int, tuple[int, int]]) -> NDArray[np.int64]:
+    """(N, 2) upright width and height of an index's photos of which some were measured; 1 x 1 for the others."""
+    table = np.ones((len(index.photos), 2), np.int64)
+    table[list(sizes)] = list(sizes.values())
+    return table
+
+
+def user_folder(name: str) -> Path:
+    """A folder of that name in the user's cache folder, for what can be made again."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("fieldmark", appauthor=False)) / name
+
+
+def find_photos(config: DataConfig) -> PhotoIndex:
+    """The photos as they lie there, before splits.
+
+    Raises:
+        ConfigError: No path is set.
+        DataError: The folder or table is not what it should be.
+    """
+    if not config.path:
+        raise ConfigError("no data: give a folder of class folders, or a table, as DATA or with --set data.path=...")
+    index = load_index(
+        Path(config.path),
+        path_column=config.path_column,
+        label_column=config.label_column,
+        split_column=config.split_column,
+        group_column=config.group_column if config.group_by == "column" else None,
+    )
+    return apply_corrections(index, Path(config.corrections)) if config.corrections else index
+
+
+def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
+    """Find, inspect and divide the photos.
+
+    Raises:
+        DataError: Nothing to train on, or broken photos under `broken = "refuse"`.
+    """
+    everything = find_photos(config)
+    # Photos without labels have no part in training: `check` and `predict` look at them.
+    found = replace(everything, photos=tuple(photo for photo in everything.photos if photo.label is not None))
+    facts = inspect(found, config, progress=progress)
+    broken = [(photo.path, fact.problem) for photo, fact in zip(found.photos, facts, strict=True) if fact.problem]
+    if broken and config.broken == "refuse":
+        raise DataError(refusal(broken, len(found.photos)))
+    usable = [place for place, fact in enumerate(facts) if not fact.problem]
+    index = replace(found, photos=tuple(found.photos[place] for place in usable))
+    kept = [facts[place] for place in usable]
+    index = divide(index, kept, config)
+    require_trainable(index)
+    return Dataset(index, tuple(kept), tuple(broken))
+
+
+def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress, with_hash: bool = False) -> list[PhotoFacts]:
+    """Decode every photo once, or remember that it was done; `with_hash` for finding near-duplicates."""
+    progress.start(len(index.photos), 0)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        progress.advance(count - done)
+        done = count
+
+    return inspect_photos(
+        index,
+        background=config.background,
+        max_pixels=config.max_pixels,
+        with_hash=with_hash,
+        threads=usable_cores(),
+        cache_folder=user_folder("inspections"),
+        progress=advance,
+    )
+
+
+def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> PhotoIndex:
+    """Give every labelled photo a split, as the settings say."""
+    groups = _groups(index, facts, config)
+    if config.folds:
+        index = splits.fold_index(index, folds=config.folds, fold=config.fold, seed=config.split_seed, groups=groups)
+    else:
+        index = splits.remembered_split(
+            index,
+            val_fraction=config.val_fraction,
+            test_fraction=config.test_fraction,
+            seed=config.split_seed,
+            groups=groups,
+            settings={"group_by": config.group_by, "pattern": config.group_pattern, "gap": config.group_gap_seconds},
+            folder=user_folder("splits"),
+        )
+    if config.train_on == "train+val":
+        photos = (replace(photo, split="train") if photo.split == "val" else photo for photo in index.photos)
+        index = replace(index, photos=tuple(photos))
+    return index
+
+
+def refusal(broken: Sequence[tuple[str, str]], total: int, *, most: int = 10) -> str:
+    """What to tell a user whose photos are broken."""
+    lines = [f"  {path!r} {reason}" for path, reason in broken[:most]]
+    more = [f"  ... and {len(broken) - most} more (`fieldmark check` lists all)"] if len(broken) > most else []
+    way_out = "Mend or remove them, or train without them: --set data.broken=skip"
+    return "\n".join([f"{len(broken)} of {total} photos cannot be used:", *lines, *more, way_out])
+
+
+def _groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> list[str] | None:
+    if config.group_by == "none":
+        return None
+    if config.group_by == "pattern":
+        return splits.groups_by_pattern(index, config.group_pattern)
+    if config.group_by == "capture_time":
+        return splits.groups_by_capture_time(index, facts, config.group_gap_seconds)
+    return splits.groups_by_column(index)
+
+
+@dataclass(frozen=True)
+class PhotoReader:
+    """The pixels of photos by number.
+
+    Args:
+        files: N files.
+        labels: (N,) int64 class numbers, -1 for unlabelled.
+        background: RGB under transparent pixels.
+        max_pixels: Limit of a photo's size.
+    """
+
+    files: tuple[Path, ...]
+    labels: NDArray[np.int64]
+    background: tuple[int, int, int]
+    max_pixels: int
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 upright, whole."""
+        return decode(self.files[number], background=self.background, max_pixels=self.max_pixels)
+
+    def read_reduced(self, number: int, min_short_side: float) -> NDArray[np.uint8]:
+        """(h, w, 3) uint8 upright; the short side is at least `min_short_side`, or the photo's own."""
+        reduced = decode_reduced(
+            self.files[number],
+            min_short_side=min_short_side,
+            background=self.background,
+            max_pixels=self.max_pixels,
+        )
+        return reduced.pixels
+
+
+@dataclass(frozen=True)
+class TrainPhotos:
+    """Prepares augmented training batches: `prepare(numbers, epoch)`.
+
+    Args:
+        reader: Where pixels come from.
+        cache: Reduced photos, or None.
+        sizes: (N, 2) upright width and height of the photos.
+        spec: What is drawn.
+        mean: Per-channel mean of normalisation.
+        std: Per-channel standard deviation of normalisation.
+        seed: Of the run.
+        is_fast: The fast executor; else torchvision's transforms one by one, on whole photos.
+    """
+
+    reader: PhotoReader
+    cache: PhotoCache | None
+    sizes: NDArray[np.int64]
+    spec: AugmentSpec
+    mean: RGB
+    std: RGB
+    seed: int
+    is_fast: bool
+
+    def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
+        """(B, 3, S, S) float32, normalised and erased; the same whoever calls, in whatever company.
+
+        Raises:
+            PhotoError: A photo broke or vanished since it was inspected.
+        """
+        rows = np.asarray(numbers, np.int64)
+        params = self.params(rows, epoch)
+        if self.is_fast:
+            photos = [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
+            array = augment_fast(photos, self.sizes[rows], params, self.spec, self.mean, self.std)
+            images = torch.from_numpy(array)
+        else:
+            images = torch.stack(
+                [
+                    augment_reference(self.reader.read(int(number)), params, row, self.spec, self.mean, self.std)
+                    for row, number in enumerate(rows)
+                ]
+            )
+        return Batch(images, torch.from_numpy(rows), torch.from_numpy(self.reader.labels[rows]), ())
+
+    def raw(self, numbers: Sequence[int], epoch: int) -> Batch:
+        """(B, 3, H, W) uint8 photos as decoded or cached, each in the corner of its slot, for `augment_device`."""
+        rows = np.asarray(numbers, np.int64)
+        params = self.params(rows, epoch)
+        photos = [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
+        sizes = np.asarray([(photo.shape[1], photo.shape[0]) for photo in photos], np.int64)
+        slots = np.zeros((len(photos), 3, sizes[:, 1].max(), sizes[:, 0].max()), np.uint8)
+        for slot, photo in zip(slots, photos, strict=True):
+            slot[:, : photo.shape[0], : photo.shape[1]] = photo.transpose(2, 0, 1)
+        labels = torch.from_numpy(self.reader.labels[rows])
+        return Batch(torch.from_numpy(slots), torch.from_numpy(rows), labels, (), torch.from_numpy(sizes))
+
+    def finish(self, batch: Batch, epoch: int, device: torch.device) -> Tensor:
+        """(B, 3, S, S) float32 on the device: the photos of `raw`, augmented there as `__call__` would have."""
+        assert batch.sizes is not None
+        rows = batch.numbers.numpy()
+        photos = batch.images.to(device, non_blocking=True)
+        return augment_device(
+            photos,
+            batch.sizes.numpy(),
+            self.sizes[rows],
+            self.params(rows, epoch),
+            self.spec,
+            self.mean,
+            self.std,
+            compiled=device.type == "cuda",
+        )
+
+    def params(self, rows: NDArray[np.int64], epoch: int) -> BatchParams:
+        """The random numbers of some photos."""
+        return sample_params(self.spec, self.sizes[rows], seed=self.seed, epoch=epoch, numbers=rows)
+
+    def _pixels(self, number: int, params: BatchParams, row: int) -> NDArray[np.uint8]:
+        cached = self.cache.get(number) if self.cache is not None else None
+        if cached is not None:
+            return cached
+        # Decode no larger than the crop needs: its shorter side becomes `size` pixels.
+        _, _, width, height = params.box[row]
+        needed = self.spec.size * float(min(self.sizes[number])) / max(float(min(width, height)), 1.0)
+        return self.reader.read_reduced(number, needed)
+
+
+@dataclass(frozen=True)
+class EvalPhotos:
+    """Prepares evaluation batches: the same picture of a photo every time.
+
+    Args:
+        reader: Where pixels come from.
+        spec: The evaluation transform, or several.
+        keeps_broken: A photo that cannot be read becomes a grey image and a problem, instead of an error.
+    """
+
+    reader: PhotoReader
+    spec: EvalSpec | Views
+    keeps_broken: bool
+
+    def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
+        """(B, 3, S, S) float32, normalised; several views as `vision.views` lays them out.
+
+        Raises:
+            PhotoError: A photo cannot be read, and `keeps_broken` is off.
+        """
+        rows = np.asarray(numbers, np.int64)
+        images = torch.zeros((len(rows), *picture_shape(self.spec)))
+        problems: list[tuple[int, str]] = []
+        for place, number in enumerate(rows):
+            try:
+                images[place] = eval_picture(self.reader.read(int(number)), self.spec)
+            except PhotoError as error:
+                if not self.keeps_broken:
+                    raise
+                problems.append((place, error.reason))
+        labels = torch.from_numpy(self.reader.labels[rows])
+        return Batch(images, torch.from_numpy(rows), labels, tuple(problems))

@@ -1,0 +1,293 @@
+"""What the model will be shown, as one picture, and what looks like a mistake in the recipe.
+
+Shape letters: B photos, K classes, H, W and S pixels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fieldmark import plots
+from fieldmark.augment.mixing import Method, MixSpec, apply_mix, draw_mix, lambda_draws, one_hot
+from fieldmark.config import Config
+from fieldmark.data.decode import decode, read_size
+from fieldmark.data.index import PhotoIndex
+from fieldmark.errors import DataError, PhotoError
+from fieldmark.files import whole_or_absent
+from fieldmark.models.names import resolve_name
+from fieldmark.models.weights import data_config
+from fieldmark.progress import Progress
+from fieldmark.runs import build
+from fieldmark.runs.check import LintInput, lint_recipe
+from fieldmark.runs.dataset import find_photos, known_sizes
+from fieldmark.runs.session import Session, begin, open_session
+from fieldmark.training.loop import soft_cross_entropy
+from fieldmark.training.lr_finder import LrSweep, find_lr
+from fieldmark.training.schedule import lr_factor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+    from fieldmark.augment.reference import EvalSpec
+    from fieldmark.data.workers import Batch
+
+
+SHOWN = 8
+SIZES_READ = 1000
+LAMBDAS_DRAWN = 20_000
+
+
+def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str]:
+    """Draw a recipe at work on a few photos, and lint it.
+
+    Args:
+        config: The settings; `data.path` says which photos.
+        out: The PNG to write.
+        progress: Where to tell how far the work is.
+
+    Returns:
+        The lint's findings.
+
+    Raises:
+        DataError: No labelled photos, or none that can be read.
+        ResourceError: The picture cannot be written.
+    """
+    index = find_photos(config.data)
+    numbers = [place for place, photo in enumerate(index.photos) if photo.label and photo.split in ("train", "")]
+    weights = data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
+    sizes = _read_sizes(config, index, _spread(numbers, SIZES_READ), progress)
+    if not sizes:
+        raise DataError(f"{index.root} holds no labelled photo that can be read: `fieldmark check` says why")
+    num_val = sum(photo.split == "val" for photo in index.photos)
+    # Where the data have no validation yet, its share will be taken out of training.
+    left = len(numbers) if num_val else round(len(numbers) * (1 - config.data.val_fraction - config.data.test_fraction))
+    given = LintInput(
+        config=config,
+        weights=weights,
+        sizes=np.asarray(list(sizes.values()), np.int64),
+        classes=index.classes,
+        steps_per_epoch=max(-(-left // config.train.batch_size), 1),
+        num_val=num_val or round(len(numbers) * config.data.val_fraction),
+    )
+    figure = draw_preview(given, index, sizes)
+    whole_or_absent(out, lambda part: part.write_bytes(plots.figure_png(figure, dpi=110)))
+    return lint_recipe(given)
+
+
+def draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Figure:
+    """Photos before and after augmentation, mixed photos with their labels, λ and learning rate.
+
+    Args:
+        given: Settings and what is known of weights and photos.
+        index: The photos.
+        sizes: Photo number -> upright width and height, of photos that can be read.
+    """
+    config = given.config
+    evaluation = build.build_eval_spec(config, given.weights)
+    shown = _spread(list(sizes), SHOWN)
+    prepare = build.build_train_photos(
+        config,
+        index,
+        known_sizes(index, sizes),
+        size=build.train_size(config, given.weights),
+        evaluation=evaluation,
+        is_fixres=False,
+        cache=None,
+    )
+    batches = [prepare(shown, epoch) for epoch in (0, 1)]
+    # A row of photos is as high in every section, so that one method of mixing leaves no gap where another would be.
+    heights = [1, 2, max(1.1 * len(config.mix.methods), 0.1), 1.6]
+    figure = plots.new_figure(14, 2.28 * sum(heights))
+    whole, augmented, mixed, curves = list(figure.subfigures(4, 1, squeeze=False, height_ratios=heights).flat)
+    photos = [
+        decode(index.files()[n], background=config.data.background, max_pixels=config.data.max_pixels) for n in shown
+    ]
+    _draw_row(whole, "photos", photos, [index.photos[n].label or "" for n in shown])
+    _draw_row(
+        augmented,
+        "as the model sees them, in two epochs",
+        [_pixels(image, evaluation) for batch in batches for image in batch.images.numpy()],
+        [""] * (2 * len(shown)),
+        rows=2,
+    )
+    _draw_mixed(mixed, given, batches[0], evaluation, index.classes)
+    _draw_curves(curves, given)
+    return figure
+
+
+def _read_sizes(
+    config: Config, index: PhotoIndex, numbers: list[int], progress: Progress
+) -> dict[int, tuple[int, int]]:
+    progress.start(len(numbers), 0)
+    files = index.files()
+    sizes: dict[int, tuple[int, int]] = {}
+    for number in numbers:
+        try:
+            sizes[number] = read_size(files[number], max_pixels=config.data.max_pixels)
+        except PhotoError as error:
+            progress.message(f"left out: {error}")
+        progress.advance(1)
+    return sizes
+
+
+def _spread(numbers: list[int], count: int) -> list[int]:
+    """At most `count` of the numbers, evenly spaced, so that many classes are among them."""
+    places = np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int))
+    return [numbers[place] for place in places]
+
+
+def _pixels(image: NDArray[np.float32], evaluation: EvalSpec) -> NDArray[np.uint8]:
+    """(S, S, 3) uint8 of a normalised (3, S, S) image."""
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (evaluation.mean, evaluation.std))
+    return np.rint(np.clip(image * std + mean, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _draw_row(
+    place: SubFigure, title: str, photos: list[NDArray[np.uint8]], captions: list[str], *, rows: int = 1
+) -> None:
+    place.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+    grid = place.subplots(rows, SHOWN, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    columns = len(photos) // rows
+    for number, (pixels, caption) in enumerate(zip(photos, captions, strict=True)):
+        axes = grid[number // columns, number % columns]
+        axes.set_axis_on()
+        plots.draw_photo(axes, pixels, caption)
+
+
+def _draw_mixed(
+    place: SubFigure, given: LintInput, batch: Batch, evaluation: EvalSpec, classes: tuple[str, ...]
+) -> None:
+    """Each method at work on the first photos, every photo from a batch (and so with a λ) of its own."""
+    config = given.config
+    targets = one_hot(batch.labels, len(classes), config.train.label_smoothing)
+    photos: list[NDArray[np.uint8]] = []
+    captions: list[str] = []
+    for method in config.mix.methods:
+        spec = _only(config, method)
+        for step in range(len(batch.labels)):
+            drawn = draw_mix(
+                spec,
+                seed=config.train.seed,
+                epoch=0,
+                step=step,
+                batch_size=len(batch.labels),
+                image_size=batch.images.shape[-1],
+            )
+            images, labels = apply_mix(batch.images, targets, drawn)
+            photos.append(_pixels(images[step].numpy(), evaluation))
+            captions.append(_mixed_label(labels[step].numpy(), classes))
+    share = config.mix.prob
+    title = (
+        " and ".join(f"{method} ({share:.0%} of the batches)" for method in config.mix.methods)
+        if share and config.mix.methods
+        else "mixing is off (mix.prob = 0); this is what it would look like"
+    )
+    if photos:
+        _draw_row(place, title, photos, captions, rows=len(config.mix.methods))
+
+
+def _mixed_label(target: NDArray[np.float32], classes: tuple[str, ...]) -> str:
+    top = np.argsort(-target, kind="stable")[:2]
+    return "\n".join(f"{target[number]:.2f} {classes[number]}" for number in top if target[number] > 0.005)
+
+
+def _only(config: Config, method: Method) -> MixSpec:
+    mix = config.mix
+    return MixSpec(prob=1.0, methods=(method,), mixup_alpha=mix.mixup_alpha, cutmix_alpha=mix.cutmix_alpha)
+
+
+def _draw_curves(place: SubFigure, given: LintInput) -> None:
+    config = given.config
+    first, second, rate = place.subplots(1, 3)
+    size = build.train_size(config, given.weights)
+    methods: tuple[tuple[Axes, Method, tuple[float, float]], ...] = (
+        (first, "mixup", config.mix.mixup_alpha),
+        (second, "cutmix", config.mix.cutmix_alpha),
+    )
+    for axes, method, alpha in methods:
+        drawn = lambda_draws(_only(config, method), method, count=LAMBDAS_DRAWN, seed=0, image_size=size)
+        plots.draw_lambda(axes, drawn, alpha, f"λ of {method}, α from {alpha[0]:g} to {alpha[1]:g}")
+    steps = np.unique(np.linspace(0, max(config.train.epochs * given.steps_per_epoch - 1, 0), 600).astype(int))
+    schedule = config.schedule
+    factors = [
+        lr_factor(
+            schedule.name,
+            step=int(step),
+            steps_per_epoch=given.steps_per_epoch,
+            total_epochs=config.train.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            restart_epochs=schedule.restart_epochs,
+            restart_factor=schedule.restart_factor,
+            min_factor=schedule.min_factor,
+        )
+        for step in (steps if config.train.epochs else [])
+    ]
+    head = config.optim.lr * np.asarray(factors)
+    rates = {"head": head, "backbone's last stage": head * config.optim.backbone_lr_scale}
+    plots.draw_rate(rate, steps[: len(head)] / given.steps_per_epoch, rates, "learning rate")
+
+
+LOWEST, HIGHEST = 1e-6, 1.0
+UPDATES = 100
+SMOOTHING = 0.9
+EXPLOSION = 4.0
+
+
+def search_lr(config: Config, *, progress: Progress) -> LrSweep:
+    """Train for up to 100 updates with rates of the head from 1e-6 to 1, the other groups in proportion.
+
+    The head starts untrained: a recipe that probes first bears the suggested rate as well, and often a higher one.
+
+    Raises:
+        FieldmarkError: As for training.
+    """
+    with tempfile.TemporaryDirectory(prefix="fieldmark-") as folder:
+        session = open_session(config, Path(folder) / "run", start="new", progress=progress)
+        begin(session)
+        progress.start(UPDATES, 0)
+        with session.loader:
+            return find_lr(
+                session.state.network,
+                session.state.optimizer,
+                _batches(session, progress),
+                lambda logits, targets: soft_cross_entropy(logits, targets, None) / len(targets),
+                backward=session.fabric.backward,
+                min_lr=LOWEST,
+                max_lr=HIGHEST,
+                num_steps=UPDATES,
+                smoothing=SMOOTHING,
+                stop_ratio=EXPLOSION,
+            )
+
+
+def save_sweep(sweep: LrSweep, path: Path) -> None:
+    """Draw loss over rate, with the suggestion, as PNG."""
+    figure = plots.new_figure(6, 4)
+    axes = figure.subplots()
+    axes.plot(sweep.lrs, sweep.losses, color=plots.COLORS[0], alpha=0.3, label="loss")
+    axes.plot(sweep.lrs, sweep.smoothed, color=plots.COLORS[0], label="smoothed")
+    axes.axvline(sweep.suggestion, color=plots.COLORS[1], label=f"suggested: {sweep.suggestion:.2g}")
+    axes.set_xscale("log")
+    axes.set_ylim(top=float(np.quantile(sweep.smoothed, 0.95)) * 1.2)
+    axes.set_xlabel("learning rate of the head")
+    axes.set_ylabel("loss (nats)")
+    axes.legend(frameon=False)
+    whole_or_absent(path, lambda part: part.write_bytes(plots.figure_png(figure)))
+
+
+def _batches(session: Session, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    for epoch in cycle(range(max(session.config.train.epochs, 1))):
+        for batch in session.train_batches(epoch, 0):
+            yield batch.images, batch.targets
+            progress.advance(1)

@@ -1,0 +1,1 @@
+"""Many runs from one recipe, and what they show together."""

@@ -1,0 +1,156 @@
+"""Checkpoints and weights: files that are whole or absent, and loading that never runs code.
+
+Weights are safetensors; the state of a training is a torch file of tensors, numbers and strings, read with
+`weights_only`.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fieldmark.errors import RunError
+from fieldmark.files import whole_or_absent
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` so that a crash or a full disk leaves the old file or the new one, never half.
+
+    Raises:
+        ResourceError: The disk is full or not writable; what was there before is intact.
+    """
+    whole_or_absent(path, lambda part: torch.save({"format": FORMAT, **content}, part))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        RunError: No such file, not a checkpoint, or of another format.
+    """
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: there is nothing to resume")
+    try:
+        with warnings.catch_warnings():
+            # torch warns of pickles that it did not write, before it refuses them.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise RunError(f"{path} is not a checkpoint of Fieldmark, or is torn: {reason}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RunError(
+            f"{path} has another format than this version's ({FORMAT}): resume with the version that made it"
+        )
+    return content
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all.
+
+    Raises:
+        ResourceError: The disk is full or not writable; what was there before is intact.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    whole_or_absent(path, lambda part: save_file(tensors, part))
+
+
+def load_saved_weights(path: Path) -> dict[str, Tensor]:
+    """Read what `save_weights` wrote, on the CPU.
+
+    Raises:
+        RunError: No such file, or it is torn.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: the run has no weights yet")
+    try:
+        path.open("rb").close()  # safetensors says of a forbidden file that there is none
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path} cannot be read: {reason}") from None
+
+
+Weights = Mapping[str, Tensor]
+
+
+class RunningAverage:
+    """Exponential moving average of a model's weights and buffers.
+
+    Buffers are averaged too: with BatchNorm statistics of another model, averaged weights fail.
+
+    Args:
+        model: Copied; the copy's `model` is in evaluation mode and takes no gradients.
+        decay: Share of the old average kept at each update, in [0, 1). Reached gradually: update t keeps at most
+            (1 + t) / (10 + t), so that the start does not linger.
+
+    Source:
+        Polyak and Juditsky, SIAM J. Control Optim. 30 (1992); the warm-up is TensorFlow's ExponentialMovingAverage.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, step: int) -> None:
+        """Take in the weights after update number `step` (0-based)."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        own, new = self.model.state_dict(), model.state_dict()
+        floats = [name for name, tensor in own.items() if tensor.is_floating_point()]
+        # One kernel for all tensors; torch's own optimisers use it under this name too.
+        torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], 1 - keep)  # pyright: ignore[reportPrivateUsage]
+        for name in own.keys() - set(floats):
+            own[name].copy_(new[name])
+
+
+def average_weights(members: Sequence[Weights]) -> dict[str, Tensor]:
+    """The mean of several models' weights; integer buffers are the first member's.
+
+    Source:
+        Wortsman et al., "Model soups", arXiv:2203.05482, section 3 (uniform soup).
+    """
+    first = members[0]
+    return {
+        name: torch.stack([member[name].float() for member in members]).mean(0).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in first.items()
+    }
+
+
+def greedy_soup(members: Sequence[Weights], score: Callable[[Weights], float]) -> tuple[list[int], dict[str, Tensor]]:
+    """Add members, best first, for as long as the average does not get worse.
+
+    Args:
+        members: Weights of models of one architecture.
+        score: Judges weights, larger is better. Called up to twice per member.
+
+    Returns:
+        Places of the members that stayed, best first, and their average.
+
+    Source:
+        Wortsman et al., "Model soups", arXiv:2203.05482, recipe 1.
+    """
+    scores = [score(member) for member in members]
+    order = sorted(range(len(members)), key=lambda place: -scores[place])
+    kept, best = order[:1], scores[order[0]]
+    for place in order[1:]:
+        candidate = score(average_weights([members[number] for number in [*kept, place]]))
+        if candidate >= best:
+            kept, best = [*kept, place], candidate
+    return kept, average_weights([members[number] for number in kept])

@@ -1,0 +1,97 @@
+"""A model and a loader become predictions: each photo exactly once, on any number of processes.
+
+Shape letters: B batch, N photos, K classes, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fieldmark.data.workers import Batch
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of some photos, in the order of their numbers.
+
+    Attributes:
+        numbers: (N,) int64, photo numbers in the index, rising.
+        logits: (N, K) float32; NaN for a photo that could not be read.
+        problems: Photo number -> why it could not be read.
+    """
+
+    numbers: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    problems: dict[int, str]
+
+    def probabilities(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
+        """(N, K) softmax of the logits over `temperature`."""
+        return softmax(self.logits, temperature=temperature)
+
+
+def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> NDArray[np.float32]:
+    """(N, K) probabilities, computed in 64 bit and rounded once."""
+    scaled = logits.astype(np.float64) / temperature
+    scaled -= scaled.max(axis=1, keepdims=True, initial=-np.inf)
+    exponents = np.exp(scaled)
+    return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@torch.inference_mode()
+def predict_batches(
+    fabric: Fabric, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
+) -> Predictions:
+    """Run a model over batches.
+
+    Args:
+        fabric: Device, precision, and the other processes.
+        model: In evaluation mode; (B, 3, S, S) images to (B, K) logits.
+        batches: This process's share; together the shares hold each photo once.
+        flips: Average the logits of each photo and its mirror image.
+        channels_last: Memory layout of the images.
+
+    Returns:
+        The predictions of all processes, on each of them alike.
+    """
+    numbers: list[Tensor] = []
+    logits: list[Tensor] = []
+    problems: dict[int, str] = {}
+    for batch in batches:
+        images = batch.images.to(fabric.device, non_blocking=True)
+        images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
+        with fabric.autocast():
+            output = model(images)
+            if flips:
+                output = (output + model(images.flip(-1))) / 2
+        output = output.float().clone()
+        for place, reason in batch.problems:
+            output[place] = torch.nan
+            problems[int(batch.numbers[place])] = reason
+        numbers.append(batch.numbers)
+        logits.append(output)
+    return _gathered(fabric, numbers, logits, problems)
+
+
+def _gathered(fabric: Fabric, numbers: list[Tensor], logits: list[Tensor], problems: dict[int, str]) -> Predictions:
+    own_numbers = torch.cat(numbers).cpu().numpy() if numbers else np.zeros(0, np.int64)
+    own_logits = torch.cat(logits).cpu().numpy() if logits else np.zeros((0, 0), np.float32)
+    if fabric.world_size > 1:
+        # Shares differ in length, and an empty one does not know K: objects may differ, tensors may not.
+        shares: list[tuple[NDArray[np.int64], NDArray[np.float32], dict[int, str]] | None] = [None] * fabric.world_size
+        torch.distributed.all_gather_object(shares, (own_numbers, own_logits, problems))
+        filled = [share for share in shares if share is not None and len(share[0])]
+        own_numbers = np.concatenate([share[0] for share in filled])
+        own_logits = np.concatenate([share[1] for share in filled])
+        problems = {number: reason for share in filled for number, reason in share[2].items()}
+    order = np.argsort(own_numbers, kind="stable")
+    own_numbers = own_numbers[order]
+    assert len(np.unique(own_numbers)) == len(own_numbers), "a photo was evaluated twice"
+    return Predictions(own_numbers, own_logits[order], problems)

@@ -1,0 +1,401 @@
+"""Learning: read this first.
+
+`train_epochs` is a generator. It prints nothing, saves nothing and has no hooks: it yields an `EpochReport` after each
+epoch, and the caller prints, saves, tracks, changes what is frozen, or stops by leaving the `for`. Progress and an
+early end come through the iterable of batches that the caller hands in: when it ends before its time, the report says
+`is_complete = False`, and the state can be saved and taken up again at that very update.
+
+Shape letters: B photos of one update in this process, K classes, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fieldmark.errors import ResourceError, TrainingError
+from fieldmark.training.checkpoint import RunningAverage
+from fieldmark.training.schedule import Schedule
+
+
+class NonFiniteError(TrainingError):
+    """A loss or a gradient is not finite.
+
+    Args:
+        step: Number of the update, 0-based.
+        numbers: Photos of the batch.
+    """
+
+    def __init__(self, step: int, numbers: list[int]) -> None:
+        super().__init__(f"loss or gradient of update {step} is not finite")
+        self.step = step
+        self.numbers = numbers
+
+
+class FiniteWatch:
+    """Raises when a watched number is not finite.
+
+    On the CPU at once, before the weights move. On a GPU reading a number would stall it, so the number is copied to
+    the host behind the work and looked at some updates later, at the latest by `drain`: which is called before anything
+    is evaluated or saved, so no bad weights reach the disk.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, Tensor, Tensor, torch.cuda.Event]] = deque()
+
+    def see(self, value: Tensor, *, step: int, numbers: Tensor) -> None:
+        """Watch one number.
+
+        Args:
+            value: 0-d, on the device.
+            step: Number of the update, 0-based.
+            numbers: (B,) int64 photo numbers of its batch, on the CPU.
+
+        Raises:
+            NonFiniteError: This number or, on a GPU, an earlier one is not finite.
+        """
+        if value.device.type != "cuda":
+            if not torch.isfinite(value):
+                raise NonFiniteError(step, numbers.tolist())
+            return
+        copy = torch.empty((), dtype=value.dtype, pin_memory=True)
+        copy.copy_(value.detach(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((step, numbers, copy, event))
+        while self._pending and self._pending[0][3].query():
+            self._judge()
+
+    def drain(self) -> None:
+        """Wait for all that is still on its way.
+
+        Raises:
+            NonFiniteError: One of them is not finite.
+        """
+        while self._pending:
+            self._pending[0][3].synchronize()
+            self._judge()
+
+    def _judge(self) -> None:
+        step, numbers, copy, _ = self._pending.popleft()
+        if not torch.isfinite(copy):
+            self._pending.clear()
+            raise NonFiniteError(step, numbers.tolist())
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What one update learns from, on the device.
+
+    Attributes:
+        images: (B, 3, S, S) float, normalised and mixed.
+        targets: (B, K) float, each row a distribution over classes: smoothed and mixed.
+        labels: (B,) int64 class of the photo itself.
+        partner_labels: (B,) int64 class of the photo that was mixed in.
+        own_fraction: λ, the share of the photo itself in [0, 1]; 1 for a batch that was left as it is.
+        is_mixed: Whether MixUp or CutMix was used.
+        numbers: (B,) int64 photo numbers, on the CPU, for messages.
+        global_size: Photos of this update over all processes.
+    """
+
+    images: Tensor
+    targets: Tensor
+    labels: Tensor
+    partner_labels: Tensor
+    own_fraction: float
+    is_mixed: bool
+    numbers: Tensor
+    global_size: int
+
+
+@dataclass
+class EpochTally:
+    """Running sums of an epoch, so that it can be left and taken up again.
+
+    Attributes:
+        sums: (6,) float64 on the device: loss, photos, clean hits, clean photos, mixed hits, mixed photos.
+    """
+
+    sums: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> EpochTally:
+        """A tally of nothing."""
+        # Apple's MPS has no float64.
+        return cls(torch.zeros(6, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
+
+    def add(self, batch: TrainBatch, logits: Tensor, loss: Tensor) -> None:
+        """Count one update, without reading anything back from the device."""
+        size = len(batch.labels)
+        predicted = logits.argmax(1)
+        hits = (predicted == batch.labels).sum().to(self.sums.dtype)
+        if batch.is_mixed:
+            partner_hits = (predicted == batch.partner_labels).sum()
+            hits = batch.own_fraction * hits + (1 - batch.own_fraction) * partner_hits
+        place = 4 if batch.is_mixed else 2
+        self.sums[0] += loss.to(self.sums.dtype)
+        self.sums[1] += size
+        self.sums[place] += hits
+        self.sums[place + 1] += size
+
+
+@dataclass
+class TrainState:
+    """All that changes while learning. What is not here can be computed again from the settings.
+
+    Attributes:
+        model: The plain model: weights, buffers, what is frozen.
+        network: The same model as Fabric set it up: precision, gradient sync.
+        optimizer: As Fabric set it up.
+        schedule: Sets the learning rates of the next update.
+        average: Running average of the weights, or None.
+        epoch: Completed epochs.
+        step: Completed updates over the whole run.
+        step_in_epoch: Completed updates of the epoch under way.
+        micro_batch_size: Photos per forward pass; lowered when memory runs out.
+        tally: Sums of the epoch under way.
+        lr: Learning rate of the head in the last update.
+        watch: Looks out for numbers that are not finite.
+    """
+
+    model: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    average: RunningAverage | None
+    tally: EpochTally
+    micro_batch_size: int
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    lr: float = 0.0
+    watch: FiniteWatch = field(default_factory=FiniteWatch)
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What an epoch came to.
+
+    Attributes:
+        epoch: Number of completed epochs.
+        step: Number of completed updates.
+        is_complete: False when the batches ended before the epoch did: then `metrics` is empty.
+        lr: Learning rate of the head in the epoch's last update.
+        train_loss: Mean cross-entropy per photo against the targets that were trained on, in nats.
+        train_top1_clean: Share of hits on batches that were not mixed; None if all were.
+        train_top1_mixed: λ-weighted share of hits on mixed batches; its ceiling is E[max(λ, 1 - λ)]. None if none
+            was mixed.
+        clean_fraction: Share of photos in batches that were not mixed.
+        images: Photos trained on in this epoch by this process since it started.
+        seconds: Wall time of the epoch's training part since this process started.
+        metrics: Validation figures, as `evaluate` gave them.
+    """
+
+    epoch: int
+    step: int
+    is_complete: bool
+    lr: float
+    train_loss: float
+    train_top1_clean: float | None
+    train_top1_mixed: float | None
+    clean_fraction: float
+    images: int
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class MemoryExhaustedError(ResourceError):
+    """A forward or backward pass did not fit into memory.
+
+    Args:
+        micro_batch_size: Photos at once that were too many.
+        side: Of the images, in pixels.
+    """
+
+    def __init__(self, micro_batch_size: int, side: int) -> None:
+        smaller = max(micro_batch_size // 2, 1)
+        super().__init__(
+            f"out of memory with {micro_batch_size} photos of {side}x{side} pixels at once. "
+            f"Set train.micro_batch_size={smaller} (gradients are accumulated, so the result stays comparable), "
+            "or take smaller images or a smaller model"
+        )
+        self.micro_batch_size = micro_batch_size
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Sum over the batch of the cross-entropy against distributions.
+
+    Weights multiply each class's term and are not divided out again, so hard, smoothed and mixed targets have one scale
+    (torch's `CrossEntropyLoss` divides by the weights for hard targets only).
+
+    Args:
+        logits: (B, K) float.
+        targets: (B, K) float, rows sum to 1.
+        class_weights: (K,) float, or None.
+
+    Returns:
+        0-d tensor, in nats.
+    """
+    terms = targets * functional.log_softmax(logits.float(), dim=1)
+    return -(terms if class_weights is None else terms * class_weights).sum()
+
+
+def update(
+    fabric: Fabric, state: TrainState, batch: TrainBatch, *, class_weights: Tensor | None, clip_norm: float
+) -> tuple[Tensor, Tensor]:
+    """One optimiser update, in micro-batches of `state.micro_batch_size` that add up to the whole batch's gradient.
+
+    Args:
+        fabric: Device, precision and gradient sync.
+        state: Changed in place.
+        batch: This process's share of the update's photos.
+        class_weights: (K,) float, or None.
+        clip_norm: Largest global gradient norm; 0 is off.
+
+    Returns:
+        Summed loss of this process's photos (0-d) and logits (B, K), left on the device.
+
+    Raises:
+        NonFiniteError: Loss or gradient is not finite; on the CPU the weights are still those before the update.
+        MemoryExhaustedError: The device's memory ran out; the weights are still those before the update.
+    """
+    # Gradients are averaged over processes, so each contributes its photos' sum times the number of processes.
+    scale = fabric.world_size / batch.global_size
+    # Parts of equal size: a last part of one photo would have no variance for BatchNorm.
+    num_chunks = -(-len(batch.images) // state.micro_batch_size)
+    chunks = list(zip(batch.images.tensor_split(num_chunks), batch.targets.tensor_split(num_chunks), strict=True))
+    logits: list[Tensor] = []
+    total = torch.zeros((), device=fabric.device)
+    try:
+        for number, (images, targets) in enumerate(chunks, start=1):
+            with fabric.no_backward_sync(state.network, enabled=number < len(chunks)):  # type: ignore[arg-type]
+                output = state.network(images)
+                loss = soft_cross_entropy(output, targets, class_weights)
+                fabric.backward(loss * scale)
+            logits.append(output.detach())
+            total += loss.detach()
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        state.optimizer.zero_grad(set_to_none=True)
+        raise MemoryExhaustedError(min(state.micro_batch_size, len(batch.images)), batch.images.shape[-1]) from error
+    state.watch.see(_suspect(fabric, state, total, clip_norm), step=state.step, numbers=batch.numbers)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.average is not None:
+        state.average.update(state.model, step=state.step)
+    state.lr = state.optimizer.param_groups[-1]["lr"]
+    state.schedule.step()
+    state.step += 1
+    state.step_in_epoch += 1
+    return total, torch.cat(logits)
+
+
+def train_epochs(
+    fabric: Fabric,
+    state: TrainState,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    batches: Callable[[int, int], Iterable[TrainBatch]],
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    class_weights: Tensor | None,
+    clip_norm: float,
+    fit_memory: bool,
+) -> Iterator[EpochReport]:
+    """Train from where `state` is until `epochs` epochs are complete.
+
+    Args:
+        fabric: Device, precision and the other processes.
+        state: Changed in place; taken up in the middle of an epoch if it was saved there.
+        epochs: Epochs of the whole run.
+        steps_per_epoch: Updates of one epoch.
+        batches: (epoch, first step in it) to this process's batches from there on. Ending early ends the training.
+        evaluate: Model in evaluation mode to validation figures; called after each complete epoch.
+        class_weights: (K,) float on the device, or None.
+        clip_norm: Largest global gradient norm; 0 is off.
+        fit_memory: Halve the micro-batch when memory runs out, instead of raising.
+
+    Yields:
+        A report after each epoch; between two reports the caller may change the model.
+
+    Raises:
+        NonFiniteError: A loss or gradient is not finite.
+        MemoryExhaustedError: Memory ran out, and `fit_memory` is off or one photo is too many.
+    """
+    while state.epoch < epochs:
+        state.model.train()
+        started, images_before = time.perf_counter(), state.tally.sums[1].item()
+        for batch in batches(state.epoch, state.step_in_epoch):
+            loss, logits = _fitting_update(fabric, state, batch, class_weights, clip_norm, fit_memory)
+            state.tally.add(batch, logits, loss)
+        is_complete = state.step_in_epoch == steps_per_epoch
+        # The one place where the host waits for the device.
+        state.watch.drain()
+        sums = [float(value) for value in fabric.all_reduce(state.tally.sums, reduce_op="sum").tolist()]  # type: ignore[union-attr]
+        seconds = time.perf_counter() - started
+        images = round(state.tally.sums[1].item() - images_before)
+        metrics: dict[str, float] = {}
+        if is_complete:
+            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            state.tally = EpochTally.zeros(fabric.device)
+            metrics = evaluate((state.average.model if state.average else state.model).eval())
+        yield EpochReport(
+            epoch=state.epoch,
+            step=state.step,
+            is_complete=is_complete,
+            lr=state.lr,
+            train_loss=sums[0] / max(sums[1], 1),
+            train_top1_clean=sums[2] / sums[3] if sums[3] else None,
+            train_top1_mixed=sums[4] / sums[5] if sums[5] else None,
+            clean_fraction=sums[3] / max(sums[1], 1),
+            images=images,
+            seconds=seconds,
+            metrics=metrics,
+        )
+        if not is_complete:
+            return
+
+
+def _fitting_update(
+    fabric: Fabric,
+    state: TrainState,
+    batch: TrainBatch,
+    class_weights: Tensor | None,
+    clip_norm: float,
+    fit_memory: bool,
+) -> tuple[Tensor, Tensor]:
+    while True:
+        try:
+            return update(fabric, state, batch, class_weights=class_weights, clip_norm=clip_norm)
+        except MemoryExhaustedError as error:
+            # Several processes would have to agree on the smaller size while some of them wait in a gradient sync.
+            if not fit_memory or fabric.world_size > 1 or error.micro_batch_size == 1:
+                raise
+            state.micro_batch_size = error.micro_batch_size // 2
+            if fabric.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _suspect(fabric: Fabric, state: TrainState, loss: Tensor, clip_norm: float) -> Tensor:
+    """Clip the gradient; give a number that is finite only if loss and gradient are, on all processes alike."""
+    norm: Tensor | None
+    if clip_norm > 0:
+        norm = fabric.clip_gradients(state.network, state.optimizer, max_norm=clip_norm, error_if_nonfinite=False)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+    # With fp16 a gradient that overflows is the scaler's business: it skips the update and lowers its scale.
+    is_scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
+    return loss if is_scaled or norm is None else loss + norm
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text

@@ -1,1 +1,0 @@
-"""Pixels become logits."""

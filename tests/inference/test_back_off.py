@@ -1,0 +1,130 @@
+"""Laws of backing off: where the class is not sure, a group is answered that is as often right as was wanted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fieldmark.errors import DataError
+from fieldmark.inference.calibrate import calibrate_run, load_back_off
+from fieldmark.inference.predictor import Prediction
+from fieldmark.inference.taxonomy import BackOff, build_taxonomy, describe_back_off, fit_back_off
+from fieldmark.runs.folder import Run, write_predictions
+
+CLASSES = ("crow", "raven", "gull", "tern")
+ROWS = [["crow", "Corvus"], ["raven", "Corvus"], ["gull", "Larus"], ["tern", "Sterna"]]
+TREE = build_taxonomy(("class", "genus"), ROWS)
+
+
+def make_photos(count=1000):
+    """Crows and ravens are often confused with each other, and some gulls with both; all else seldom."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, count)
+    logits = rng.normal(0, 1, (count, 4)) + 6 * np.eye(4)[labels]
+    is_crow = labels < 2
+    logits[is_crow, 0] = logits[is_crow, 1] = 4
+    logits[is_crow, :2] += rng.normal(0, 1, (is_crow.sum(), 2)) + np.eye(2)[labels[is_crow]]
+    gulls = np.flatnonzero(is_crow)[:60]
+    logits[gulls, 2] = rng.normal(3, 1, len(gulls))
+    labels[gulls] = 2
+    shares = np.exp(logits)
+    return shares / shares.sum(axis=1, keepdims=True), labels
+
+
+def fitted(accuracy=0.95, assurance=0.0, threshold=0.9):
+    probabilities, labels = make_photos()
+    return fit_back_off(
+        probabilities, labels, TREE, threshold=threshold, accuracy=accuracy, assurance=assurance
+    ), probabilities
+
+
+@pytest.mark.parametrize("assurance", [0.0, 0.9])
+def test_answers_of_a_group_alone_are_as_often_right_as_wanted(assurance):
+    found, probabilities = fitted(assurance=assurance)
+    _, labels = make_photos()
+    answers = [found.answer(row) for row in probabilities]
+    groups = [place for place, answer in enumerate(answers) if answer.level == "genus"]
+    right = [answers[place].name == ROWS[labels[place]][1] for place in groups]
+    assert len(groups) > 100
+    assert np.mean(right) >= 0.95
+    assert found.scores[1].right == pytest.approx(np.mean(right))
+    assert found.scores[1].answered == pytest.approx(len(groups) / 1000)
+    # Whoever is sure of the class is not answered with less.
+    assert all(
+        (answer.level == "class") == (row.max() >= 0.9) for answer, row in zip(answers, probabilities, strict=True)
+    )
+
+
+def test_a_level_that_is_never_right_often_enough_is_not_used():
+    probabilities, labels = make_photos()
+    wrong = np.where(labels < 2, 2, 0)  # the label is of another genus than all that is seen
+    found = fit_back_off(probabilities, wrong, TREE, threshold=0.9, accuracy=0.95, assurance=0.0)
+    assert found.thresholds == (0.9, None)
+    assert {found.answer(row).level for row in probabilities} == {"class", ""}
+    assert "genus  is not used" in describe_back_off(found)
+
+
+def test_where_every_class_is_sure_there_is_nothing_to_fit():
+    found, _ = fitted(threshold=0.0)
+    assert found.thresholds == (0.0, None)
+    assert found.scores[0].answered == 1
+
+
+def test_it_survives_json_and_says_what_is_missing():
+    found, probabilities = fitted()
+    again = BackOff.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.to_dict() == found.to_dict()
+    assert [again.answer(row) for row in probabilities[:50]] == [found.answer(row) for row in probabilities[:50]]
+    with pytest.raises(DataError, match="lacks 'rows': calibrate again"):
+        BackOff.from_dict({name: value for name, value in found.to_dict().items() if name != "rows"})
+
+
+def test_a_prediction_answers_with_the_finest_name_that_is_sure():
+    found, _ = fitted()
+    row = np.array([0.5, 0.49, 0.005, 0.005], np.float32)
+    unsure = Prediction("x.jpg", CLASSES, row, "", 0.9, found)
+    assert (unsure.label, unsure.is_unknown) == ("crow", True)
+    assert (unsure.answer.level, unsure.answer.name) == ("genus", "Corvus")
+    assert unsure.answer.probability == pytest.approx(0.99)
+    alone = Prediction("x.jpg", CLASSES, row, "", 0.9)
+    assert (alone.answer.level, alone.answer.name) == ("", "")
+    sure = Prediction("x.jpg", CLASSES, row, "", 0.4)
+    assert (sure.answer.level, sure.answer.name) == ("class", "crow")
+    broken = Prediction("x.jpg", CLASSES, row * np.nan, "is empty", 0.4, found)
+    assert (broken.answer.level, broken.answer.name) == ("", "")
+
+
+@pytest.fixture
+def run(tmp_path):
+    probabilities, labels = make_photos()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.toml").write_text("")
+    (folder / "classes.json").write_text(json.dumps(CLASSES))
+    write_predictions(
+        folder / "predictions" / "val.parquet",
+        paths=[f"{number}.jpg" for number in range(len(labels))],
+        labels=labels,
+        probabilities=probabilities.astype(np.float32),
+        classes=CLASSES,
+    )
+    return Run(folder)
+
+
+def test_a_run_keeps_it_with_its_calibration_until_it_is_calibrated_without(run, tmp_path):
+    table = tmp_path / "taxonomy.csv"
+    table.write_text("class,genus\n" + "".join(f"{','.join(row)}\n" for row in ROWS))
+    wish = {"assurance": 0.0, "folds": 5, "seed": 0}
+    found = calibrate_run(run, wanted="accuracy", wanted_value=0.95, taxonomy=table, **wish)
+    groups = load_back_off(run)
+    assert groups.thresholds[0] == found.threshold
+    assert groups.scores[0].answered == pytest.approx(found.coverage)
+    assert groups.scores[1].right >= 0.95
+    found = calibrate_run(run, wanted="coverage", wanted_value=0.5, taxonomy=table, **wish)
+    assert load_back_off(run).scores[1].right >= found.accuracy
+    calibrate_run(run, wanted="accuracy", wanted_value=0.95, **wish)
+    assert load_back_off(run) is None
+    calibrate_run(run, wanted="none", wanted_value=1.0, taxonomy=table, **wish)
+    assert load_back_off(run) is None

@@ -1,0 +1,81 @@
+"""Laws of the taxonomy: sums over the tree, and answers at the level that is sure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fieldmark.errors import DataError
+from fieldmark.inference.taxonomy import Answer, back_off, build_taxonomy, hierarchical_accuracy, load_taxonomy
+
+LEVELS = ("class", "genus", "family")
+ROWS = [["tit", "Parus", "Paridae"], ["blue tit", "Cyanistes", "Paridae"], ["gull", "Larus", "Laridae"]]
+TREE = build_taxonomy(LEVELS, ROWS)
+
+
+def test_the_probability_of_a_group_is_the_sum_of_its_classes():
+    sums = TREE.at_level(np.array([[0.4, 0.35, 0.25]]), 2)
+    assert dict(zip(TREE.nodes[2], sums[0], strict=True)) == {"Paridae": pytest.approx(0.75), "Laridae": 0.25}
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
+def test_probabilities_sum_to_one_at_every_level_and_the_best_never_falls_upwards(weights):
+    probabilities = np.array([weights]) / sum(weights)
+    best = [TREE.at_level(probabilities, level).max() for level in range(3)]
+    assert all(TREE.at_level(probabilities, level).sum() == pytest.approx(1) for level in range(3))
+    assert best[0] <= best[1] + 1e-12 <= best[2] + 2e-12
+
+
+def test_the_answer_is_the_finest_level_that_is_sure():
+    probabilities = np.array([[0.9, 0.05, 0.05], [0.45, 0.4, 0.15], [0.3, 0.2, 0.5]])
+    answers = back_off(probabilities, TREE, thresholds=[0.8, 0.8, 0.8])
+    assert answers[0] == Answer("class", "tit", pytest.approx(0.9))
+    assert answers[1] == Answer("family", "Paridae", pytest.approx(0.85))
+    assert answers[2] == Answer("", "", pytest.approx(0.5))
+
+
+def test_accuracy_rises_with_the_level_and_mistakes_know_their_height():
+    probabilities = np.array([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.8, 0.1, 0.1]])
+    found = hierarchical_accuracy(probabilities, np.array([0, 1, 2]), TREE)
+    assert found["class"] == pytest.approx(1 / 3)
+    assert found["genus"] == pytest.approx(1 / 3)
+    assert found["family"] == pytest.approx(2 / 3)
+    assert found["mistake_height"] == pytest.approx((2 + 3) / 2)
+    assert hierarchical_accuracy(probabilities[:1], np.array([0]), TREE)["mistake_height"] == 0
+
+
+def test_a_table_is_read_by_name_whatever_its_order(tmp_path):
+    path = tmp_path / "taxonomy.csv"
+    path.write_text("\ufeffclass,genus,family\ngull,Larus,Laridae\nother,X,Y\ntit,Parus,Paridae\n", encoding="utf-8")
+    tree = load_taxonomy(path, ["tit", "gull"])
+    assert tree.levels == LEVELS
+    assert tree.nodes[2] == ("Paridae", "Laridae")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "needs a header such as class,genus,family"),
+        ("class,genus\ntit,Parus\n", "lacks 1 of 2 classes: gull. Add a row"),
+        ("class,genus\ntit,Parus\ngull\n", "row 3: expected 2 filled cells"),
+        ("class,genus\ntit,Parus\ngull, \n", "row 3: expected 2 filled cells"),
+        ("class,genus\ntit,Parus\ntit,Larus\n", "row 3: the class 'tit' has a row already"),
+        ("class,genus,family\ntit,P,A\ngull,P,B\n", "the genus 'P' lies in more than one family .*not a tree"),
+    ],
+)
+def test_a_bad_table_says_where(tmp_path, text, message):
+    path = tmp_path / "taxonomy.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        load_taxonomy(path, ["tit", "gull"])
+
+
+def test_other_bad_input_is_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        load_taxonomy(tmp_path / "none.csv", ["tit"])
+    with pytest.raises(DataError, match="threshold for each level"):
+        back_off(np.ones((1, 3)) / 3, TREE, thresholds=[0.5])
+    with pytest.raises(DataError, match="at least one labelled photo"):
+        hierarchical_accuracy(np.ones((0, 3)), np.zeros(0, int), TREE)

@@ -1,0 +1,89 @@
+"""Laws of triage: suspects, surprises, confusions and look-alikes are found, in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fieldmark.data.index import list_photos
+from fieldmark.errors import DataError
+from fieldmark.inference.triage import (
+    Judged,
+    confused_pairs,
+    highest_losses,
+    join_judged,
+    label_suspects,
+    near_duplicates,
+)
+
+
+def make_judged(n=300, k=4, flips=12, seed=0):
+    """Predictions of a good model; the first `flips` labels are wrong."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, k, n)
+    logits = rng.normal(0, 0.7, (n, k))
+    logits[np.arange(n), truth] += 4
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = truth.copy()
+    labels[:flips] = (labels[:flips] + 1) % k
+    names = tuple("abcdefgh"[:k])
+    return Judged(tuple(f"{i}.jpg" for i in range(n)), labels, probabilities.astype(np.float32), names)
+
+
+def test_wrong_labels_are_suspected_and_few_right_ones():
+    found = label_suspects(make_judged())
+    assert len(set(found) & set(range(12))) >= 11
+    assert len(found) <= 16
+
+
+def test_a_class_that_nobody_was_judged_on_does_not_upset_the_search():
+    judged = make_judged(k=3)
+    wider = np.concatenate(
+        [judged.probabilities[:, :1], judged.probabilities[:, :1] * 0, judged.probabilities[:, 1:]], 1
+    )
+    gapped = Judged(judged.paths, np.array([0, 2, 3])[judged.labels], wider, ("a", "none", "b", "c"))
+    assert list(label_suspects(gapped)) == list(label_suspects(judged))
+    single = Judged(("a.jpg",), np.array([0]), np.ones((1, 1), np.float32), ("a",))
+    assert len(label_suspects(single)) == 0
+
+
+def test_losses_fall_and_hold_every_photo_once():
+    judged = make_judged(n=50)
+    order = highest_losses(judged)
+    assert sorted(order) == list(range(50))
+    assert list(judged.losses[order]) == sorted(judged.losses, reverse=True)
+
+
+def test_pairs_hold_every_mistake_once_whichever_way_it_went():
+    probabilities = np.array([[0.1, 0.9, 0], [0.8, 0.2, 0], [0.6, 0.4, 0], [0, 0.1, 0.9], [0, 0.3, 0.7]], np.float32)
+    judged = Judged(tuple("vwxyz"), np.array([0, 1, 1, 2, 1]), probabilities, ("a", "b", "c"))
+    pairs = confused_pairs(judged)
+    assert [(pair.first, pair.second, pair.places) for pair in pairs] == [(0, 1, (0, 1, 2)), (1, 2, (4,))]
+
+
+def test_folds_are_joined_and_doubles_and_strangers_refused():
+    def run(paths, classes=("a", "b")):
+        n = len(paths)
+        stored = SimpleNamespace(paths=paths, labels=np.zeros(n, int), probabilities=np.full((n, 2), 0.5, np.float32))
+        return SimpleNamespace(path=Path(paths[0]), classes=classes, predictions=lambda split: stored)
+
+    assert join_judged([run(("1", "2")), run(("3",))]).paths == ("1", "2", "3")
+    with pytest.raises(DataError, match="1 photos are judged by more than one"):
+        join_judged([run(("1", "2")), run(("2",))])
+    with pytest.raises(DataError, match="knows other classes"):
+        join_judged([run(("1",)), run(("2",), ("a", "c"))])
+
+
+def test_the_same_photo_in_another_size_is_a_near_duplicate(tmp_path):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).resize((200, 160), Image.Resampling.BICUBIC)
+    small.save(tmp_path / "a.jpg", quality=90)
+    small.resize((150, 120)).save(tmp_path / "b.jpg", quality=60)
+    Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).resize((200, 160)).save(tmp_path / "c.jpg")
+    (tmp_path / "d.jpg").write_bytes(b"broken")
+    found = near_duplicates(list_photos(tmp_path), max_distance=6, threads=1, memory=tmp_path / "memory")
+    assert [pair[:2] for pair in found] == [(0, 1)]

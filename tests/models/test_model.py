@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fieldmark.errors import ConfigError, WeightsError
+from fieldmark.models.classifier import (
+    Classifier,
+    check_parameter_budget,
+    count_parameters,
+    create_classifier,
+    freeze_stages,
+    train_only_head_and_norms,
+)
+from fieldmark.models.names import ALIASES, resolve_name
+
+# One small network of each kind of layout that timm groups in its own way.
+LAYOUTS = [
+    "resnet10t",
+    "test_efficientnet",
+    "test_convnext",
+    "test_vit",
+    "mobilenetv3_small_050",
+    "vgg11",
+    "densenet121",
+]
+
+
+def make_classifier(name="resnet10t", device="cpu", **changes):
+    settings = {
+        "num_classes": 5,
+        "head": "linear",
+        "head_hidden": 1024,
+        "head_dropout": 0.3,
+        "feature_dropout": 0.0,
+        "drop_path": 0.0,
+        "stride_in_1x1": False,
+    }
+    with torch.device(device):
+        return create_classifier(name, **{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("alias", "millions"),
+    [
+        ("resnet50", 25.71),
+        ("resnext50", 25.18),
+        ("resnet101", 44.70),
+        ("resnext101", 44.33),
+        ("resnext101-wide", 88.94),
+        ("seresnext50", 27.71),
+        ("seresnext101", 93.74),
+    ],
+)
+def test_the_reports_parameter_counts_are_reproduced(alias, millions):
+    model = make_classifier(resolve_name(alias, "pretrained"), "meta", num_classes=100, head="mlp")
+    assert round(count_parameters(model) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        "resnet50",
+        "resnext50",
+        "seresnext50",
+        *(
+            pytest.param(alias, marks=pytest.mark.slow)
+            for alias in ("resnet101", "resnext101", "resnext101-wide", "seresnext101")
+        ),
+    ],
+)
+def test_the_reports_architectures_go_forward_and_backward(alias):
+    model = make_classifier(resolve_name(alias, "random"), head="mlp")
+    logits = model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert logits.shape == (2, 5)
+    nn.functional.cross_entropy(logits, torch.tensor([0, 3])).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+    # One convolution at least in each stage is really reached. (A zero-initialised last norm of a residual branch
+    # holds the gradient of its branch at zero in the first step.)
+    for stage in model.stage_parameters():
+        assert any(parameter.grad.abs().sum() > 0 for _, parameter in stage)
+
+
+def test_the_mlp_head_is_exactly_the_reports():
+    model = make_classifier(head="mlp", head_dropout=0.3)
+    assert [type(layer) for layer in model.head] == [nn.Linear, nn.Dropout, nn.ReLU, nn.Linear]
+    assert model.head[0].out_features == 1024
+    assert model.head[1].p == 0.3
+
+
+def test_logits_are_the_head_on_the_features():
+    model = make_classifier(feature_dropout=0.5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    features = model.features(images)
+    assert features.shape == (2, model.num_features)
+    assert torch.equal(model(images), model.head(features))
+    model.train()
+    assert (model.feature_dropout(torch.ones(1000)) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_stages_hold_each_tensor_once_in_order_from_the_input_with_the_head_last(name):
+    model = make_classifier(name, "meta")
+    by_stage = model.stage_parameters()
+    names = [name for stage in by_stage for name, _ in stage]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert len(by_stage) == len(model.stages()) >= 4
+    assert model.stages()[-1] == [model.head]
+    modules = [module for stage in model.stages() for top in stage for module in top.modules()]
+    assert len({id(module) for module in modules}) == len(modules)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert {id(norm) for norm in norms} <= {id(module) for module in modules}
+    first = next(name for name, _ in model.named_parameters())
+    assert first in [name for name, _ in by_stage[0]]
+
+
+def test_the_stages_of_a_resnet_are_stem_and_layers():
+    model = make_classifier("resnet10t", "meta")
+    tops = [{name.split(".")[1] for name, _ in stage} for stage in model.stage_parameters()[:-1]]
+    assert tops == [{"conv1", "bn1"}, {"layer1"}, {"layer2"}, {"layer3"}, {"layer4"}]
+
+
+def test_a_final_norm_belongs_to_the_last_stage_and_embeddings_to_the_first():
+    model = make_classifier("test_vit", "meta")
+    stages = [[name for name, _ in stage] for stage in model.stage_parameters()]
+    assert {"backbone.cls_token", "backbone.pos_embed"} <= set(stages[0])
+    assert any(name.startswith(("backbone.norm.", "backbone.fc_norm.")) for name in stages[-2])
+    assert "backbone.pos_embed" in model.no_weight_decay()
+    last = [name for name, _ in make_classifier("test_convnext", "meta").stage_parameters()[-2]]
+    assert "backbone.head.norm.weight" in last
+    assert any(name.startswith("backbone.stages.3.") for name in last)  # the norm is not a stage of its own
+
+
+def _statistics(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "running_" in name}
+
+
+def test_a_frozen_stage_keeps_weights_and_batchnorm_statistics_in_training_mode():
+    model = make_classifier()
+    freeze_stages(model, 3)
+    model.train()
+    before = _statistics(model)
+    model(torch.randn(4, 3, 64, 64)).sum().backward()
+    changed = {
+        name.split(".")[1] for name, tensor in _statistics(model).items() if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"layer3", "layer4"}
+    learning = {
+        name.split(".")[1] for name, p in model.backbone.named_parameters(prefix="backbone") if p.grad is not None
+    }
+    assert learning == {"layer3", "layer4"}
+    assert all(parameter.requires_grad for parameter in model.head.parameters())
+
+
+def test_frozen_batchnorm_keeps_its_statistics_while_its_weights_learn():
+    model = make_classifier().eval()
+    images = torch.randn(4, 3, 64, 64)
+    expected = model.features(images)
+    model.has_frozen_batchnorm = True
+    model.train()
+    torch.testing.assert_close(model.features(images), expected)
+    model(images).sum().backward()
+    norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(not norm.training and norm.weight.grad is not None for norm in norms)
+    assert all(norm.num_batches_tracked == 0 for norm in norms)
+    assert model.training
+
+
+def test_a_frozen_backbone_gives_the_same_features_in_training_mode_as_in_evaluation():
+    model = make_classifier("test_efficientnet", drop_path=0.5)
+    freeze_stages(model, "all")
+    images = torch.randn(4, 3, 64, 64)
+    assert torch.equal(model.train().features(images), model.eval().features(images))
+
+
+def test_gradual_unfreezing_thaws_from_the_output_inwards():
+    model = make_classifier()
+    model.train()
+    freeze_stages(model, "all")
+    assert model.num_frozen_stages == 5
+    for count in (4, 3, 0):
+        freeze_stages(model, count)
+        learning = [all(p.requires_grad for _, p in stage) for stage in model.stage_parameters()]
+        assert learning == [False] * count + [True] * (6 - count)
+        in_training = [all(module.training for module in stage) for stage in model.stages()]
+        assert in_training == learning
+
+
+def test_freezing_more_stages_than_there_are_is_an_error():
+    with pytest.raises(ConfigError, match=r"model.freeze: resnet10t has 5 stages with its stem; got 6. Give 0 to 5"):
+        freeze_stages(make_classifier(device="meta"), 6)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_vit", "test_convnext"])
+def test_only_head_and_norms_learn_for_the_last_epochs(name):
+    model = make_classifier(name, "meta")
+    freeze_stages(model, 1)
+    train_only_head_and_norms(model)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"head.weight", "head.bias"} < learning
+    assert not [name for name, _ in model.stage_parameters()[0] if name in learning]
+    kinds = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+    norms = {name for name, module in model.backbone.named_modules(prefix="backbone") if isinstance(module, kinds)}
+    in_stem = {name.rpartition(".")[0] for name, _ in model.stage_parameters()[0]}
+    assert {name.rpartition(".")[0] for name in learning if name.startswith("backbone.")} == norms - in_stem
+
+
+def test_stride_moves_into_the_first_convolution_of_a_resnet():
+    plain, original = make_classifier("resnet50", "meta"), make_classifier("resnet50", "meta", stride_in_1x1=True)
+    for layer in ("layer2", "layer3", "layer4"):
+        first, second = getattr(plain.backbone, layer)[0], getattr(original.backbone, layer)[0]
+        assert (first.conv1.stride, first.conv2.stride) == ((1, 1), (2, 2))
+        assert (second.conv1.stride, second.conv2.stride) == ((2, 2), (1, 1))
+    assert original(torch.zeros(1, 3, 64, 64, device="meta")).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "seresnextaa101d_32x8d"])
+def test_stride_in_1x1_is_refused_for_networks_without_such_blocks(name):
+    with pytest.raises(ConfigError, match=f"model.stride_in_1x1: {name} has no strided 3x3 convolution in bottlenecks"):
+        make_classifier(name, "meta", stride_in_1x1=True)
+
+
+def test_drop_path_reaches_the_backbone_or_is_refused():
+    rates = [
+        m.drop_prob for m in make_classifier("test_efficientnet", drop_path=0.3).modules() if hasattr(m, "drop_prob")
+    ]
+    assert 0 < max(rates) <= 0.3
+    with pytest.raises(ConfigError, match=r"model.drop_path: densenet121 has no stochastic depth; got 0.1. Give 0"):
+        make_classifier("densenet121", "meta", drop_path=0.1)
+
+
+def test_a_network_without_pooled_features_is_refused():
+    model = make_classifier()
+    model.backbone = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ConfigError, match=r"features of shape \(1, 4, 6, 6\) rather than one vector"):
+        model(torch.zeros(1, 3, 8, 8))
+
+
+def test_an_alias_means_the_reports_weights_only_from_the_hub():
+    assert resolve_name("resnet50", "pretrained") == "resnet50.fb_swsl_ig1b_ft_in1k"
+    assert resolve_name("resnet50", "random") == "resnet50"
+    assert resolve_name("resnext101-wide", "weights.safetensors") == "resnext101_32x8d"
+    assert resolve_name("resnet50.a1_in1k", "pretrained") == "resnet50.a1_in1k"
+    assert all(resolve_name(alias, "pretrained") == full for alias, full in ALIASES.items())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("resnet5O", "resnet50"),
+        ("seresnexta101d_32x8d.sw_in12k_ft_in1k_288", "seresnextaa101d_32x8d.sw_in12k_ft_in1k_288"),
+        ("resnet50.fb_sws_l_ig1b_ft_in1k", "resnet50.fb_swsl_ig1b_ft_in1k"),
+        ("resnext50_32x4d.fb_sswl_ig1b_ft_in1k", "resnext50_32x4d.fb_swsl_ig1b_ft_in1k"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_one_that_was_meant(wrong, meant):
+    with pytest.raises(ConfigError, match=f"model.name: timm has no .*Did you mean .*'{meant}'"):
+        resolve_name(wrong, "random")
+
+
+def test_a_name_like_no_other_gets_the_aliases():
+    with pytest.raises(ConfigError, match=r"timm has no model 'qqqqq'\. Give a timm name or one of .*resnext101-wide"):
+        make_classifier("qqqqq")
+
+
+def test_a_model_on_an_unreachable_hub_is_a_weights_error(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    with pytest.raises(WeightsError, match="somebody/something cannot be fetched from the hub: no route to host"):
+        make_classifier("hf-hub:somebody/something")
+
+
+def test_a_parameter_budget_counts_one_model_or_an_ensemble():
+    check_parameter_budget([("a", 60_000_000), ("b", 40_000_000)], max_millions=100)
+    with pytest.raises(ConfigError, match=r"budget is 20 M; got resnet50 25\.71 M parameters\. Choose a smaller"):
+        check_parameter_budget([("resnet50", 25_708_708)], max_millions=20)
+    with pytest.raises(ConfigError, match=r"100 M; got 2 models, 100\.01 M in all \(a 60\.00 M, b 40\.01 M\)"):
+        check_parameter_budget([("a", 60_000_000), ("b", 40_010_000)], max_millions=100)
+
+
+def test_the_budget_counts_frozen_parameters_too():
+    model = make_classifier(device="meta")
+    before = count_parameters(model)
+    freeze_stages(model, "all")
+    assert count_parameters(model) == before
+    assert isinstance(model, Classifier)

@@ -1,0 +1,37 @@
+"""Settings become the parts that they name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning_fabric.plugins import MixedPrecision, Precision
+
+from fieldmark.config import load_config
+from fieldmark.runs import build
+
+TINY = ("model.name=test_resnet", "model.weights=random")
+PRECISIONS = {
+    "32-true": Precision(),
+    "bf16-mixed": MixedPrecision("bf16-mixed", "cpu"),
+    "16-mixed": MixedPrecision("16-mixed", "cpu"),
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip_norm", "is_fused"),
+    [("32-true", 1, True), ("bf16-mixed", 1, True), ("16-mixed", 0, True), ("16-mixed", 1, False)],
+)
+def test_the_fused_kernel_is_given_up_only_where_fabric_could_not_clip(
+    precision: str, clip_norm: int, is_fused: bool
+) -> None:
+    config = load_config(None, [*TINY, f"optim.clip_norm={clip_norm}"])
+    model = build.build_model(config, num_classes=3).model
+    plugin = PRECISIONS[precision]
+    optimizer = build.build_optimizer(config, model, precision=plugin)
+    assert bool(optimizer.defaults["fused"]) == is_fused
+    with plugin.forward_context():
+        loss = model(torch.rand(2, 3, 32, 32)).square().sum()
+    plugin.backward(loss, model)
+    if clip_norm:
+        plugin.unscale_gradients(optimizer)  # what Fabric does before it clips
+    plugin.optimizer_step(optimizer)

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fieldmark.errors import RunError
+from fieldmark.study.compare import compare_runs, verdict
+
+
+def _overrides(prob):
+    return [f"mix.prob={prob}"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "end"), [(12, "About 11 more seeds each would"), (2000, "Many more seeds, and perhaps")]
+)
+def test_nobody_is_told_to_train_hundreds_of_seeds(make_run, runs, end):
+    difference = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))]).pairs[0].difference
+    words = verdict(
+        "a",
+        "b",
+        difference,
+        is_distinguishable=False,
+        photos=None,
+        runs=runs,
+        level=0.95,
+        unit="points",
+        num_comparisons=1,
+    )
+    assert end in words
+    assert words.endswith("be needed to see a difference of 1 point.")
+
+
+def test_a_clear_difference_is_called_better_and_a_small_one_is_not(make_run):
+    make_run("low", accuracy=0.5)
+    make_run("high", accuracy=0.9, overrides=_overrides(0.4))
+    make_run("higher", accuracy=0.91, overrides=_overrides(0.2))
+    found = compare_runs([make_run.folder(name) for name in ("low", "high", "higher")])
+    low_high, low_higher, high_higher = found.pairs
+    assert low_high.is_distinguishable
+    assert low_high.verdict.startswith("mix.prob=0.4 is better than mix.prob=0 by ")
+    assert " ± " in low_high.verdict
+    assert low_higher.is_distinguishable
+    assert not high_higher.is_distinguishable
+    assert high_higher.verdict.startswith("Not distinguishable: mix.prob=0.2 over mix.prob=0.4 is ")
+    assert "more photos would be needed to see a difference of 1 point." in high_higher.verdict
+
+
+def test_seeds_of_one_recipe_are_one_setting(make_run):
+    runs = [make_run(f"{p}-{s}", seed=s, overrides=_overrides(p)) for p in (0.0, 0.4) for s in (0, 1, 2)]
+    found = compare_runs(runs)
+    assert [setting.name for setting in found.settings] == ["mix.prob=0", "mix.prob=0.4"]
+    assert [setting.seeds for setting in found.settings] == [(0, 1, 2)] * 2
+    assert len(found.pairs) == 1
+    assert found.pairs[0].difference.num_runs == (3, 3)
+    assert not any("one run only" in note for note in found.notes)
+
+
+def test_one_run_each_is_said_to_leave_out_the_chance_of_training(make_run):
+    found = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))])
+    assert any(note.startswith("Every setting: one run only.") for note in found.notes)
+
+
+def test_folds_are_joined_over_all_photos(make_run):
+    def folds(name, prob, accuracy):
+        return [
+            make_run(
+                f"{name}{fold}",
+                accuracy=accuracy,
+                overrides=["data.folds=2", f"data.fold={fold}", *_overrides(prob)],
+                photos=[f"fold{fold}/{n}.jpg" for n in range(100)],
+            )
+            for fold in (0, 1)
+        ]
+
+    found = compare_runs([*folds("a", 0.0, 0.6), *folds("b", 0.4, 0.9)])
+    assert found.num_photos == 200
+    assert [len(setting.runs) for setting in found.settings] == [2, 2]
+    assert [setting.scores.shape for setting in found.settings] == [(1, 200)] * 2
+
+
+def test_the_order_of_photos_in_a_run_does_not_matter(make_run):
+    names = [f"{n}.jpg" for n in range(100)]
+    straight, other = make_run("a", photos=names), make_run("b", photos=names, overrides=_overrides(0.4), accuracy=0.7)
+    before = compare_runs([straight, other]).pairs[0].difference.interval.estimate
+    from fieldmark.runs.folder import Run, write_predictions
+
+    stored = Run(other).predictions("val")
+    turned = np.random.default_rng(0).permutation(100)
+    write_predictions(
+        other / "predictions" / "val.parquet",
+        paths=[stored.paths[n] for n in turned],
+        labels=stored.labels[turned],
+        probabilities=stored.probabilities[turned],
+        classes=Run(other).classes,
+    )
+    (other / "predictions" / "val_epochs.npz").unlink()
+    assert compare_runs([straight, other]).pairs[0].difference.interval.estimate == before
+
+
+def test_runs_on_different_photos_are_refused(make_run):
+    first = make_run("first")
+    second = make_run("second", photos=[f"elsewhere/{n}.jpg" for n in range(100)], overrides=_overrides(0.4))
+    with pytest.raises(RunError, match=r"judged on different photos \(100 and 100, 0 in common.*data\.split_seed"):
+        compare_runs([first, second])
+
+
+def test_runs_with_other_classes_are_refused(make_run):
+    first, second = make_run("first"), make_run("second", classes=("auk", "bee-eater"), seed=1)
+    with pytest.raises(RunError, match=r"different classes \(4 and 2\)"):
+        compare_runs([first, second])
+
+
+def test_runs_with_other_labels_are_refused(make_run):
+    names = [f"{n:03d}.jpg" for n in range(100)]
+    first = make_run("first", photos=names)
+    second = make_run("second", photos=names[1:] + names[:1], overrides=_overrides(0.4))
+    with pytest.raises(RunError, match=r"disagree on the label of '000\.jpg'"):
+        compare_runs([first, second])
+
+
+def test_the_same_recipe_and_seed_twice_is_refused(make_run):
+    with pytest.raises(RunError, match="same settings, seed and fold"):
+        compare_runs([make_run("first"), make_run("again")])
+    with pytest.raises(RunError, match="same settings, seed and fold"):
+        compare_runs([make_run("here"), make_run("there", photos=[f"{n}.jpg" for n in range(100)])])
+
+
+def test_an_unfinished_run_is_refused_when_named_and_passed_over_in_a_folder(make_run, tmp_path):
+    done, torn = make_run("sweep/done"), make_run("sweep/torn", status="interrupted", overrides=_overrides(0.4))
+    with pytest.raises(RunError, match=r"not finished \(its status is 'interrupted'\)"):
+        compare_runs([done, torn])
+    assert [s.name for s in compare_runs([tmp_path / "sweep"]).settings] == ["done"]
+
+
+@pytest.mark.parametrize(("name", "problem"), [("nowhere", "does not exist"), ("empty", "holds no finished run")])
+def test_a_path_without_runs_is_named(tmp_path, name, problem):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=f"{name} {problem}"):
+        compare_runs([tmp_path / name])
+
+
+def test_a_run_without_stored_predictions_is_named(make_run):
+    with pytest.raises(RunError, match="no predictions of 'test'"):
+        compare_runs([make_run("a")], split="test")
+
+
+def test_predictions_of_epochs_that_fit_no_photos_are_named(make_run):
+    run = make_run("a")
+    np.savez(run / "predictions" / "val_epochs.npz", predicted=np.zeros((3, 7), int))
+    with pytest.raises(RunError, match=r"shape \(3, 7\), not of 100 photos"):
+        compare_runs([run])
+
+
+def test_an_unknown_metric_and_a_wild_level_are_refused(make_run):
+    run = make_run("a")
+    with pytest.raises(RunError, match=r"no metric 'f1'.*macro_recall"):
+        compare_runs([run], metric="f1")
+    with pytest.raises(RunError, match="between 0 and 1; got 95"):
+        compare_runs([run], level=95)
+
+
+@pytest.mark.parametrize("metric", ["top1", "macro_recall", "prior_top1", "log_loss"])
+def test_the_mean_of_the_scores_is_the_metric(make_run, metric):
+    from fieldmark.runs.folder import Run
+    from fieldmark.training import metrics
+
+    run = Run(make_run("a", per_class=13))
+    stored = run.predictions("val")
+    expected = {
+        "top1": metrics.top_k(stored.probabilities, stored.labels, k=1),
+        "macro_recall": metrics.macro_recall(stored.probabilities, stored.labels),
+        "prior_top1": metrics.prior_top1(stored.probabilities, stored.labels, run.prior),
+        "log_loss": -metrics.log_loss(stored.probabilities, stored.labels),
+    }[metric]
+    interval = compare_runs([run.path], metric=metric).settings[0].interval
+    assert interval.estimate == pytest.approx(expected)
+    assert interval.low < interval.estimate < interval.high
+
+
+def test_choosing_the_best_epoch_is_said_to_flatter_and_the_last_is_not(make_run):
+    best = compare_runs([make_run("best", epochs=12)])
+    assert best.settings[0].optimism.source == "photos"
+    assert any("flatters an accuracy by about" in note for note in best.notes)
+    history = compare_runs([make_run("history", epochs=12, keep_epochs=False)])
+    assert history.settings[0].optimism.source == "history"
+    last = compare_runs([make_run("last", epochs=12, overrides=['train.select="last"'])])
+    assert last.settings[0].optimism.points == 0
+    assert not any("flatters" in note for note in last.notes)
+
+
+def test_the_same_seed_gives_the_same_comparison_as_json(make_run):
+    runs = [make_run("a"), make_run("b", overrides=_overrides(0.4))]
+    first, second = (json.dumps(compare_runs(runs).as_dict()) for _ in range(2))
+    assert first == second
+    assert json.loads(first)["pairs"][0]["verdict"]
+
+
+def test_a_single_setting_has_nothing_to_compare_with(make_run):
+    found = compare_runs([make_run("a", seed=0), make_run("b", seed=1)])
+    assert found.pairs == ()
+    assert any("nothing to compare" in note for note in found.notes)
+
+
+def test_a_baseline_is_compared_with_each_and_corrects_for_no_other_pair(make_run):
+    make_run("plain", accuracy=0.7, overrides=_overrides(0.0))
+    for prob, accuracy in ((0.2, 0.8), (0.4, 0.72)):
+        make_run(f"at-{prob}", accuracy=accuracy, overrides=[*_overrides(prob), f"optim.lr={prob}"])
+    folders = [make_run.folder(name) for name in ("at-0.2", "at-0.4", "plain")]
+    every, found = compare_runs(folders), compare_runs(folders, against=folders[2])
+    assert [setting.name for setting in found.settings] == [
+        "plain",
+        "mix.prob=0.2 optim.lr=0.2",
+        "mix.prob=0.4 optim.lr=0.4",
+    ]
+    assert [pair.first for pair in found.pairs] == ["plain", "plain"]
+    assert (every.baseline, found.baseline) == (None, "plain")
+    by_estimate = {round(-p.difference.interval.estimate, 6): p for p in every.pairs if "prob=0 " in p.second}
+    for pair in found.pairs:
+        same = by_estimate[round(pair.difference.interval.estimate, 6)]
+        assert same.difference.p_value == pair.difference.p_value
+        assert pair.corrected_p <= same.corrected_p
+
+
+def test_a_setting_is_named_by_what_it_changes_of_the_baseline_alone(make_run):
+    make_run("plain")
+    make_run("mixed", overrides=_overrides(0.2))
+    make_run("slow", overrides=["optim.lr=0.5"])
+    found = compare_runs(
+        [make_run.folder(name) for name in ("plain", "mixed", "slow")], against=make_run.folder("plain")
+    )
+    assert [setting.name for setting in found.settings] == ["plain", "mix.prob=0.2", "optim.lr=0.5"]
+
+
+def test_a_baseline_that_is_not_among_the_runs_is_named(make_run, tmp_path):
+    with pytest.raises(RunError, match="elsewhere is not among the runs that are compared"):
+        compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))], against=tmp_path / "elsewhere")
+
+
+MANY = ["mix.prob=0.2", "optim.lr=0.5", "augment.erase=0.1", "train.ema_decay=0.5", "model.head=mlp",
+        "probe.epochs=3", "train.label_smoothing=0.1"]  # fmt: skip
+
+
+def test_settings_that_differ_in_too_much_to_read_are_named_by_their_folders(make_run):
+    plain, other = make_run("plain"), make_run("other", overrides=MANY)
+    assert [setting.name for setting in compare_runs([plain, other]).settings] == ["plain", "other"]
+    assert [setting.name for setting in compare_runs([plain, other], against=other).settings] == ["other", "plain"]
+
+
+def test_runs_of_several_seeds_are_named_by_the_folder_that_holds_them(make_run):
+    runs = [
+        make_run(f"{n}/{s}", seed=s, overrides=more) for n, more in (("plain", []), ("other", MANY)) for s in (0, 1)
+    ]
+    assert [setting.name for setting in compare_runs(runs).settings] == ["plain", "other"]
+
+
+def test_folders_that_tell_no_settings_apart_leave_the_changes_as_names(make_run):
+    runs = [make_run("a/run"), make_run("b/run", overrides=MANY)]
+    assert all("optim.lr=" in setting.name for setting in compare_runs(runs).settings)
+
+
+def test_an_accuracy_of_few_seeds_stays_between_none_and_all(make_run):
+    runs = [make_run("poor", accuracy=0.3), make_run("good", seed=1, accuracy=0.9)]
+    interval = compare_runs(runs).settings[0].interval
+    assert (interval.low, interval.high) == (0.0, 1.0)

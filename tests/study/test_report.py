@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fieldmark.errors import MissingExtraError, RunError
+from fieldmark.runs.folder import Run
+from fieldmark.study.charts import LAMBDA_DRAWS, Chart, Line, draw_chart, plotly_chart, report_charts, setting_line
+from fieldmark.study.compare import compare_runs
+from fieldmark.study.report import class_table, confused_pairs, markdown_text, pooled_confusion, thumbnail, write_report
+
+NASTY = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "</script><b>$x^2$ & {{ 7*7 }}",
+    "plain | *starred* [link](javascript:alert(3))",
+)
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and all text outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self._inside = [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("script", "style") else ""
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        self.text += "" if self._inside else data
+
+
+@pytest.fixture(scope="module")
+def sweep(synthetic_run, tmp_path_factory):
+    """Two settings with two seeds, whose photos are there."""
+    folder = tmp_path_factory.mktemp("report")
+    for n in range(100):
+        label = ("auk", "bee-eater", "crane", "dipper")[n // 25]
+        photo = folder / "photos" / "val" / label / f"{n:04d}.jpg"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(n).integers(0, 255, (300, 400, 3), np.uint8)
+        Image.fromarray(noise).save(photo, quality=95)
+    for prob in (0.0, 0.4):
+        for seed in (0, 1):
+            synthetic_run(
+                folder / "sweep" / f"{prob}-{seed}", seed=seed, overrides=[f"mix.prob={prob}"],
+                accuracy=0.6 + 0.6 * prob, epochs=8, root=folder / "photos",
+            )  # fmt: skip
+    return folder / "sweep"
+
+
+@pytest.fixture(scope="module")
+def page(sweep):
+    runs = [Run(sweep / name) for name in ("0.0-0", "0.0-1")] + [sweep / "0.4-0", sweep / "0.4-1"]
+    written = write_report(runs, sweep.parent / "report.html")
+    return Page(written[0].read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def nasty_run(synthetic_run, tmp_path_factory):
+    """One run with markup in every name, and whose photos are gone."""
+    photos = [f"val/{n}\udcff<img src=x onerror=alert(4)>.jpg" for n in range(100)]
+    folder = tmp_path_factory.mktemp("nasty") / "<i>run"
+    return synthetic_run(folder, classes=NASTY, photos=photos, overrides=["mix.prob=0.0"], accuracy=0.5)
+
+
+@pytest.fixture(scope="module")
+def nasty_text(nasty_run):
+    written = write_report([nasty_run], nasty_run.parent / "r.html", title="<script>alert(5)</script>")
+    return written[0].read_text(encoding="utf-8")
+
+
+def test_the_page_asks_no_network_for_anything(page):
+    loaded = [(tag, key) for tag, attrs in page.tags for key in ("src", "href", "srcset", "data", "action")
+              if re.match(r"\s*(https?:)?//", attrs.get(key) or "") and tag != "a"]  # fmt: skip
+    assert loaded == []
+    assert not any(tag == "link" for tag, _ in page.tags)
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+
+
+def test_the_page_holds_every_figure_that_was_promised(page):
+    charts = [attrs["data-chart"] for _, attrs in page.tags if "data-chart" in attrs]
+    assert charts == [
+        "accuracy", "differences", "val-top1", "train-loss", "train-top1-clean", "train-top1-mixed", "lr", "cost-time",
+        "lambda-mixup", "lambda-cutmix", "confusion",
+    ]  # fmt: skip
+
+
+def test_the_page_holds_verdicts_classes_and_recipe(page, sweep):
+    verdict = compare_runs([sweep]).pairs[0].verdict
+    assert "mix.prob=0.4 is better than mix.prob=0 by" in verdict
+    assert verdict in page.text
+    for text in (
+        "Classes of mix.prob=0.4",
+        "bee-eater",
+        "Where the settings differ",
+        "optim.backbone_lr_scale",
+        "2.14",
+    ):
+        assert text in page.text
+
+
+def test_charts_in_the_page_are_what_the_browser_can_draw(sweep):
+    import plotly.graph_objects as go
+
+    for chart in report_charts(compare_runs([sweep])):
+        drawn = plotly_chart(chart)
+        go.Figure(json.loads(json.dumps(drawn, allow_nan=False)))
+        assert draw_chart(chart, with_title=True).axes[0].get_title() == chart.title
+
+
+def test_confused_photos_are_shown_in_at_most_20_kilobytes(page):
+    pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert len(pictures) >= 4
+    assert all(source.startswith("data:image/jpeg;base64,") for source in pictures)
+    assert max(len(source) for source in pictures) < 20_000 * 4 / 3 + 100
+
+
+def test_photos_that_are_gone_are_named_instead(nasty_text):
+    assert "(not at its place)" in Page(nasty_text).text
+    assert not any(tag == "img" for tag, _ in Page(nasty_text).tags)
+
+
+def test_a_file_name_that_is_not_utf8_is_written_legibly(nasty_text):
+    assert "\\udcff" in nasty_text
+
+
+def test_a_single_run_makes_a_page_without_verdicts(nasty_text):
+    assert "Verdicts" not in Page(nasty_text).text
+    assert "on 100 photos." in Page(nasty_text).text
+
+
+def test_a_chart_of_one_epoch_shows_no_half_epochs_and_no_share_above_one():
+    line = Line("run", x=[0], y=[1.0], low=[1.0], high=[1.0], trend=[None])
+    chart = Chart("top1", "Accuracy", "", "epoch", "top-1", is_share=True, lines=(line,))
+    layout = plotly_chart(chart)["layout"]
+    assert layout["xaxis"]["dtick"] == 1
+    assert layout["yaxis"]["autorangeoptions"]["maxallowed"] == pytest.approx(1, abs=0.02)
+    axes = draw_chart(chart, with_title=True).axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0]
+    assert axes.get_ylim()[1] < 1.02
+
+
+def test_ticks_of_shares_say_where_they_are():
+    line = Line("run", x=[1, 2], y=[0.50, 0.53], low=[0.50, 0.53], high=[0.50, 0.53], trend=[None, None])
+    chart = Chart("top1", "Accuracy", "", "epoch", "top-1", is_share=True, lines=(line,))
+    assert plotly_chart(chart)["layout"]["yaxis"]["tickformat"] == ".1~%"
+    figure = draw_chart(chart, with_title=True)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
+        assert float(label.get_text().strip("%")) == pytest.approx(100 * place)
+
+
+def test_names_with_markup_do_no_harm_in_the_page(nasty_text):
+    page = Page(nasty_text)
+    assert sum(tag == "script" for tag, _ in page.tags) == 3
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    assert not any(tag in ("b", "i") for tag, _ in page.tags)
+    assert not any(
+        "javascript:" in str(value) for _, attrs in page.tags for key, value in attrs.items() if key != "alt"
+    )
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7*7 }}" in page.text
+    assert "<script>alert" not in nasty_text
+    data = re.search(r'id="charts">(.*?)</script>', nasty_text, re.DOTALL).group(1)
+    assert "<" not in data
+    assert "&lt;script&gt;" in json.loads(data)["confusion"]["layout"]["xaxis"]["ticktext"][0]
+
+
+def test_markdown_comes_with_its_pictures_and_without_markup_of_names(nasty_run, tmp_path):
+    written = write_report([nasty_run], tmp_path / "paper" / "report.md")
+    text = written[0].read_text(encoding="utf-8")
+    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert [Path(link).name for link in links] == [path.name for path in written[1:]]
+    assert all((written[0].parent / link).read_bytes().startswith(b"\x89PNG") for link in links)
+    assert "<script" not in text
+    assert "<img" not in text
+    assert r"plain \| \*starred\* \[link\](javascript:alert(3))" in text
+
+
+def test_markdown_text_stays_in_its_line_and_cell():
+    assert markdown_text("a\n\n# b|c `d`") == r"a \# b\|c \`d\`"
+
+
+def test_a_line_is_the_mean_over_seeds_with_a_band_and_a_trend(sweep):
+    setting = compare_runs([sweep]).settings[1]
+    line = setting_line(setting, lambda row: row["val"]["top1"])
+    runs = [[row["val"]["top1"] for row in run.metrics] for run in setting.runs]
+    assert line.y == pytest.approx(np.mean(runs, axis=0))
+    assert line.low == pytest.approx(np.min(runs, axis=0))
+    assert line.high == pytest.approx(np.max(runs, axis=0))
+    assert line.trend[4] == pytest.approx(np.mean(runs, axis=0)[2:7].mean())
+
+
+def test_accuracy_under_mixing_has_no_line_where_nothing_was_mixed(sweep):
+    mixed = next(chart for chart in report_charts(compare_runs([sweep])) if chart.key == "train-top1-mixed")
+    assert [line.name for line in mixed.lines] == ["mix.prob=0.4"]
+    assert "ceiling" in mixed.note
+
+
+def test_the_histogram_of_lambda_is_a_density_of_the_draws_that_training_makes(sweep):
+    charts = {chart.key: chart for chart in report_charts(compare_runs([sweep]))}
+    for key in ("lambda-mixup", "lambda-cutmix"):
+        _, heights, width = charts[key].bars
+        assert sum(heights) * width == pytest.approx(1)
+        assert np.trapezoid(charts[key].lines[0].y, charts[key].lines[0].x) == pytest.approx(1, abs=0.03)
+        assert f"{LAMBDA_DRAWS:,} draws" in charts[key].note
+    u_shaped = charts["lambda-mixup"].bars[1]
+    assert min(u_shaped[0], u_shaped[-1]) > 2 * u_shaped[20]
+
+
+def test_class_rows_are_counted_by_hand(make_run):
+    setting = compare_runs([make_run("a", accuracy=0.7)]).settings[0]
+    run = setting.runs[0]
+    rows = {row[0]: row for row in class_table(setting).rows}
+    for number, name in enumerate(run.classes):
+        right = int(run.correct[run.labels == number].sum())
+        assert rows[name][1:3] == ("25", f"{100 * right / 25:.0f} %")
+    assert [int(row[2].split()[0]) for row in class_table(setting).rows] == sorted(
+        int(row[2].split()[0]) for row in rows.values()
+    )
+
+
+def test_the_most_confused_pair_comes_first(make_run):
+    setting = compare_runs([make_run("a", accuracy=0.5)]).settings[0]
+    pairs = confused_pairs(setting, with_photos=False)
+    confusion = pooled_confusion(setting)
+    off = confusion - np.diag(np.diag(confusion))
+    assert [pair.count for pair in pairs] == sorted(off[off > 0].tolist(), reverse=True)[:8]
+    assert all(pair.true != pair.predicted for pair in pairs)
+
+
+def test_a_thumbnail_of_a_broken_photo_is_left_out(make_run, tmp_path):
+    run = compare_runs([make_run("a")]).settings[0].runs[0]
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
+    assert thumbnail(tmp_path / "torn.jpg", run) == ""
+    assert thumbnail(tmp_path / "gone.jpg", run) == ""
+
+
+def test_other_endings_and_a_missing_plotly_are_answered(make_run, tmp_path, monkeypatch):
+    run = make_run("a")
+    with pytest.raises(RunError, match=r"a report is \.html or \.md; got 'report\.pdf'"):
+        write_report([run], tmp_path / "report.pdf")
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    with pytest.raises(MissingExtraError, match=r"fieldmark\[report\]"):
+        write_report([run], tmp_path / "report.html")

@@ -1,0 +1,57 @@
+"""The demo: all photos of the package in a table, and the same path as training."""
+
+from __future__ import annotations
+
+import csv
+import re
+from importlib import resources
+
+import pytest
+
+from fieldmark.config import load_config
+from fieldmark.demo import run_demo, write_table
+from fieldmark.errors import MissingExtraError
+from fieldmark.progress import Quiet
+
+
+def test_the_table_holds_every_photo_and_defective_is_above_one_half(tmp_path):
+    pytest.importorskip("elpv_dataset", reason="the extra `demo` is not installed")
+    assert write_table(tmp_path / "photos.csv") == (2624, 821)
+    with (tmp_path / "photos.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    probability = {}
+    for line in (resources.files("elpv_dataset") / "data" / "labels.csv").read_text().splitlines():
+        name, value, _ = line.split()
+        probability[name.rpartition("/")[2]] = float(value)
+    for row in rows:
+        expected = "defective" if probability[row["path"].rpartition("/")[2]] > 0.5 else "functional"
+        assert row["label"] == expected
+
+
+def test_a_missing_package_says_which_extra_brings_it(tmp_path, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(resources, "files", absent)
+    with pytest.raises(MissingExtraError, match=r"elpv-dataset is not installed.*fieldmark\[demo\]"):
+        write_table(tmp_path / "photos.csv")
+
+
+def test_the_recipe_probes_first_and_chooses_nothing_on_the_test_photos():
+    config = load_config("demo")
+    assert config.probe.epochs
+    assert (config.data.val_fraction, config.data.test_fraction) == (0.15, 0.25)
+    assert config.train.select == "last"
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_accuracy_interval_pictures_and_the_next_command(tmp_path, monkeypatch):
+    pytest.importorskip("elpv_dataset", reason="the extra `demo` is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small = ["augment.size=64", "eval.size=64", "train.epochs=1", "train.threads=1", "loader.workers=0"]
+    told = run_demo(tmp_path / "demo", overrides=small, progress=Quiet())
+    assert re.search(r"fine-tuned +0\.\d{4}  \(95 % interval 0\.\d{4} to 0\.\d{4}\)", told)
+    assert "Deitsch et al. 2019" in told
+    assert "fieldmark train PHOTOS --recipe laptop" in told
+    for name in ("training.png", "predictions.png", "evaluation/confusion.png", "run/summary.json"):
+        assert (tmp_path / "demo" / name).stat().st_size > 100

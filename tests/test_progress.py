@@ -1,0 +1,71 @@
+"""Progress: one line per ten seconds off a terminal, a bar on one, and the time to finish in both."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from fieldmark.progress import PlainProgress, TerminalProgress, format_seconds, open_progress
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_progress_writes_at_most_one_line_per_ten_seconds():
+    stream, clock = io.StringIO(), Clock()
+    progress = PlainProgress("training", stream=stream, clock=clock)
+    progress.start(1000, 0)
+    for _ in range(250):
+        clock.now += 0.1
+        progress.advance(1)
+    assert len(stream.getvalue().splitlines()) == 2
+
+
+def test_time_to_finish_counts_only_what_this_process_did():
+    stream, clock = io.StringIO(), Clock()
+    progress = PlainProgress("training", stream=stream, clock=clock)
+    progress.start(1000, 900)
+    clock.now = 20.0
+    progress.advance(20)
+    assert stream.getvalue() == "training: 920/1000, 1 min 20 s to finish\n"
+
+
+def test_messages_are_written_at_once_and_unchanged():
+    stream = io.StringIO()
+    with PlainProgress("x", stream=stream, clock=Clock()) as progress:
+        progress.message("epoch 1 [red]top-1[/red]")
+        assert stream.getvalue() == "epoch 1 [red]top-1[/red]\n"
+
+
+def test_a_terminal_gets_a_bar_and_messages_without_markup():
+    stream = Terminal()
+    progress = open_progress("training", stream=stream)
+    assert isinstance(progress, TerminalProgress)
+    with progress:
+        progress.start(10, 0)
+        progress.advance(3)
+        progress.message("class [b]robin[/b]")
+    assert "[b]robin[/b]" in stream.getvalue()
+    assert "training" in stream.getvalue()
+
+
+def test_a_pipe_gets_lines():
+    assert isinstance(open_progress("training", stream=io.StringIO()), PlainProgress)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599.6, "1 h 0 min"), (-3, "0 s")]
+)
+def test_durations_roll_over_at_the_minute_and_the_hour(seconds, text):
+    assert format_seconds(seconds) == text

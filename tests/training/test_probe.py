@@ -1,0 +1,46 @@
+"""The head alone learns what a linear classifier can learn."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fieldmark.training.probe import train_head
+
+
+def fit(seed: int) -> tuple[nn.Module, list[float], torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = torch.randn(300, 8) * 0.3 + functional.one_hot(labels, 8).float()
+    head = nn.Linear(8, 3)
+    losses = list(
+        train_head(
+            head,
+            features,
+            functional.one_hot(labels, 3).float(),
+            epochs=20,
+            lr=0.03,
+            weight_decay=0.0,
+            batch_size=32,
+            generator=torch.Generator().manual_seed(seed),
+        )
+    )
+    return head, losses, features, labels
+
+
+def test_the_probe_separates_what_is_separable():
+    head, losses, features, labels = fit(0)
+    assert losses[-1] < losses[0] / 2
+    assert (head(features).argmax(1) == labels).float().mean() > 0.95
+
+
+def test_same_seed_same_head_and_another_seed_another():
+    (first, *_), (second, *_), (other, *_) = fit(0), fit(0), fit(1)
+    assert torch.equal(first.weight, second.weight)
+    assert not torch.equal(first.weight, other.weight)
+
+
+def test_no_gradient_is_left_for_the_training_that_follows():
+    head, *_ = fit(0)
+    assert all(parameter.grad is None for parameter in head.parameters())
