@@ -300,7 +300,8 @@ def test_closing_ends_the_processes(preparing: ModuleType) -> None:
 
 
 SCRIPT = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
 sys.path.insert(0, {folder!r})
 from preparing_of_test_loader import Facts, Slow
 from fieldmark.data.loader import Loader
