@@ -98,10 +98,11 @@ def birds_subset(folder: Path, *, train: int, val: int) -> str:
 
 
 def _mosaic(pictures: Sequence[Image.Image], width: int, height: int, rng: random.Random) -> Image.Image:
+    """Lay pictures beside each other from a random place above and left of the canvas, so that few give many."""
     canvas = Image.new("RGB", (width, height))
-    top = 0
+    top = -rng.randrange(min(picture.height for picture in pictures))
     while top < height:
-        left, shelf = 0, height
+        left, shelf = -rng.randrange(min(picture.width for picture in pictures)), height
         while left < width:
             picture = rng.choice(pictures)
             if rng.random() < 0.5:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,18 @@ from fieldmark.config import dump_config, load_config
 from fieldmark.runs.folder import write_predictions
 
 MakeRun = Callable[..., Path]
+
+SKIPS = {
+    "no shared data": "photographs and weights that may stand beside the repository are not there",
+    "no browser": "Debian's chromium is not installed",
+    "no GPU": "no CUDA device",
+    "slow": "needs what only `make bench` installs",
+    "not on this system": "the law is about another operating system",
+}
+"""The only reasons for which a test may be skipped; any other fails the run."""
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+"""Real photographs and weights that may stand beside the repository. Only the fixture `shared` looks there."""
 
 
 def make_synthetic_run(
@@ -92,6 +105,14 @@ def _write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real photographs and weights beside the repository; without it, the test is skipped."""
+    if not (SHARED / "data/birds100").is_dir():
+        pytest.skip("no shared data")
+    return SHARED
+
+
 @pytest.fixture
 def make_run(tmp_path) -> MakeRun:
     """Make a run folder under `tmp_path` by name; keywords as for `make_synthetic_run`."""
@@ -107,3 +128,24 @@ def make_run(tmp_path) -> MakeRun:
 def synthetic_run() -> MakeRun:
     """`make_synthetic_run` itself, for fixtures that live longer than a test."""
     return make_synthetic_run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many tests were skipped and why, and name those whose reason is not on the list."""
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"skipped {count}: {reason} ({SKIPS.get(reason, 'not on the list of reasons')})")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a test was skipped for a reason that is not on the list."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if session.exitstatus == pytest.ExitCode.OK and any(_reason(report) not in SKIPS for report in skipped):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")

@@ -15,7 +15,6 @@ from fieldmark.progress import Quiet
 
 
 def test_the_table_holds_every_photo_and_defective_is_above_one_half(tmp_path):
-    pytest.importorskip("elpv_dataset", reason="the extra `demo` is not installed")
     assert write_table(tmp_path / "photos.csv") == (2624, 821)
     with (tmp_path / "photos.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -46,7 +45,6 @@ def test_the_recipe_probes_first_and_chooses_nothing_on_the_test_photos():
 
 @pytest.mark.slow
 def test_the_demo_ends_with_accuracy_interval_pictures_and_the_next_command(tmp_path, monkeypatch):
-    pytest.importorskip("elpv_dataset", reason="the extra `demo` is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = ["augment.size=64", "eval.size=64", "train.epochs=1", "train.threads=1", "loader.workers=0"]
     told = run_demo(tmp_path / "demo", overrides=small, progress=Quiet())

@@ -9,7 +9,7 @@ from fieldmark.errors import ResourceError
 from fieldmark.files import whole_or_absent
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this system")  # noqa: PTH110
 def test_a_really_full_device_is_a_clear_error(tmp_path):
     with pytest.raises(ResourceError, match="could not be written"):
         whole_or_absent(tmp_path / "x", lambda part: torch.save({"a": torch.zeros(10**5)}, "/dev/full"))

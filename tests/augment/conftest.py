@@ -10,15 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-BIRDS = Path(__file__).parents[2] / "../shared/data/birds100/val"
-
 
 @pytest.fixture(scope="session")
-def birds() -> list[NDArray[np.uint8]]:
+def birds(shared: Path) -> list[NDArray[np.uint8]]:
     """Eight photos of birds, about 500×375."""
-    files = sorted(BIRDS.rglob("*.jpg"))[::40][:8]
-    if not files:
-        pytest.skip("needs the photos of shared/data/birds100 beside the repository")
+    files = sorted((shared / "data/birds100/val").rglob("*.jpg"))[::40][:8]
     return [np.asarray(Image.open(file).convert("RGB")) for file in files]
 
 

@@ -29,7 +29,6 @@ from fieldmark.data.cache import CacheReport, PhotoCache, Preset, choose_mode, o
 from fieldmark.data.decode import decode
 
 WHITE = (255, 255, 255)
-BIRDS = Path(__file__).parents[2] / "../shared/data/birds100"
 
 
 class Watch:
@@ -580,9 +579,8 @@ def test_the_estimate_for_pixels_is_what_they_take(tmp_path: Path) -> None:
     assert report.bytes == pytest.approx(Preset("uint8", 32, WHITE).num_bytes(np.array([(60, 45)] * 5)), rel=0.02)
 
 
-@pytest.mark.skipif(not BIRDS.is_dir(), reason="the birds100 photos are not beside the repository")
-def test_real_photos_keep_their_quality(tmp_path: Path) -> None:
-    files = sorted((BIRDS / "val").glob("*/*.jpg"))[::30]
+def test_real_photos_keep_their_quality(tmp_path: Path, shared: Path) -> None:
+    files = sorted((shared / "data/birds100/val").glob("*/*.jpg"))[::30]
     for mode, least in (("uint8", 99.0), ("jpeg", 33.0)):
         cache = filled(files, tmp_path / "cache", mode=mode, short_side=160, sizes=np.array([(227, 227)] * len(files)))
         for number, file in enumerate(files):

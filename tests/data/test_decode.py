@@ -18,7 +18,6 @@ from PIL import Image, ImageFile, ImageOps
 from fieldmark.data.decode import decode, decode_reduced, read_size
 from fieldmark.errors import PhotoError
 
-BIRDS = Path(__file__).parents[2] / "../shared/data/birds100"
 WHITE = (255, 255, 255)
 LIMIT = 178_956_970
 RNG = np.random.default_rng(7)
@@ -398,7 +397,6 @@ def test_importing_decode_loads_neither_torch_nor_opencv() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(not BIRDS.is_dir(), reason="the birds100 photos are not beside the repository")
-def test_real_photos_equal_pillow_to_the_bit() -> None:
-    for path in sorted((BIRDS / "val").glob("*/*.jpg"))[::20]:
+def test_real_photos_equal_pillow_to_the_bit(shared: Path) -> None:
+    for path in sorted((shared / "data/birds100/val").glob("*/*.jpg"))[::20]:
         assert np.array_equal(rgb(path), np.asarray(Image.open(path).convert("RGB"))), path

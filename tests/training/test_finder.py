@@ -150,7 +150,7 @@ def test_valley_and_steepest_on_a_curve_known_by_hand():
 
 @pytest.mark.slow  # importing fastai takes seconds
 def test_valley_equals_fastais_rule():
-    schedule = pytest.importorskip("fastai.callback.schedule", exc_type=ImportError)
+    schedule = pytest.importorskip("fastai.callback.schedule", reason="slow", exc_type=ImportError)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         losses = (torch.randn(60, generator=generator) * 0.3 - torch.linspace(0, 3, 60)).tolist()
