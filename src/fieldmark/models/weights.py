@@ -103,7 +103,6 @@ def load_weights(model: Classifier, source: str) -> WeightsReport:
     Raises:
         WeightsError: The source cannot be had or read, holds code or values that are not finite, or fits less than
             half of the backbone.
-        MissingExtraError: The package is not installed.
     """
     if source == "random":
         return WeightsReport(model.name, "random", 0, len(_target(model.backbone)), licence="none", pretraining="none")
