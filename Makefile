@@ -8,7 +8,7 @@ BENCHMARKS := startup pipeline train memory inference serving gpu
 # Path of train.py of pytorch-image-models; without it, training is measured beside the other peers alone.
 TIMM_SCRIPT ?=
 
-.PHONY: demo test test-slow test-gpu check bench
+.PHONY: demo test test-slow test-gpu check docs bench
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fieldmark demo
@@ -24,6 +24,9 @@ test-gpu: $(VENV)/.installed-test
 
 check: $(VENV)/.installed-test
 	scripts/check
+
+docs: $(VENV)/.installed-docs
+	scripts/docs
 
 bench: $(VENV)/.installed-bench
 	for name in $(BENCHMARKS); do \
@@ -41,6 +44,10 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(RUN)
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(RUN)
 	$(INSTALL) '.[test]'
 	touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(RUN)
+	$(INSTALL) '.[docs]'
+	touch $@
 
 $(VENV)/.installed-bench: pyproject.toml constraints.txt | $(RUN)
 	$(INSTALL) '.[test,bench]'

@@ -1,4 +1,4 @@
-"""What 1 million and 100 million photos cost: docs/scale.md's tables, from the records of the benchmarks.
+"""What 1 million and 100 million photos cost: docs/how-to/millions.md's tables, from the records of the benchmarks.
 
     python -m benchmarks.scale [--check] [--json FILE]      the tables, from benchmarks/results/*.json
     python -m benchmarks.scale --weigh                     bytes per photo, into benchmarks/results/storage.json
@@ -22,7 +22,7 @@ from benchmarks.tables import table
 
 HOME = Path(__file__).resolve().parents[1]
 RESULTS = HOME / "benchmarks" / "results"
-PAGE = HOME / "docs" / "scale.md"
+PAGE = HOME / "docs" / "how-to" / "millions.md"
 BEGIN, END = "<!-- made by python -m benchmarks.scale: do not edit -->", "<!-- end of what was made -->"
 COUNTS = (1_000_000, 100_000_000)
 SOURCES = ("pipeline", "inference", "gpu", "storage")

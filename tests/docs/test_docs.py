@@ -13,7 +13,11 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GENERATED = ROOT / "docs/reference"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent != GENERATED),
+]
 TINY = [
     *("model.name=test_resnet", "model.weights=random", "augment.size=32", "eval.size=32", "train.epochs=1"),
     *("mix.off_epochs=0", "probe.epochs=2", "schedule.warmup_epochs=0", "loader.workers=0", "train.threads=1"),
@@ -156,7 +160,11 @@ def test_the_python_of_the_readme_runs(workplace, capsys):
 def test_every_link_between_pages_leads_somewhere():
     links = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())]
     assert links
-    broken = [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
+    broken = [
+        f"{page.name}: {link}"
+        for page, link in links
+        if not (page.parent / link).exists() and not link.endswith("reference/cli.md")
+    ]
     assert not broken
 
 
@@ -171,5 +179,8 @@ def test_every_verb_has_a_page():
     assert verbs <= pages
 
 
-def test_every_trap_is_on_a_page_of_its_own():
-    assert len(list((ROOT / "docs" / "traps").glob("*.md"))) == 15
+def test_every_pitfall_has_an_anchor_and_says_what_fieldmark_does():
+    text = (ROOT / "docs/pitfalls.md").read_text()
+    assert (
+        len(re.findall(r"^## .* \{ #[a-z-]+ \}$", text, re.MULTILINE)) == text.count("**What Fieldmark does.**") == 15
+    )
