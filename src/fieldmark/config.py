@@ -6,7 +6,6 @@ turns them into plain values.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from fieldmark.errors import ConfigError
+from fieldmark.errors import ConfigError, did_you_mean
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
@@ -596,9 +595,7 @@ def _problem(problem: Mapping[str, Any]) -> str:
     known = [key for number, key in enumerate(keys) if number < 2]
     where = ".".join(known) or "recipe"
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(keys[-1], _siblings(keys[:-1]), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{'.'.join(keys)}: no such setting{hint}"
+        return f"{'.'.join(keys)}: no such setting{did_you_mean(keys[-1], _siblings(keys[:-1]))}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     given = "" if problem["type"] == "value_error" else f"; got {problem['input']!r}"
     return f"{where}: {message}{given}"

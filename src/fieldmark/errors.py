@@ -19,6 +19,23 @@ Anything else that escapes is a bug, and shows its traceback.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, options: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
+    """Name the options most like `word`, as `; did you mean 'x' or 'y'?`; "" where none is like it.
+
+    Args:
+        word: What was given; case does not count.
+        options: What there is.
+        most: How many to name.
+        cutoff: How alike they must be, 0 to 1; raise it where there are thousands of options.
+    """
+    by_lower = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=most, cutoff=cutoff)
+    return f"; did you mean {' or '.join(repr(by_lower[name]) for name in close)}?" if close else ""
+
 
 class FieldmarkError(Exception):
     """The root of the tree. The message says what was wrong, what was given, and what to do."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Paths that must exist, and files that are whole or absent, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fieldmark.errors import ResourceError, RunError
+from fieldmark.errors import DataError, ResourceError, RunError, did_you_mean
 
 _DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error", "Parent directory")
 
@@ -53,6 +53,23 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def require_path(path: Path) -> Path:
+    """Return `path`, which must exist.
+
+    Raises:
+        DataError: It does not; names what is most like it there.
+    """
+    if path.exists():
+        return path
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    missing = path.absolute().relative_to(parent).parts[0]
+    try:
+        hint = did_you_mean(missing, os.listdir(parent))  # noqa: PTH208, names suffice
+    except OSError:
+        hint = ""
+    raise DataError(f"{path} does not exist: there is no {missing!r} in {parent}{hint or '. Check the path'}")
 
 
 @contextmanager

@@ -257,7 +257,7 @@ def test_an_alias_means_the_reports_weights_only_from_the_hub():
     ],
 )
 def test_a_misspelt_name_is_answered_with_the_one_that_was_meant(wrong, meant):
-    with pytest.raises(ConfigError, match=f"model.name: timm has no .*Did you mean .*'{meant}'"):
+    with pytest.raises(ConfigError, match=f"model.name: timm has no .*did you mean .*'{meant}'"):
         resolve_name(wrong, "random")
 
 

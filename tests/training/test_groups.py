@@ -129,7 +129,7 @@ def test_the_fused_update_equals_torchs_plain_one(name, settings):
 
 
 def test_an_unknown_optimizer_is_named_with_close_matches():
-    with pytest.raises(ConfigError, match=r"optim.name: there is no optimiser 'adammw'; did you mean 'adamw' or"):
+    with pytest.raises(ConfigError, match=r"optim.name: there is no optimizer 'adammw'; did you mean 'adamw' or"):
         create_optimizer("adammw", make_groups(make_stages()), use_fused=False)
 
 

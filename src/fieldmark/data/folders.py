@@ -6,13 +6,12 @@ again as the same bytes.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,30 +82,6 @@ def is_photo_path(path: str) -> bool:
 def is_left_aside(path: str) -> bool:
     """Whether `find_photos` would not look at this relative path, with "/", for its name: hidden, or the system's."""
     return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in path.split("/"))
-
-
-def close_match(word: str, options: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the option most like `word`, or nothing if none is like it."""
-    by_lower = {option.lower(): option for option in options}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
-
-
-def existing(path: Path) -> Path:
-    """`path`, if it exists.
-
-    Raises:
-        DataError: It does not; names what is most like it there.
-    """
-    if path.exists():
-        return path
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    missing = path.absolute().relative_to(parent).parts[0]
-    try:
-        hint = close_match(missing, os.listdir(parent))  # noqa: PTH208, names suffice
-    except OSError:
-        hint = ""
-    raise DataError(f"{path} does not exist: there is no {missing!r} in {parent}{hint or '. Check the path'}")
 
 
 def _walk(

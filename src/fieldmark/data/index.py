@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fieldmark.data.folders import close_match, existing, find_photos, natural_key, photo_extensions
+from fieldmark.data.folders import find_photos, natural_key, photo_extensions
 from fieldmark.data.tables import Table, read_table, write_csv
-from fieldmark.errors import DataError
+from fieldmark.errors import DataError, did_you_mean
+from fieldmark.files import require_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,7 +117,7 @@ def load_index(
         DataError: Nothing there, no photos, photos outside class folders, or a table that contradicts itself or the
             disk.
     """
-    path = existing(Path(path))
+    path = require_path(Path(path))
     if path.is_dir():
         listing = read_folder(path)
     elif path.suffix.lower() in photo_extensions():
@@ -141,7 +142,7 @@ def list_photos(path: Path) -> PhotoIndex:
     Raises:
         DataError: The path does not exist, or holds no photo.
     """
-    path = existing(Path(path))
+    path = require_path(Path(path))
     if not path.is_dir():  # one photo by name, whatever its extension
         return PhotoIndex(path.parent, (Photo(path.name, None, "", ""),), (), {})
     names, ignored = find_photos(path)
@@ -183,7 +184,7 @@ def load_split_table(path: Path, root: Path) -> PhotoIndex:
     Raises:
         DataError: Not such a table.
     """
-    table = read_table(existing(path))
+    table = read_table(require_path(path))
     columns = [table.column(name) for name in SPLIT_COLUMNS]
     photos = [Photo(name, label or None, split, group) for name, label, split, group in zip(*columns, strict=True)]
     unknown = sorted({photo.split for photo in photos} - {*SPLITS, ""})
@@ -202,17 +203,17 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
     Raises:
         DataError: A photo, action or class that does not exist, or two decisions about one photo.
     """
-    content = read_table(existing(table))
+    content = read_table(require_path(table))
     columns = [content.column(name) for name in ("path", "action", "label")]
     known = {photo.path for photo in index.photos}
     decisions: dict[str, tuple[str, str]] = {}
     for path, action, label in zip(*columns, strict=True):
         if path not in known:
-            raise DataError(f"{table}: there is no photo {path!r} in {index.root}{close_match(path, known)}")
+            raise DataError(f"{table}: there is no photo {path!r} in {index.root}{did_you_mean(path, known)}")
         if action not in ("keep", "relabel", "drop"):
             raise DataError(f"{table}: {path!r} has the action {action!r}; use keep, relabel or drop")
         if action == "relabel" and label not in index.classes:
-            hint = close_match(label, index.classes)
+            hint = did_you_mean(label, index.classes)
             raise DataError(f"{table}: {path!r} is relabelled {label!r}, which is not a class{hint}")
         decision = (action, label if action == "relabel" else "")
         if decisions.setdefault(path, decision) != decision:
@@ -374,7 +375,7 @@ def _refuse_wrapped(root: Path, names: Sequence[str]) -> None:
 def _split_of(table: Table, value: str) -> str:
     name = value.strip().lower()
     if name and name not in SPLIT_NAMES:
-        hint = close_match(name, SPLIT_NAMES) or "."
+        hint = did_you_mean(name, SPLIT_NAMES) or "."
         raise DataError(f"{table.name}: {value!r} is not a split{hint} Use train, val or test, or leave it empty")
     return SPLIT_NAMES.get(name, "")
 

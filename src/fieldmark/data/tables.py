@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fieldmark.data.folders import close_match
-from fieldmark.errors import DataError
+from fieldmark.errors import DataError, did_you_mean
 from fieldmark.files import whole_or_absent
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -50,7 +49,7 @@ class Table:
         if name not in self.values:
             names = [*self.values, *self.unusable]
             there = ", ".join(repr(column) for column in names)
-            hint = close_match(name, names) or "."
+            hint = did_you_mean(name, names) or "."
             way_out = f" Rename one, or say which it is: --set {setting}=NAME" if setting else ""
             raise DataError(f"{self.name} has no column {name!r}; it has {there}{hint}{way_out}")
         return self.values[name]

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.data.folders import existing
 from fieldmark.errors import RunError
-from fieldmark.files import whole_or_absent
+from fieldmark.files import require_path, whole_or_absent
 from fieldmark.plots import confusion_figure, figure_png
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
@@ -307,7 +306,7 @@ def evaluate(
     from fieldmark.inference.predictor import predict_photos
 
     run = run if isinstance(run, Run) else Run(run)
-    index = run.split if data is None else replace(run.split, root=existing(Path(data)))
+    index = run.split if data is None else replace(run.split, root=require_path(Path(data)))
     if not index.root.exists():
         raise RunError(f"the photos of {run.path} were in {index.root}, which is gone: say where they are with --data")
     labels = index.label_numbers()

@@ -19,10 +19,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from fieldmark.data.folders import close_match, existing, find_photos, is_left_aside, is_photo_path, natural_key
+from fieldmark.data.folders import find_photos, is_left_aside, is_photo_path, natural_key
 from fieldmark.data.index import require_photos
 from fieldmark.data.tables import TABLE_SUFFIXES, read_csv
-from fieldmark.errors import DataError, PhotoError
+from fieldmark.errors import DataError, PhotoError, did_you_mean
+from fieldmark.files import require_path
 from fieldmark.inference.storage import Found, fetch, file_version, find_files, is_file, is_url, match_files, opened
 
 NamedPhoto = tuple[str, Path | bytes | PhotoError]
@@ -308,7 +309,7 @@ def open_list(location: str, root: str) -> tuple[int, Callable[[], Iterator[str]
                 names, num_rows = table.schema_arrow.names, table.metadata.num_rows
             if PATH_COLUMN not in names:
                 there = ", ".join(map(repr, names))
-                hint = close_match(PATH_COLUMN, names) or ". A list needs `path`; a shard needs `image`, as bytes"
+                hint = did_you_mean(PATH_COLUMN, names) or ". A list needs `path`; a shard needs `image`, as bytes"
                 raise DataError(f"{location} has no column {PATH_COLUMN!r}; it has {there}{hint}")
             return num_rows, partial(_parquet_paths, location)
         with opened(location) as file:
@@ -381,7 +382,7 @@ def open_source(text: str) -> PhotoSource:
         found = [file for pattern in expand_braces(text) for file in _match(pattern, folder)]
         return _of_files(text, folder, found)
     if not is_url(text):
-        existing(Path(given))  # says what is missing
+        require_path(Path(given))  # says what is missing
     if is_file(text):
         root, _, name = text.rpartition("/")
         return _of_file(text, root, Found(name, file_version(text)))
@@ -465,7 +466,7 @@ def _match(pattern: str, folder: str) -> list[Found]:
         return [Found(pattern[len(folder) :].lstrip("/"), file_version(pattern))]
     files = [Path(name) for name in glob(pattern, recursive=True)]  # noqa: PTH207, takes absolute patterns too
     if not files and not _WILD.search(pattern):
-        existing(Path(pattern))
+        require_path(Path(pattern))
     return [Found(file.relative_to(folder).as_posix(), file_version(str(file))) for file in files if file.is_file()]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fieldmark.errors import ConfigError, WeightsError
+from fieldmark.errors import ConfigError, WeightsError, did_you_mean
 
 ALIASES: dict[str, str] = {
     "resnet50": "resnet50.fb_swsl_ig1b_ft_in1k",
@@ -61,14 +60,14 @@ def check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise ConfigError(
-            f"model.name: timm has no model {name!r}.{_did_you_mean(name)} "
+            f"model.name: timm has no model {name!r}{_did_you_mean(name)} "
             f"Give a timm name or one of the aliases {', '.join(ALIASES)}"
         )
     if tag and not timm.is_model_pretrained(name):
         tags = timm.list_pretrained(f"{architecture}.*")
         known = f"only {', '.join(full.partition('.')[2] for full in tags)}" if tags else "and no others"
         raise ConfigError(
-            f"model.name: timm has no weights {tag!r} of {architecture}, {known}.{_did_you_mean(name)} "
+            f"model.name: timm has no weights {tag!r} of {architecture}, {known}{_did_you_mean(name)} "
             f"Or give {architecture!r} alone"
         )
 
@@ -80,8 +79,7 @@ def _did_you_mean(name: str) -> str:
     for wrong, right in _MISSPELT.items():
         mended = mended.replace(wrong, right)
     candidates = list(dict.fromkeys([*ALIASES, *ALIASES.values(), *timm.list_models(), *timm.list_pretrained()]))
-    close = [mended] if mended in candidates else difflib.get_close_matches(mended, candidates, n=3, cutoff=0.75)
-    return f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+    return did_you_mean(mended, candidates, most=1 if mended in candidates else 3, cutoff=0.75) or "."
 
 
 def list_models(pattern: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fieldmark.errors import ConfigError
+from fieldmark.errors import ConfigError, did_you_mean
 
 _NOT_OURS = ("adahessian", "bnb", "fused")
 """timm's optimisers that need second derivatives in the loop, or a package for CUDA."""
@@ -106,9 +105,8 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool
         return torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True, **settings, fused=fused)
     names = optimizer_names()
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(repr(match) for match in close)}?" if close else "adamw is a good choice"
-        raise ConfigError(f"optim.name: there is no optimiser {name!r}; {hint} All: {', '.join(names)}")
+        hint = did_you_mean(name, names, most=3) or "; adamw is a good choice."
+        raise ConfigError(f"optim.name: there is no optimizer {name!r}{hint} All: {', '.join(names)}")
     from timm.optim import create_optimizer_v2
 
     try:
