@@ -1,6 +1,6 @@
 """The competition report's claims, each with the verdict that our runs support: `docs/findings.md` from run folders.
 
-A claim is tested on pairs of settings that differ in nothing else than what the claim is about; where there are none,
+A claim is tested on pairs of variants that differ in nothing else than what the claim is about; where there are none,
 it says so and nothing more.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from fieldmark.errors import FieldmarkError, ResourceError, RunError
 from fieldmark.runs.folder import RunResults, find_runs, load_results
-from fieldmark.study.compare import Comparison, Pair, Setting, compare_results, judge_together
+from fieldmark.study.compare import Comparison, Pair, Variant, compare_results, judge_together
 from fieldmark.study.report import Table, markdown_table
 
 Verdict = Literal[
@@ -28,14 +28,14 @@ Order = Callable[[Any, Any], bool | None]
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim, and the pairs of settings that speak to it.
+    """One claim, and the pairs of variants that speak to it.
 
     Attributes:
         text: In the report's words, or close to them.
-        key: Dotted key in which alone the two settings differ.
+        key: Dotted key in which alone the two variants differ.
         favours: For values (a, b) of the key: whether the claim has b ahead; None if it says nothing of them.
         measure: What is said to be higher: `accuracy` on validation photos (tested with paired intervals), or a figure
-            of the runs' histories (tested by whether all runs of one setting lie above all of the other).
+            of the runs' histories (tested by whether all runs of one variant lie above all of the other).
     """
 
     text: str
@@ -124,9 +124,9 @@ LEVEL = 0.95
 
 INTRODUCTION = """\
 Each claim of the competition report and of those who beat it, with the verdict that our runs support. A claim is judged
-only by settings that differ in nothing else. Accuracy: paired 95 % intervals, and p-values corrected for the number of
-comparisons that speak to the claim. Histories: whether all runs of one setting lie beyond all of the other. "Partly"
-means that some pairs of settings support the claim and others cannot be told apart. Small models and few epochs stand
+only by variants that differ in nothing else. Accuracy: paired 95 % intervals, and p-values corrected for the number of
+comparisons that speak to the claim. Histories: whether all runs of one variant lie beyond all of the other. "Partly"
+means that some pairs of variants support the claim and others cannot be told apart. Small models and few epochs stand
 in for large ones where the sweep's name ends in "quick": what holds for them need not hold for a ResNet-50."""
 
 
@@ -195,7 +195,7 @@ def _judge(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
         (comparison, pair, favours_second)
         for comparison in comparisons
         for pair in comparison.pairs
-        if (favours_second := _favours_second(claim, *_settings_of(comparison, pair))) is not None
+        if (favours_second := _favours_second(claim, *_variants_of(comparison, pair))) is not None
     ]
     # One claim is one question: what else a sweep compares does not make its answer less sure.
     pairs = judge_together(
@@ -204,7 +204,7 @@ def _judge(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
     judged = [
         found
         for (comparison, asked, favours_second), pair in zip(speaking, pairs, strict=True)
-        if (found := _judge_pair(claim, _settings_of(comparison, asked), pair, favours_second=favours_second))
+        if (found := _judge_pair(claim, _variants_of(comparison, asked), pair, favours_second=favours_second))
     ]
     verdict = _together({verdict for verdict, _ in judged})
     return Finding(claim.text, verdict, tuple(evidence for _, evidence in judged))
@@ -221,22 +221,22 @@ def _together(verdicts: set[Verdict]) -> Verdict:
     return "partly supported" if "supported" in verdicts else "contradicted"
 
 
-def _settings_of(comparison: Comparison, pair: Pair) -> tuple[Setting, Setting]:
-    by_name = {setting.name: setting for setting in comparison.settings}
+def _variants_of(comparison: Comparison, pair: Pair) -> tuple[Variant, Variant]:
+    by_name = {variant.name: variant for variant in comparison.variants}
     return by_name[pair.first], by_name[pair.second]
 
 
-def _favours_second(claim: Claim, first: Setting, second: Setting) -> bool | None:
-    """Whether the claim has the second setting ahead; None if it says nothing of the two."""
+def _favours_second(claim: Claim, first: Variant, second: Variant) -> bool | None:
+    """Whether the claim has the second variant ahead; None if it says nothing of the two."""
     if [key for key in first.changes if first.changes[key] != second.changes[key]] != [claim.key]:
         return None
     return claim.favours(first.changes[claim.key], second.changes[claim.key])
 
 
 def _judge_pair(
-    claim: Claim, settings: tuple[Setting, Setting], pair: Pair, *, favours_second: bool
+    claim: Claim, variants: tuple[Variant, Variant], pair: Pair, *, favours_second: bool
 ) -> tuple[Verdict, str] | None:
-    first, second = settings
+    first, second = variants
     if claim.measure == "accuracy":
         if not pair.is_distinguishable:
             return "not distinguishable", pair.verdict
@@ -246,19 +246,19 @@ def _judge_pair(
 
 
 def _judge_histories(
-    claim: Claim, first: Setting, second: Setting, *, favours_second: bool
+    claim: Claim, first: Variant, second: Variant, *, favours_second: bool
 ) -> tuple[Verdict, str] | None:
-    values = [[value for run in setting.runs if (value := _history(run, claim.measure)) is not None]
-              for setting in (first, second)]  # fmt: skip
+    values = [[value for run in variant.runs if (value := _history(run, claim.measure)) is not None]
+              for variant in (first, second)]  # fmt: skip
     if not all(values):
         return None
     low, high = values if favours_second else values[::-1]
     unit = "epochs to reach it" if claim.measure == "speed" else claim.measure.replace("_", " ")
     if claim.measure == "speed":
-        # Fewer epochs are faster: the favoured setting's numbers are to be the smaller ones.
+        # Fewer epochs are faster: the favoured variant's numbers are to be the smaller ones.
         low, high = high, low
-    shown = [f"{setting.name}: {', '.join(f'{value:.3g}' for value in found)}"
-             for setting, found in zip((first, second), values, strict=True)]  # fmt: skip
+    shown = [f"{variant.name}: {', '.join(f'{value:.3g}' for value in found)}"
+             for variant, found in zip((first, second), values, strict=True)]  # fmt: skip
     evidence = f"{unit} at the end: {'; '.join(shown)}." if claim.measure != "speed" else f"{unit}: {'; '.join(shown)}."
     if min(map(len, values)) < 2:
         return "not distinguishable", evidence + " One run each is too few to tell it from chance."

@@ -301,7 +301,7 @@ def test_an_ensemble_is_not_exported_and_says_what_is(ensemble, tmp_path):
 
 def test_what_was_combined_is_compared_as_a_setting_of_its_own(first, sibling, tmp_path):
     made = combine([first, sibling], tmp_path / "soup", method="soup")
-    names = [setting.name for setting in compare_runs([first.path, made.path], draws=100).settings]
+    names = [variant.name for variant in compare_runs([first.path, made.path], draws=100).variants]
     assert names == ["combined=none", "combined=soup of 2"]
 
 

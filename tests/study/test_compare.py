@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,18 +18,9 @@ def _overrides(prob):
     ("runs", "end"), [(12, "About 11 more seeds each would"), (2000, "Many more seeds, and perhaps")]
 )
 def test_nobody_is_told_to_train_hundreds_of_seeds(make_run, runs, end):
-    difference = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))]).pairs[0].difference
-    words = verdict(
-        "a",
-        "b",
-        difference,
-        is_distinguishable=False,
-        photos=None,
-        runs=runs,
-        level=0.95,
-        unit="points",
-        num_comparisons=1,
-    )
+    pair = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))]).pairs[0]
+    pair = dataclasses.replace(pair, is_distinguishable=False, photos_needed=None, runs_needed=runs)
+    words = verdict(pair, level=0.95, unit="points", num_comparisons=1)
     assert end in words
     assert words.endswith("be needed to see a difference of 1 point.")
 
@@ -48,11 +40,11 @@ def test_a_clear_difference_is_called_better_and_a_small_one_is_not(make_run):
     assert "more photos would be needed to see a difference of 1 point." in high_higher.verdict
 
 
-def test_seeds_of_one_recipe_are_one_setting(make_run):
+def test_seeds_of_one_recipe_are_one_variant(make_run):
     runs = [make_run(f"{p}-{s}", seed=s, overrides=_overrides(p)) for p in (0.0, 0.4) for s in (0, 1, 2)]
     found = compare_runs(runs)
-    assert [setting.name for setting in found.settings] == ["mix.prob=0", "mix.prob=0.4"]
-    assert [setting.seeds for setting in found.settings] == [(0, 1, 2)] * 2
+    assert [variant.name for variant in found.variants] == ["mix.prob=0", "mix.prob=0.4"]
+    assert [variant.seeds for variant in found.variants] == [(0, 1, 2)] * 2
     assert len(found.pairs) == 1
     assert found.pairs[0].difference.num_runs == (3, 3)
     assert not any("one run only" in note for note in found.notes)
@@ -60,7 +52,7 @@ def test_seeds_of_one_recipe_are_one_setting(make_run):
 
 def test_one_run_each_is_said_to_leave_out_the_chance_of_training(make_run):
     found = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))])
-    assert any(note.startswith("Every setting: one run only.") for note in found.notes)
+    assert any(note.startswith("Every variant: one run only.") for note in found.notes)
 
 
 def test_folds_are_joined_over_all_photos(make_run):
@@ -77,8 +69,8 @@ def test_folds_are_joined_over_all_photos(make_run):
 
     found = compare_runs([*folds("a", 0.0, 0.6), *folds("b", 0.4, 0.9)])
     assert found.num_photos == 200
-    assert [len(setting.runs) for setting in found.settings] == [2, 2]
-    assert [setting.scores.shape for setting in found.settings] == [(1, 200)] * 2
+    assert [len(variant.runs) for variant in found.variants] == [2, 2]
+    assert [variant.scores.shape for variant in found.variants] == [(1, 200)] * 2
 
 
 def test_the_order_of_photos_in_a_run_does_not_matter(make_run):
@@ -103,7 +95,7 @@ def test_the_order_of_photos_in_a_run_does_not_matter(make_run):
 def test_runs_on_different_photos_are_refused(make_run):
     first = make_run("first")
     second = make_run("second", photos=[f"elsewhere/{n}.jpg" for n in range(100)], overrides=_overrides(0.4))
-    with pytest.raises(RunError, match=r"judged on different photos \(100 and 100, 0 in common.*data\.split_seed"):
+    with pytest.raises(RunError, match=r"scored on different photos \(100 and 100, 0 in common.*data\.split_seed"):
         compare_runs([first, second])
 
 
@@ -132,7 +124,7 @@ def test_an_unfinished_run_is_refused_when_named_and_passed_over_in_a_folder(mak
     done, torn = make_run("sweep/done"), make_run("sweep/torn", status="interrupted", overrides=_overrides(0.4))
     with pytest.raises(RunError, match=r"not finished \(its status is 'interrupted'\)"):
         compare_runs([done, torn])
-    assert [s.name for s in compare_runs([tmp_path / "sweep"]).settings] == ["done"]
+    assert [s.name for s in compare_runs([tmp_path / "sweep"]).variants] == ["done"]
 
 
 @pytest.mark.parametrize(("name", "problem"), [("nowhere", "does not exist"), ("empty", "holds no finished run")])
@@ -175,20 +167,20 @@ def test_the_mean_of_the_scores_is_the_metric(make_run, metric):
         "prior_top1": metrics.prior_top1(stored.probabilities, stored.labels, run.prior),
         "log_loss": -metrics.log_loss(stored.probabilities, stored.labels),
     }[metric]
-    interval = compare_runs([run.path], metric=metric).settings[0].interval
+    interval = compare_runs([run.path], metric=metric).variants[0].interval
     assert interval.estimate == pytest.approx(expected)
     assert interval.low < interval.estimate < interval.high
 
 
-def test_choosing_the_best_epoch_is_said_to_flatter_and_the_last_is_not(make_run):
+def test_choosing_the_best_epoch_is_said_to_bias_accuracy_and_the_last_is_not(make_run):
     best = compare_runs([make_run("best", epochs=12)])
-    assert best.settings[0].optimism.source == "photos"
-    assert any("flatters an accuracy by about" in note for note in best.notes)
+    assert best.variants[0].optimism.source == "photos"
+    assert any("optimistic bias of about" in note for note in best.notes)
     history = compare_runs([make_run("history", epochs=12, keep_epochs=False)])
-    assert history.settings[0].optimism.source == "history"
+    assert history.variants[0].optimism.source == "history"
     last = compare_runs([make_run("last", epochs=12, overrides=['train.select="last"'])])
-    assert last.settings[0].optimism.points == 0
-    assert not any("flatters" in note for note in last.notes)
+    assert last.variants[0].optimism.points == 0
+    assert not any("optimistic bias" in note for note in last.notes)
 
 
 def test_the_same_seed_gives_the_same_comparison_as_json(make_run):
@@ -198,10 +190,10 @@ def test_the_same_seed_gives_the_same_comparison_as_json(make_run):
     assert json.loads(first)["pairs"][0]["verdict"]
 
 
-def test_a_single_setting_has_nothing_to_compare_with(make_run):
+def test_a_single_variant_has_nothing_to_compare_with(make_run):
     found = compare_runs([make_run("a", seed=0), make_run("b", seed=1)])
     assert found.pairs == ()
-    assert any("nothing to compare" in note for note in found.notes)
+    assert any("one variant only" in note for note in found.notes)
 
 
 def test_a_baseline_is_compared_with_each_and_corrects_for_no_other_pair(make_run):
@@ -210,7 +202,7 @@ def test_a_baseline_is_compared_with_each_and_corrects_for_no_other_pair(make_ru
         make_run(f"at-{prob}", accuracy=accuracy, overrides=[*_overrides(prob), f"optim.lr={prob}"])
     folders = [make_run.folder(name) for name in ("at-0.2", "at-0.4", "plain")]
     every, found = compare_runs(folders), compare_runs(folders, against=folders[2])
-    assert [setting.name for setting in found.settings] == [
+    assert [variant.name for variant in found.variants] == [
         "plain",
         "mix.prob=0.2 optim.lr=0.2",
         "mix.prob=0.4 optim.lr=0.4",
@@ -224,14 +216,14 @@ def test_a_baseline_is_compared_with_each_and_corrects_for_no_other_pair(make_ru
         assert pair.corrected_p <= same.corrected_p
 
 
-def test_a_setting_is_named_by_what_it_changes_of_the_baseline_alone(make_run):
+def test_a_variant_is_named_by_what_it_changes_of_the_baseline_alone(make_run):
     make_run("plain")
     make_run("mixed", overrides=_overrides(0.2))
     make_run("slow", overrides=["optim.lr=0.5"])
     found = compare_runs(
         [make_run.folder(name) for name in ("plain", "mixed", "slow")], against=make_run.folder("plain")
     )
-    assert [setting.name for setting in found.settings] == ["plain", "mix.prob=0.2", "optim.lr=0.5"]
+    assert [variant.name for variant in found.variants] == ["plain", "mix.prob=0.2", "optim.lr=0.5"]
 
 
 def test_a_baseline_that_is_not_among_the_runs_is_named(make_run, tmp_path):
@@ -243,25 +235,82 @@ MANY = ["mix.prob=0.2", "optim.lr=0.5", "augment.erase=0.1", "train.ema_decay=0.
         "probe.epochs=3", "train.label_smoothing=0.1"]  # fmt: skip
 
 
-def test_settings_that_differ_in_too_much_to_read_are_named_by_their_folders(make_run):
+def test_variants_that_differ_in_too_much_to_read_are_named_by_their_folders(make_run):
     plain, other = make_run("plain"), make_run("other", overrides=MANY)
-    assert [setting.name for setting in compare_runs([plain, other]).settings] == ["plain", "other"]
-    assert [setting.name for setting in compare_runs([plain, other], against=other).settings] == ["other", "plain"]
+    assert [variant.name for variant in compare_runs([plain, other]).variants] == ["plain", "other"]
+    assert [variant.name for variant in compare_runs([plain, other], against=other).variants] == ["other", "plain"]
 
 
 def test_runs_of_several_seeds_are_named_by_the_folder_that_holds_them(make_run):
     runs = [
         make_run(f"{n}/{s}", seed=s, overrides=more) for n, more in (("plain", []), ("other", MANY)) for s in (0, 1)
     ]
-    assert [setting.name for setting in compare_runs(runs).settings] == ["plain", "other"]
+    assert [variant.name for variant in compare_runs(runs).variants] == ["plain", "other"]
 
 
-def test_folders_that_tell_no_settings_apart_leave_the_changes_as_names(make_run):
+def test_folders_named_alike_leave_the_changes_as_names(make_run):
     runs = [make_run("a/run"), make_run("b/run", overrides=MANY)]
-    assert all("optim.lr=" in setting.name for setting in compare_runs(runs).settings)
+    assert all("optim.lr=" in variant.name for variant in compare_runs(runs).variants)
 
 
 def test_an_accuracy_of_few_seeds_stays_between_none_and_all(make_run):
     runs = [make_run("poor", accuracy=0.3), make_run("good", seed=1, accuracy=0.9)]
-    interval = compare_runs(runs).settings[0].interval
+    interval = compare_runs(runs).variants[0].interval
     assert (interval.low, interval.high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("metric", ["top1", "macro_recall", "prior_top1"])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_nine_photos_without_an_error_are_no_proof_of_perfection(make_run, metric, seeds):
+    runs = [make_run(f"{s}", seed=s, accuracy=2.0, classes=("auk", "crane", "dipper"), per_class=3) for s in seeds]
+    found = compare_runs(runs, metric=metric)
+    interval = found.variants[0].interval
+    assert (interval.estimate, interval.high) == (pytest.approx(1), pytest.approx(1))
+    # Wilson's for 9 of 9: by hand, 9 / (9 + 1.96²)
+    assert interval.low == pytest.approx(0.701, abs=0.001) if metric != "prior_top1" else interval.low < 0.701
+    assert any(note.startswith("Only 9 photos") for note in found.notes)
+
+
+def test_equal_log_losses_keep_an_open_interval(make_run):
+    runs = [make_run(f"{s}", seed=s, accuracy=2.0) for s in (0, 1)]
+    interval = compare_runs(runs, metric="log_loss").variants[0].interval
+    assert interval.low < interval.estimate < interval.high <= 0
+
+
+def test_several_seeds_are_not_surer_than_one_of_a_few_photos(make_run):
+    """Four photos of nine improve in both seeds: the sign test says 2/16, whatever the number of seeds."""
+    folder = make_run.folder("")
+    for seed in (0, 1):
+        for prob, right in ((0.0, 5), (0.4, 9)):
+            run = make_run(f"{prob}-{seed}", seed=seed, overrides=_overrides(prob), per_class=9, classes=("a", "b"))
+            _rewrite(run, right)
+    (pair,) = compare_runs([folder]).pairs
+    assert pair.difference.p_value == pytest.approx(2 / 16, abs=0.03)
+    assert not pair.is_distinguishable
+
+
+def _rewrite(run, right):
+    from fieldmark.runs.folder import write_predictions
+
+    labels = np.zeros(9, np.int64)
+    own = (np.arange(9) < right).astype(np.float32)
+    write_predictions(
+        run / "predictions" / "val.parquet",
+        paths=[f"{n}.jpg" for n in range(9)],
+        labels=labels,
+        probabilities=np.stack([own, 1 - own], axis=1),
+        classes=("a", "b"),
+    )
+    (run / "predictions" / "val_epochs.npz").unlink()
+
+
+def test_a_probe_that_beats_its_fine_tuning_is_said(make_run):
+    run = make_run("a")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    probe = rows[0] | {"epoch": 0, "is_probe": True, "val": rows[0]["val"] | {"top1": 0.97}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [probe, *rows]))
+    (note,) = [note for note in compare_runs([run]).notes if "probe" in note]
+    assert note.startswith("a: the probe (the head alone, before fine-tuning) reached top1 0.970, and no epoch")
+    probe["val"]["top1"] = 0.1
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [probe, *rows]))
+    assert not any("probe" in note for note in compare_runs([run]).notes)

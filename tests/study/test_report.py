@@ -11,7 +11,7 @@ from PIL import Image
 
 from fieldmark.errors import MissingExtraError, RunError
 from fieldmark.runs.folder import Run
-from fieldmark.study.charts import LAMBDA_DRAWS, Chart, Line, draw_chart, plotly_chart, report_charts, setting_line
+from fieldmark.study.charts import LAMBDA_DRAWS, Chart, Line, draw_chart, plotly_chart, report_charts, variant_line
 from fieldmark.study.compare import compare_runs
 from fieldmark.study.report import class_table, confused_pairs, markdown_text, pooled_confusion, thumbnail, write_report
 
@@ -198,9 +198,9 @@ def test_markdown_text_stays_in_its_line_and_cell():
 
 
 def test_a_line_is_the_mean_over_seeds_with_a_band_and_a_trend(sweep):
-    setting = compare_runs([sweep]).settings[1]
-    line = setting_line(setting, lambda row: row["val"]["top1"])
-    runs = [[row["val"]["top1"] for row in run.metrics] for run in setting.runs]
+    variant = compare_runs([sweep]).variants[1]
+    line = variant_line(variant, lambda row: row["val"]["top1"])
+    runs = [[row["val"]["top1"] for row in run.metrics] for run in variant.runs]
     assert line.y == pytest.approx(np.mean(runs, axis=0))
     assert line.low == pytest.approx(np.min(runs, axis=0))
     assert line.high == pytest.approx(np.max(runs, axis=0))
@@ -225,28 +225,28 @@ def test_the_histogram_of_lambda_is_a_density_of_the_draws_that_training_makes(s
 
 
 def test_class_rows_are_counted_by_hand(make_run):
-    setting = compare_runs([make_run("a", accuracy=0.7)]).settings[0]
-    run = setting.runs[0]
-    rows = {row[0]: row for row in class_table(setting).rows}
+    variant = compare_runs([make_run("a", accuracy=0.7)]).variants[0]
+    run = variant.runs[0]
+    rows = {row[0]: row for row in class_table(variant).rows}
     for number, name in enumerate(run.classes):
         right = int(run.correct[run.labels == number].sum())
         assert rows[name][1:3] == ("25", f"{100 * right / 25:.0f} %")
-    assert [int(row[2].split()[0]) for row in class_table(setting).rows] == sorted(
+    assert [int(row[2].split()[0]) for row in class_table(variant).rows] == sorted(
         int(row[2].split()[0]) for row in rows.values()
     )
 
 
 def test_the_most_confused_pair_comes_first(make_run):
-    setting = compare_runs([make_run("a", accuracy=0.5)]).settings[0]
-    pairs = confused_pairs(setting, with_photos=False)
-    confusion = pooled_confusion(setting)
+    variant = compare_runs([make_run("a", accuracy=0.5)]).variants[0]
+    pairs = confused_pairs(variant, with_photos=False)
+    confusion = pooled_confusion(variant)
     off = confusion - np.diag(np.diag(confusion))
     assert [pair.count for pair in pairs] == sorted(off[off > 0].tolist(), reverse=True)[:8]
     assert all(pair.true != pair.predicted for pair in pairs)
 
 
 def test_a_thumbnail_of_a_broken_photo_is_left_out(make_run, tmp_path):
-    run = compare_runs([make_run("a")]).settings[0].runs[0]
+    run = compare_runs([make_run("a")]).variants[0].runs[0]
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
     assert thumbnail(tmp_path / "torn.jpg", run) == ""
     assert thumbnail(tmp_path / "gone.jpg", run) == ""

@@ -37,7 +37,7 @@ def sweep(
     out: Annotated[Path, typer.Option("--out", help="Folder of the runs; the same again to go on.")],
     data: Annotated[Path | None, typer.Option("--data", help="Photos of all cells.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of all cells.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a variant of all cells.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Cells at a time; default: one per device.", min=1)] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster; '' starts one here.")] = None,
@@ -105,14 +105,14 @@ def report(
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """A table of the settings, and a sentence for every two of them."""
-    width = max(len(setting.name) for setting in comparison.settings)
+    """A table of the variants, and a sentence for every two of them."""
+    width = max(len(variant.name) for variant in comparison.variants)
     lines = [f"{comparison.metric} on {comparison.num_photos} photos, {comparison.level:.0%} intervals"]
-    for setting in comparison.settings:
-        seeds = len(setting.seeds)
-        interval = setting.interval
+    for variant in comparison.variants:
+        seeds = len(variant.seeds)
+        interval = variant.interval
         lines.append(
-            f"  {setting.name:{width}}  {interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f}), "
+            f"  {variant.name:{width}}  {interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f}), "
             f"{seeds} seed{'s' * (seeds > 1)}"
         )
     return "\n".join([*lines, *(pair.verdict for pair in comparison.pairs), *comparison.notes])

@@ -10,7 +10,7 @@ import numpy as np
 
 from fieldmark.plots import new_figure, plain_text
 from fieldmark.runs.folder import RunResults
-from fieldmark.study.compare import Comparison, Setting
+from fieldmark.study.compare import Comparison, Variant
 from fieldmark.study.statistics import smooth
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True)
 class Line:
-    """One setting over the epochs: mean of its runs, with a band and a trend; None where there is no value."""
+    """One variant over the epochs: mean of its runs, with a band and a trend; None where there is no value."""
 
     name: str
     x: Sequence[float]
@@ -266,30 +266,30 @@ Read = Callable[[Mapping[str, Any]], float | None]
 
 def report_charts(comparison: Comparison) -> list[Chart]:
     """All charts for which the runs have figures, in the order of the page."""
-    shown = most_accurate(comparison.settings, MOST_LINES)
-    left_out = len(comparison.settings) - len(shown)
-    note = f" The {len(shown)} most accurate of {len(comparison.settings)} settings." if left_out else ""
+    shown = most_accurate(comparison.variants, MOST_LINES)
+    left_out = len(comparison.variants) - len(shown)
+    note = f" The {len(shown)} most accurate of {len(comparison.variants)} settings." if left_out else ""
     charts = [accuracy_chart(comparison)]
     if comparison.pairs:
         charts.append(difference_chart(comparison))
     for key, title, y_label, is_share, hint, read in _CURVES:
-        lines = tuple(line for setting in shown if (line := setting_line(setting, read)))
+        lines = tuple(line for variant in shown if (line := variant_line(variant, read)))
         if lines:
             charts.append(Chart(key, title, hint + note, "epoch", y_label, is_share=is_share, lines=lines))
     charts += cost_charts(comparison)
-    charts += lambda_charts(comparison.settings)
+    charts += lambda_charts(comparison.variants)
     return charts
 
 
-def most_accurate(settings: Sequence[Setting], count: int) -> list[Setting]:
+def most_accurate(settings: Sequence[Variant], count: int) -> list[Variant]:
     """The `count` settings with the highest estimate, in their own order."""
-    best = sorted(settings, key=lambda setting: -setting.interval.estimate)[:count]
-    return [setting for setting in settings if setting in best]
+    best = sorted(settings, key=lambda variant: -variant.interval.estimate)[:count]
+    return [variant for variant in settings if variant in best]
 
 
-def setting_line(setting: Setting, read: Read) -> Line | None:
-    """Mean over a setting's runs per epoch, a band from the lowest to the highest run, and a running mean."""
-    runs = [{int(row["epoch"]): read(row) for row in run.metrics} for run in setting.runs]
+def variant_line(variant: Variant, read: Read) -> Line | None:
+    """Mean over a variant's runs per epoch, a band from the lowest to the highest run, and a running mean."""
+    runs = [{int(row["epoch"]): read(row) for row in run.metrics} for run in variant.runs]
     epochs = sorted({epoch for run in runs for epoch in run})
     values = [[value for run in runs if (value := run.get(epoch)) is not None] for epoch in epochs]
     if not any(values):
@@ -300,14 +300,14 @@ def setting_line(setting: Setting, read: Read) -> Line | None:
     if len(present) == len(means) and len(means) > TREND_EPOCHS:
         trend = [float(value) for value in smooth(np.array(present), width=TREND_EPOCHS)]
     low, high = [min(found, default=None) for found in values], [max(found, default=None) for found in values]
-    return Line(setting.name, epochs, means, low, high, trend)
+    return Line(variant.name, epochs, means, low, high, trend)
 
 
 def _validation(row: Mapping[str, Any]) -> float | None:
     return row["val"].get("top1") if row.get("val") else None
 
 
-_BAND = "Band: lowest to highest run of a setting. Bold: running mean over five epochs."
+_BAND = "Band: lowest to highest run of a variant. Bold: running mean over five epochs."
 _CURVES: tuple[tuple[str, str, str, bool, str, Read], ...] = (
     ("val-top1", "Validation accuracy", "top-1 accuracy", True, _BAND, _validation),
     (
@@ -341,16 +341,16 @@ _CURVES: tuple[tuple[str, str, str, bool, str, Read], ...] = (
 
 
 def accuracy_chart(comparison: Comparison) -> Chart:
-    """Every setting with its interval: the comparison in one picture."""
+    """Every variant with its interval: the comparison in one picture."""
     dots = tuple(
-        Dot(setting.name, value.estimate, 0.0, value.low, value.high, _words(setting, comparison.metric))
-        for setting in most_accurate(comparison.settings, 4 * MOST_LINES)
-        for value in [setting.interval]
+        Dot(variant.name, value.estimate, 0.0, value.low, value.high, _words(variant, comparison.metric))
+        for variant in most_accurate(comparison.variants, 4 * MOST_LINES)
+        for value in [variant.interval]
     )
     what = metric_name(comparison.metric)
-    note = f"{100 * comparison.level:g} % intervals, one setting at a time. Overlap says little: see the differences."
+    note = f"{100 * comparison.level:g} % intervals, one variant at a time. Overlap says little: see the differences."
     is_share = comparison.metric != "log_loss"
-    return Chart("accuracy", f"{what} of every setting", note, what, "", is_share=is_share, dots=dots, sideways=True)
+    return Chart("accuracy", f"{what} of every variant", note, what, "", is_share=is_share, dots=dots, sideways=True)
 
 
 def difference_chart(comparison: Comparison) -> Chart:
@@ -373,29 +373,29 @@ def difference_chart(comparison: Comparison) -> Chart:
 def cost_charts(comparison: Comparison) -> list[Chart]:
     """Accuracy over training time, and over parameters where they differ."""
     costs: list[tuple[str, str, Callable[[RunResults], float]]] = [("cost-time", "training time in minutes", minutes)]
-    if len({parameters(setting.runs[0]) for setting in comparison.settings}) > 1:
+    if len({parameters(variant.runs[0]) for variant in comparison.variants}) > 1:
         costs.append(("cost-parameters", "parameters in millions", lambda run: parameters(run) / 1e6))
     charts: list[Chart] = []
     for key, label, read in costs:
         dots = tuple(
-            Dot(setting.name, cost, value.estimate, value.low, value.high, _words(setting, comparison.metric))
-            for setting in most_accurate(comparison.settings, MOST_LINES)
-            for value, cost in [(setting.interval, float(np.mean([read(run) for run in setting.runs])))]
+            Dot(variant.name, cost, value.estimate, value.low, value.high, _words(variant, comparison.metric))
+            for variant in most_accurate(comparison.variants, MOST_LINES)
+            for value, cost in [(variant.interval, float(np.mean([read(run) for run in variant.runs])))]
             if cost > 0
         )
         if dots:
             spread = max(dot.x for dot in dots) / min(dot.x for dot in dots)
             what = metric_name(comparison.metric)
             title = f"{what} against {label.split(' in ')[0]}"
-            note = "Mean over a setting's runs; times compare only runs of one machine."
+            note = "Mean over a variant's runs; times compare only runs of one machine."
             charts.append(Chart(key, title, note if key == "cost-time" else "", label, what,
                                 is_share=comparison.metric != "log_loss", dots=dots, is_log_x=spread > 20))  # fmt: skip
     return charts
 
 
-def lambda_charts(settings: Sequence[Setting]) -> list[Chart]:
-    """Histograms of λ of both methods, drawn as training draws them, for the first setting that mixes."""
-    config = next((setting.runs[0].config for setting in settings if setting.runs[0].config.mix.prob > 0), None)
+def lambda_charts(settings: Sequence[Variant]) -> list[Chart]:
+    """Histograms of λ of both methods, drawn as training draws them, for the first variant that mixes."""
+    config = next((variant.runs[0].config for variant in settings if variant.runs[0].config.mix.prob > 0), None)
     if config is None:
         return []
     from fieldmark.augment.mixing import MixSpec, lambda_draws
@@ -452,8 +452,8 @@ def format_estimate(value: float, metric: str) -> str:
     return f"{value:.3f}" if metric == "log_loss" else f"{100 * value:.1f} %"
 
 
-def _words(setting: Setting, metric: str) -> str:
-    value = setting.interval
+def _words(variant: Variant, metric: str) -> str:
+    value = variant.interval
     low, high = format_estimate(value.low, metric), format_estimate(value.high, metric)
-    runs = f"{len(setting.seeds)} {'run' if len(setting.seeds) == 1 else 'runs'}"
-    return f"{setting.name}: {format_estimate(value.estimate, metric)} ({low} to {high}), {runs}"
+    runs = f"{len(variant.seeds)} {'run' if len(variant.seeds) == 1 else 'runs'}"
+    return f"{variant.name}: {format_estimate(value.estimate, metric)} ({low} to {high}), {runs}"

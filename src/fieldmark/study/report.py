@@ -31,7 +31,7 @@ from fieldmark.study.charts import (
     plotly_text,
     report_charts,
 )
-from fieldmark.study.compare import Comparison, Metric, Pair, Setting, compare_runs
+from fieldmark.study.compare import Comparison, Metric, Pair, Variant, compare_runs
 
 ROWS_OPEN = 12
 RIGHT, WRONG = "0,114,178", "213,94,0"
@@ -69,8 +69,8 @@ def write_report(
         raise RunError(f"a report is .html or .md; got {path.name!r}")
     folders = [run.path if isinstance(run, Run) else run for run in runs]
     comparison = compare_runs(folders, metric=metric, split=split)
-    count = len(comparison.settings)
-    heading = title or (f"{count} settings compared" if count > 1 else comparison.settings[0].name)
+    count = len(comparison.variants)
+    heading = title or (f"{count} settings compared" if count > 1 else comparison.variants[0].name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".md":
@@ -96,7 +96,7 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("report.html")
-    best = best_setting(comparison)
+    best = best_variant(comparison)
     charts = report_charts(comparison)
     live = {chart.key: plotly_chart(chart) for chart in charts} | {"confusion": _plotly_confusion(best)}
     return page.render(
@@ -106,7 +106,7 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
         metric=metric_name(comparison.metric),
         headline=headline(comparison),
         best=best,
-        settings=settings_table(comparison),
+        settings=variants_table(comparison),
         pairs=pairs_table(comparison),
         charts=charts,
         static={chart.key: _svg(draw_chart(chart, with_title=False)) for chart in charts},
@@ -115,7 +115,7 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
         classes=class_table(best),
         rows_open=ROWS_OPEN,
         confused=confused_pairs(best, with_photos=with_photos),
-        changes=recipe_table(comparison.settings),
+        changes=recipe_table(comparison.variants),
         recipe=full_recipe(best.runs[0]),
         environment=environment_rows(best.runs[0]),
         css=(templates / "report.css").read_text(encoding="utf-8"),
@@ -124,23 +124,23 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
     )
 
 
-def best_setting(comparison: Comparison) -> Setting:
-    """The setting with the highest estimate; that it is truly the best is for the verdicts to say."""
-    return max(comparison.settings, key=lambda setting: setting.interval.estimate)
+def best_variant(comparison: Comparison) -> Variant:
+    """The variant with the highest estimate; that it is truly the best is for the verdicts to say."""
+    return max(comparison.variants, key=lambda variant: variant.interval.estimate)
 
 
 def headline(comparison: Comparison) -> str:
     """The result in a sentence or two."""
-    best, metric = best_setting(comparison), comparison.metric
+    best, metric = best_variant(comparison), comparison.metric
     value = best.interval
     low, high = format_estimate(value.low, metric), format_estimate(value.high, metric)
     found = f"{metric_name(metric)} {format_estimate(value.estimate, metric)} ({low} to {high})"
     photos = f"{comparison.num_photos:,} photos"
-    if len(comparison.settings) == 1:
+    if len(comparison.variants) == 1:
         return f"{found} on {photos}."
     rivals = [pair for pair in comparison.pairs if best.name in (pair.first, pair.second)]
     beaten = sum(pair.is_distinguishable for pair in rivals)
-    said = {0: "None of the others is distinguishable from it", len(rivals): "It is better than every other setting"}
+    said = {0: "None of the others is distinguishable from it", len(rivals): "It is better than every other variant"}
     words = said.get(
         beaten, f"It is better than {beaten} of the {len(rivals)} others and not distinguishable from the rest"
     )
@@ -155,9 +155,9 @@ def _plotly_js() -> str:
     return str(get_plotlyjs())
 
 
-def _plotly_confusion(setting: Setting) -> dict[str, Any]:
-    confusion = pooled_confusion(setting)
-    classes = [plotly_text(name) for name in setting.runs[0].classes]
+def _plotly_confusion(variant: Variant) -> dict[str, Any]:
+    confusion = pooled_confusion(variant)
+    classes = [plotly_text(name) for name in variant.runs[0].classes]
     places = list(range(len(classes)))
     shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
     told = [
@@ -213,7 +213,7 @@ def _svg(figure: Any) -> str:
 def _write_markdown(comparison: Comparison, path: Path, title: str) -> list[Path]:
     folder = path.with_name(path.stem + "_files")
     folder.mkdir(exist_ok=True)
-    best = best_setting(comparison)
+    best = best_variant(comparison)
     charts = report_charts(comparison)
     pictures = [(chart, folder / f"{chart.key}.png") for chart in charts]
     for chart, target in pictures:
@@ -225,7 +225,7 @@ def _write_markdown(comparison: Comparison, path: Path, title: str) -> list[Path
         markdown_text(headline(comparison)),
         *(f"> {markdown_text(note)}" for note in comparison.notes),
         "## Settings",
-        markdown_table(settings_table(comparison)),
+        markdown_table(variants_table(comparison)),
         *(["## Verdicts", markdown_table(pairs_table(comparison))] if comparison.pairs else []),
         *(_markdown_picture(chart, f"{folder.name}/{target.name}") for chart, target in pictures),
         f"## Classes of {markdown_text(best.name)}",
@@ -300,8 +300,8 @@ class ConfusedPair:
     example: ConfusedPhoto | None
 
 
-def settings_table(comparison: Comparison) -> Table:
-    """Every setting: accuracy with interval, runs, optimism, and what it cost."""
+def variants_table(comparison: Comparison) -> Table:
+    """Every variant: accuracy with interval, runs, optimism, and what it cost."""
     interval = f"{100 * comparison.level:g} % interval"
     flattery = "Best epoch flatters by"
     head = (
@@ -316,26 +316,26 @@ def settings_table(comparison: Comparison) -> Table:
         "Parameters",
         "Weights",
     )
-    ordered = sorted(comparison.settings, key=lambda setting: -setting.interval.estimate)
-    rows = tuple(_setting_row(setting, comparison.metric) for setting in ordered)
+    ordered = sorted(comparison.variants, key=lambda variant: -variant.interval.estimate)
+    rows = tuple(_variant_row(variant, comparison.metric) for variant in ordered)
     return Table(head, rows, frozenset({1, 2, 3, 5, 6, 7, 8}))
 
 
-def _setting_row(setting: Setting, metric: str) -> tuple[str, ...]:
-    value, first = setting.interval, setting.runs[0]
-    optimism = setting.optimism
+def _variant_row(variant: Variant, metric: str) -> tuple[str, ...]:
+    value, first = variant.interval, variant.runs[0]
+    optimism = variant.optimism
     flattery = "–" if optimism.source == "none" else f"{100 * optimism.points:.1f} points"
     if optimism.source == "history":
         flattery = "≤ " + flattery
-    speeds = [row["images_per_second"] for run in setting.runs for row in run.metrics if row.get("images_per_second")]
+    speeds = [row["images_per_second"] for run in variant.runs for row in run.metrics if row.get("images_per_second")]
     return (
-        setting.name,
+        variant.name,
         format_estimate(value.estimate, metric),
         f"{format_estimate(value.low, metric)} to {format_estimate(value.high, metric)}",
-        str(len(setting.seeds)),
-        ", ".join(format_estimate(mean, metric) for mean in setting.seed_means),
+        str(len(variant.seeds)),
+        ", ".join(format_estimate(mean, metric) for mean in variant.seed_means),
         flattery,
-        _mean_minutes(setting),
+        _mean_minutes(variant),
         f"{np.mean(speeds):.0f}" if speeds else "–",
         f"{parameters(first) / 1e6:.1f} M",
         weights_words(first),
@@ -358,19 +358,19 @@ def effects_table(comparison: Comparison) -> Table:
     """
     interval = f"{100 * comparison.level:g} % interval"
     head = ("Change", "Score", "Effect", interval, "p (Holm)", "Distinguishable", "Minutes")
-    base, *others = comparison.settings
+    base, *others = comparison.variants
     ordered = sorted(zip(others, comparison.pairs, strict=True), key=lambda both: -both[0].interval.estimate)
     start = (f"{base.name} (baseline)", format_estimate(base.interval.estimate, comparison.metric), *["–"] * 4)
     rows = [(*start, _mean_minutes(base))]
-    for setting, pair in ordered:
-        score = format_estimate(setting.interval.estimate, comparison.metric)
+    for variant, pair in ordered:
+        score = format_estimate(variant.interval.estimate, comparison.metric)
         found = _effect(pair, comparison.metric)
-        rows.append((setting.name, score, *found, "yes" if pair.is_distinguishable else "no", _mean_minutes(setting)))
+        rows.append((variant.name, score, *found, "yes" if pair.is_distinguishable else "no", _mean_minutes(variant)))
     return Table(head, tuple(rows), frozenset({1, 2, 3, 4, 6}))
 
 
-def _mean_minutes(setting: Setting) -> str:
-    return f"{np.mean([minutes(run) for run in setting.runs]):.1f}"
+def _mean_minutes(variant: Variant) -> str:
+    return f"{np.mean([minutes(run) for run in variant.runs]):.1f}"
 
 
 def _effect(pair: Pair, metric: str) -> tuple[str, str, str]:
@@ -392,13 +392,13 @@ def pairs_table(comparison: Comparison) -> Table:
     return Table(head, rows, frozenset({2, 3, 4}))
 
 
-def class_table(setting: Setting) -> Table:
-    """Recall and precision of each class over a setting's runs, worst first; the interval counts each photo once."""
+def class_table(variant: Variant) -> Table:
+    """Recall and precision of each class over a variant's runs, worst first; the interval counts each photo once."""
     from fieldmark.training.metrics import wilson_interval
 
-    confusion = pooled_confusion(setting)
-    num_runs = len(setting.seeds)
-    classes = setting.runs[0].classes
+    confusion = pooled_confusion(variant)
+    num_runs = len(variant.seeds)
+    classes = variant.runs[0].classes
     predicted = confusion.sum(axis=0)
     rows: list[tuple[float, tuple[str, ...]]] = []
     for number, name in enumerate(classes):
@@ -417,35 +417,35 @@ def class_table(setting: Setting) -> Table:
     return Table(head, tuple(row for _, row in rows), frozenset({1, 2, 3, 4}))
 
 
-def pooled_confusion(setting: Setting) -> NDArray[np.int64]:
-    """(K, K) counts over all runs of a setting; row: the true class, column: the predicted one."""
+def pooled_confusion(variant: Variant) -> NDArray[np.int64]:
+    """(K, K) counts over all runs of a variant; row: the true class, column: the predicted one."""
     from fieldmark.training.metrics import confusion_matrix
 
-    num_classes = len(setting.runs[0].classes)
-    matrices = [confusion_matrix(run.predicted, run.labels, num_classes=num_classes) for run in setting.runs]
+    num_classes = len(variant.runs[0].classes)
+    matrices = [confusion_matrix(run.predicted, run.labels, num_classes=num_classes) for run in variant.runs]
     return np.sum(matrices, axis=0)
 
 
-def confused_pairs(setting: Setting, *, with_photos: bool) -> list[ConfusedPair]:
+def confused_pairs(variant: Variant, *, with_photos: bool) -> list[ConfusedPair]:
     """The classes that were most often taken for each other, with photos that were, where they are still there."""
-    confusion = pooled_confusion(setting)
+    confusion = pooled_confusion(variant)
     off = confusion - np.diag(np.diag(confusion))
-    classes = setting.runs[0].classes
+    classes = variant.runs[0].classes
     order = np.argsort(-off, axis=None, kind="stable")[:PAIRS_SHOWN]
     pairs: list[ConfusedPair] = []
     for true, predicted in zip(*np.unravel_index(order, off.shape), strict=True):
         if not off[true, predicted]:
             break
-        photos = tuple(_confused_photos(setting, int(true), int(predicted))) if with_photos else ()
-        example = _example(setting, int(predicted)) if with_photos else None
+        photos = tuple(_confused_photos(variant, int(true), int(predicted))) if with_photos else ()
+        example = _example(variant, int(predicted)) if with_photos else None
         counts = int(off[true, predicted]), int(confusion[true].sum())
         pairs.append(ConfusedPair(classes[true], classes[predicted], *counts, photos, example))
     return pairs
 
 
-def _example(setting: Setting, number: int) -> ConfusedPhoto | None:
+def _example(variant: Variant, number: int) -> ConfusedPhoto | None:
     """The photo of a class that is recognised with the highest probability."""
-    run = setting.runs[0]
+    run = variant.runs[0]
     places = np.flatnonzero((run.labels == number) & run.correct)
     if not len(places):
         return None
@@ -454,9 +454,9 @@ def _example(setting: Setting, number: int) -> ConfusedPhoto | None:
     return ConfusedPhoto(run.photos[surest], source) if source else None
 
 
-def _confused_photos(setting: Setting, true: int, predicted: int) -> list[ConfusedPhoto]:
+def _confused_photos(variant: Variant, true: int, predicted: int) -> list[ConfusedPhoto]:
     found: dict[str, ConfusedPhoto] = {}
-    for run in setting.runs:
+    for run in variant.runs:
         for number in np.flatnonzero((run.labels == true) & (run.predicted == predicted)):
             path = run.photos[number]
             if path not in found and len(found) < PHOTOS_SHOWN:
@@ -487,10 +487,10 @@ def thumbnail(path: Path, run: RunResults) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def recipe_table(settings: Sequence[Setting]) -> Table:
+def recipe_table(settings: Sequence[Variant]) -> Table:
     """Where the settings differ, one column each."""
     keys = list(settings[0].changes)
-    rows = tuple((key, *(format_value(setting.changes[key]) for setting in settings)) for key in keys)
+    rows = tuple((key, *(format_value(variant.changes[key]) for variant in settings)) for key in keys)
     return Table(("Key", *(f"{number}" for number in range(1, len(settings) + 1))), rows, frozenset())
 
 

@@ -19,8 +19,8 @@ from fieldmark.errors import ConfigError, ResourceError, RunError
 from fieldmark.files import alone
 from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_json_lines, run_status
 from fieldmark.study.cell import BOOKS, Job, Outcome, load_outcome
-from fieldmark.study.compare import NO_EFFECT
 from fieldmark.study.grid import Cell, Grid, ListedCells, Range, SearchedCells, base_settings, load_grid, parse_grid
+from fieldmark.study.variants import NO_EFFECT
 
 MAX_INTERRUPTIONS = 3
 

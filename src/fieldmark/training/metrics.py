@@ -113,7 +113,7 @@ def calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) ->
     return float(np.abs(gap).sum() / len(labels))
 
 
-def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Interval for a share, good also for small numbers and for shares near 0 and 1; (0, 1) for no trials.
 
     Source:

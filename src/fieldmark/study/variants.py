@@ -1,0 +1,186 @@
+"""Which runs are one variant: runs that differ in nothing but chance, their folds joined, on the same photos.
+
+Shape letters: N photos, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fieldmark.errors import RunError
+from fieldmark.runs.folder import RunResults, flatten, format_value
+
+CHANCE = frozenset({"train.seed", "data.fold"})
+"""Runs that differ in these keys alone are runs of one variant."""
+
+NO_EFFECT = frozenset(
+    {
+        "description",
+        "loader.workers",
+        "cache.folder",
+        "cache.disk_gigabytes",
+        "train.threads",
+        "train.save_minutes",
+        "train.trackers",
+    }
+)
+"""Keys that change how fast a run is, or how it is described, but not what it learns."""
+
+# Where the photos are stored is no difference either: whether they are the same photos is checked by name.
+IGNORED = CHANCE | NO_EFFECT | {"data.path"}
+
+MOST_CHANGES = 6
+"""Variants that differ in more keys than this are named by their folders: nobody reads a recipe as a name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The runs of one variant, in the order given; `name` and `changes` as in `Variant`."""
+
+    name: str
+    changes: Mapping[str, Any]
+    runs: tuple[RunResults, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Replicate:
+    """The runs of one seed, its folds joined: N photos in order of path, with (N,) labels and (N, K) probabilities."""
+
+    seed: int
+    name: str
+    photos: tuple[str, ...]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    probabilities: NDArray[np.float32]
+    prior: NDArray[np.float64]
+
+
+def join_folds(group: Group) -> list[Replicate]:
+    """One replicate per seed, in order of seed.
+
+    Raises:
+        RunError: The same settings, seed and fold twice, or folds of different data.
+    """
+    by_seed: dict[int, list[RunResults]] = {}
+    for run in group.runs:
+        by_seed.setdefault(run.config.train.seed, []).append(run)
+    return [_join(seed, runs) for seed, runs in sorted(by_seed.items())]
+
+
+def _join(seed: int, runs: Sequence[RunResults]) -> Replicate:
+    photos = [photo for run in runs for photo in run.photos]
+    name = runs[0].name if len(runs) == 1 else f"{runs[0].name} and {len(runs) - 1} more folds"
+    # Without folds a second run of the same recipe and seed is a repetition or was made on other data: never joined.
+    if len({run.config.data.fold for run in runs}) < len(runs) or len(set(photos)) < len(photos):
+        names = ", ".join(str(run.path) for run in runs)
+        raise RunError(f"{names} have the same settings, seed and fold: give one of them, or runs with other seeds")
+    if len({run.classes for run in runs}) > 1:
+        raise RunError(f"the folds joined in {name} have different classes: they come from different data")
+    order = sorted(range(len(photos)), key=photos.__getitem__)
+    return Replicate(
+        seed,
+        name,
+        tuple(photos[index] for index in order),
+        np.concatenate([run.labels for run in runs])[order],
+        runs[0].classes,
+        np.concatenate([run.probabilities for run in runs])[order],
+        np.mean([run.prior for run in runs], axis=0),
+    )
+
+
+def check_same_photos(replicates: Sequence[Replicate]) -> None:
+    """Check that all replicates scored the same photos under the same labels.
+
+    Raises:
+        RunError: They did not; the message says where they differ.
+    """
+    first, *others = replicates
+    for other in others:
+        names = f"{first.name} and {other.name}"
+        if other.classes != first.classes:
+            raise RunError(
+                f"{names} know different classes ({len(first.classes)} and {len(other.classes)}): only runs on the "
+                "same data can be compared"
+            )
+        if other.photos != first.photos:
+            common = len(set(first.photos) & set(other.photos))
+            odd = min(set(first.photos) ^ set(other.photos))
+            raise RunError(
+                f"{names} were scored on different photos ({len(first.photos)} and {len(other.photos)}, {common} in "
+                f"common; {odd!r} is in one alone), and accuracies on different photos cannot be compared. Train both "
+                "on the same split: same data, data.split_seed and folds"
+            )
+        if not np.array_equal(other.labels, first.labels):
+            index = int(np.flatnonzero(other.labels != first.labels)[0])
+            raise RunError(
+                f"{names} disagree on the label of {first.photos[index]!r}: were labels corrected between them? Train "
+                "both on the same labels"
+            )
+
+
+def group_runs(results: Sequence[RunResults]) -> list[Group]:
+    """Put runs together that differ in nothing but chance, in order of first appearance.
+
+    Raises:
+        RunError: There are no runs.
+    """
+    if not results:
+        raise RunError("no runs to compare: give run folders, or a folder of them")
+    runs: dict[str, list[RunResults]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for run in results:
+        # What was combined has the recipe of one of its members, but is no further run of it.
+        own = {"combined": run.summary.get("combined", "none")}
+        own |= {key: value for key, value in flatten(run.config).items() if key not in IGNORED}
+        identity = repr(sorted(own.items()))
+        runs.setdefault(identity, []).append(run)
+        settings[identity] = own
+    differing = differing_keys(list(settings.values()))
+    groups: list[Group] = []
+    for identity, members in runs.items():
+        changes = {key: settings[identity][key] for key in differing}
+        groups.append(Group(_describe(changes) or members[0].name, changes, tuple(members)))
+    return groups if len(differing) <= MOST_CHANGES else _name_by_folder(groups)
+
+
+def name_against(groups: Sequence[Group], run: Path) -> list[Group]:
+    """The variant of one run first, under that run's name; the others named by what they change of it.
+
+    Raises:
+        RunError: The run is not among them.
+    """
+    wanted = run.resolve()
+    base = next((group for group in groups if any(one.path.resolve() == wanted for one in group.runs)), None)
+    if base is None:
+        raise RunError(f"{run} is not among the runs that are compared: name one of them, or add it")
+    named = [base if len(base.changes) > MOST_CHANGES else replace(base, name=wanted.name)]
+    for group in groups:
+        if group is not base:
+            changes = {key: value for key, value in group.changes.items() if value != base.changes[key]}
+            named.append(replace(group, name=_describe(changes)) if len(changes) <= MOST_CHANGES else group)
+    return named
+
+
+def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys whose value is not the same in all settings, in recipe order."""
+    first = settings[0]
+    return [key for key in first if any(other[key] != first[key] for other in settings[1:])]
+
+
+def _name_by_folder(groups: Sequence[Group]) -> list[Group]:
+    """The folder of a single run, or the one that holds a variant's runs; the changes where folders are named alike."""
+    paths = [[run.path.resolve() for run in group.runs] for group in groups]
+    folders = [own[0] if len(own) == 1 else own[0].parent for own in paths]
+    if len({folder.name for folder in folders}) < len(groups):
+        return list(groups)
+    return [replace(group, name=folder.name) for group, folder in zip(groups, folders, strict=True)]
+
+
+def _describe(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={format_value(value)}" for key, value in changes.items())
