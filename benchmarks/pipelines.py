@@ -145,7 +145,7 @@ class Ours:
         import numpy as np
 
         from fieldmark.config import load_config
-        from fieldmark.data.decode import read_size
+        from fieldmark.data.decode import DecodeSpec, read_size
         from fieldmark.models.provenance import InputConfig
         from fieldmark.runs.build import build_augment_spec, build_eval_spec
         from fieldmark.runs.dataset import PhotoReader, TrainPhotos
@@ -157,7 +157,7 @@ class Ours:
         self._settings = (files, sizes, folder, mode, short_side)
         self.numbers = {file: number for number, file in enumerate(files)}
         self.prepare = TrainPhotos(
-            PhotoReader(tuple(files), np.zeros(len(files), np.int64), (0, 0, 0), 10**9),
+            PhotoReader(tuple(files), np.zeros(len(files), np.int64), DecodeSpec((0, 0, 0), 10**9)),
             self.open_cache(),
             sizes,
             build_augment_spec(config, size=SIZE, evaluation=evaluation, is_fixres=False),

@@ -13,15 +13,13 @@ import numpy as np
 
 from fieldmark import plots
 from fieldmark.config import load_config
-from fieldmark.data.decode import decode
 from fieldmark.errors import MissingExtraError
 from fieldmark.files import whole_or_absent
-from fieldmark.inference.evaluation import Evaluation, evaluate, save_scores, score
+from fieldmark.inference.evaluation import Evaluation, evaluate, save_evaluation
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs.environment import processor_name, usable_cores
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import format_epoch, train
-from fieldmark.training.metrics import wilson_interval
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -111,10 +109,7 @@ def write_table(path: Path) -> tuple[int, int]:
 
 def draw(run: Run, judged: Evaluation, folder: Path) -> list[Path]:
     """Training curves and predictions with their photos as PNG, and the tables of `fieldmark evaluate`."""
-    scores = score(
-        judged.predictions.probabilities, judged.predictions.labels, judged.classes, run.prior, split=judged.split
-    )
-    save_scores(scores, folder / "evaluation")
+    save_evaluation(judged, folder / "evaluation")
     pictures = {
         "training.png": plots.training_figure(run.metrics),
         "predictions.png": _prediction_figure(run, judged),
@@ -134,10 +129,8 @@ def _prediction_figure(run: Run, judged: Evaluation) -> Figure:
     is_right = predicted[order] == stored.labels[order]
     mistakes = order[~is_right][: SHOWN // 2]
     chosen = [*order[is_right][: SHOWN - len(mistakes)], *mistakes]
-    data = run.config.data
-    photos = [
-        decode(run.split.root / stored.paths[n], background=data.background, max_pixels=data.max_pixels) for n in chosen
-    ]
+    decoding = run.decode_spec()
+    photos = [decoding.read(run.split.root / stored.paths[n]) for n in chosen]
     names = judged.classes
     captions = [
         f"says {names[predicted[n]]}, {stored.probabilities[n].max():.2f}\nis {names[stored.labels[n]]}" for n in chosen
@@ -155,7 +148,5 @@ def _package_data() -> Traversable:
 
 
 def _accuracy(judged: Evaluation) -> str:
-    total = len(judged.predictions.labels)
-    top1 = judged.figures["top1"]
-    low, high = wilson_interval(round(top1 * total), total)
-    return f"{top1:.4f}  (95 % interval {low:.4f} to {high:.4f})"
+    low, high = judged.top1_interval
+    return f"{judged.metrics['top1']:.4f}  (95 % interval {low:.4f} to {high:.4f})"

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmark.data.loader import Loader, auto_workers, batches, epoch_order, shard_plan
+from fieldmark.data.loader import Loader, auto_workers, cut_plan, epoch_order, shard_plan
 from fieldmark.data.workers import Batch, WorkerPool, join_batches
 from fieldmark.errors import PhotoError, ResourceError, TrainingError
 
@@ -157,7 +157,7 @@ def test_the_shares_of_all_processes_are_the_batch(plan: list[list[int]], proces
 def test_workers_and_threads_change_nothing(preparing: ModuleType, pair: Loader) -> None:
     prepare = preparing.Prepare()
     expected = [content(prepare(numbers, 5)) for numbers in PLAN]
-    assert [content(batch) for batch in batches(prepare, PLAN, epoch=5, workers=0)] == expected
+    assert [content(batch) for batch in Loader(workers=0, threads=1).batches(prepare, PLAN, epoch=5)] == expected
     with Loader(workers=0, threads=3) as loader:
         assert [content(batch) for batch in loader.batches(prepare, PLAN, epoch=5)] == expected
     assert [content(batch) for batch in pair.batches(prepare, PLAN, epoch=5)] == expected
@@ -165,7 +165,12 @@ def test_workers_and_threads_change_nothing(preparing: ModuleType, pair: Loader)
 
 def test_an_empty_plan_gives_no_batch(preparing: ModuleType, pair: Loader) -> None:
     assert list(pair.batches(preparing.Prepare(), [], epoch=0)) == []
-    assert list(batches(preparing.Prepare(), [], epoch=0, workers=0)) == []
+    assert list(Loader(workers=0, threads=1).batches(preparing.Prepare(), [], epoch=0)) == []
+
+
+def test_a_cut_plan_holds_every_photo_once_in_order():
+    assert cut_plan(range(7), 3) == [range(3), range(3, 6), range(6, 7)]
+    assert cut_plan([], 3) == []
 
 
 def test_workers_outlive_epochs_and_take_what_each_epoch_needs(preparing: ModuleType, pair: Loader) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fieldmark.config import load_config
 from fieldmark.errors import DataError, PhotoError, RunError
-from fieldmark.inference.evaluation import evaluate_run, format_scores
+from fieldmark.inference.evaluation import evaluate_run, format_evaluation
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.progress import Quiet
 from fieldmark.runs.folder import Run
@@ -145,7 +145,7 @@ def test_an_evaluation_with_flips_says_what_they_change_and_stores_none_of_it(ru
     truth = [run.classes[run.split.label_numbers()[place]] for place in validation]
     assert scores.metrics["top1"] == np.mean([found.label == true for found, true in zip(answers, truth, strict=True)])
     assert scores.flips.interval.estimate == pytest.approx(scores.metrics["top1"] - plain.metrics["top1"])
-    assert f"{100 * scores.flips.interval.estimate:+.1f}" in format_scores(scores)
+    assert f"{100 * scores.flips.interval.estimate:+.1f}" in format_evaluation(scores)
     assert scores.as_dict()["flips"]["num_photos"] == len(validation)
     assert (run.path / "predictions" / "val.parquet").read_bytes() == stored
     assert plain.flips is None

@@ -237,12 +237,14 @@ def evaluate(
 
     Accuracy with its interval, each class, confusion, calibration. Tables and pictures go to RUN/evaluation.
     """
-    from fieldmark.inference.evaluation import evaluate_run, format_scores, save_scores
+    from fieldmark.inference.evaluation import evaluate_run, format_evaluation, make_output_folder, save_evaluation
 
+    if out is not None:
+        make_output_folder(out)
     with open_progress("evaluate") as progress:
-        scores = evaluate_run(run, split=split, data=data, flips=flips, progress=progress)
-    paths = save_scores(scores, out or run / "evaluation" / (f"{split}-flips" if flips else split))
-    _print_json(scores.as_dict()) if as_json else typer.echo(format_scores(scores))
+        found = evaluate_run(run, split=split, data=data, flips=flips, progress=progress)
+    paths = save_evaluation(found, out or run / "evaluation" / (f"{split}-flips" if flips else split))
+    _print_json(found.as_dict()) if as_json else typer.echo(format_evaluation(found))
     typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
 
 

@@ -13,13 +13,14 @@ import io
 import logging
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.errors import PhotoError
+from fieldmark.errors import DataError, PhotoError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +41,48 @@ class ReducedPhoto(NamedTuple):
     scale: float
     """Reduced coordinate = scale x full coordinate, on both axes: 1, 1/2, 1/4 or 1/8. `pixels` is rounded up, so its
     last row and column may stand for less than a full pixel."""
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """How files become pixels; one for all photos of a model.
+
+    Attributes:
+        background: RGB under transparent pixels, 0 to 255.
+        max_pixels: Photos with more pixels than this, by their header, are refused before they are decoded.
+    """
+
+    background: RGB
+    max_pixels: int
+
+    def read(self, source: Source | PhotoError) -> Pixels:
+        """(H, W, 3) uint8, upright, of a photo in any form; an array is taken as it is.
+
+        Raises:
+            PhotoError: The photo cannot be read, or the source is such an error.
+            DataError: The source is no photo at all.
+        """
+        from PIL import Image
+
+        if isinstance(source, PhotoError):
+            raise source
+        if isinstance(source, np.ndarray):
+            return source
+        if isinstance(source, str | Path):
+            return decode(Path(source), background=self.background, max_pixels=self.max_pixels)
+        if isinstance(source, bytes | bytearray | memoryview):
+            return decode(bytes(source), background=self.background, max_pixels=self.max_pixels)
+        if not isinstance(source, Image.Image):
+            kind = type(source).__name__
+            raise DataError(f"a photo is a path, bytes, a Pillow image or an (H, W, 3) uint8 array; got {kind}")
+        # A copy: loading and turning must not change the caller's image, and Pillow's images are not thread-safe.
+        return from_image("the photo", source.copy(), self.background, self.max_pixels)
+
+    def reduce(self, source: Path | bytes, *, min_short_side: float) -> Pixels:
+        """(h, w, 3) uint8, upright; see `decode_reduced`."""
+        return decode_reduced(
+            source, min_short_side=min_short_side, background=self.background, max_pixels=self.max_pixels
+        ).pixels
 
 
 class _JpegHeader(NamedTuple):
@@ -222,6 +265,7 @@ def _decode_jpeg(path: str, data: bytes, header: _JpegHeader, min_short_side: fl
 
 Pixels = NDArray[np.uint8]
 RGB = tuple[int, int, int]
+Source = Union[str, Path, bytes, Pixels, "Image.Image"]
 
 ORIENTATION = 0x0112
 JPEG_START = b"\xff\xd8\xff"

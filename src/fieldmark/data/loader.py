@@ -49,6 +49,11 @@ def epoch_order(num_photos: int, *, seed: int, epoch: int, shuffle: bool) -> NDA
 _ORDER_STREAM = 0x6F726465
 
 
+def cut_plan(numbers: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Batches of `batch_size` photos in their order; the last may be smaller."""
+    return [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+
+
 def shard_plan(plan: Plan, *, rank: int, processes: int) -> list[list[int]]:
     """One process's share of a plan: a contiguous part of every batch, so that together they are the same batches.
 
@@ -146,15 +151,6 @@ def _compute_alone() -> None:
     """
     torch.get_num_threads()  # sets this thread's number, which the limit then lowers; no other thread's changes
     threadpool_limits(1, user_api="openmp")
-
-
-def batches(prepare: Prepare, plan: Plan, *, epoch: int, workers: int) -> Iterator[Batch]:
-    """Yield the batches of one epoch from a loader of its own; for several epochs keep a `Loader`.
-
-    Args and errors are those of `Loader.batches`.
-    """
-    with Loader(workers=workers, threads=1) as loader:
-        yield from loader.batches(prepare, plan, epoch=epoch)
 
 
 def auto_workers(*, cores: int, is_cached: bool, has_gpu: bool) -> tuple[int, str]:

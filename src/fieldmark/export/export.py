@@ -147,6 +147,8 @@ def describe_run(run: Run, to: str) -> ModelMetadata:
         classes=run.classes,
         preprocessing=asdict(run.eval_spec()),
         background=run.config.data.background,
+        max_pixels=run.config.data.max_pixels,
+        batch_size=run.config.eval.batch_size,
         temperature=calibration.temperature if calibration else 1.0,
         threshold=calibration.threshold if calibration else 0.0,
         parameters=int(info["parameters"]),
@@ -161,7 +163,6 @@ def describe_run(run: Run, to: str) -> ModelMetadata:
 def validation_photos(run: Run, *, max_photos: int) -> Photos:
     """Up to `max_photos` validation photos of a run, spread evenly over its classes."""
     from fieldmark.augment.reference import eval_reference
-    from fieldmark.data.decode import decode
 
     index = run.split.of("val")
     if not index.photos:
@@ -176,16 +177,10 @@ def validation_photos(run: Run, *, max_photos: int) -> Photos:
     present = [number for number, file in enumerate(files) if file.is_file()]
     count = min(max_photos, len(present))
     chosen = [present[place] for place in np.linspace(0, len(present) - 1, count).round().astype(int)]
-    spec, settings = run.eval_spec(), run.config.data
+    spec, decoding = run.eval_spec(), run.decode_spec()
 
     def load(places: Sequence[int]) -> NDArray[np.float32]:
-        pictures = [
-            eval_reference(
-                decode(files[chosen[place]], background=settings.background, max_pixels=settings.max_pixels), spec
-            ).numpy()
-            for place in places
-        ]
-        return np.stack(pictures)
+        return np.stack([eval_reference(decoding.read(files[chosen[place]]), spec).numpy() for place in places])
 
     return Photos(labels=index.label_numbers()[chosen], load=load)
 

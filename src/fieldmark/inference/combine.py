@@ -342,12 +342,12 @@ def make_part(out: Path) -> Path:
 
 def write_summary(part: Path, summary: dict[str, Any]) -> None:
     """summary.json with the figures of the stored validation predictions, and where it was made."""
-    from fieldmark.inference.evaluation import judged
+    from fieldmark.inference.evaluation import score_predictions
     from fieldmark.runs.environment import describe_environment
 
     run = folder.Run(part)
-    evaluation = judged(run, run.predictions("val"), split="val")
-    summary["val"] = {**evaluation.figures, "top1_interval": list(evaluation.top1_interval)}
+    evaluation = score_predictions(run.predictions("val"), classes=run.classes, prior=run.prior, split="val")
+    summary["val"] = {**evaluation.metrics, "top1_interval": list(evaluation.top1_interval)}
     folder.write_json(part / folder.ENVIRONMENT, describe_environment())
     folder.write_json(part / folder.SUMMARY, summary)
 
@@ -442,10 +442,10 @@ class _SoupJudge:
         self._model = run.load_model()
 
     def __call__(self, weights: Any) -> float:
-        from fieldmark.inference.predictor import predict_with
+        from fieldmark.inference.predictor import predict_photos
 
         self._model.load_state_dict(weights)
-        found = predict_with(self._model, self._run, self._index, self._numbers, flips=False, progress=self._progress)
+        found = predict_photos(self._run, self._index, self._numbers, progress=self._progress, model=self._model)
         score = top1(found, self._labels)
         what = self._names[len(self.scores)] if len(self.scores) < len(self._names) else "soup with one more"
         self._progress.message(f"{what}: top-1 {score:.4f}")

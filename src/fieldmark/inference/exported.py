@@ -9,20 +9,165 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
 from scipy.special import softmax
 
-from fieldmark.errors import ExportError, MissingExtraError
+from fieldmark.errors import DataError, ExportError, MissingExtraError
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
+    from fieldmark.data.decode import DecodeSpec
     from fieldmark.inference.taxonomy import BackOff
 
 
 Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+FILE = "fieldmark.json"
+KEY = "fieldmark"
+FORMAT = 1
+
+Channel = Annotated[int, Field(ge=0, le=255)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Finite, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """Everything between a photo and a named probability.
+
+    Attributes:
+        kind: Form of the model file.
+        precision: "float32", "float16" (weights only) or "int8".
+        file: Name of the model file in the same folder.
+        architecture: timm name of the backbone.
+        classes: Class names, in order of class index.
+        preprocessing: Fields of `augment.reference.EvalSpec`: how an upright RGB photo becomes the input (B, 3, S, S).
+        background: RGB under transparent pixels, 0 to 255.
+        temperature: Divides the logits before the softmax.
+        threshold: Least probability that is answered; below it the answer is "unknown". 0 answers everything.
+        parameters: Number of weights.
+        licence: License of the weights that training started from.
+        pretraining: What those weights were trained on.
+        run: Name of the run folder.
+        evidence: What was measured when it was exported: agreement of logits, accuracy of int8.
+        metrics: Metrics of the run on photos that it was not trained on.
+        back_off: `taxonomy.BackOff` as plain values: groups to answer with where the class is not sure.
+        max_pixels: Photos with more pixels are refused; exports of earlier versions have the default of the settings.
+        batch_size: Photos at once.
+    """
+
+    kind: Literal["onnx", "openvino", "torch", "timm"]
+    precision: str
+    file: str
+    architecture: str
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    preprocessing: dict[str, Any]
+    background: tuple[Channel, Channel, Channel]
+    temperature: Positive
+    threshold: Annotated[Finite, Field(ge=0, le=1)]
+    parameters: int
+    licence: str
+    pretraining: str
+    run: str
+    evidence: dict[str, Any] = field(default_factory=dict[str, Any])
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    back_off: dict[str, Any] | None = None
+    max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
+    batch_size: Annotated[int, Field(gt=0)] = 64
+
+    def eval_spec(self) -> EvalSpec:
+        """How a decoded photo becomes an input."""
+        from fieldmark.augment.reference import EvalSpec
+
+        return EvalSpec(**self.preprocessing)
+
+    def decode_spec(self) -> DecodeSpec:
+        """How files become pixels, within the limit of the run."""
+        from fieldmark.data.decode import DecodeSpec
+
+        return DecodeSpec(self.background, self.max_pixels)
+
+    def groups(self) -> BackOff | None:
+        """The groups to answer with where the class is not sure."""
+        from fieldmark.inference.taxonomy import BackOff
+
+        return BackOff.from_dict(self.back_off) if self.back_off else None
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> ModelMetadata:
+        """Read what `to_json` wrote; of text from elsewhere every value is checked.
+
+        Args:
+            text: JSON.
+            where: The file, for messages.
+
+        Raises:
+            ExportError: Not JSON, another format, or a value that is missing or not what it should be: names its key.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ExportError(f"{where} is not JSON: {error}; export the run again") from None
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if found != FORMAT or isinstance(found, bool):
+            raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
+        try:
+            metadata = TypeAdapter(cls).validate_python(content)
+            spec = TypeAdapter(_EvalPicture).validate_python(metadata.preprocessing)
+            groups = metadata.groups()
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            got = "" if first["type"] == "missing" else f"; got {str(first['input'])[:80]!r}"
+            raise ExportError(f"{where}, key {key!r}: {first['msg']}{got}. Export the run again") from None
+        except DataError as error:
+            raise ExportError(f"{where}, key 'back_off': {error}. Export the run again") from None
+        twice = [name for place, name in enumerate(metadata.classes) if name in metadata.classes[:place]]
+        if twice:
+            raise ExportError(f"{where}, key 'classes': {twice[0]!r} stands there twice. Export the run again")
+        if groups and groups.taxonomy.members.shape[1] != len(metadata.classes):
+            raise ExportError(f"{where}, key 'back_off.rows': one row for each class expected. Export the run again")
+        # JSON has lists where the values were tuples.
+        object.__setattr__(metadata, "preprocessing", asdict(spec))
+        return metadata
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelMetadata:
+        """Read the metadata of an exported model's folder.
+
+        Raises:
+            ExportError: There is none, or it cannot be read.
+        """
+        path = folder / FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ExportError(
+                f"{folder} is not an exported model: it has no {FILE}; make one with fieldmark export"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExportError(f"{path} cannot be read: {error}") from None
+        return cls.from_json(text, str(path))
+
+
+@dataclass(frozen=True)
+class _EvalPicture:
+    """The fields of `EvalSpec` with their ranges."""
+
+    transform: Literal["weights", "squash"]
+    size: Annotated[int, Field(gt=0, le=8192)]
+    crop_fraction: Annotated[Finite, Field(gt=0, le=1)]
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[Finite, Finite, Finite]
+    std: tuple[Positive, Positive, Positive]
 
 
 class ExportedModel:
@@ -37,23 +182,23 @@ class ExportedModel:
         self._compute = compute
 
     @classmethod
-    def load(cls, folder: str | Path, *, threads: int, precision: str) -> ExportedModel:
+    def load(cls, folder: str | Path, *, threads: int, precision: str = "f32") -> ExportedModel:
         """Load an export folder.
 
         Args:
             folder: With fieldmark.json and the model file.
             threads: Threads of one call; 0 leaves it to the runtime.
-            precision: What OpenVINO computes in: "f32", or "auto" for bf16 where the processor has it. The others
-                compute in what the file holds.
+            precision: What OpenVINO computes in: "f32", in which the export was proven, or "auto" for bf16 where the
+                processor has it. The others compute in what the file holds.
 
         Raises:
-            ExportError: No export, or its model file is missing or cannot be read.
+            ExportError: No export, or its model file is missing, cannot be read or gives other outputs than classes.
             MissingExtraError: The runtime of this form is not installed.
         """
         folder = Path(folder)
         metadata = ModelMetadata.load(folder)
         path = folder / metadata.file
-        if not path.is_file():
+        if Path(metadata.file).name != metadata.file or not path.is_file():
             raise ExportError(f"{folder} has no {metadata.file}: the export is not complete, make it again")
         loaders: dict[str, Callable[[], Compute]] = {
             "onnx": lambda: _onnx(path, threads),
@@ -61,43 +206,43 @@ class ExportedModel:
             "torch": lambda: _torch(path),
             "timm": lambda: _timm(folder),
         }
-        if metadata.kind not in loaders:
-            raise ExportError(f"{folder} holds the unknown form {metadata.kind!r}; known are {', '.join(loaders)}")
+        size = metadata.eval_spec().size
         try:
             compute = loaders[metadata.kind]()
-        except MissingExtraError:
+            outputs = compute(np.zeros((1, 3, size, size), np.float32)).shape[1:]
+        except (MissingExtraError, ExportError):
             raise
         except Exception as error:  # each runtime has its own errors for a broken file
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ExportError(f"{path} cannot be loaded: {line}") from error
+        if outputs != (len(metadata.classes),):
+            raise ExportError(
+                f"{path} gives outputs of shape {outputs}, but {folder / FILE} names {len(metadata.classes)} classes: "
+                "they belong to different models. Export the run again"
+            )
         return cls(metadata, compute)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; a class's number is its place."""
+        """Class names, in order of class index."""
         return self.metadata.classes
-
-    @property
-    def temperature(self) -> float:
-        """Divides the logits before the softmax."""
-        return self.metadata.temperature
-
-    @property
-    def threshold(self) -> float:
-        """Least probability that is answered; 0 answers everything."""
-        return self.metadata.threshold
 
     def eval_spec(self) -> EvalSpec:
         """How a photo becomes an input."""
         return self.metadata.eval_spec()
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, K) logits of normalised images (B, 3, S, S)."""
+        """(B, K) logits of normalized images (B, 3, S, S)."""
         return self._compute(np.ascontiguousarray(images, np.float32))
 
+    def answer(self, images: NDArray[np.float32], *, flips: bool) -> NDArray[np.float32]:
+        """(B, K) logits; with `flips` the mean of those of each image and of its mirror image."""
+        output = self.logits(images)
+        return (output + self.logits(images[..., ::-1])) / 2 if flips else output
+
     def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, K) calibrated probabilities of normalised images (B, 3, S, S)."""
-        return np.asarray(softmax(self.logits(images) / self.temperature, axis=1), np.float32)
+        """(B, K) calibrated probabilities of normalized images (B, 3, S, S)."""
+        return np.asarray(softmax(self.logits(images) / self.metadata.temperature, axis=1), np.float32)
 
 
 def _onnx(path: Path, threads: int) -> Compute:
@@ -157,106 +302,3 @@ def _torch_compute(model: Any) -> Compute:
             return model(torch.from_numpy(images)).numpy()
 
     return compute
-
-
-FILE = "fieldmark.json"
-KEY = "fieldmark"
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class ModelMetadata:
-    """Everything between a photo and a named probability.
-
-    Attributes:
-        kind: "onnx", "openvino", "torch" or "timm".
-        precision: "float32", "float16" (weights only) or "int8".
-        file: Name of the model file in the same folder.
-        architecture: timm name of the backbone.
-        classes: Class names; a class's number is its place.
-        preprocessing: Fields of `vision.augment.EvalSpec`: how an upright RGB photo becomes the input (B, 3, S, S).
-        background: RGB under transparent pixels, 0 to 255.
-        temperature: Divides the logits before the softmax.
-        threshold: Least probability that is answered; below it the answer is "unknown". 0 answers everything.
-        parameters: Number of weights.
-        licence: Licence of the weights that training started from.
-        pretraining: What those weights were trained on.
-        run: Name of the run folder.
-        evidence: What was measured when it was exported: agreement of logits, accuracy of int8.
-        metrics: Figures of the run on photos that it was not trained on.
-        back_off: `outputs.back_off.BackOff` as plain values: groups to answer with where the class is not sure.
-    """
-
-    kind: str
-    precision: str
-    file: str
-    architecture: str
-    classes: tuple[str, ...]
-    preprocessing: dict[str, Any]
-    background: tuple[int, int, int]
-    temperature: float
-    threshold: float
-    parameters: int
-    licence: str
-    pretraining: str
-    run: str
-    evidence: dict[str, Any] = field(default_factory=dict[str, Any])
-    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
-    back_off: dict[str, Any] | None = None
-
-    def eval_spec(self) -> EvalSpec:
-        """The evaluation picture, for `vision.augment.eval_reference`."""
-        from fieldmark.augment.reference import EvalSpec
-
-        return EvalSpec(**self.preprocessing)
-
-    def groups(self) -> BackOff | None:
-        """The groups to answer with where the class is not sure."""
-        from fieldmark.inference.taxonomy import BackOff
-
-        return BackOff.from_dict(self.back_off) if self.back_off else None
-
-    def to_json(self) -> str:
-        """One JSON object."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=True)
-
-    @classmethod
-    def from_json(cls, text: str, where: str) -> ModelMetadata:
-        """Read back what `to_json` wrote.
-
-        Args:
-            text: JSON.
-            where: The file, for messages.
-
-        Raises:
-            ExportError: Not JSON, another format, or fields are missing.
-        """
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ExportError(f"{where} is not JSON: {error}") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
-        missing = sorted(set(cls.__dataclass_fields__) - set(content) - {"back_off"})
-        if missing:
-            raise ExportError(f"{where} lacks {', '.join(missing)}: export the run again")
-        known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
-        # JSON has lists where the values were tuples.
-        for name in ("classes", "background"):
-            known[name] = tuple(known[name])
-        for name in ("mean", "std"):
-            known["preprocessing"][name] = tuple(known["preprocessing"][name])
-        return cls(**known)
-
-    @classmethod
-    def load(cls, folder: Path) -> ModelMetadata:
-        """Read the metadata of an exported model's folder.
-
-        Raises:
-            ExportError: There is none, or it cannot be read.
-        """
-        path = folder / FILE
-        if not path.is_file():
-            raise ExportError(f"{folder} is not an exported model: it has no {FILE}; make one with fieldmark export")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))

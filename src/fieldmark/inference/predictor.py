@@ -1,49 +1,42 @@
-"""A run folder or an exported model becomes a thing to ask: photos in, class names and probabilities out.
+"""Models that answer: a run folder, an ensemble or an export becomes photos in, class names and probabilities out.
 
-The pipeline is the one that judged the run: same decoding, same evaluation transform, same weights. Nothing but the
-folder is needed.
+The pipeline is the one that evaluated the run: same decoding, same evaluation transform, same weights, same precision.
+Nothing but the folder is needed.
 
-Shape letters: B batch, K classes, H and W pixels, S side of the model's input.
+Shape letters: B batch, N photos, K classes, H and W pixels, S side of the model's input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import nn
 
-from fieldmark.data.index import PhotoIndex
-from fieldmark.data.loader import auto_workers, batches
+from fieldmark.data.decode import DecodeSpec, Source
+from fieldmark.data.index import PhotoIndex, list_photos
+from fieldmark.data.loader import Loader, auto_workers, cut_plan
 from fieldmark.data.workers import Batch
-from fieldmark.errors import DataError, PhotoError, RunError
+from fieldmark.errors import PhotoError, RunError
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
-from fieldmark.inference.taxonomy import Answer
-from fieldmark.progress import Progress
+from fieldmark.inference.taxonomy import Answer, BackOff
+from fieldmark.progress import Progress, Quiet
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
-from fieldmark.runs.environment import keep_freed_memory, quiet_fabric, usable_cores
-from fieldmark.runs.folder import ENSEMBLE, MEMBERS, Run
-from fieldmark.training.evaluate import predict_batches
+from fieldmark.runs.environment import keep_freed_memory, usable_cores
+from fieldmark.runs.folder import ENSEMBLE, MEMBERS, WEIGHTS, Run
+from fieldmark.training.evaluate import predict_batches, softmax
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from fieldmark.augment.reference import EvalSpec, Views
-    from fieldmark.data.index import PhotoIndex
-    from fieldmark.data.workers import Batch
-    from fieldmark.inference.taxonomy import BackOff
-    from fieldmark.runs.folder import Run
-    from fieldmark.training.evaluate import Predictions
 
-
-Source = Union[str, Path, bytes, NDArray[np.uint8], "Image"]
+Logits = Callable[[Batch], NDArray[np.floating[Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +45,9 @@ class Prediction:
 
     Attributes:
         path: The photo, as it was named; "" for pixels without a name.
-        classes: K class names, in order of class number.
-        probabilities: (K,) float32 summing to 1; NaN for a photo that could not be read.
-        problem: Why the photo could not be read; "" if it could.
+        classes: K class names, in order of class index.
+        probabilities: (K,) float32 summing to 1; NaN for a photo that has no answer.
+        problem: Why there is no answer; "" if there is one.
         threshold: Least probability that counts as an answer, in [0, 1].
         back_off: Groups to answer with where the class is not sure; None if there are none.
     """
@@ -68,44 +61,35 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The most probable class; "" for a photo that could not be read."""
+        """The most probable class; "" for a photo without an answer."""
         return "" if self.problem else self.classes[int(self.probabilities.argmax())]
 
     @property
     def probability(self) -> float:
-        """The probability of `label`, in [0, 1]; NaN for a photo that could not be read."""
+        """The probability of `label`, in [0, 1]; NaN for a photo without an answer."""
         return float("nan") if self.problem else float(self.probabilities.max())
 
     @property
     def is_unknown(self) -> bool:
-        """Whether the model is not sure enough of the class, or the photo could not be read."""
-        return bool(self.problem) or self.probability < self.threshold
+        """Whether the model is not sure enough of the class, or the photo has no answer."""
+        return bool(self.problem) or not self.probability >= self.threshold  # NaN is never sure
 
     @property
     def answer(self) -> Answer:
         """The finest name that is sure enough: the class, else a group of the taxonomy, else none (level "")."""
         if self.problem:
             return Answer("", "", float("nan"))
-        return answer_of(self.probabilities, self.classes, threshold=self.threshold, back_off=self.back_off)
+        if self.back_off is not None:
+            return self.back_off.answer(self.probabilities)
+        return Answer("", "", self.probability) if self.is_unknown else Answer("class", self.label, self.probability)
 
     def top(self, k: int) -> list[tuple[str, float]]:
-        """The `k` most probable classes with their probabilities; empty for a photo that could not be read."""
+        """The `k` most probable classes with their probabilities; empty for a photo without an answer."""
         if self.problem:
             return []
         # Stable on the negated row, so that equals keep class order, as the accuracy counts them.
         order = np.argsort(-self.probabilities, kind="stable")[:k]
         return [(self.classes[number], float(self.probabilities[number])) for number in order]
-
-
-def answer_of(
-    probabilities: NDArray[np.float32], classes: Sequence[str], *, threshold: float, back_off: BackOff | None
-) -> Answer:
-    """The finest name that is sure enough; see `Prediction.answer`."""
-    if back_off is not None:
-        return back_off.answer(probabilities)
-    best = int(probabilities.argmax())
-    sure = float(probabilities[best])
-    return Answer("", "", sure) if sure < threshold else Answer("class", classes[best], sure)
 
 
 class Predictor:
@@ -114,11 +98,10 @@ class Predictor:
     Make one with `Predictor.load`.
 
     Args:
-        classes: K class names, in order of class number.
+        classes: K class names, in order of class index.
         spec: How a photo becomes the model's input; several ways where the members of an ensemble differ.
         logits: (B, K) logits of a batch.
-        background: RGB under transparent pixels, 0 to 255.
-        max_pixels: Photos with more pixels are refused.
+        decoding: How files become pixels.
         batch_size: Photos at once.
         temperature: Divides the logits, > 0.
         threshold: Least probability that counts as an answer, in [0, 1].
@@ -130,9 +113,8 @@ class Predictor:
         *,
         classes: Sequence[str],
         spec: EvalSpec | Views,
-        logits: Callable[[Batch], NDArray[np.floating[Any]]],
-        background: tuple[int, int, int],
-        max_pixels: int,
+        logits: Logits,
+        decoding: DecodeSpec,
         batch_size: int,
         temperature: float,
         threshold: float,
@@ -140,13 +122,12 @@ class Predictor:
     ) -> None:
         self.classes = tuple(classes)
         self.spec = spec
+        self.decoding = decoding
         self.batch_size = batch_size
         self.temperature = temperature
         self.threshold = threshold
         self.back_off = back_off
         self._logits = logits
-        self.background = background
-        self._max_pixels = max_pixels
 
     @classmethod
     def load(cls, model: Run | str | Path, *, flips: bool = False) -> Predictor:
@@ -156,60 +137,40 @@ class Predictor:
 
         Args:
             model: A run, its folder, or the folder that `fieldmark combine` or `fieldmark export` wrote.
-            flips: Average the logits of each photo and its mirror image: twice the time, often half a point better.
+            flips: Test-time augmentation: average the logits of each photo and its mirror image. Twice the time.
 
         Raises:
             RunError: The folder is neither, or the run has no weights yet.
+            ExportError: The export is damaged.
         """
-        from fieldmark.inference.exported import FILE
-        from fieldmark.runs.folder import Run
+        from fieldmark.inference.calibrate import load_back_off, load_calibration
+        from fieldmark.inference.exported import FILE, ExportedModel
 
         if isinstance(model, str | Path) and (Path(model) / FILE).is_file():
-            return cls._load_exported(Path(model), flips=flips)
-        return cls._load_run(model if isinstance(model, Run) else Run(model), flips=flips)
-
-    @classmethod
-    def _load_run(cls, run: Run, *, flips: bool) -> Predictor:
-        from fieldmark.inference.calibrate import load_back_off, load_calibration
-
-        spec, logits = open_networks(run, flips=flips)
+            exported = ExportedModel.load(model, threads=0)
+            about = exported.metadata
+            return cls(
+                classes=about.classes,
+                spec=about.eval_spec(),
+                logits=lambda batch: exported.answer(batch.images.numpy(), flips=flips),
+                decoding=about.decode_spec(),
+                batch_size=about.batch_size,
+                temperature=about.temperature,
+                threshold=about.threshold,
+                back_off=about.groups(),
+            )
+        run = model if isinstance(model, Run) else Run(model)
+        networks = Networks(run, flips=flips)
         calibration = load_calibration(run)
         return cls(
             classes=run.classes,
-            spec=spec,
-            logits=logits,
-            background=run.config.data.background,
-            max_pixels=run.config.data.max_pixels,
+            spec=networks.spec,
+            logits=networks.logits,
+            decoding=run.decode_spec(),
             batch_size=run.config.eval.batch_size,
             temperature=calibration.temperature if calibration else 1.0,
             threshold=calibration.threshold if calibration else 0.0,
             back_off=load_back_off(run),
-        )
-
-    @classmethod
-    def _load_exported(cls, folder: Path, *, flips: bool) -> Predictor:
-        from fieldmark.config import Config
-        from fieldmark.inference.exported import ExportedModel
-
-        exported = ExportedModel.load(folder, threads=0, precision="auto")
-        defaults = Config()
-
-        def logits(batch: Batch) -> NDArray[np.float32]:
-            images = batch.images.numpy()
-            output = exported.logits(images)
-            mirrored = exported.logits(images[..., ::-1]) if flips else output
-            return np.asarray((output + mirrored) / 2, np.float32)
-
-        return cls(
-            classes=exported.classes,
-            spec=exported.eval_spec(),
-            logits=logits,
-            background=exported.metadata.background,
-            max_pixels=defaults.data.max_pixels,
-            batch_size=defaults.eval.batch_size,
-            temperature=exported.temperature,
-            threshold=exported.threshold,
-            back_off=exported.metadata.groups(),
         )
 
     def __call__(self, photo: Source) -> Prediction:
@@ -239,11 +200,17 @@ class Predictor:
             DataError: The folder holds no photo.
         """
         if isinstance(photos, str | Path):
-            from fieldmark.data.index import list_photos
+            return self.predict_index(list_photos(Path(photos)))
+        return self.predict_named((str(photo) if isinstance(photo, str | Path) else "", photo) for photo in photos)
 
-            yield from self.predict_index(list_photos(Path(photos)))
-            return
-        yield from self.predict_named((str(photo) if isinstance(photo, str | Path) else "", photo) for photo in photos)
+    def predict_proba(self, photos: str | Path | Iterable[Source]) -> NDArray[np.float32]:
+        """(N, K) probabilities of many photos, in their order; a row of NaN for each that cannot be read.
+
+        Args:
+            photos: As in `predict`.
+        """
+        rows = [prediction.probabilities for prediction in self.predict(photos)]
+        return np.stack(rows) if rows else np.zeros((0, len(self.classes)), np.float32)
 
     def predict_named(
         self, photos: Iterable[tuple[str, Source | PhotoError]], *, threads: int | None = None
@@ -255,100 +222,171 @@ class Predictor:
                 time.
             threads: That decode; None is one for each usable core.
         """
-        from fieldmark.data.loader import Loader
-        from fieldmark.runs.environment import usable_cores
-
         pairs = iter(photos)
         with Loader(workers=0, threads=threads or usable_cores()) as loader:
             while chunk := list(islice(pairs, self.batch_size)):
-                sources = [source for _, source in chunk]
-                prepare = _SourcePhotos(sources, self.spec, self.background, self._max_pixels)
+                unknown = np.full(len(chunk), -1, np.int64)
+                reader = PhotoReader([source for _, source in chunk], unknown, self.decoding)
+                prepare = EvalPhotos(reader, self.spec, keeps_broken=True)
                 for batch in loader.batches(prepare, [range(len(chunk))], epoch=0):
                     yield from self._answers(batch, [name for name, _ in chunk])
 
     def predict_index(self, index: PhotoIndex) -> Iterator[Prediction]:
         """Ask about the photos of an index, in its order, by the paths that it has for them."""
-        from fieldmark.data.loader import Loader, auto_workers
-        from fieldmark.runs.dataset import EvalPhotos, PhotoReader
-        from fieldmark.runs.environment import usable_cores
-
-        reader = PhotoReader(tuple(index.files()), index.label_numbers(), self.background, self._max_pixels)
+        reader = PhotoReader(tuple(index.files()), index.label_numbers(), self.decoding)
         prepare = EvalPhotos(reader, self.spec, keeps_broken=True)
-        numbers = range(len(index.photos))
-        plan = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
-        # Processes take seconds to start: a few photos are read sooner without.
-        workers = auto_workers(cores=usable_cores(), is_cached=False, has_gpu=False)[0] if len(plan) > 2 else 0
-        with Loader(workers=workers, threads=usable_cores()) as loader:
-            for batch in loader.batches(prepare, plan, epoch=0):
-                yield from self._answers(batch, [index.photos[number].path for number in batch.numbers.tolist()])
+        for batch in _load_batches(prepare, range(len(index.photos)), self.batch_size):
+            yield from self._answers(batch, [index.photos[number].path for number in batch.numbers.tolist()])
 
     def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, K) calibrated probabilities of pictures that `vision.views.eval_picture` made by `spec`."""
-        import torch
-
-        from fieldmark.data.workers import Batch
-        from fieldmark.training.evaluate import softmax
-
+        """(B, K) calibrated probabilities of pictures that `augment.reference.eval_picture` made by `spec`."""
         unknown = torch.full((len(images),), -1, dtype=torch.int64)
-        batch = Batch(torch.from_numpy(images), torch.arange(len(images)), unknown, ())
-        return softmax(self._logits(batch), temperature=self.temperature)
+        return self._probabilities(Batch(torch.from_numpy(images), torch.arange(len(images)), unknown, ()))
+
+    def _probabilities(self, batch: Batch) -> NDArray[np.float32]:
+        logits = self._logits(batch)
+        if logits.shape[1:] != (len(self.classes),):
+            raise RunError(
+                f"the model gives {logits.shape[-1]} outputs for {len(self.classes)} class names: its files belong to "
+                "different models; train or export it again"
+            )
+        return softmax(logits, temperature=self.temperature)
 
     def _answers(self, batch: Batch, names: Sequence[str]) -> list[Prediction]:
-        from fieldmark.training.evaluate import softmax
-
-        probabilities = softmax(self._logits(batch), temperature=self.temperature)
+        probabilities = self._probabilities(batch)
         problems = dict(batch.problems)
-        for place in problems:
-            probabilities[place] = np.nan
+        for row in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)).tolist():
+            problems.setdefault(row, "has no answer: the model's output is not finite, its weights may be damaged")
+        probabilities[list(problems)] = np.nan
         return [
             Prediction(name, self.classes, row, problems.get(place, ""), self.threshold, self.back_off)
             for place, (name, row) in enumerate(zip(names, probabilities, strict=True))
         ]
 
 
+def predict_photos(
+    run: Run,
+    index: PhotoIndex,
+    numbers: NDArray[np.int64],
+    *,
+    flips: bool = False,
+    progress: Progress | None = None,
+    model: nn.Module | None = None,
+) -> NDArray[np.float32]:
+    """(N, K) float32 probabilities, at temperature 1, of some photos of an index.
+
+    Args:
+        run: A run or an ensemble.
+        index: Where the photos are.
+        numbers: (N,) photos of the index, rising.
+        flips: As in `Predictor.load`.
+        progress: Reports how far the work is.
+        model: Answers instead of the run's own weights.
+
+    Raises:
+        PhotoError: A photo cannot be read.
+    """
+    networks, progress = Networks(run, flips=flips, model=model), progress or Quiet()
+    reader = PhotoReader(tuple(index.files()), index.label_numbers(), run.decode_spec())
+    prepare = EvalPhotos(reader, networks.spec, keeps_broken=False)
+    rows: list[NDArray[np.float32]] = []
+    progress.start(len(numbers), 0)
+    for batch in _load_batches(prepare, numbers.tolist(), run.config.eval.batch_size):
+        rows.append(networks.probabilities(batch))
+        progress.advance(len(batch.numbers))
+    return np.concatenate(rows) if rows else np.zeros((0, len(run.classes)), np.float32)
+
+
+def _load_batches(prepare: EvalPhotos, numbers: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    plan = cut_plan(numbers, batch_size)
+    # Processes take seconds to start: a few photos are read sooner without.
+    has_gpu = torch.cuda.is_available()
+    workers = auto_workers(cores=usable_cores(), is_cached=False, has_gpu=has_gpu)[0] if len(plan) > 2 else 0
+    with Loader(workers=workers, threads=usable_cores()) as loader:
+        yield from loader.batches(prepare, plan, epoch=0)
+
+
 @dataclass(frozen=True)
-class _SourcePhotos:
-    """Prepares photos that are held in hand, as `experiment.batches.EvalPhotos` does those of an index."""
+class Device:
+    """Where a model answers, and in what precision: what `predict_batches` needs of a Fabric, without its imports."""
 
-    sources: Sequence[Source | PhotoError]
-    spec: EvalSpec | Views
-    background: tuple[int, int, int]
-    max_pixels: int
+    device: torch.device
+    precision: str
+    world_size: int = 1
 
-    def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
-        import torch
+    @classmethod
+    def choose(cls, precision: str) -> Device:
+        """The GPU or the processor, in the precision that the run was evaluated in, where it is fast here.
 
-        from fieldmark.augment.reference import eval_picture, picture_shape
-        from fieldmark.data.workers import Batch
+        A run's accuracy, temperature and threshold were measured in that precision, so it is what answers; a processor
+        without bf16, which would emulate it slowly, and fp16 on a processor give way to 32 bit.
+        """
+        if torch.cuda.is_available():
+            return cls(torch.device("cuda"), precision)
+        keep_freed_memory()
+        is_kept = precision == "bf16-mixed" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return cls(torch.device("cpu"), precision if is_kept else "32-true")
 
-        images = torch.zeros((len(numbers), *picture_shape(self.spec)))
-        problems: list[tuple[int, str]] = []
-        for place, number in enumerate(numbers):
-            try:
-                images[place] = eval_picture(self._read(self.sources[number]), self.spec)
-            except PhotoError as error:
-                problems.append((place, error.reason))
-        order = torch.as_tensor(list(numbers), dtype=torch.int64)
-        return Batch(images, order, torch.full_like(order, -1), tuple(problems))
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that the model computes in."""
+        if self.precision == "32-true":
+            return nullcontext()
+        kind = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
+        return torch.autocast(self.device.type, dtype=kind)
 
-    def _read(self, source: Any) -> NDArray[np.uint8]:
-        from PIL import Image
 
-        from fieldmark.data.decode import decode, from_image
+class Networks:
+    """The network of a run, or those of an ensemble's members, as one.
 
-        if isinstance(source, PhotoError):
-            raise source
-        if isinstance(source, np.ndarray):
-            return source
-        if isinstance(source, str | Path):
-            return decode(Path(source), background=self.background, max_pixels=self.max_pixels)
-        if isinstance(source, bytes | bytearray | memoryview):
-            return decode(bytes(source), background=self.background, max_pixels=self.max_pixels)
-        if not isinstance(source, Image.Image):
-            kind = type(source).__name__
-            raise DataError(f"a photo is a path, bytes, a Pillow image or an (H, W, 3) uint8 array; got {kind}")
-        # A copy: loading and turning must not change the caller's image, and Pillow's images are not thread-safe.
-        return from_image("the photo", source.copy(), self.background, self.max_pixels)
+    Args:
+        run: A run or an ensemble.
+        flips: As in `Predictor.load`, in each network.
+        model: Answers instead of the run's own weights; not for ensembles.
+
+    Raises:
+        RunError: There are no weights yet.
+    """
+
+    def __init__(self, run: Run, *, flips: bool, model: nn.Module | None = None) -> None:
+        from fieldmark.augment.reference import join_specs
+
+        self._members = load_members(run) if run.is_ensemble else ()
+        runs = [member.run for member in self._members] or [run]
+        self._specs = [one.eval_spec() for one in runs]
+        self._networks = [_open_network(one, model, flips=flips) for one in runs]
+        self.spec = join_specs(self._specs)
+
+    def logits(self, batch: Batch) -> NDArray[np.floating[Any]]:
+        """(B, K); of an ensemble the logarithms of its mean probabilities."""
+        return log_probabilities(self.probabilities(batch)) if self._members else self._networks[0](batch)
+
+    def probabilities(self, batch: Batch) -> NDArray[np.float32]:
+        """(B, K) at temperature 1."""
+        from fieldmark.augment.reference import split_views
+
+        if not self._members:
+            return softmax(self._networks[0](batch))
+        views = split_views(batch.images, self.spec)
+        rows = [
+            softmax(network(replace(batch, images=views[spec])))
+            for network, spec in zip(self._networks, self._specs, strict=True)
+        ]
+        temperatures, orders = zip(*((member.temperature, member.order) for member in self._members), strict=True)
+        return mean_probabilities(rows, temperatures, orders)
+
+
+def _open_network(run: Run, model: nn.Module | None, *, flips: bool) -> Callable[[Batch], NDArray[np.float32]]:
+    if model is None and not (run.path / WEIGHTS).is_file():
+        raise RunError(
+            f"{run.path} has no weights yet (its status is {run.summary['status']!r}): "
+            f"let it train for an epoch, or continue it with `fieldmark train --resume {run.path}`"
+        )
+    channels_last = bool(run.model_info["channels_last"])
+    where = Device.choose(str(run.model_info["precision"]))
+    network = (run.load_model() if model is None else model).to(where.device)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lambda batch: predict_batches(where, network, [batch], flips=flips, channels_last=channels_last).logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +396,7 @@ class Member:
     Attributes:
         run: What it needs to predict, as a run.
         temperature: Divides its logits, > 0.
-        order: (K,) for each class of the ensemble, its number among the member's classes.
+        order: (K,) for each class of the ensemble, its index among the member's classes.
     """
 
     run: Run
@@ -374,6 +412,8 @@ def load_members(run: Run) -> tuple[Member, ...]:
     """
     try:
         rows = [(str(row["folder"]), float(row["temperature"])) for row in run.ensemble_info["members"]]
+        if not all(0 < temperature < np.inf for _, temperature in rows):
+            raise ValueError("a temperature is not above 0")
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{run.path / ENSEMBLE} is not the list of an ensemble's members: {error!r}") from None
     members: list[Member] = []
@@ -387,7 +427,7 @@ def load_members(run: Run) -> tuple[Member, ...]:
 
 
 def class_order(own: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64] | None:
-    """(K,) the place in `own` of each name of `wanted`; None unless both hold the same names."""
+    """(K,) the index in `own` of each name of `wanted`; None unless both hold the same names."""
     if sorted(own) != sorted(wanted):
         return None
     place = {name: number for number, name in enumerate(own)}
@@ -397,7 +437,7 @@ def class_order(own: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64] 
 def mean_probabilities(
     probabilities: Sequence[NDArray[np.float32]], temperatures: Sequence[float], orders: Sequence[NDArray[np.int64]]
 ) -> NDArray[np.float32]:
-    """What an ensemble says: the mean of its members' calibrated probabilities.
+    """The answer of an ensemble: the mean of its members' calibrated probabilities.
 
     Every use of an ensemble comes through here with its members' float32 probabilities, so that stored predictions and
     new ones of the same photos are the same to the bit.
@@ -419,125 +459,3 @@ def mean_probabilities(
         for rows, temperature, order in zip(probabilities, temperatures, orders, strict=True)
     ]
     return np.mean(calibrated, axis=0).astype(np.float32)
-
-
-def predict_photos(
-    run: Run, index: PhotoIndex, numbers: NDArray[np.int64], *, flips: bool, progress: Progress
-) -> NDArray[np.float32]:
-    """Probabilities of some photos of an index, or with `flips` of each photo and its mirror image in the mean.
-
-    Returns:
-        (N, K) float32 in the order of `numbers`, which must rise.
-
-    Raises:
-        PhotoError: A photo cannot be read.
-    """
-    if run.is_ensemble:
-        members = load_members(run)
-        return mean_probabilities(
-            [predict_photos(member.run, index, numbers, flips=flips, progress=progress) for member in members],
-            [member.temperature for member in members],
-            [member.order for member in members],
-        )
-    return predict_with(run.load_model(), run, index, numbers, flips=flips, progress=progress)
-
-
-def predict_with(
-    model: nn.Module, run: Run, index: PhotoIndex, numbers: NDArray[np.int64], *, flips: bool, progress: Progress
-) -> NDArray[np.float32]:
-    """The same, by a model that stands in for the run's own; it is moved to the device."""
-    data, info = run.config.data, run.model_info
-    fabric = open_fabric(info)
-    reader = PhotoReader(tuple(index.files()), index.label_numbers(), data.background, data.max_pixels)
-    size = run.config.eval.batch_size
-    plan = [numbers[start : start + size].tolist() for start in range(0, len(numbers), size)]
-    prepare = EvalPhotos(reader, run.eval_spec(), keeps_broken=False)
-    workers, _ = auto_workers(cores=usable_cores(), is_cached=False, has_gpu=fabric.device.type != "cpu")
-    if info["channels_last"]:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    progress.start(len(numbers), 0)
-    predictions = predict_batches(
-        fabric,
-        fabric.to_device(model),
-        _counted(batches(prepare, plan, epoch=0, workers=workers), progress),
-        flips=flips,
-        channels_last=info["channels_last"],
-    )
-    return predictions.probabilities()
-
-
-def open_fabric(info: dict[str, Any]) -> Fabric:
-    """One process with the precision that the run was trained in, where this machine has it."""
-    has_gpu = torch.cuda.is_available()
-    if not has_gpu:
-        keep_freed_memory()
-    precision = info["precision"] if has_gpu or info["precision"] != "16-mixed" else "32-true"
-    quiet_fabric()
-    return Fabric(accelerator="cuda" if has_gpu else "cpu", devices=1, precision=precision)
-
-
-def _counted(loaded: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
-    for batch in loaded:
-        yield batch
-        progress.advance(len(batch.numbers))
-
-
-Logits = Callable[["Batch"], NDArray[np.floating[Any]]]
-
-
-def open_networks(run: Run, *, flips: bool) -> tuple[EvalSpec | Views, Logits]:
-    """How a photo becomes pictures, and what turns a batch of them into (B, K) logits.
-
-    The logits of an ensemble are the logarithms of its mean probabilities.
-
-    Args:
-        run: A run or an ensemble.
-        flips: Average the logits of each photo and its mirror image, in each network.
-
-    Raises:
-        RunError: There are no weights yet.
-    """
-    if not run.is_ensemble:
-        predict = _open(run, flips=flips)
-        return run.eval_spec(), lambda batch: predict(batch).logits
-
-    from fieldmark.augment.reference import join_specs, split_views
-    from fieldmark.inference.calibration import log_probabilities
-
-    members = load_members(run)
-    specs = [member.run.eval_spec() for member in members]
-    networks = [_open(member.run, flips=flips) for member in members]
-    joined = join_specs(specs)
-
-    def logits(batch: Batch) -> NDArray[np.floating[Any]]:
-        views = split_views(batch.images, joined)
-        answers = [
-            predict(replace(batch, images=views[spec])).probabilities()
-            for predict, spec in zip(networks, specs, strict=True)
-        ]
-        mean = mean_probabilities(
-            answers, [member.temperature for member in members], [member.order for member in members]
-        )
-        return log_probabilities(mean)
-
-    return joined, logits
-
-
-def _open(run: Run, *, flips: bool) -> Callable[[Batch], Predictions]:
-    import torch
-
-    from fieldmark.runs.folder import WEIGHTS
-    from fieldmark.training.evaluate import predict_batches
-
-    if not (run.path / WEIGHTS).is_file():
-        raise RunError(
-            f"{run.path} has no weights yet (its status is {run.summary['status']!r}): "
-            f"let it train for an epoch, or continue it with `fieldmark train --resume {run.path}`"
-        )
-    channels_last = bool(run.model_info["channels_last"])
-    fabric = open_fabric(run.model_info)
-    model = run.load_model()
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = fabric.to_device(model)
-    return lambda batch: predict_batches(fabric, model, [batch], flips=flips, channels_last=channels_last)

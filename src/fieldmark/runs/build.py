@@ -17,6 +17,7 @@ from fieldmark.augment.mixing import MixSpec
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.augment.sample import AugmentSpec
 from fieldmark.config import Config
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import ConfigError
 from fieldmark.models.classifier import Classifier, check_parameter_budget, count_parameters, create_classifier
@@ -207,7 +208,8 @@ def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec, is_fi
 
 def build_reader(config: Config, index: PhotoIndex) -> PhotoReader:
     """The pixels of an index's photos by number."""
-    return PhotoReader(tuple(index.files()), index.label_numbers(), config.data.background, config.data.max_pixels)
+    decoding = DecodeSpec(config.data.background, config.data.max_pixels)
+    return PhotoReader(tuple(index.files()), index.label_numbers(), decoding)
 
 
 def build_train_photos(

@@ -18,7 +18,7 @@ from fieldmark.augment.reference import RGB, EvalSpec, Views, augment_reference,
 from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.config import DataConfig
 from fieldmark.data import splits
-from fieldmark.data.decode import decode, decode_reduced
+from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, apply_corrections, load_index, require_trainable
 from fieldmark.data.inspection import PhotoFacts, inspect_photos
 from fieldmark.data.workers import Batch
@@ -166,33 +166,27 @@ def _groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) 
 
 @dataclass(frozen=True)
 class PhotoReader:
-    """The pixels of photos by number.
+    """The pixels of photos by index.
 
     Args:
-        files: N files.
+        files: N files, or what else `DecodeSpec.read` takes.
         labels: (N,) int64 class numbers, -1 for unlabelled.
-        background: RGB under transparent pixels.
-        max_pixels: Limit of a photo's size.
+        decoding: How files become pixels.
     """
 
-    files: tuple[Path, ...]
+    files: Sequence[Source | PhotoError]
     labels: NDArray[np.int64]
-    background: tuple[int, int, int]
-    max_pixels: int
+    decoding: DecodeSpec
 
     def read(self, number: int) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 upright, whole."""
-        return decode(self.files[number], background=self.background, max_pixels=self.max_pixels)
+        return self.decoding.read(self.files[number])
 
     def read_reduced(self, number: int, min_short_side: float) -> NDArray[np.uint8]:
         """(h, w, 3) uint8 upright; the short side is at least `min_short_side`, or the photo's own."""
-        reduced = decode_reduced(
-            self.files[number],
-            min_short_side=min_short_side,
-            background=self.background,
-            max_pixels=self.max_pixels,
-        )
-        return reduced.pixels
+        file = self.files[number]
+        assert isinstance(file, Path | bytes)
+        return self.decoding.reduce(file, min_short_side=min_short_side)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fieldmark.files import whole_or_absent
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
+    from fieldmark.data.decode import DecodeSpec
     from fieldmark.data.index import PhotoIndex
     from fieldmark.models.classifier import Classifier
 
@@ -161,6 +162,12 @@ class Run:
         settings: dict[str, Any] = self.model_info["eval"]
         triples: dict[str, Any] = {name: tuple(settings[name]) for name in ("mean", "std")}
         return EvalSpec(**settings | triples)
+
+    def decode_spec(self) -> DecodeSpec:
+        """How files become the pixels that the model was trained on."""
+        from fieldmark.data.decode import DecodeSpec
+
+        return DecodeSpec(self.config.data.background, self.config.data.max_pixels)
 
     def load_model(self) -> Classifier:
         """The model with the kept weights, on the CPU, in evaluation mode."""

@@ -25,7 +25,7 @@ from fieldmark.augment.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config, MixConfig, dump_config
 from fieldmark.data.index import PhotoIndex, save_split_table
-from fieldmark.data.loader import Loader, auto_workers, epoch_order, shard_plan
+from fieldmark.data.loader import Loader, auto_workers, cut_plan, epoch_order, shard_plan
 from fieldmark.data.workers import Batch
 from fieldmark.errors import DataError, FieldmarkError, ResourceError, RunError
 from fieldmark.files import whole_or_absent
@@ -173,8 +173,7 @@ class Session:
 
     def eval_batches(self, numbers: NDArray[np.int64]) -> Iterator[Batch]:
         """Evaluation pictures by number; each process takes every n-th batch, so batches don't depend on n."""
-        size = self.config.eval.batch_size
-        plan = [numbers[start : start + size].tolist() for start in range(0, len(numbers), size)]
+        plan = cut_plan(numbers.tolist(), self.config.eval.batch_size)
         share = plan[self.fabric.global_rank :: self.fabric.world_size]
         prepare = EvalPhotos(self.reader(), self.evaluation, keeps_broken=False)
         return self.loader.batches(prepare, share, epoch=0)

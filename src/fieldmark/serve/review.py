@@ -429,7 +429,6 @@ def _add_photos(app: Any, views: ReviewViews, look: Look | None) -> None:
 def _attention(run: Run, files: list[Path]) -> Look | None:
     """Maps by the run's model, computed when they are asked for."""
     from fieldmark.augment.reference import eval_reference
-    from fieldmark.data.decode import decode
     from fieldmark.inference.triage import AttentionMaps
 
     if run.is_ensemble:
@@ -437,10 +436,10 @@ def _attention(run: Run, files: list[Path]) -> Look | None:
     maps = AttentionMaps(run.load_model())
     if not maps.is_available:
         return None
-    spec, settings = run.eval_spec(), run.config.data
+    spec, decoding = run.eval_spec(), run.decode_spec()
 
     def look(number: int, class_number: int) -> dict[str, Any]:
-        photo = decode(files[number], background=settings.background, max_pixels=settings.max_pixels)
+        photo = decoding.read(files[number])
         found: Any = maps(eval_reference(photo, spec).numpy()[None], [class_number])
         return {
             "attention": found[0].round(3).tolist(),

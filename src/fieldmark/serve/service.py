@@ -124,7 +124,7 @@ class PhotoService:
     def _named(self, row: NDArray[np.float32], top: int, item: Prepared) -> tuple[PhotoAnswer, int]:
         best: list[int] = np.argsort(-row, kind="stable")[:top].tolist()
         answers = [Answer(label=self.model.classes[number], probability=float(row[number])) for number in best]
-        is_unknown = answers[0].probability < self.model.threshold
+        is_unknown = not answers[0].probability >= self.model.threshold  # NaN is never sure
         answer = PhotoAnswer(
             label=None if is_unknown else answers[0].label,
             is_unknown=is_unknown,
@@ -261,7 +261,7 @@ class ServedModel:
         from fieldmark.augment.reference import eval_picture
         from fieldmark.data.decode import decode
 
-        photo = decode(data, background=self._predictor.background, max_pixels=max_pixels)
+        photo = decode(data, background=self._predictor.decoding.background, max_pixels=max_pixels)
         spec = self._predictor.spec
         return Prepared(eval_picture(photo, spec).numpy(), seen_box(photo.shape[1], photo.shape[0], spec))
 

@@ -6,16 +6,34 @@ Shape letters: B batch, N photos, K classes, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fieldmark.data.workers import Batch
+
+
+class Compute(Protocol):
+    """What evaluating needs of a Fabric, whose import takes seconds that a single prediction need not wait for."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Processes that share the photos."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of the precision that the model computes in."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> N
 
 @torch.inference_mode()
 def predict_batches(
-    fabric: Fabric, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
+    fabric: Compute, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
 ) -> Predictions:
     """Run a model over batches.
 
@@ -80,7 +98,7 @@ def predict_batches(
     return _gathered(fabric, numbers, logits, problems)
 
 
-def _gathered(fabric: Fabric, numbers: list[Tensor], logits: list[Tensor], problems: dict[int, str]) -> Predictions:
+def _gathered(fabric: Compute, numbers: list[Tensor], logits: list[Tensor], problems: dict[int, str]) -> Predictions:
     own_numbers = torch.cat(numbers).cpu().numpy() if numbers else np.zeros(0, np.int64)
     own_logits = torch.cat(logits).cpu().numpy() if logits else np.zeros((0, 0), np.float32)
     if fabric.world_size > 1:
