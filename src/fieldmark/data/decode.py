@@ -15,7 +15,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,11 +72,12 @@ class DecodeSpec:
             return decode(Path(source), background=self.background, max_pixels=self.max_pixels)
         if isinstance(source, bytes | bytearray | memoryview):
             return decode(bytes(source), background=self.background, max_pixels=self.max_pixels)
-        if not isinstance(source, Image.Image):
+        image: Any = source
+        if not isinstance(image, Image.Image):
             kind = type(source).__name__
             raise DataError(f"a photo is a path, bytes, a Pillow image or an (H, W, 3) uint8 array; got {kind}")
         # A copy: loading and turning must not change the caller's image, and Pillow's images are not thread-safe.
-        return from_image("the photo", source.copy(), self.background, self.max_pixels)
+        return from_image("the photo", image.copy(), self.background, self.max_pixels)
 
     def reduce(self, source: Path | bytes, *, min_short_side: float) -> Pixels:
         """(h, w, 3) uint8, upright; see `decode_reduced`."""

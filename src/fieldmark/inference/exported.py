@@ -40,7 +40,7 @@ class ModelMetadata:
     """Everything between a photo and a named probability.
 
     Attributes:
-        kind: Form of the model file.
+        kind: "onnx", "openvino", "torch" or "timm".
         precision: "float32", "float16" (weights only) or "int8".
         file: Name of the model file in the same folder.
         architecture: timm name of the backbone.
@@ -60,7 +60,7 @@ class ModelMetadata:
         batch_size: Photos at once.
     """
 
-    kind: Literal["onnx", "openvino", "torch", "timm"]
+    kind: str
     precision: str
     file: str
     architecture: str
@@ -117,7 +117,7 @@ class ModelMetadata:
         except ValueError as error:
             raise ExportError(f"{where} is not JSON: {error}; export the run again") from None
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        if found != FORMAT or isinstance(found, bool):
+        if found != FORMAT:
             raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
         try:
             metadata = TypeAdapter(cls).validate_python(content)
@@ -206,6 +206,8 @@ class ExportedModel:
             "torch": lambda: _torch(path),
             "timm": lambda: _timm(folder),
         }
+        if metadata.kind not in loaders:
+            raise ExportError(f"{folder} holds the unknown form {metadata.kind!r}; known are {', '.join(loaders)}")
         size = metadata.eval_spec().size
         try:
             compute = loaders[metadata.kind]()
@@ -238,7 +240,7 @@ class ExportedModel:
     def answer(self, images: NDArray[np.float32], *, flips: bool) -> NDArray[np.float32]:
         """(B, K) logits; with `flips` the mean of those of each image and of its mirror image."""
         output = self.logits(images)
-        return (output + self.logits(images[..., ::-1])) / 2 if flips else output
+        return np.asarray((output + self.logits(images[..., ::-1])) / 2, np.float32) if flips else output
 
     def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, K) calibrated probabilities of normalized images (B, 3, S, S)."""
