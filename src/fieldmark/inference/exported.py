@@ -124,10 +124,13 @@ class ModelMetadata:
             spec = TypeAdapter(_EvalPicture).validate_python(metadata.preprocessing)
             groups = metadata.groups()
         except ValidationError as error:
+            missing = sorted(str(one["loc"][-1]) for one in error.errors() if one["type"] == "missing")
+            if missing:
+                raise ExportError(f"{where} lacks {', '.join(missing)}: export the run again") from None
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
-            got = "" if first["type"] == "missing" else f"; got {str(first['input'])[:80]!r}"
-            raise ExportError(f"{where}, key {key!r}: {first['msg']}{got}. Export the run again") from None
+            got = repr(first["input"])[:80]
+            raise ExportError(f"{where}, key {key!r}: {first['msg']}; got {got}. Export the run again") from None
         except DataError as error:
             raise ExportError(f"{where}, key 'back_off': {error}. Export the run again") from None
         twice = [name for place, name in enumerate(metadata.classes) if name in metadata.classes[:place]]
