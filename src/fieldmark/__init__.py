@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fieldmark.config import Config, load_config
     from fieldmark.errors import FieldmarkError
     from fieldmark.export.export import export_run
-    from fieldmark.inference.calibrate import calibrate_run
+    from fieldmark.inference.calibration import calibrate_run
     from fieldmark.inference.combine import combine
     from fieldmark.inference.evaluation import Evaluation, evaluate
     from fieldmark.inference.predictor import Prediction, Predictor
@@ -30,7 +30,7 @@ _HOMES = {
     "Prediction": "inference.predictor",
     "Predictor": "inference.predictor",
     "Run": "runs.folder",
-    "calibrate_run": "inference.calibrate",
+    "calibrate_run": "inference.calibration",
     "choice": "study.grid",
     "combine": "inference.combine",
     "compare_runs": "study.compare",

@@ -16,7 +16,7 @@ from fieldmark.export.export import Photos, export_model, require_parity, requir
 from fieldmark.export.model_card import evidence_text, write_card
 from fieldmark.inference.calibration import calibrate
 from fieldmark.inference.exported import ExportedModel, ModelMetadata
-from fieldmark.inference.taxonomy import BackOff, LevelScore, build_taxonomy
+from fieldmark.inference.taxonomy import Fallback, LevelScore, build_taxonomy
 from fieldmark.models.classifier import create_classifier
 
 CLASSES = ("10", "2", "owl | <b>")
@@ -291,7 +291,7 @@ def test_the_evidence_reads_as_what_was_found(evidence, words):
 
 def test_an_export_carries_the_groups_and_one_from_before_there_were_any_is_read():
     tree = build_taxonomy(("class", "kind"), [[name, "bird"] for name in CLASSES])
-    groups = BackOff(tree, (0.4, 0.9), (LevelScore("class", 0.5, 1.0), LevelScore("kind", 0.5, None)))
+    groups = Fallback(tree, (0.4, 0.9), (LevelScore("class", 0.5, 1.0), LevelScore("kind", 0.5, None)))
     metadata = replace(make_metadata("onnx"), back_off=groups.to_dict())
     again = ModelMetadata.from_json(metadata.to_json(), "x").groups()
     assert again.to_dict() == groups.to_dict()

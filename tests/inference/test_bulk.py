@@ -267,7 +267,7 @@ def test_a_part_gives_back_names_that_are_no_text_and_probabilities_to_the_bit(t
     classes = ("a", "b", "c")
     sent = [Prediction(name, classes, rows[0], "", 0.5), Prediction("b", classes, rows[1] * np.nan, "is empty", 0.5)]
     save_part(tmp_path / "p.parquet", sent, classes=classes, key="k")
-    back = list(load_part(tmp_path / "p.parquet", classes=classes, threshold=0.5, back_off=None))
+    back = list(load_part(tmp_path / "p.parquet", classes=classes, threshold=0.5, fallback=None))
     assert [(p.path, p.problem, p.threshold) for p in back] == [(name, "", 0.5), ("b", "is empty", 0.5)]
     for one, other in zip(sent, back, strict=True):
         np.testing.assert_array_equal(one.probabilities, other.probabilities)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import fieldmark
 from fieldmark.config import load_config
 from fieldmark.errors import ConfigError, ExportError, RunError
-from fieldmark.inference.calibrate import calibrate_run
+from fieldmark.inference.calibration import calibrate_run
 from fieldmark.inference.combine import combine, format_combined
 from fieldmark.inference.evaluation import evaluate, evaluate_run
 from fieldmark.inference.predictor import Predictor

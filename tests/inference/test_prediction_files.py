@@ -16,8 +16,14 @@ from hypothesis import strategies as st
 
 from fieldmark.errors import PredictionError, ResourceError
 from fieldmark.inference.predictor import Prediction
-from fieldmark.inference.taxonomy import BackOff, build_taxonomy
-from fieldmark.inference.writers import check_sample, in_sample_order, leaderboard_names, save_predictions
+from fieldmark.inference.taxonomy import Fallback, build_taxonomy
+from fieldmark.inference.writers import (
+    check_sample,
+    choose_form,
+    in_sample_order,
+    leaderboard_names,
+    save_predictions,
+)
 
 CLASSES = ("2", "10", "great, tit")
 
@@ -36,6 +42,49 @@ ROWS = [
     make_prediction("b/10.jpg"),
     make_prediction("b/11.png", problem="truncated"),
 ]
+
+
+def test_a_table_for_people_has_the_path_the_label_and_the_next_two_classes(tmp_path):
+    unsure = replace(make_prediction("b/12.jpg"), threshold=0.6)
+    failed = save_predictions([*ROWS, unsure], tmp_path / "p.csv", classes=CLASSES)
+    assert (tmp_path / "p.csv").read_text() == (
+        "path,label,probability,label_2,probability_2,label_3,probability_3,is_unknown,problem\n"
+        'b/2.jpg,2,0.7000,10,0.2000,"great, tit",0.1000,false,\n'
+        'b/10.jpg,"great, tit",0.5000,10,0.3000,2,0.2000,false,\n'
+        "b/11.png,,,,,,,true,truncated\n"
+        'b/12.jpg,"great, tit",0.5000,10,0.3000,2,0.2000,true,\n'
+    )
+    assert [prediction.path for prediction in failed] == ["b/11.png"]
+
+
+def test_a_table_of_two_classes_has_no_third(tmp_path):
+    save_predictions([make_prediction("a", (0.4, 0.6), classes=("x", "y"))], tmp_path / "p.csv", classes=("x", "y"))
+    assert read_csv(tmp_path / "p.csv") == [
+        ["path", "label", "probability", "label_2", "probability_2", "is_unknown", "problem"],
+        ["a", "y", "0.6000", "x", "0.4000", "false", ""],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "has_sample", "wanted"),
+    [
+        ("p.csv", None, False, "short"),
+        ("p.csv", None, True, "leaderboard"),
+        ("p.ZIP", None, False, "leaderboard"),
+        ("p.zip", "long", False, "long"),
+        ("p.csv", "short", True, "short"),
+        ("p.json", "leaderboard", True, "long"),
+        ("p.parquet", None, False, "long"),
+    ],
+)
+def test_the_form_follows_the_option_then_the_sample_then_the_ending(tmp_path, name, form, has_sample, wanted):
+    assert choose_form(tmp_path / name, form, has_sample=has_sample) == wanted
+
+
+def test_an_answer_that_is_not_a_number_is_never_sure():
+    row = np.full(3, np.nan, np.float32)
+    assert Prediction("x", CLASSES, row, "").is_unknown
+    assert Prediction("x", CLASSES, row, "").answer.name == ""
 
 
 def test_the_leaderboard_form_has_names_without_extension_and_labels_by_name(tmp_path):
@@ -66,16 +115,18 @@ def test_the_long_form_brings_back_every_probability(tmp_path):
 
 def test_with_a_taxonomy_the_long_form_ends_with_the_finest_name_that_is_sure(tmp_path):
     tree = build_taxonomy(("class", "genus"), [["2", "even"], ["10", "even"], ["great, tit", "Parus"]])
-    groups = BackOff(tree, (0.6, 0.6), ())
+    groups = Fallback(tree, (0.6, 0.6), ())
     rows = [(0.7, 0.2, 0.1), (0.4, 0.4, 0.2), (0.45, 0.1, 0.45)]
-    sent = [replace(make_prediction(f"{n}.jpg", row), threshold=0.6, back_off=groups) for n, row in enumerate(rows)]
-    sent.append(replace(ROWS[2], threshold=0.6, back_off=groups))
+    sent = [replace(make_prediction(f"{n}.jpg", row), threshold=0.6, fallback=groups) for n, row in enumerate(rows)]
+    sent.append(replace(ROWS[2], threshold=0.6, fallback=groups))
     for name in ("p.csv", "p.json", "p.parquet"):
         save_predictions(sent, tmp_path / name, classes=CLASSES, form="long", has_groups=True)
+    save_predictions(sent, tmp_path / "short.csv", classes=CLASSES, has_groups=True)
     wanted = [("class", "2"), ("genus", "even"), (None, None), (None, None)]
     header, *lines = read_csv(tmp_path / "p.csv")
     assert header[-3:] == ["p:great, tit", "level", "answer"]
     assert [tuple(field or None for field in line[-2:]) for line in lines] == wanted
+    assert [line[-2:] for line in read_csv(tmp_path / "short.csv")] == [line[-2:] for line in [header, *lines]]
     content = json.loads((tmp_path / "p.json").read_text())["predictions"]
     assert [(row["level"], row["answer"]) for row in content] == wanted
     table = pq.read_table(tmp_path / "p.parquet")
@@ -188,6 +239,13 @@ def test_a_sample_with_another_header_or_none_is_refused(tmp_path):
         check_sample(["2"], make_sample(tmp_path / "s.csv", ["2"], header="id,label"))
     with pytest.raises(PredictionError, match=r"none.csv cannot be read: No such file"):
         check_sample(["2"], tmp_path / "none.csv")
+
+
+def test_a_sample_saved_by_a_spreadsheet_is_read(tmp_path):
+    text = "image_name;pred_label\r\n2;0\r\n10;0\r\n"
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "s.csv").write_bytes(text.encode(encoding))
+        check_sample(["2", "10"], tmp_path / "s.csv")
 
 
 def test_rows_can_follow_the_sample(tmp_path):

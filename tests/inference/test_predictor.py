@@ -161,7 +161,7 @@ def test_threads_get_the_answers_of_one(predictor, files):
 
 
 def test_a_calibrated_run_answers_with_its_temperature_and_threshold(run, files, tmp_path):
-    from fieldmark.inference.calibrate import calibrate_run
+    from fieldmark.inference.calibration import calibrate_run
 
     copy = tmp_path / "run"
     shutil.copytree(run.path, copy)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmark.errors import DataError
-from fieldmark.inference.taxonomy import Answer, back_off, build_taxonomy, hierarchical_accuracy, load_taxonomy
+from fieldmark.inference.taxonomy import Answer, build_taxonomy, find_answers, hierarchical_accuracy, load_taxonomy
 
 LEVELS = ("class", "genus", "family")
 ROWS = [["tit", "Parus", "Paridae"], ["blue tit", "Cyanistes", "Paridae"], ["gull", "Larus", "Laridae"]]
@@ -30,7 +30,7 @@ def test_probabilities_sum_to_one_at_every_level_and_the_best_never_falls_upward
 
 def test_the_answer_is_the_finest_level_that_is_sure():
     probabilities = np.array([[0.9, 0.05, 0.05], [0.45, 0.4, 0.15], [0.3, 0.2, 0.5]])
-    answers = back_off(probabilities, TREE, thresholds=[0.8, 0.8, 0.8])
+    answers = find_answers(probabilities, TREE, thresholds=[0.8, 0.8, 0.8])
     assert answers[0] == Answer("class", "tit", pytest.approx(0.9))
     assert answers[1] == Answer("family", "Paridae", pytest.approx(0.85))
     assert answers[2] == Answer("", "", pytest.approx(0.5))
@@ -55,14 +55,28 @@ def test_a_table_is_read_by_name_whatever_its_order(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "class;genus\ntit;Parus\ngull;Larus\n".encode("utf-8-sig"),
+        "class\tgenus\ntit\tParus\ngull\tLarus\n".encode("utf-16"),
+        b"class,genus\r\ntit,Parus\r\n\r\ngull,Larus\r\n",
+    ],
+)
+def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path, content):
+    (tmp_path / "taxonomy.csv").write_bytes(content)
+    assert load_taxonomy(tmp_path / "taxonomy.csv", ["tit", "gull"]).nodes == (("tit", "gull"), ("Parus", "Larus"))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "needs a header such as class,genus,family"),
+        ("", "is empty: its first line must name the columns"),
+        ("class\ntit\ngull\n", "needs a header such as class,genus,family"),
         ("class,genus\ntit,Parus\n", "lacks 1 of 2 classes: gull. Add a row"),
-        ("class,genus\ntit,Parus\ngull\n", "row 3: expected 2 filled cells"),
+        ("class,genus\ntit,Parus\ngull\n", "line 3: 1 values, but the header names 2 columns"),
         ("class,genus\ntit,Parus\ngull, \n", "row 3: expected 2 filled cells"),
         ("class,genus\ntit,Parus\ntit,Larus\n", "row 3: the class 'tit' has a row already"),
-        ("class,genus,family\ntit,P,A\ngull,P,B\n", "the genus 'P' lies in more than one family .*not a tree"),
+        ("class,genus,family\ntit,P,A\ngull,P,B\n", "the genus 'P' is in more than one family .*not a tree"),
     ],
 )
 def test_a_bad_table_says_where(tmp_path, text, message):
@@ -76,6 +90,6 @@ def test_other_bad_input_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         load_taxonomy(tmp_path / "none.csv", ["tit"])
     with pytest.raises(DataError, match="threshold for each level"):
-        back_off(np.ones((1, 3)) / 3, TREE, thresholds=[0.5])
-    with pytest.raises(DataError, match="at least one labelled photo"):
+        find_answers(np.ones((1, 3)) / 3, TREE, thresholds=[0.5])
+    with pytest.raises(DataError, match="at least one labeled photo"):
         hierarchical_accuracy(np.ones((0, 3)), np.zeros(0, int), TREE)

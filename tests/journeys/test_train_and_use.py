@@ -51,7 +51,7 @@ def test_a_broken_photo_keeps_its_row_and_shifts_no_other(fieldmark, trained, ph
     shutil.copytree(photos / "2", clean)
     shutil.copytree(photos / "2", dirty)
     (dirty / "5.png").write_bytes((photos / "2" / "5.png").read_bytes()[:200])
-    assert fieldmark("predict", trained, clean, "--out", tmp_path / "clean.csv").code == 0
+    assert fieldmark("predict", trained, clean, "--out", tmp_path / "clean.csv", "--form", "leaderboard").code == 0
     result = fieldmark("predict", trained, dirty, "--out", tmp_path / "dirty.zip")
     assert result.code == 2
     assert "1 of 12 photos could not be read" in result.err
@@ -61,6 +61,17 @@ def test_a_broken_photo_keeps_its_row_and_shifts_no_other(fieldmark, trained, ph
     expected = read_csv(tmp_path / "clean.csv")
     assert [row[0] for row in rows] == ["image_name", *map(str, range(12))]
     assert rows == [[name, "" if name == "5" else label] for name, label in expected]
+
+
+def test_a_prediction_file_is_for_people_unless_a_leaderboard_is_meant(fieldmark, trained, photos, tmp_path):
+    assert fieldmark("predict", trained, photos / "2", "--out", tmp_path / "p.csv").code == 0
+    header, *rows = read_csv(tmp_path / "p.csv")
+    assert header[:5] == ["path", "label", "probability", "label_2", "probability_2"]
+    assert [row[0] for row in rows] == [f"{n}.png" for n in range(12)]
+    predictor = Predictor.load(trained)
+    assert [row[1] for row in rows] == [found.label for found in predictor.predict(photos / "2")]
+    table = predictor.predict_proba(photos / "2")
+    assert [f"{probability:.4f}" for probability in table.max(axis=1)] == [row[2] for row in rows]
 
 
 def test_labels_are_the_folders_names(trained):

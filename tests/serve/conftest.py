@@ -33,7 +33,7 @@ class ColourModel:
     name = "colours"
     classes = ("red", "green", "blue <b>")
     threshold = 0.5
-    back_off = None
+    fallback = None
     has_attention = True
     num_examples = 2
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
 
-from fieldmark.inference.taxonomy import BackOff, build_taxonomy
+from fieldmark.inference.taxonomy import Fallback, build_taxonomy
 
 
 def predict(*contents, query=""):
@@ -46,7 +46,7 @@ def test_below_the_threshold_the_answer_is_unknown_and_the_names_are_still_liste
 
 def test_where_the_class_is_not_sure_the_group_that_is_sure_is_given(model):
     tree = build_taxonomy(("class", "warmth"), [["red", "warm"], ["green", "cold"], ["blue <b>", "cold"]])
-    model.back_off = BackOff(tree, (0.5, 0.6), ())
+    model.fallback = Fallback(tree, (0.5, 0.6), ())
     colours = [(40, 100, 100), (100, 50, 54), (0, 255, 0)]
     [answer] = ask(make_app(model), predict(*(make_photo(colour) for colour in colours)))
     cold, unsure, sure = answer.json()["photos"]

@@ -254,8 +254,13 @@ def predict(
     photos: Annotated[str, typer.Argument(help="Folder of photos, one photo, a list or shards; path or URL.")],
     out: Annotated[Path | None, typer.Option("--out", help="File to write: .csv, .zip, .json or .parquet.")] = None,
     form: Annotated[
-        Literal["leaderboard", "long"], typer.Option("--form", help="image_name,pred_label; or all probabilities.")
-    ] = "leaderboard",
+        Literal["short", "long", "leaderboard"] | None,
+        typer.Option(
+            "--form",
+            help="short: label and top 3; long: all probabilities; leaderboard: image_name,pred_label. "
+            "Default: short; leaderboard with --sample or for .zip.",
+        ),
+    ] = None,
     sample: Annotated[Path | None, typer.Option("--sample", help="Sample submission to hold the rows against.")] = None,
     sample_order: Annotated[bool, typer.Option("--sample-order", help="Write the rows in the sample's order.")] = False,
     flips: Annotated[bool, typer.Option("--flips", help="Average over each photo and its mirror image.")] = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -60,13 +60,8 @@ def calibrate(
     Fits a temperature on the validation photos; every figure is of photos that it was not fitted on. predict, serve
     and export use it from then on.
     """
-    from fieldmark.inference.calibrate import (
-        calibrate_run,
-        describe_calibration,
-        load_back_off,
-        save_calibration_figure,
-    )
-    from fieldmark.inference.taxonomy import describe_back_off, describe_scores, taxonomy_scores
+    from fieldmark.inference.calibration import calibrate_run, describe_calibration, save_calibration_figure
+    from fieldmark.inference.taxonomy import describe_fallback, describe_scores, taxonomy_scores
     from fieldmark.runs.folder import Run as RunFolder
 
     if accuracy is not None and coverage is not None:
@@ -78,17 +73,14 @@ def calibrate(
         opened, wanted=wanted, wanted_value=value, assurance=assurance, folds=5, seed=0, taxonomy=taxonomy
     )
     levels = taxonomy_scores(opened, taxonomy) if taxonomy else {}
-    groups = load_back_off(opened)
     if as_json:
-        more: dict[str, Any] = {"levels": levels} if levels else {}
-        more |= {"back_off": groups.to_dict()} if groups else {}
-        typer.echo(json.dumps({**found.to_dict(), **more}, indent=2))
+        typer.echo(json.dumps(found.to_dict() | ({"levels": levels} if levels else {}), indent=2))
     else:
         typer.echo(describe_calibration(found))
         if levels:
             typer.echo(f"\n{describe_scores(levels)}")
-        if groups:
-            typer.echo(f"\n{describe_back_off(groups)}")
+        if found.fallback:
+            typer.echo(f"\n{describe_fallback(found.fallback)}")
     typer.echo(f"wrote {save_calibration_figure(opened, found)}", err=True)
 
 

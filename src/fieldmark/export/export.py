@@ -134,9 +134,10 @@ def export_model(
 
 def describe_run(run: Run, to: str) -> ModelMetadata:
     """The metadata of a run's model before it is exported to the form `to`."""
-    from fieldmark.inference.calibrate import load_back_off, load_calibration
+    from fieldmark.inference.calibration import load_calibration
 
-    calibration, groups = load_calibration(run), load_back_off(run)
+    calibration = load_calibration(run)
+    groups = calibration.fallback if calibration else None
     info = run.model_info
     weights: dict[str, Any] = info.get("weights", {})
     return ModelMetadata(

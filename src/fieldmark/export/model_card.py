@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def model_card(run: Run, metadata: ModelMetadata) -> str:
     """Markdown from what the run folder and the export measured; says so where something is not known."""
-    from fieldmark.inference.calibrate import load_calibration
+    from fieldmark.inference.calibration import load_calibration
 
     return write_card(
         metadata, data=run.data_info, summary=run.summary, calibration=load_calibration(run), recipe=_recipe(run)

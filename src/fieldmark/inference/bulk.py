@@ -29,17 +29,8 @@ from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, Predi
 from fieldmark.files import alone, whole_or_absent
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.inference.sources import PhotoSource, Piece, digest, from_json, read_ahead, to_json
-from fieldmark.inference.taxonomy import BackOff
-from fieldmark.inference.writers import (
-    NUM_LONG_COLUMNS,
-    Form,
-    check_ending,
-    distinct,
-    is_leaderboard,
-    long_schema,
-    long_table,
-    save_predictions,
-)
+from fieldmark.inference.taxonomy import Fallback
+from fieldmark.inference.writers import LONG_HEADER, Form, choose_form, long_table, save_predictions
 from fieldmark.progress import Progress
 from fieldmark.runs.environment import count_slots, open_cluster
 
@@ -84,7 +75,7 @@ def predict_in_parts(
     source: PhotoSource,
     out: Path,
     *,
-    form: Form,
+    form: Form | None,
     flips: bool,
     piece_photos: int,
     open_executor: Callable[[], Executor],
@@ -109,7 +100,7 @@ def predict_in_parts(
     """
     is_file = bool(out.suffix) and not out.is_dir()
     if is_file:
-        check_ending(out)
+        choose_form(out, form)
     predictor = Predictor.load(model, flips=flips)
     folder = (out.with_name(out.name + ".parts") if is_file else out).absolute()
     with _locked(folder):
@@ -134,9 +125,7 @@ def predict_in_parts(
         predictions = _merged(folder, len(keys), predictor)
         if not is_file:
             return PartedPhotos(out, count, [prediction for prediction in predictions if prediction.problem])
-        if is_leaderboard(out, form):
-            predictions = distinct(predictions)
-        has_groups = predictor.back_off is not None
+        has_groups = predictor.fallback is not None
         failed = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     shutil.rmtree(folder)
     return PartedPhotos(out, count, failed)
@@ -192,7 +181,7 @@ def _merged(folder: Path, num_parts: int, predictor: Predictor) -> Iterator[Pred
     for number in range(num_parts):
         part = part_path(folder, number)
         yield from load_part(
-            part, classes=predictor.classes, threshold=predictor.threshold, back_off=predictor.back_off
+            part, classes=predictor.classes, threshold=predictor.threshold, fallback=predictor.fallback
         )
 
 
@@ -285,14 +274,14 @@ def model_fingerprint(model: Path, *, flips: bool) -> str:
     Raises:
         RunError: One of them cannot be read.
     """
-    from fieldmark.inference import calibrate
+    from fieldmark.inference import calibration
     from fieldmark.inference.exported import FILE
     from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS
 
     if (model / FILE).is_file():
         files = sorted(path for path in model.iterdir() if path.is_file())
     else:
-        names = (RECIPE, CLASSES, MODEL, WEIGHTS, calibrate.FILE, ENSEMBLE)
+        names = (RECIPE, CLASSES, MODEL, WEIGHTS, calibration.FILE, ENSEMBLE)
         folders = [model, *sorted(model.glob("members/*"))]  # of an ensemble
         files = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     total = hashlib.sha256(f"flips={flips}".encode())
@@ -373,8 +362,8 @@ def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequenc
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    has_groups = any(prediction.back_off for prediction in predictions)
-    table = long_table(predictions, long_schema(classes, has_groups=has_groups))
+    has_groups = any(prediction.fallback for prediction in predictions)
+    table = long_table(predictions, classes, has_groups=has_groups)
     names = [prediction.path.encode("utf-8", "surrogateescape") for prediction in predictions]
     if any(name.decode("utf-8", "replace") != p.path for name, p in zip(names, predictions, strict=True)):
         table = table.append_column(_EXACT, pa.array(names, pa.binary()))
@@ -400,7 +389,7 @@ def part_rows(path: Path, *, key: str) -> int | None:
 
 
 def load_part(
-    path: Path, *, classes: tuple[str, ...], threshold: float, back_off: BackOff | None
+    path: Path, *, classes: tuple[str, ...], threshold: float, fallback: Fallback | None
 ) -> Iterator[Prediction]:
     """The rows of a part, to the bit as they were predicted.
 
@@ -418,11 +407,11 @@ def load_part(
                 if _EXACT in batch.schema.names:
                     names = [name.decode("utf-8", "surrogateescape") for name in batch.column(_EXACT).to_pylist()]
                 rows = np.stack(
-                    [batch.column(NUM_LONG_COLUMNS + k).to_numpy(zero_copy_only=False) for k in range(len(classes))],
+                    [batch.column(len(LONG_HEADER) + k).to_numpy(zero_copy_only=False) for k in range(len(classes))],
                     axis=1,
                 ).astype(np.float32)
                 for name, row, problem in zip(names, rows, columns["problem"], strict=True):
-                    yield Prediction(name, classes, row, problem, threshold, back_off)
+                    yield Prediction(name, classes, row, problem, threshold, fallback)
     except (OSError, pa.ArrowException) as error:
         raise PredictionError(f"{path} cannot be read: {str(error).splitlines()[0]}. Remove it and go on") from None
 

@@ -123,7 +123,7 @@ def format_combined(run: Run) -> str:
 
 
 def _write_ensemble(runs: Sequence[Run], part: Path, summary: dict[str, Any]) -> None:
-    from fieldmark.inference.calibrate import load_calibration
+    from fieldmark.inference.calibration import load_calibration
     from fieldmark.inference.predictor import mean_probabilities
 
     started = time.perf_counter()

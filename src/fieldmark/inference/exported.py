@@ -21,7 +21,7 @@ from fieldmark.errors import DataError, ExportError, MissingExtraError
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
     from fieldmark.data.decode import DecodeSpec
-    from fieldmark.inference.taxonomy import BackOff
+    from fieldmark.inference.taxonomy import Fallback
 
 
 Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -55,7 +55,7 @@ class ModelMetadata:
         run: Name of the run folder.
         evidence: What was measured when it was exported: agreement of logits, accuracy of int8.
         metrics: Metrics of the run on photos that it was not trained on.
-        back_off: `taxonomy.BackOff` as plain values: groups to answer with where the class is not sure.
+        back_off: `taxonomy.Fallback` as plain values: groups to answer with where the class is not sure.
         max_pixels: Photos with more pixels are refused; exports of earlier versions have the default of the settings.
         batch_size: Photos at once.
     """
@@ -91,11 +91,11 @@ class ModelMetadata:
 
         return DecodeSpec(self.background, self.max_pixels)
 
-    def groups(self) -> BackOff | None:
+    def groups(self) -> Fallback | None:
         """The groups to answer with where the class is not sure."""
-        from fieldmark.inference.taxonomy import BackOff
+        from fieldmark.inference.taxonomy import Fallback
 
-        return BackOff.from_dict(self.back_off) if self.back_off else None
+        return Fallback.from_dict(self.back_off, num_classes=len(self.classes)) if self.back_off else None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -122,7 +122,7 @@ class ModelMetadata:
         try:
             metadata = TypeAdapter(cls).validate_python(content)
             spec = TypeAdapter(_EvalPicture).validate_python(metadata.preprocessing)
-            groups = metadata.groups()
+            metadata.groups()
         except ValidationError as error:
             missing = sorted(str(one["loc"][-1]) for one in error.errors() if one["type"] == "missing")
             if missing:
@@ -136,8 +136,6 @@ class ModelMetadata:
         twice = [name for place, name in enumerate(metadata.classes) if name in metadata.classes[:place]]
         if twice:
             raise ExportError(f"{where}, key 'classes': {twice[0]!r} stands there twice. Export the run again")
-        if groups and groups.taxonomy.members.shape[1] != len(metadata.classes):
-            raise ExportError(f"{where}, key 'back_off.rows': one row for each class expected. Export the run again")
         # JSON has lists where the values were tuples.
         object.__setattr__(metadata, "preprocessing", asdict(spec))
         return metadata

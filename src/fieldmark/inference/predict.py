@@ -14,9 +14,8 @@ from fieldmark.inference.sources import PhotoSource, open_source, split_list
 from fieldmark.inference.writers import (
     Form,
     check_sample,
-    distinct,
+    choose_form,
     in_sample_order,
-    is_leaderboard,
     json_row,
     leaderboard_names,
     save_predictions,
@@ -74,7 +73,7 @@ def predict_photos(
     photos: str | Path,
     out: Path | None,
     *,
-    form: Form,
+    form: Form | None,
     sample: Path | None,
     sample_order: bool,
     flips: bool,
@@ -105,7 +104,9 @@ def predict_photos(
     if sample_order and sample is None:
         raise PredictionError("--sample-order follows a sample submission: give it with --sample FILE")
     source = open_source(str(photos))
-    has_ids = out is not None and is_leaderboard(out, form)
+    if out is not None and (out.suffix or ray is None) and not out.is_dir():
+        form = choose_form(out, form, has_sample=sample is not None)
+    has_ids = out is not None and form == "leaderboard"
     if ray is not None:
         if out is None or sample_order:
             raise PredictionError("--ray writes parts in the order of the photos: give --out, and no --sample-order")
@@ -120,14 +121,13 @@ def predict_photos(
         shown = list(predictions)
         failed = [prediction for prediction in shown if prediction.problem]
         return PredictedPhotos(None, len(shown), failed, shown)
-    checked = distinct(predictions) if is_leaderboard(out, form) else predictions
-    has_groups = predictor.back_off is not None
-    failed = save_predictions(checked, out, classes=predictor.classes, form=form, has_groups=has_groups)
+    has_groups = predictor.fallback is not None
+    failed = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     return PredictedPhotos(out, predictions.count, failed)
 
 
 def _predict_on_ray(
-    model: Path, source: PhotoSource, out: Path, *, form: Form, flips: bool, ray: str, progress: Progress
+    model: Path, source: PhotoSource, out: Path, *, form: Form | None, flips: bool, ray: str, progress: Progress
 ) -> PredictedPhotos:
     from fieldmark.inference.bulk import PIECE_PHOTOS, RayParts, predict_in_parts
 

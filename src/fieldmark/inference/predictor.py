@@ -26,7 +26,7 @@ from fieldmark.data.loader import Loader, auto_workers, cut_plan
 from fieldmark.data.workers import Batch
 from fieldmark.errors import PhotoError, RunError
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
-from fieldmark.inference.taxonomy import Answer, BackOff
+from fieldmark.inference.taxonomy import Answer, Fallback
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
 from fieldmark.runs.environment import keep_freed_memory, usable_cores
@@ -49,7 +49,7 @@ class Prediction:
         probabilities: (K,) float32 summing to 1; NaN for a photo that has no answer.
         problem: Why there is no answer; "" if there is one.
         threshold: Least probability that counts as an answer, in [0, 1].
-        back_off: Groups to answer with where the class is not sure; None if there are none.
+        fallback: Groups to answer with where the class is not sure; None if there are none.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Prediction:
     probabilities: NDArray[np.float32]
     problem: str
     threshold: float = 0.0
-    back_off: BackOff | None = None
+    fallback: Fallback | None = None
 
     @property
     def label(self) -> str:
@@ -79,8 +79,8 @@ class Prediction:
         """The finest name that is sure enough: the class, else a group of the taxonomy, else none (level "")."""
         if self.problem:
             return Answer("", "", float("nan"))
-        if self.back_off is not None:
-            return self.back_off.answer(self.probabilities)
+        if self.fallback is not None:
+            return self.fallback.answer(self.probabilities)
         return Answer("", "", self.probability) if self.is_unknown else Answer("class", self.label, self.probability)
 
     def top(self, k: int) -> list[tuple[str, float]]:
@@ -105,7 +105,7 @@ class Predictor:
         batch_size: Photos at once.
         temperature: Divides the logits, > 0.
         threshold: Least probability that counts as an answer, in [0, 1].
-        back_off: See `Prediction`.
+        fallback: See `Prediction`.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Predictor:
         batch_size: int,
         temperature: float,
         threshold: float,
-        back_off: BackOff | None,
+        fallback: Fallback | None,
     ) -> None:
         self.classes = tuple(classes)
         self.spec = spec
@@ -126,7 +126,7 @@ class Predictor:
         self.batch_size = batch_size
         self.temperature = temperature
         self.threshold = threshold
-        self.back_off = back_off
+        self.fallback = fallback
         self._logits = logits
 
     @classmethod
@@ -143,7 +143,7 @@ class Predictor:
             RunError: The folder is neither, or the run has no weights yet.
             ExportError: The export is damaged.
         """
-        from fieldmark.inference.calibrate import load_back_off, load_calibration
+        from fieldmark.inference.calibration import load_calibration
         from fieldmark.inference.exported import FILE, ExportedModel
 
         if isinstance(model, str | Path) and (Path(model) / FILE).is_file():
@@ -157,7 +157,7 @@ class Predictor:
                 batch_size=about.batch_size,
                 temperature=about.temperature,
                 threshold=about.threshold,
-                back_off=about.groups(),
+                fallback=about.groups(),
             )
         run = model if isinstance(model, Run) else Run(model)
         networks = Networks(run, flips=flips)
@@ -170,7 +170,7 @@ class Predictor:
             batch_size=run.config.eval.batch_size,
             temperature=calibration.temperature if calibration else 1.0,
             threshold=calibration.threshold if calibration else 0.0,
-            back_off=load_back_off(run),
+            fallback=calibration.fallback if calibration else None,
         )
 
     def __call__(self, photo: Source) -> Prediction:
@@ -259,7 +259,7 @@ class Predictor:
             problems.setdefault(row, "has no answer: the model's output is not finite, its weights may be damaged")
         probabilities[list(problems)] = np.nan
         return [
-            Prediction(name, self.classes, row, problems.get(place, ""), self.threshold, self.back_off)
+            Prediction(name, self.classes, row, problems.get(place, ""), self.threshold, self.fallback)
             for place, (name, row) in enumerate(zip(names, probabilities, strict=True))
         ]
 

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.errors import DataError, MissingExtraError
-from fieldmark.inference.calibrate import load_calibration
-from fieldmark.inference.calibration import apply_temperature, log_probabilities
+from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,4 +1,4 @@
-"""Predictions on disk: the leaderboard's CSV and zip, and long forms that hold every probability.
+"""Predictions on disk: a table for people, a long form that holds every probability, and a leaderboard's form.
 
 Each writer takes an iterator and keeps one batch in memory, so a folder of any size can be predicted. A file is whole
 or absent: it is written beside its place and moved there at the end.
@@ -12,84 +12,92 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
-from fieldmark.errors import PredictionError
+from fieldmark.data.tables import read_table
+from fieldmark.errors import DataError, PredictionError
 from fieldmark.files import whole_or_absent
-from fieldmark.inference.predictor import Prediction
 
-Form = Literal["leaderboard", "long"]
+if TYPE_CHECKING:
+    from fieldmark.inference.predictor import Prediction
+
+Form = Literal["short", "long", "leaderboard"]
 
 LEADERBOARD_HEADER = ("image_name", "pred_label")
-ENDINGS = (".csv", ".zip", ".json", ".parquet")
-ROWS_PER_GROUP = 4096
-NUM_LONG_COLUMNS = 5
+LONG_HEADER = ("path", "pred_label", "probability", "is_unknown", "problem")
 """Columns of the long form before those of the classes."""
 GROUP_COLUMNS = ("level", "answer")
 """Columns after those of the classes, where the model was calibrated with a taxonomy."""
+ENDINGS = (".csv", ".zip", ".json", ".parquet")
+ROWS_PER_GROUP = 4096
+_TOP = 3
+
+
+def choose_form(path: Path, form: Form | None, *, has_sample: bool = False) -> Form:
+    """The form of a file: JSON and Parquet are long; else what was asked for; else by the ending and the sample.
+
+    Raises:
+        PredictionError: The ending says no known format.
+    """
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise PredictionError(f"{path}: predictions are written as {', '.join(ENDINGS)}; give one of these endings")
+    if ending in (".json", ".parquet"):
+        return "long"
+    return form or ("leaderboard" if has_sample or ending == ".zip" else "short")
 
 
 def save_predictions(
-    predictions: Iterable[Prediction], path: Path, *, classes: Sequence[str], form: Form, has_groups: bool = False
+    predictions: Iterable[Prediction],
+    path: Path,
+    *,
+    classes: Sequence[str],
+    form: Form | None = None,
+    has_groups: bool = False,
 ) -> list[Prediction]:
     """Write one row for each prediction, in the order given.
 
     Args:
         predictions: Consumed once.
         path: `.csv`, `.zip` (holding `prediction.csv`), `.json` or `.parquet`; folders on the way are made.
-        classes: K names, in order of class number.
-        form: `leaderboard` has `image_name,pred_label`, the name without its extension; `long` has the path, the
-            label, its probability, whether that is too little to answer, the problem of an unreadable photo, and a
-            column `p:<class>` for each class. JSON and Parquet are always long.
-        has_groups: Also write `level` and `answer` in the long form: the finest name of a taxonomy that is sure.
+        classes: K names, in order of class index.
+        form: `short` has the path, the label and its probability, the next two classes with theirs, whether the answer
+            is too unsure to count, and the problem of an unreadable photo; `long` has a column `p:<class>` for each
+            class instead of the next two; `leaderboard` has `image_name,pred_label`, the name without its extension.
+            None is as `choose_form` says.
+        has_groups: Also write `level` and `answer`: the finest name of a taxonomy that is sure.
 
     Returns:
         The predictions of photos that could not be read. Their rows have an empty label.
 
     Raises:
-        PredictionError: The file's ending says no known format.
+        PredictionError: The file's ending says no known format, or two rows would have one name in the leaderboard.
         ResourceError: The file cannot be written.
     """
-    writers: dict[str, Callable[[Iterable[Prediction], Path, Sequence[str], Form, bool], None]] = {
-        ".csv": _save_csv,
-        ".zip": _save_zip,
-        ".json": _save_json,
-        ".parquet": _save_parquet,
-    }
-    check_ending(path)
-    writer = writers[path.suffix.lower()]
+    form = choose_form(path, form)
     failed: list[Prediction] = []
 
-    def watched() -> Iterator[Prediction]:
-        for prediction in predictions:
+    def collect_failed() -> Iterator[Prediction]:
+        for prediction in check_distinct(predictions) if form == "leaderboard" else predictions:
             if prediction.problem:
                 failed.append(prediction)
             yield prediction
 
     def write(part: Path) -> None:
         part.parent.mkdir(parents=True, exist_ok=True)
-        writer(watched(), part, classes, form, has_groups)
+        if path.suffix.lower() == ".json":
+            _write_json(part, collect_failed(), classes)
+        elif path.suffix.lower() == ".parquet":
+            _write_parquet(part, collect_failed(), classes, has_groups=has_groups)
+        else:
+            rows = _text_rows(collect_failed(), classes, form, has_groups=has_groups)
+            (_write_zip if path.suffix.lower() == ".zip" else _write_csv)(part, rows)
 
     whole_or_absent(path, write)
     return failed
-
-
-def is_leaderboard(path: Path, form: Form) -> bool:
-    """Whether a file of this name would have the leaderboard form."""
-    return form == "leaderboard" and path.suffix.lower() in (".csv", ".zip")
-
-
-def check_ending(path: Path) -> None:
-    """Hold the name of a file against the formats that there are.
-
-    Raises:
-        PredictionError: Its ending says no known format.
-    """
-    if path.suffix.lower() not in ENDINGS:
-        raise PredictionError(f"{path}: predictions are written as {', '.join(ENDINGS)}; give one of these endings")
 
 
 class DistinctNames:
@@ -108,13 +116,13 @@ class DistinctNames:
         if name in self._seen:
             raise PredictionError(
                 f"{self._seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder "
-                "and extension. Rename one, or write the long form, which keeps the whole path"
+                "and extension. Rename one, or write --form short or the long form, which keep the whole path"
             )
         self._seen[name] = path
         return name
 
 
-def distinct(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+def check_distinct(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
     """The same predictions, as long as no two have one name in the leaderboard form.
 
     Raises:
@@ -140,11 +148,11 @@ def leaderboard_names(paths: Iterable[str]) -> list[str]:
 
 
 def check_sample(names: Sequence[str], sample: Path) -> None:
-    """Hold the names that would be written against a sample submission.
+    """Compare the names that would be written with a sample submission.
 
     Args:
         names: As `leaderboard_names` gives them.
-        sample: CSV whose first column is the wanted ids, in the wanted order, under the header
+        sample: Table whose first column is the wanted ids, in the wanted order, under the header
             `image_name,pred_label`.
 
     Raises:
@@ -175,21 +183,19 @@ def in_sample_order(paths: Sequence[str], sample: Path) -> list[str]:
 
 def _sample_names(sample: Path) -> list[str]:
     try:
-        with sample.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = list(csv.reader(file))
-    except OSError as error:
-        raise PredictionError(f"the sample submission {sample} cannot be read: {error.strerror}") from None
-    except csv.Error as error:
-        raise PredictionError(f"the sample submission {sample} is not a CSV file: {error}") from None
-    if not rows or tuple(rows[0]) != LEADERBOARD_HEADER:
-        header = ",".join(rows[0]) if rows else "nothing"
+        table = read_table(sample)
+    except DataError as error:
+        raise PredictionError(f"the sample submission {error}") from None
+    if tuple(table.values) != LEADERBOARD_HEADER:
         raise PredictionError(
-            f"the sample submission {sample} starts with {header!r}; expected {','.join(LEADERBOARD_HEADER)!r}"
+            f"the sample submission {sample} starts with {','.join(table.values)!r}; "
+            f"expected {','.join(LEADERBOARD_HEADER)!r}"
         )
-    names = [row[0] for row in rows[1:] if row]
-    if len(set(names)) != len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise PredictionError(f"the sample submission {sample} holds the id {twice!r} twice")
+    names, seen = table.column(LEADERBOARD_HEADER[0]), set[str]()
+    for name in names:
+        if name in seen:
+            raise PredictionError(f"the sample submission {sample} holds the id {name!r} twice")
+        seen.add(name)
     return names
 
 
@@ -198,16 +204,12 @@ def _some(names: set[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _save_csv(
-    predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form, has_groups: bool
-) -> None:
+def _write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        _write_rows(file, _rows(predictions, classes, form, has_groups))
+        _write_rows(file, rows)
 
 
-def _save_zip(
-    predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form, has_groups: bool
-) -> None:
+def _write_zip(path: Path, rows: Iterable[Sequence[str]]) -> None:
     # A fixed date: equal predictions give equal files.
     entry = zipfile.ZipInfo("prediction.csv", date_time=(1980, 1, 1, 0, 0, 0))
     entry.compress_type = zipfile.ZIP_DEFLATED
@@ -216,7 +218,7 @@ def _save_zip(
         archive.open(entry, "w", force_zip64=True) as raw,
         io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        _write_rows(file, _rows(predictions, classes, form, has_groups))
+        _write_rows(file, rows)
 
 
 def _write_rows(file: IO[str], rows: Iterable[Sequence[str]]) -> None:
@@ -227,26 +229,37 @@ def _write_rows(file: IO[str], rows: Iterable[Sequence[str]]) -> None:
         (quoted if any("\r" in field for field in row) else plain).writerow(row)
 
 
-def _rows(
-    predictions: Iterable[Prediction], classes: Sequence[str], form: Form, has_groups: bool
+def _text_rows(
+    predictions: Iterable[Prediction], classes: Sequence[str], form: Form, *, has_groups: bool
 ) -> Iterator[Sequence[str]]:
     if form == "leaderboard":
         yield LEADERBOARD_HEADER
         for prediction in predictions:
-            yield _leaderboard_row(prediction)
+            yield PurePosixPath(prediction.path).stem, prediction.label
         return
-    yield [*_long_header(classes), *(GROUP_COLUMNS if has_groups else ())]
+    groups = GROUP_COLUMNS if has_groups else ()
+    if form == "long":
+        yield [*LONG_HEADER, *(f"p:{name}" for name in classes), *groups]
+    else:
+        others = [
+            f"{column}_{place}" for place in range(2, _count_top(classes) + 1) for column in ("label", "probability")
+        ]
+        yield ["path", "label", "probability", *others, "is_unknown", "problem", *groups]
     for prediction in predictions:
-        groups = (prediction.answer.level, prediction.answer.name) if has_groups else ()
-        yield [*_long_row(prediction, len(classes)), *groups]
+        row = _long_row(prediction, len(classes)) if form == "long" else _short_row(prediction, _count_top(classes))
+        yield [*row, *((prediction.answer.level, prediction.answer.name) if has_groups else ())]
 
 
-def _leaderboard_row(prediction: Prediction) -> list[str]:
-    return [PurePosixPath(prediction.path).stem, prediction.label]
+def _count_top(classes: Sequence[str]) -> int:
+    return min(_TOP, len(classes))
 
 
-def _long_header(classes: Sequence[str]) -> list[str]:
-    return ["path", "pred_label", "probability", "is_unknown", "problem", *(f"p:{name}" for name in classes)]
+def _short_row(prediction: Prediction, count: int) -> list[str]:
+    is_unknown = "true" if prediction.is_unknown else "false"
+    if prediction.problem:
+        return [prediction.path, *[""] * (2 * count), is_unknown, prediction.problem]
+    top = [field for name, probability in prediction.top(count) for field in (name, f"{probability:.4f}")]
+    return [prediction.path, *top, is_unknown, ""]
 
 
 def _long_row(prediction: Prediction, num_classes: int) -> list[str]:
@@ -258,9 +271,7 @@ def _long_row(prediction: Prediction, num_classes: int) -> list[str]:
     return [*head, f"{prediction.probability:.9g}", is_unknown, "", *(f"{p:.9g}" for p in prediction.probabilities)]
 
 
-def _save_json(
-    predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form, has_groups: bool
-) -> None:
+def _write_json(path: Path, predictions: Iterable[Prediction], classes: Sequence[str]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write('{"classes": ' + json.dumps(list(classes)) + ', "predictions": [')
         for number, prediction in enumerate(predictions):
@@ -272,7 +283,7 @@ def _save_json(
 def json_row(prediction: Prediction) -> dict[str, Any]:
     """One prediction as plain data; the probabilities of an unreadable photo are None."""
     answer = prediction.answer
-    groups = {"level": answer.level or None, "answer": answer.name or None} if prediction.back_off else {}
+    groups = {"level": answer.level or None, "answer": answer.name or None} if prediction.fallback else {}
     return {
         "path": prediction.path,
         "pred_label": prediction.label or None,
@@ -286,51 +297,37 @@ def json_row(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _save_parquet(
-    predictions: Iterable[Prediction], path: Path, classes: Sequence[str], form: Form, has_groups: bool
-) -> None:
+def _write_parquet(path: Path, predictions: Iterable[Prediction], classes: Sequence[str], *, has_groups: bool) -> None:
     import pyarrow.parquet as pq
 
-    schema = long_schema(classes, has_groups=has_groups)
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, long_table([], classes, has_groups=has_groups).schema) as writer:
         rows = iter(predictions)
         while group := list(islice(rows, ROWS_PER_GROUP)):
-            writer.write_table(long_table(group, schema))
+            writer.write_table(long_table(group, classes, has_groups=has_groups))
 
 
-def long_schema(classes: Sequence[str], *, has_groups: bool) -> Any:
-    """Arrow schema of the long form, with or without `GROUP_COLUMNS`."""
+def long_table(group: Sequence[Prediction], classes: Sequence[str], *, has_groups: bool) -> Any:
+    """Arrow table of the long form, of some predictions, with or without `GROUP_COLUMNS`."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.float32()
-    fields = [("path", text), ("pred_label", text), ("probability", number)]
-    fields += [("is_unknown", pa.bool_()), ("problem", text)]
-    groups = [(name, text) for name in (GROUP_COLUMNS if has_groups else ())]
-    return pa.schema([*fields, *((f"p:{name}", number) for name in map(_utf8, classes)), *groups])
-
-
-def long_table(group: Sequence[Prediction], schema: Any) -> Any:
-    """Arrow table of the long form, of some predictions."""
-    import pyarrow as pa
-
-    has_groups = tuple(schema.names[-len(GROUP_COLUMNS) :]) == GROUP_COLUMNS
-    num_classes = len(schema) - NUM_LONG_COLUMNS - (len(GROUP_COLUMNS) if has_groups else 0)
-    columns: list[list[Any]] = [
-        [_utf8(prediction.path) for prediction in group],
-        [_utf8(prediction.label) if prediction.label else None for prediction in group],
-        [None if prediction.problem else prediction.probability for prediction in group],
-        [prediction.is_unknown for prediction in group],
-        [_utf8(prediction.problem) for prediction in group],
-        *(
-            [None if prediction.problem else float(prediction.probabilities[k]) for prediction in group]
-            for k in range(num_classes)
-        ),
+    is_read = [not prediction.problem for prediction in group]
+    columns: list[tuple[str, Any, list[Any]]] = [
+        ("path", text, [_utf8(prediction.path) for prediction in group]),
+        ("pred_label", text, [_utf8(prediction.label) or None for prediction in group]),
+        ("probability", number, [p.probability if ok else None for p, ok in zip(group, is_read, strict=True)]),
+        ("is_unknown", pa.bool_(), [prediction.is_unknown for prediction in group]),
+        ("problem", text, [_utf8(prediction.problem) for prediction in group]),
     ]
+    for k, name in enumerate(classes):
+        values = [float(p.probabilities[k]) if ok else None for p, ok in zip(group, is_read, strict=True)]
+        columns.append((f"p:{_utf8(name)}", number, values))
     if has_groups:
         answers = [prediction.answer for prediction in group]
-        columns += [[answer.level or None for answer in answers], [answer.name or None for answer in answers]]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=schema)
+        columns.append(("level", text, [answer.level or None for answer in answers]))
+        columns.append(("answer", text, [answer.name or None for answer in answers]))
+    arrays = [pa.array(values, kind) for _, kind, values in columns]
+    return pa.Table.from_arrays(arrays, schema=pa.schema([(name, kind) for name, kind, _ in columns]))
 
 
 def _utf8(name: str) -> str:

@@ -21,7 +21,7 @@ from fieldmark.serve.limits import Limits
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec, Views
     from fieldmark.inference.predictor import Predictor
-    from fieldmark.inference.taxonomy import BackOff
+    from fieldmark.inference.taxonomy import Fallback
     from fieldmark.inference.triage import AttentionMaps
     from fieldmark.runs.folder import Run
 
@@ -137,7 +137,7 @@ class PhotoService:
         return answer, best[0]
 
     def _group(self, row: NDArray[np.float32]) -> Group | None:
-        groups = self.model.back_off
+        groups = self.model.fallback
         found = groups.answer(row) if groups else None
         if found is None or not found.level:
             return None
@@ -176,7 +176,7 @@ class PhotoModel(Protocol):
         ...
 
     @property
-    def back_off(self) -> BackOff | None:
+    def fallback(self) -> Fallback | None:
         """Groups to answer with where the class is not sure."""
         ...
 
@@ -219,7 +219,7 @@ class ServedModel:
         self.name = name
         self.classes = predictor.classes
         self.threshold = predictor.threshold
-        self.back_off = predictor.back_off
+        self.fallback = predictor.fallback
 
     @classmethod
     def load(cls, path: Path) -> ServedModel:

@@ -1,4 +1,4 @@
-"""Laws of backing off: where the class is not sure, a group is answered that is as often right as was wanted."""
+"""Laws of the hierarchical fallback: where the class is not sure, a group answers that is right as often as wanted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fieldmark.errors import DataError
-from fieldmark.inference.calibrate import calibrate_run, load_back_off
+from fieldmark.inference.calibration import calibrate_run, fit_fallback, load_calibration
 from fieldmark.inference.predictor import Prediction
-from fieldmark.inference.taxonomy import BackOff, build_taxonomy, describe_back_off, fit_back_off
+from fieldmark.inference.taxonomy import Fallback, build_taxonomy, describe_fallback
 from fieldmark.runs.folder import Run, write_predictions
 
 CLASSES = ("crow", "raven", "gull", "tern")
@@ -35,7 +35,7 @@ def make_photos(count=1000):
 
 def fitted(accuracy=0.95, assurance=0.0, threshold=0.9):
     probabilities, labels = make_photos()
-    return fit_back_off(
+    return fit_fallback(
         probabilities, labels, TREE, threshold=threshold, accuracy=accuracy, assurance=assurance
     ), probabilities
 
@@ -60,10 +60,10 @@ def test_answers_of_a_group_alone_are_as_often_right_as_wanted(assurance):
 def test_a_level_that_is_never_right_often_enough_is_not_used():
     probabilities, labels = make_photos()
     wrong = np.where(labels < 2, 2, 0)  # the label is of another genus than all that is seen
-    found = fit_back_off(probabilities, wrong, TREE, threshold=0.9, accuracy=0.95, assurance=0.0)
+    found = fit_fallback(probabilities, wrong, TREE, threshold=0.9, accuracy=0.95, assurance=0.0)
     assert found.thresholds == (0.9, None)
     assert {found.answer(row).level for row in probabilities} == {"class", ""}
-    assert "genus  is not used" in describe_back_off(found)
+    assert "genus  is not used" in describe_fallback(found)
 
 
 def test_where_every_class_is_sure_there_is_nothing_to_fit():
@@ -74,11 +74,11 @@ def test_where_every_class_is_sure_there_is_nothing_to_fit():
 
 def test_it_survives_json_and_says_what_is_missing():
     found, probabilities = fitted()
-    again = BackOff.from_dict(json.loads(json.dumps(found.to_dict())))
+    again = Fallback.from_dict(json.loads(json.dumps(found.to_dict())), num_classes=4)
     assert again.to_dict() == found.to_dict()
     assert [again.answer(row) for row in probabilities[:50]] == [found.answer(row) for row in probabilities[:50]]
     with pytest.raises(DataError, match="lacks 'rows': calibrate again"):
-        BackOff.from_dict({name: value for name, value in found.to_dict().items() if name != "rows"})
+        Fallback.from_dict({name: value for name, value in found.to_dict().items() if name != "rows"}, num_classes=4)
 
 
 def test_a_prediction_answers_with_the_finest_name_that_is_sure():
@@ -118,13 +118,31 @@ def test_a_run_keeps_it_with_its_calibration_until_it_is_calibrated_without(run,
     table.write_text("class,genus\n" + "".join(f"{','.join(row)}\n" for row in ROWS))
     wish = {"assurance": 0.0, "folds": 5, "seed": 0}
     found = calibrate_run(run, wanted="accuracy", wanted_value=0.95, taxonomy=table, **wish)
-    groups = load_back_off(run)
+    groups = load_calibration(run).fallback
     assert groups.thresholds[0] == found.threshold
     assert groups.scores[0].answered == pytest.approx(found.coverage)
     assert groups.scores[1].right >= 0.95
     found = calibrate_run(run, wanted="coverage", wanted_value=0.5, taxonomy=table, **wish)
-    assert load_back_off(run).scores[1].right >= found.accuracy
+    assert load_calibration(run).fallback.scores[1].right >= found.accuracy
     calibrate_run(run, wanted="accuracy", wanted_value=0.95, **wish)
-    assert load_back_off(run) is None
+    assert load_calibration(run).fallback is None
     calibrate_run(run, wanted="none", wanted_value=1.0, taxonomy=table, **wish)
-    assert load_back_off(run) is None
+    assert load_calibration(run).fallback is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rows", [["crow", "Corvus"]], r"rows \(expected 4 of 2 names\)"),
+        ("rows", [["crow"]] * 4, r"rows \(expected 4 of 2 names\)"),
+        ("thresholds", [0.9], r"thresholds \(expected 2 from 0 to 1; got \[0.9\]\)"),
+        ("thresholds", [0.9, float("nan")], r"thresholds \(expected 2 from 0 to 1"),
+        ("thresholds", ["x", 0.5], "calibrate again"),
+        ("scores", [{"level": "class"}], "calibrate again"),
+        ("levels", 3, "calibrate again"),
+    ],
+)
+def test_a_stored_fallback_that_does_not_fit_the_model_is_refused(key, value, message):
+    found, _ = fitted()
+    with pytest.raises(DataError, match=message):
+        Fallback.from_dict(found.to_dict() | {key: value}, num_classes=4)
