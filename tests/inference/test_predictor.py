@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -184,3 +186,49 @@ def test_a_run_without_weights_says_how_to_get_them(run, tmp_path):
     (copy / "best.safetensors").unlink()
     with pytest.raises(RunError, match=r"has no weights yet .*`fieldmark train --resume"):
         Predictor.load(copy)
+
+
+def test_arrays_and_data_frames_hold_the_predictions(predictor, files, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not a photo")
+    sources = [*files[:9], broken]
+    answers = list(predictor.predict(sources))
+    table, frame = predictor.predict_proba(sources), predictor.to_pandas(sources)
+    np.testing.assert_array_equal(table, [answer.probabilities for answer in answers])
+    assert list(frame.columns) == ["path", "pred_label", "probability", "is_unknown", "problem", "p:a", "p:b", "p:c"]
+    np.testing.assert_array_equal(frame[["p:a", "p:b", "p:c"]], table)
+    assert list(frame["pred_label"][:9]) == [answer.label for answer in answers[:9]]
+    assert frame["problem"][9] == "is not an image"
+    assert predictor.predict_proba([]).shape == (0, 3)
+
+
+def test_a_model_whose_output_is_not_finite_has_no_answer_and_says_why(run, files, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    weights = load_file(copy / "best.safetensors")
+    weights["head.bias"][0] = float("nan")
+    save_file(weights, copy / "best.safetensors")
+    (answer,) = Predictor.load(copy).predict(files[:1])
+    assert (answer.label, answer.is_unknown, answer.answer.name) == ("", True, "")
+    assert "output is not finite, its weights may be damaged" in answer.problem
+    with pytest.raises(RunError, match="are not finite, so the weights"):
+        evaluate_run(copy, split="val", data=run.split.root, flips=False, progress=Quiet())
+
+
+def test_class_names_that_do_not_match_the_outputs_are_refused(run, files, tmp_path):
+    predictor = Predictor.load(run)
+    predictor.classes = ("a", "b")
+    with pytest.raises(RunError, match="gives 3 outputs for 2 class names"):
+        predictor(files[0])
+
+
+def test_predicting_imports_no_lightning(run, files):
+    """It took two of the five seconds of a prediction."""
+    code = (
+        "import sys; from fieldmark.inference.predictor import Predictor\n"
+        "print(Predictor.load(sys.argv[1])(sys.argv[2]).label, 'lightning_fabric' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.path), str(files[0])], capture_output=True, text=True)
+    assert done.stdout.split()[1:] == ["False"], done.stderr

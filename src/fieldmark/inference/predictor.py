@@ -24,7 +24,7 @@ from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, list_photos
 from fieldmark.data.loader import Loader, auto_workers, cut_plan
 from fieldmark.data.workers import Batch
-from fieldmark.errors import PhotoError, RunError
+from fieldmark.errors import MissingExtraError, PhotoError, RunError
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
 from fieldmark.inference.taxonomy import Answer, Fallback
 from fieldmark.progress import Progress, Quiet
@@ -34,6 +34,8 @@ from fieldmark.runs.folder import ENSEMBLE, MEMBERS, WEIGHTS, Run
 from fieldmark.training.evaluate import predict_batches, softmax
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from fieldmark.augment.reference import EvalSpec, Views
 
 Logits = Callable[[Batch], NDArray[np.floating[Any]]]
@@ -211,6 +213,24 @@ class Predictor:
         """
         rows = [prediction.probabilities for prediction in self.predict(photos)]
         return np.stack(rows) if rows else np.zeros((0, len(self.classes)), np.float32)
+
+    def to_pandas(self, photos: str | Path | Iterable[Source]) -> pd.DataFrame:
+        """The long form of many predictions as a data frame: path, label, probability, doubts, all probabilities.
+
+        Args:
+            photos: As in `predict`.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        from fieldmark.inference.writers import long_table
+
+        try:
+            import pandas as pd  # noqa: F401, pyarrow's error without it says less
+        except ImportError:
+            raise MissingExtraError("pandas", "review") from None
+        table = long_table(list(self.predict(photos)), self.classes, has_groups=self.fallback is not None)
+        return table.to_pandas()
 
     def predict_named(
         self, photos: Iterable[tuple[str, Source | PhotoError]], *, threads: int | None = None
