@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.errors import ExportError, MissingExtraError
-from fieldmark.inference.exported import FILE, KEY
+from fieldmark.inference.exported import FILE, KEY, import_openvino
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,7 +148,7 @@ def write_openvino(source: Path, path: Path, *, metadata: str) -> None:
     Raises:
         MissingExtraError: openvino is not installed.
     """
-    ov = _openvino()
+    ov = import_openvino()
     _save(ov, ov.convert_model(source), path, metadata, compress_to_fp16=True)
 
 
@@ -167,7 +167,7 @@ def quantize_openvino(source: Path, path: Path, *, calibration: NDArray[np.float
     Source:
         NNCF's post-training quantisation with bias correction; "mixed" is symmetric weights, asymmetric activations.
     """
-    ov = _openvino()
+    ov = import_openvino()
     try:
         import nncf
     except ImportError:
@@ -186,14 +186,6 @@ def quantize_openvino(source: Path, path: Path, *, calibration: NDArray[np.float
 def _save(ov: Any, model: Any, path: Path, metadata: str, *, compress_to_fp16: bool) -> None:
     model.set_rt_info(metadata, [KEY])
     ov.save_model(model, path, compress_to_fp16=compress_to_fp16)
-
-
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino") from None
-    return openvino
 
 
 def write_torch(model: nn.Module, path: Path, *, size: int, metadata: str) -> None:
@@ -216,6 +208,8 @@ def write_torch(model: nn.Module, path: Path, *, size: int, metadata: str) -> No
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"the model cannot be written by torch.export: {line}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # folders of this machine
     torch.export.save(program, path, extra_files={FILE: metadata})
 
 

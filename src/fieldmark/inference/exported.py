@@ -5,11 +5,15 @@ Letters: B batch, K classes, S side in pixels.
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -264,10 +268,7 @@ def _onnx(path: Path, threads: int) -> Compute:
 def _openvino(path: Path, threads: int, precision: str) -> Compute:
     import threading
 
-    try:
-        import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino") from None
+    openvino = import_openvino()
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -285,10 +286,89 @@ def _openvino(path: Path, threads: int, precision: str) -> Compute:
     return compute
 
 
-def _torch(path: Path) -> Compute:
-    import torch
+def import_openvino() -> Any:
+    """OpenVINO without its telemetry, which would otherwise send usage statistics to an analytics host.
 
-    return _torch_compute(torch.export.load(path).module())
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # to Python: not installed
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtraError("openvino", "openvino") from None
+    return openvino
+
+
+def _torch(path: Path) -> Compute:
+    from torch.export.pt2_archive._package import load_pt2
+
+    _require_harmless_program(path)
+    # Not torch.export.load: what this cannot read, that unpickles as an older format.
+    return _torch_compute(load_pt2(path).exported_programs["model"].module())
+
+
+# All that an archive of one program without pickled or compiled objects holds.
+_MEMBERS = re.compile(
+    r"data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|data/sample_inputs/model\.pt|models/model\.json|extra/[\w.]+|archive_\w+|byteorder|\.data/\w+"
+)
+_OPERATORS = re.compile(
+    r"torch\.ops\.aten\.(?!from_file|save|load|warn|_print)\w+\.\w+|torch\.sym_\w+|math\.\w+"
+    r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
+)
+_SIZES = re.compile(
+    r"((Mul|Add|Pow|Max|Min|Mod|PythonMod|FloorDiv|CeilToInt|Integer|Eq|Ne|Lt|Le|Gt|Ge)\(|Symbol\('[a-z]+\d+'"
+    r"|(positive|nonnegative|integer)=True|true|false|-?\d+|[(), ])*"
+)
+# Without quotes, brackets and equals signs no string becomes code, whatever torch makes of it.
+_WORDS = re.compile(r"[\w.+\- ]*")
+_STRINGS = {"target": _OPERATORS, "expr_str": _SIZES, "type": re.compile(r"(builtins\.)?[a-z]+")}
+
+
+def _require_harmless_program(path: Path) -> None:
+    """Refuse a .pt2 that could run code: torch unpickles some of its members, evaluates its sizes, calls by name.
+
+    Raises:
+        ExportError: It holds what `fieldmark export` never writes.
+    """
+    import torch
+    from torch.export.pt2_archive._package import PT2ArchiveReader
+
+    def refuse(what: str) -> NoReturn:
+        raise ExportError(
+            f"{path} is refused, since opening it could run code: it holds {what}, which `fieldmark export` never "
+            "writes. Make the export again from its run"
+        )
+
+    def check(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, part in cast("dict[str, Any]", value).items():
+                if not _WORDS.fullmatch(name) or (name in {"as_custom_obj", "as_operator"} and part is not None):
+                    refuse(f"the entry {name[:40]!r}")
+                if name == "use_pickle" and part:
+                    refuse("pickled tensors")
+                if name != "metadata":  # for people: where each operator came from
+                    check(part, name)
+        elif isinstance(value, list):
+            for part in cast("list[Any]", value):
+                check(part, key)
+        elif isinstance(value, str):
+            if key in {"in_spec", "out_spec", "context"}:
+                check(json.loads(value), "nested")
+            elif not _STRINGS.get(key, _WORDS).fullmatch(value):
+                refuse(f"{value[:60]!r} as {key or 'a name'}")
+
+    with PT2ArchiveReader(str(path)) as archive:
+        for name in archive.get_file_names():
+            if not _MEMBERS.fullmatch(name):
+                refuse(f"the member {name!r}")
+            if name.endswith(".json") and not name.startswith("extra/"):
+                check(json.loads(archive.read_bytes(name)), "")
+        try:
+            torch.load(io.BytesIO(archive.read_bytes("data/sample_inputs/model.pt")), weights_only=True)
+        except pickle.UnpicklingError:
+            refuse("pickled objects")
 
 
 def _timm(folder: Path) -> Compute:

@@ -1,0 +1,149 @@
+"""Laws of loading an export: a stranger's file answers or is refused, and never runs code or reports to anybody."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from fieldmark.augment.reference import EvalSpec
+from fieldmark.errors import ExportError
+from fieldmark.export.formats import write_torch
+from fieldmark.inference.exported import ExportedModel, ModelMetadata
+
+SPEC = EvalSpec("squash", 8, 1.0, "bicubic", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+INPUT = "data/sample_inputs/model.pt"
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The members of a torch export, by name."""
+    path = tmp_path_factory.mktemp("torch") / "model.pt2"
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)).eval()
+    write_torch(model, path, size=8, metadata="{}")
+    with zipfile.ZipFile(path) as archive:
+        return {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
+
+
+def write_export(folder, members):
+    metadata = ModelMetadata(
+        "torch", "float32", "model.pt2", "x", ("a", "b"), asdict(SPEC), (0, 0, 0), 1.0, 0.0, 1, "mit", "none", "run"
+    )
+    (folder / "fieldmark.json").write_text(metadata.to_json())
+    with zipfile.ZipFile(folder / "model.pt2", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"model/{name}", content)
+
+
+def pickled(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def edited(members, name, change):
+    """The members with one JSON file changed as text."""
+    text = members[name].decode()
+    new = change(text)
+    assert new != text
+    return {**members, name: new.encode()}
+
+
+def code(mark):
+    return f"__import__('os').mkdir('{mark}')"
+
+
+HOSTILE = {
+    "a pickled input": lambda it, mark: {**it, INPUT: pickled(((Evil(mark),), {}))},
+    "pickled weights": lambda it, mark: {
+        **edited(
+            it,
+            "data/weights/model_weights_config.json",
+            lambda text: text.replace('"use_pickle": false', '"use_pickle": true'),
+        ),
+        "data/weights/weight_0": pickled(Evil(mark)),
+    },
+    "a pickled object": lambda it, mark: {**it, "data/constants/opaque_obj_0": pickle.dumps(Evil(mark))},
+    "a compiled library": lambda it, _: {**it, "data/aotinductor/model/a.so": b"\x7fELF"},
+    "a function of torch that is none of a network": lambda it, _: edited(
+        it, "models/model.json", lambda text: text.replace("torch.ops.aten.linear.default", "torch.os.system")
+    ),
+    "a size that is code": lambda it, mark: edited(
+        it, "models/model.json", lambda text: text.replace("Symbol('s", f"{code(mark)} or Symbol('s", 1)
+    ),
+    "a name that is code": lambda it, mark: edited(
+        it, "models/model.json", lambda text: text.replace('"name": "input"', f'"name": "input={code(mark)}"')
+    ),
+    "a structure that imports": lambda it, _: edited(
+        it, "models/model.json", lambda text: text.replace("builtins.tuple", "collections.defaultdict")
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_torch_export_that_could_run_code_is_refused_before_it_does(kind, program, tmp_path):
+    mark = tmp_path / "code-ran"
+    write_export(tmp_path, HOSTILE[kind](program, mark))
+    with pytest.raises(ExportError, match=r"model.pt2 is refused, since opening it could run code: it holds .* Make"):
+        ExportedModel.load(tmp_path, threads=1, precision="f32")
+    assert not mark.exists()
+
+
+def test_the_older_form_which_torch_unpickles_is_not_read(program, tmp_path):
+    mark = tmp_path / "code-ran"
+    members = {
+        "version": b"8.16",
+        "serialized_exported_program.json": program["models/model.json"],
+        "serialized_state_dict.pt": pickled(Evil(mark)),
+        "serialized_constants.pt": pickled({}),
+        "serialized_example_inputs.pt": pickled(()),
+    }
+    write_export(tmp_path, members)
+    with pytest.raises(ExportError, match="model.pt2 cannot be loaded"):
+        ExportedModel.load(tmp_path, threads=1, precision="f32")
+    assert not mark.exists()
+
+
+def test_the_same_archive_as_it_was_written_answers(program, tmp_path):
+    write_export(tmp_path, program)
+    loaded = ExportedModel.load(tmp_path, threads=1, precision="f32")
+    assert loaded.logits(np.zeros((3, 3, 8, 8), np.float32)).shape == (3, 2)
+
+
+def test_a_torch_export_says_nothing_of_the_machine_it_was_made_on(program):
+    assert json.loads(program["models/model.json"])["graph_module"]["graph"]["nodes"]
+    assert b".py" not in program["models/model.json"]
+
+
+@pytest.mark.slow
+def test_openvino_contacts_nobody(tmp_path):
+    script = (
+        "import socket\n"
+        "asked = []\n"
+        "socket.getaddrinfo = lambda *given, **named: asked.append(given) or []\n"
+        "from fieldmark.inference.exported import import_openvino\n"
+        "import_openvino().Core()\n"
+        "import nncf\n"
+        "print(asked)\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert not (tmp_path / "intel").exists()
