@@ -91,6 +91,9 @@ HOSTILE = {
     "a name that is code": lambda it, mark: edited(
         it, "models/model.json", lambda text: text.replace('"name": "input"', f'"name": "input={code(mark)}"')
     ),
+    "an operator as a value": lambda it, _: edited(
+        it, "models/model.json", lambda text: text.replace('"as_int": 1', '"as_operator": "torch.os.system"', 1)
+    ),
     "a structure that imports": lambda it, _: edited(
         it, "models/model.json", lambda text: text.replace("builtins.tuple", "collections.defaultdict")
     ),
@@ -116,7 +119,7 @@ def test_the_older_form_which_torch_unpickles_is_not_read(program, tmp_path):
         "serialized_example_inputs.pt": pickled(()),
     }
     write_export(tmp_path, members)
-    with pytest.raises(ExportError, match="model.pt2 cannot be loaded"):
+    with pytest.raises(ExportError, match=r"model.pt2 cannot be loaded"):
         ExportedModel.load(tmp_path, threads=1, precision="f32")
     assert not mark.exists()
 

@@ -10,10 +10,10 @@ import json
 import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -323,7 +323,12 @@ _SIZES = re.compile(
 )
 # Without quotes, brackets and equals signs no string becomes code, whatever torch makes of it.
 _WORDS = re.compile(r"[\w.+\- ]*")
-_STRINGS = {"target": _OPERATORS, "expr_str": _SIZES, "type": re.compile(r"(builtins\.)?[a-z]+")}
+_STRINGS = {
+    "target": _OPERATORS,
+    "expr_str": _SIZES,
+    "type": re.compile(r"(builtins\.)?[a-z]+"),
+    "entry": re.compile(r"(?!as_custom_obj$|as_operator$)[\w.+\- ]*"),
+}
 
 
 def _require_harmless_program(path: Path) -> None:
@@ -332,43 +337,57 @@ def _require_harmless_program(path: Path) -> None:
     Raises:
         ExportError: It holds what `fieldmark export` never writes.
     """
-    import torch
     from torch.export.pt2_archive._package import PT2ArchiveReader
 
-    def refuse(what: str) -> NoReturn:
+    with PT2ArchiveReader(str(path)) as archive:
+        names: list[str] = archive.get_file_names()
+        problem = next((f"the member {name!r}" for name in names if not _MEMBERS.fullmatch(name)), "")
+        for name in names:
+            if name.endswith(".json") and not name.startswith("extra/"):
+                problem = problem or _find_code(json.loads(archive.read_bytes(name)))
+        if not problem and not _is_plain(archive.read_bytes("data/sample_inputs/model.pt")):
+            problem = "pickled objects"
+    if problem:
         raise ExportError(
-            f"{path} is refused, since opening it could run code: it holds {what}, which `fieldmark export` never "
+            f"{path} is refused, since opening it could run code: it holds {problem}, which `fieldmark export` never "
             "writes. Make the export again from its run"
         )
 
-    def check(value: Any, key: str) -> None:
-        if isinstance(value, dict):
-            for name, part in cast("dict[str, Any]", value).items():
-                if not _WORDS.fullmatch(name) or (name in {"as_custom_obj", "as_operator"} and part is not None):
-                    refuse(f"the entry {name[:40]!r}")
-                if name == "use_pickle" and part:
-                    refuse("pickled tensors")
-                if name != "metadata":  # for people: where each operator came from
-                    check(part, name)
-        elif isinstance(value, list):
-            for part in cast("list[Any]", value):
-                check(part, key)
-        elif isinstance(value, str):
-            if key in {"in_spec", "out_spec", "context"}:
-                check(json.loads(value), "nested")
-            elif not _STRINGS.get(key, _WORDS).fullmatch(value):
-                refuse(f"{value[:60]!r} as {key or 'a name'}")
 
-    with PT2ArchiveReader(str(path)) as archive:
-        for name in archive.get_file_names():
-            if not _MEMBERS.fullmatch(name):
-                refuse(f"the member {name!r}")
-            if name.endswith(".json") and not name.startswith("extra/"):
-                check(json.loads(archive.read_bytes(name)), "")
-        try:
-            torch.load(io.BytesIO(archive.read_bytes("data/sample_inputs/model.pt")), weights_only=True)
-        except pickle.UnpicklingError:
-            refuse("pickled objects")
+def _find_code(content: Any) -> str:
+    """What in a JSON file of the archive could become code, or ""."""
+    for key, value in _leaves(content, ""):
+        if isinstance(value, str) and not _STRINGS.get(key, _WORDS).fullmatch(value):
+            return f"{value[:60]!r} as {key or 'a name'}"
+        if key == "use_pickle" and value:
+            return "pickled tensors"
+    return ""
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Strings and numbers with the names that they stand under, and those names."""
+    if isinstance(value, dict):
+        for name, part in cast("dict[str, Any]", value).items():
+            yield ("entry" if part is not None else ""), name
+            if name != "metadata":  # for people: where each operator came from
+                yield from _leaves(part, name)
+    elif isinstance(value, list):
+        for part in cast("list[Any]", value):
+            yield from _leaves(part, key)
+    elif isinstance(value, str) and key in {"in_spec", "out_spec", "context"}:
+        yield from _leaves(json.loads(value), "")
+    else:
+        yield key, value
+
+
+def _is_plain(data: bytes) -> bool:
+    import torch
+
+    try:
+        torch.load(io.BytesIO(data), weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
 
 
 def _timm(folder: Path) -> Compute:
