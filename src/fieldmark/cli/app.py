@@ -23,6 +23,7 @@ from fieldmark.progress import open_progress
 
 if TYPE_CHECKING:
     from fieldmark.config import Config
+    from fieldmark.progress import Progress
 
 
 app = typer.Typer(
@@ -198,30 +199,68 @@ def find_lr(
 @app.command()
 def train(
     data: Annotated[Path | None, typer.Argument(help="Folder of class folders, or a table.")] = None,
-    recipe: Recipe = DEFAULT_RECIPE,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Shipped recipe or TOML file; without one the time decides.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder to make; default: a new one in runs/.")] = None,
     set_: Overrides = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0.1, help="Make the best model that this time can make, and stop.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Continue this run, with its own settings.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model and write a run folder."""
-    from fieldmark.runs import train as runs
-    from fieldmark.runs.environment import is_main_process
-    from fieldmark.runs.train import format_epoch, format_result, new_run_folder
+    """Train a model and write a run folder.
 
-    if resume is not None and (data is not None or out is not None or set_):
+    With --minutes, or without a recipe, the plan is made by measuring: which backbones, sizes and views, and how long.
+    """
+    from fieldmark.runs.environment import is_main_process
+    from fieldmark.runs.folder import Run
+    from fieldmark.runs.train import new_run_folder
+
+    if resume is not None and (data is not None or out is not None or set_ or recipe):
         raise typer.BadParameter("--resume takes settings, photos and folder from the run: give nothing else")
     config = _config(recipe, data, set_)
-    folder = resume or out or new_run_folder(config, recipe)
+    folder = resume or out or new_run_folder(config, recipe or "minutes")
     with open_progress("train") as progress:
-        reports = runs.resume(folder, progress=progress) if resume else runs.train(config, folder, progress=progress)
-        for report in reports:
-            if is_main_process():
-                progress.message(format_epoch(report))
-    if not is_main_process():
-        return
-    run = runs.Run(folder)
-    _print_json({"run": str(folder), **run.summary}) if as_json else typer.echo(format_result(run))
+        if _has_budget(recipe, minutes, resume):
+            result = _train_within(config, folder, minutes, is_new=resume is None, progress=progress)
+        else:
+            result = _train_recipe(config, folder, is_new=resume is None, progress=progress)
+    if is_main_process():
+        _print_json({"run": str(folder), **Run(folder).summary}) if as_json else typer.echo(result)
+
+
+def _has_budget(recipe: str | None, minutes: float | None, resume: Path | None) -> bool:
+    from fieldmark.budget.run import is_budgeted
+
+    if resume is None:
+        return minutes is not None or recipe is None
+    if minutes is not None and not is_budgeted(resume):
+        raise typer.BadParameter(f"{resume} was not trained within a budget: --resume goes on with its own recipe")
+    return is_budgeted(resume)
+
+
+def _train_within(config: Config, folder: Path, minutes: float | None, *, is_new: bool, progress: Progress) -> str:
+    from fieldmark.budget import run as budget
+
+    if not is_new:
+        return budget.format_result(budget.resume_within(folder, minutes=minutes, progress=progress))
+    if minutes is None:
+        minutes = budget.machine_minutes(config)
+        progress.message(f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine")
+    return budget.format_result(budget.train_within(config, folder, minutes=minutes, progress=progress))
+
+
+def _train_recipe(config: Config, folder: Path, *, is_new: bool, progress: Progress) -> str:
+    from fieldmark.runs import train as runs
+    from fieldmark.runs.environment import is_main_process
+
+    reports = runs.train(config, folder, progress=progress) if is_new else runs.resume(folder, progress=progress)
+    for report in reports:
+        if is_main_process():
+            progress.message(runs.format_epoch(report))
+    return runs.format_result(runs.Run(folder)) if is_main_process() else ""
 
 
 @app.command()
@@ -337,7 +376,7 @@ study.add_verbs(app)
 use.add_verbs(app)
 
 
-def _config(recipe: str, data: Path | None, overrides: list[str] | None) -> Config:
+def _config(recipe: str | None, data: Path | None, overrides: list[str] | None) -> Config:
     from fieldmark.config import load_config
 
     config = load_config(recipe, overrides or ())

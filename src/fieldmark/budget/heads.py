@@ -1,0 +1,175 @@
+"""A converged linear head on frozen features, its strength of decay chosen by cross-validation.
+
+Shape letters: N photos, F features, R rank of the features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.nn import functional
+
+STRENGTHS = tuple(10.0 ** (power / 2) for power in range(0, -10, -1))
+"""L2 penalties that are tried, from the strongest: of the mean loss in nats, on standardized features."""
+
+CURVATURE = 0.02
+"""Assumed second derivative of the loss along a feature of variance 1, which scales the search and not its result."""
+
+COARSE, FINE = 40, 300
+"""Iterations of a fit that is compared in cross-validation, and of the one that is kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A linear head that takes raw features.
+
+    Attributes:
+        weight: (K, F) float32, the standardization folded in.
+        bias: (K,) float32.
+        l2: The strength that was chosen.
+        out_of_fold: (N, K) float32 probabilities, each photo's by a head that was fitted without its fold.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    l2: float
+    out_of_fold: NDArray[np.float32]
+
+    def as_linear(self) -> nn.Linear:
+        """The head as a module."""
+        layer = nn.Linear(self.weight.shape[1], self.weight.shape[0])
+        with torch.no_grad():
+            layer.weight.copy_(self.weight)
+            layer.bias.copy_(self.bias)
+        return layer
+
+    def log_loss(self, labels: NDArray[np.int64]) -> float:
+        """Mean out-of-fold negative log-likelihood, in nats."""
+        return mean_log_loss(self.out_of_fold, labels)
+
+
+def mean_log_loss(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    """Mean negative log-likelihood, in nats."""
+    chosen = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(chosen, np.finfo(np.float32).tiny)).mean())
+
+
+def fit_head(
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    folds: NDArray[np.int64],
+    *,
+    num_classes: int,
+    strengths: tuple[float, ...] = STRENGTHS,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Head:
+    """Multinomial logistic regression on standardized features, the bias unpenalized.
+
+    The features are rotated onto their principal axes, of which there are at most N: exact under an L2 penalty, and it
+    makes the search well conditioned. Strengths are tried from strong to weak, each fold from its own previous
+    solution, until the out-of-fold loss has risen twice.
+
+    Args:
+        features: (N, F).
+        labels: (N,) class indices.
+        folds: (N,) fold of each photo, at least two different.
+        num_classes: K.
+        strengths: Falling.
+        should_stop: Asked between two fits of the search; the best strength so far is then taken.
+    """
+    basis = _Basis.of(torch.from_numpy(features))
+    targets = torch.from_numpy(labels)
+    parts = [torch.from_numpy(folds == fold) for fold in np.unique(folds)]
+    weights = [basis.zeros(num_classes) for _ in parts]
+    best: tuple[float, float, Tensor] | None = None
+    rises = 0
+    for l2 in strengths:
+        probabilities = torch.empty(len(labels), num_classes)
+        for number, held_out in enumerate(parts):
+            kept = ~held_out
+            inside = basis.rotated[kept]
+            weights[number] = _minimize(basis, inside, targets[kept], l2, weights[number], COARSE)
+            probabilities[held_out] = basis.logits(basis.rotated[held_out], weights[number]).softmax(1)
+        loss = mean_log_loss(probabilities.numpy(), labels)
+        if best is None or loss < best[0]:
+            best, rises = (loss, l2, probabilities), 0
+        else:
+            rises += 1
+        if rises == 2 or should_stop():
+            break
+    assert best is not None
+    _, l2, out_of_fold = best
+    start = basis.zeros(num_classes)
+    solution = _minimize(basis, basis.rotated, targets, l2, start, FINE)
+    weight, bias = basis.fold_into_raw(solution)
+    return Head(weight, bias, l2, out_of_fold.numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class _Basis:
+    """Standardized features on their principal axes.
+
+    Attributes:
+        mean, std: (F,) of the raw features; a constant feature has std 1.
+        axes: (F, R) orthonormal.
+        variances: (R,) of the standardized features along each axis.
+        rotated: (N, R) float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+    axes: Tensor
+    variances: Tensor
+    rotated: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> _Basis:
+        mean, std = features.mean(0), features.std(0, correction=0)
+        std = torch.where(std > 1e-6 * std.max().clamp_min(1e-30), std, torch.ones_like(std))
+        scaled = (features - mean) / std
+        is_wide = scaled.shape[0] < scaled.shape[1]
+        gram = (scaled @ scaled.T if is_wide else scaled.T @ scaled) / len(features)
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > 1e-6 * values[-1].clamp_min(1e-30)
+        values, vectors = values[kept], vectors[:, kept]
+        axes = scaled.T @ vectors / (values * len(features)).sqrt() if is_wide else vectors
+        return cls(mean, std, axes, values, scaled @ axes)
+
+    def zeros(self, num_classes: int) -> Tensor:
+        """(R + 1, K) weights along the axes, and the bias in the last row."""
+        return torch.zeros(len(self.variances) + 1, num_classes)
+
+    def logits(self, rotated: Tensor, weights: Tensor) -> Tensor:
+        """(N, K) logits of rotated features."""
+        return torch.addmm(weights[-1], rotated, weights[:-1])
+
+    def fold_into_raw(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(K, F) weight and (K,) bias for raw features."""
+        weight = (self.axes @ weights[:-1] / self.std[:, None]).T.contiguous()
+        return weight, weights[-1] - weight @ self.mean
+
+
+def _minimize(basis: _Basis, rotated: Tensor, targets: Tensor, l2: float, start: Tensor, iterations: int) -> Tensor:
+    """(R + 1, K) weights that minimize mean cross-entropy + l2 / 2 * squared weights, by L-BFGS from `start`."""
+    scale = 1 / (CURVATURE * basis.variances + l2).sqrt()
+    scale = torch.cat([scale, torch.full((1,), CURVATURE**-0.5)])[:, None]
+    one_hot = functional.one_hot(targets, start.shape[1]).float()
+
+    def evaluate(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weights = torch.from_numpy(flat).float().reshape(start.shape) * scale
+        log_probabilities = basis.logits(rotated, weights).log_softmax(1)
+        error = (log_probabilities.exp() - one_hot) / len(targets)
+        gradient = torch.cat([rotated.T @ error + l2 * weights[:-1], error.sum(0, keepdim=True)]) * scale
+        loss = -(log_probabilities * one_hot).sum().double() / len(targets)
+        loss = loss + l2 / 2 * weights[:-1].square().sum().double()
+        return loss.item(), gradient.double().flatten().numpy()
+
+    options = {"maxiter": iterations, "maxcor": 20, "ftol": 1e-7 if iterations == COARSE else 1e-10, "gtol": 1e-6}
+    found = minimize(evaluate, (start / scale).double().flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(found.x).float().reshape(start.shape) * scale

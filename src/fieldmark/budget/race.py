@@ -1,0 +1,285 @@
+"""Features of candidates, and the race that finds the few worth all photos: no training but that of heads.
+
+Shape letters: N photos, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+
+from fieldmark.budget.candidates import Candidate
+from fieldmark.budget.heads import Head, fit_head, mean_log_loss
+from fieldmark.budget.plan import Plan
+from fieldmark.config import Config
+from fieldmark.data.index import PhotoIndex
+from fieldmark.data.loader import Loader
+from fieldmark.files import whole_or_absent
+from fieldmark.progress import Progress
+from fieldmark.runs import build
+from fieldmark.runs.dataset import EvalPhotos
+from fieldmark.runs.environment import usable_cores
+from fieldmark.training.probe import compute_features
+
+CHUNK = 64
+"""Photos between two looks at the clock."""
+
+MIN_PER_CLASS = 8
+"""Photos of a class below which a comparison of candidates says nothing."""
+
+Numbers = NDArray[np.int64]
+
+
+def stratified_order(labels: Numbers, *, seed: int) -> Numbers:
+    """(N,) an order of which every beginning holds the classes as the whole does."""
+    rng = np.random.default_rng([seed, 0x62756467])
+    position = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        position[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return np.argsort(position, kind="stable").astype(np.int64)
+
+
+def make_folds(labels: Numbers, groups: Sequence[str], *, folds: int, seed: int) -> Numbers:
+    """(N,) fold of each photo, stratified by class; photos of one group ("" is none) share a fold."""
+    if any(groups):
+        from sklearn.model_selection import StratifiedGroupKFold
+
+        alone = [group or f"\0{number}" for number, group in enumerate(groups)]
+        result = np.zeros(len(labels), np.int64)
+        if len(set(alone)) >= folds and np.bincount(labels).max() >= folds:
+            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
+            for fold, (_, held_out) in enumerate(splitter.split(labels, labels, alone)):
+                result[held_out] = fold
+            return result
+    order = stratified_order(labels, seed=seed)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    result = np.empty(len(labels), np.int64)
+    result[by_class] = np.arange(len(labels)) % folds
+    return result
+
+
+@dataclass(eq=False)
+class Features:
+    """A candidate's features of some photos, in the order of computing.
+
+    Attributes:
+        numbers: (N,) photos.
+        values: (N, F) float32.
+        seconds: That they took.
+    """
+
+    numbers: Numbers
+    values: NDArray[np.float32]
+    seconds: float
+
+    @property
+    def seconds_per_photo(self) -> float:
+        """Mean time of one photo."""
+        return self.seconds / max(len(self.numbers), 1)
+
+    def of(self, numbers: Numbers) -> NDArray[np.float32]:
+        """(M, F) features of these photos, all of which must be there."""
+        place = {int(number): row for row, number in enumerate(self.numbers)}
+        return self.values[[place[int(number)] for number in numbers]]
+
+
+@dataclass(eq=False)
+class FeatureStore:
+    """Features by candidate, computed once, kept in files so that a killed run need not repeat them.
+
+    Attributes:
+        config: The settings.
+        index: The photos.
+        fabric: Device and precision.
+        folder: Where the files are.
+        progress: Where to report.
+        should_stop: Whether a signal came.
+    """
+
+    config: Config
+    index: PhotoIndex
+    fabric: Fabric
+    folder: Path
+    progress: Progress
+    should_stop: Callable[[], bool]
+    models: dict[tuple[str, str], build.BuiltModel] = field(default_factory=dict[tuple[str, str], build.BuiltModel])
+    kept: dict[str, Features] = field(default_factory=dict[str, Features])
+
+    def model(self, candidate: Candidate) -> build.BuiltModel:
+        """The candidate's network with its weights, on the device, in evaluation mode."""
+        key = (candidate.backbone.name, candidate.backbone.weights)
+        if key not in self.models:
+            built = build.build_model(candidate.configure(self.config), num_classes=len(self.index.classes))
+            built.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.fabric.to_device(built.model)
+            self.models[key] = built
+        return self.models[key]
+
+    def get(self, candidate: Candidate, numbers: Numbers, *, until: Callable[[], bool]) -> Features:
+        """Features of at least the first of `numbers`: of as many as there is time for.
+
+        Args:
+            candidate: Whose.
+            numbers: Wanted photos; those that are known already are not computed again.
+            until: Asked after each chunk of photos; True ends the work.
+        """
+        known = self._load(candidate)
+        missing = numbers[~np.isin(numbers, known.numbers)]
+        if not len(missing):
+            return known
+        parts = [known.values] if len(known.numbers) else []
+        done, seconds = [known.numbers], known.seconds
+        built = self.model(candidate)
+        prepare = EvalPhotos(
+            build.build_reader(self.config, self.index),
+            build.build_eval_spec(candidate.configure(self.config), built.data),
+            keeps_broken=False,
+        )
+        self.progress.start(len(missing), 0)
+        with Loader(workers=0, threads=usable_cores()) as loader:
+            for start in range(0, len(missing), CHUNK):
+                began = time.perf_counter()
+                chunk = np.sort(missing[start : start + CHUNK])
+                batches = loader.batches(prepare, [chunk.tolist()], epoch=0)
+                values, order = compute_features(self.fabric, built.model, batches, channels_last=True)
+                parts.append(values.numpy())
+                done.append(order.numpy())
+                seconds += time.perf_counter() - began
+                self.progress.advance(len(chunk))
+                if until() or self.should_stop():
+                    break
+        found = Features(np.concatenate(done), np.concatenate(parts), seconds)
+        self._save(candidate, found)
+        return found
+
+    def _load(self, candidate: Candidate) -> Features:
+        if candidate.key in self.kept:
+            return self.kept[candidate.key]
+        path = self.folder / f"{candidate.key}.npz"
+        if not path.is_file():
+            return Features(np.zeros(0, np.int64), np.zeros((0, 0), np.float32), 0.0)
+        with np.load(path, allow_pickle=False) as stored:
+            return Features(stored["numbers"], stored["values"], float(stored["seconds"]))
+
+    def _save(self, candidate: Candidate, features: Features) -> None:
+        self.kept[candidate.key] = features
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:
+                np.savez(file, numbers=features.numbers, values=features.values, seconds=features.seconds)
+
+        whole_or_absent(self.folder / f"{candidate.key}.npz", write)
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """How a candidate did on the photos that it was shown.
+
+    Attributes:
+        candidate: Which.
+        numbers: (N,) training photos.
+        head: Fitted on them.
+        log_loss: Out of fold, in nats.
+        top1: Out of fold, in [0, 1].
+        seconds_per_photo: Of its features.
+    """
+
+    candidate: Candidate
+    numbers: Numbers
+    head: Head
+    log_loss: float
+    top1: float
+    seconds_per_photo: float
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What all candidates of a race share.
+
+    Attributes:
+        store: Their features.
+        plan: The clock.
+        order: (N,) training photos, stratified.
+        val: (M,) validation photos.
+        folds: Number of folds of the comparisons.
+        seed: Of the run.
+    """
+
+    store: FeatureStore
+    plan: Plan
+    order: Numbers
+    val: Numbers
+    folds: int
+    seed: int
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.store.index.classes)
+
+    def enter(self, candidate: Candidate, count: int, *, deadline: float) -> Entry | None:
+        """Score a candidate on the first `count` training photos, or on as many as fit; None if they are too few.
+
+        Args:
+            candidate: Which.
+            count: Photos wanted.
+            deadline: On the plan's clock of elapsed seconds.
+        """
+        wanted = self.order[:count]
+        reached: list[int] = []
+
+        def compute() -> int:
+            found = self.store.get(candidate, wanted, until=lambda: self.plan.elapsed > deadline)
+            return int(np.isin(wanted, found.numbers).sum())
+
+        number = self.plan.decide(f"photos of {candidate.key}, of {count}", compute)
+        reached.append(number)
+        if number < count and number < 2 * self.num_classes:
+            return None
+        return self.score(candidate, wanted[:number])
+
+    def score(self, candidate: Candidate, numbers: Numbers) -> Entry:
+        """Fit and cross-validate a head on these training photos."""
+        features = self.store.get(candidate, numbers, until=lambda: False)
+        labels = self.store.index.label_numbers()[numbers]
+        groups = [self.store.index.photos[number].group for number in numbers]
+        folds = make_folds(labels, groups, folds=min(self.folds, len(numbers)), seed=self.seed)
+        head = fit_head(features.of(numbers), labels, folds, num_classes=self.num_classes)
+        top1 = float((head.out_of_fold.argmax(1) == labels).mean())
+        return Entry(candidate, numbers, head, head.log_loss(labels), top1, features.seconds_per_photo)
+
+
+def rungs(num_photos: int, num_classes: int) -> list[int]:
+    """Photos of each round of a race: a ninth, a third, all; fewer rounds where a share would say nothing."""
+    least = max(MIN_PER_CLASS * num_classes, 200)
+    return [count for count in (num_photos // 9, num_photos // 3) if count >= least] + [num_photos]
+
+
+def best_average(entries: Sequence[Entry], labels: Numbers, *, most: int) -> list[Entry]:
+    """The entries whose mean out-of-fold probabilities lose least, added one by one, best first."""
+    chosen: list[Entry] = []
+    best = np.inf
+    while len(chosen) < most:
+        rest = [entry for entry in entries if entry not in chosen]
+        if not rest:
+            break
+        losses = [average_loss([*chosen, entry], labels) for entry in rest]
+        place = int(np.argmin(losses))
+        if losses[place] >= best:
+            break
+        chosen, best = [*chosen, rest[place]], losses[place]
+    return chosen
+
+
+def average_loss(entries: Sequence[Entry], labels: Numbers) -> float:
+    """Log loss of the mean of out-of-fold probabilities, in nats."""
+    return mean_log_loss(np.mean([entry.head.out_of_fold for entry in entries], axis=0), labels)

@@ -1,0 +1,402 @@
+"""`fieldmark train PHOTOS --minutes N`: the best model that the minutes of this machine can make, on time.
+
+Shape letters: N training photos, M validation photos, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+
+from fieldmark.budget import candidates
+from fieldmark.budget.candidates import Backbone, Candidate
+from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
+from fieldmark.budget.race import Course, Entry, FeatureStore, best_average, rungs, stratified_order
+from fieldmark.budget.shelf import Answer, Model, Shelf, temperature_of
+from fieldmark.config import Config, parse_config
+from fieldmark.errors import InterruptedRunError, RunError
+from fieldmark.progress import Logged, Progress, Quiet
+from fieldmark.runs import build, folder
+from fieldmark.runs.dataset import Dataset, prepare_dataset
+from fieldmark.runs.environment import usable_cores
+from fieldmark.runs.folder import Run
+from fieldmark.runs.session import make_folder
+from fieldmark.runs.train import StopRequest, format_accuracy, stop_requests
+from fieldmark.training.evaluate import softmax
+
+FEATURES = "features"
+
+FLOOR_SHARE, RACE_SHARE, PROBE_SHARE = 0.15, 0.40, 0.90
+"""Shares of the budget by which the floor stands, the race ends where fine-tuning follows, and where none does."""
+
+MEMBERS = 3
+"""The most networks that answer together."""
+
+
+class _StoppedError(Exception):
+    """A signal came."""
+
+
+def machine_minutes(config: Config) -> float:
+    """The budget where the user names none."""
+    return default_minutes(cores=usable_cores(), has_gpu=build.choose_device(config).value != "cpu")
+
+
+def train_within(
+    config: Config,
+    out: str | Path,
+    *,
+    minutes: float,
+    progress: Progress | None = None,
+    clock: Clock = time.monotonic,
+) -> Run:
+    """Make the best model that fits a time, and write a run folder.
+
+    Args:
+        config: The settings; what they set explicitly (model, evaluation size, view) is not varied.
+        out: The run folder; must not exist, or be empty.
+        minutes: From the call to the end of this function.
+        progress: Where to report.
+        clock: Seconds from any fixed moment.
+
+    Raises:
+        FieldmarkError: Settings, data, weights or machine do not allow it.
+        InterruptedRunError: Ctrl-C or SIGTERM came; the folder holds the best model so far.
+    """
+    path = Path(out)
+    plan = Plan(path / PLAN, 60 * minutes, clock)
+    candidates.find_backbones(config)  # before the folder is made: without weights there is nothing to make
+    make_folder(path)
+    plan.begin()
+    settings = plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
+    return _follow(parse_config(settings), path, plan, progress or Quiet())
+
+
+def resume_within(
+    out: str | Path, *, minutes: float | None, progress: Progress | None = None, clock: Clock = time.monotonic
+) -> Run:
+    """Go on with a run that a budget was set for: with what was left of it, or with new minutes.
+
+    Raises:
+        RunError: It is no such run, or it is finished and no new minutes are given.
+    """
+    path = Path(out)
+    plan = Plan.resume(path / PLAN, minutes=minutes, clock=clock)
+    status = folder.run_status(path)
+    if minutes is None and status == "finished":
+        raise RunError(f"{path} is finished. Give it more time with: fieldmark train --resume {path} --minutes N")
+    settings = plan.decide("settings", dict)
+    return _follow(parse_config(settings), path, plan, progress or Quiet())
+
+
+def is_budgeted(out: str | Path) -> bool:
+    """Whether a run folder was made within a budget."""
+    return (Path(out) / PLAN).is_file()
+
+
+def _follow(config: Config, path: Path, plan: Plan, progress: Progress) -> Run:
+    log = Logged(progress, path / folder.LOG)
+    with stop_requests() as stop:
+        work = _open(config, path, plan, log, stop)
+        try:
+            work.floor()
+            work.race()
+        except _StoppedError:
+            work.end("interrupted")
+            raise InterruptedRunError(
+                f"stopped by {stop.signal_name}: {path} holds {work.best.name}, which answers. Go on with: "
+                f"fieldmark train --resume {path}"
+            ) from None
+        work.end("finished")
+    return Run(path)
+
+
+@dataclass(eq=False)
+class _Work:
+    """A budget being spent.
+
+    Attributes:
+        config: The settings.
+        path: The run folder.
+        plan: The clock and the record.
+        log: Where to report.
+        stop: Set once a signal came.
+        dataset: The photos.
+        backbones: Cheapest first.
+        course: What the race's candidates share.
+        shelf: The run folder's keeper.
+        entries: By candidate, the one on most photos.
+        tried: What summary.json says of each thing tried.
+        answer: The best so far.
+    """
+
+    config: Config
+    path: Path
+    plan: Plan
+    log: Progress
+    stop: StopRequest
+    dataset: Dataset
+    backbones: Sequence[Backbone]
+    course: Course
+    shelf: Shelf
+    precision: str
+    entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
+    tried: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    history: list[tuple[float, Answer]] = field(default_factory=list[tuple[float, Answer]])
+
+    @property
+    def best(self) -> Answer:
+        """The answer that the folder holds."""
+        return self.history[-1][1]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N + M + ...,) class indices of all photos."""
+        return self.dataset.index.label_numbers()
+
+    def floor(self) -> None:
+        """The cheapest backbone's features and a head: from here on the folder answers."""
+        cheapest = self.backbones[0]
+        course, plan = self.course, self.plan
+        own = candidates.list_candidates(self.config, [cheapest])
+        key = plan.decide("floor", lambda: self._choose_floor(own).key)
+        candidate = next(one for one in own if one.key == key)
+        least = min(len(course.order), max(2 * course.num_classes, 4 * course.folds))
+        first = np.concatenate([course.order[:least], course.val])
+        course.store.get(candidate, first, until=lambda: False)
+        self._check()
+        entry = course.enter(candidate, len(course.order), deadline=FLOOR_SHARE * plan.seconds)
+        entry = entry or course.score(candidate, course.order[:least])
+        self._note(entry)
+        self._promote(f"a linear head on {candidate.key}", [entry])
+        if plan.elapsed > plan.seconds:
+            self.log.message(
+                f"the {plan.seconds / 60:g} minutes were over before the least that answers was made: "
+                f"this took {plan.elapsed:.0f} s"
+            )
+
+    def _choose_floor(self, own: Sequence[Candidate]) -> Candidate:
+        """The first picture whose features fit the floor's time, by the time of a few; else the smallest."""
+        course = self.course
+        sample = course.order[:16]
+        first = own[0]
+        course.store.get(first, sample[:8], until=lambda: False)
+        warm = time.perf_counter()
+        course.store.get(first, sample, until=lambda: False)
+        seconds = (time.perf_counter() - warm) / max(len(sample) - 8, 1)
+        count = len(course.order) + len(course.val)
+        left = FLOOR_SHARE * self.plan.seconds - self.plan.elapsed
+        sizes = sorted({one.size for one in own if one.size <= first.size}, reverse=True)
+        for size in sizes:
+            if count * seconds * (size / first.size) ** 2 <= left or size == sizes[-1]:
+                return next(one for one in own if one.size == size)
+        return first
+
+    def race(self) -> None:
+        """Candidates on growing shares of the photos; then the best, and their average, on all."""
+        course, plan = self.course, self.plan
+        end = PROBE_SHARE * plan.seconds
+        running = candidates.list_candidates(self.config, self.backbones)
+        counts = rungs(len(course.order), course.num_classes)
+        for place, count in enumerate(counts[:-1]):
+            share = (place + 1) / len(counts) * 0.5
+            deadline = plan.decide(f"round of {count}", lambda share=share: plan.elapsed + share * (end - plan.elapsed))
+            entries = self._round(running, count, deadline)
+            running = self._survivors(entries, most=max(2, -(-len(running) // 3)))
+        for candidate in running:
+            if not plan.decide(f"all photos of {candidate.key}", lambda one=candidate: self._fits(one, end)):
+                continue
+            self._round([candidate], counts[-1], end)
+            self._average()
+
+    def _round(self, running: Sequence[Candidate], count: int, deadline: float) -> list[Entry]:
+        entries: list[Entry] = []
+        for candidate in running:
+            if not self.plan.decide(f"try {candidate.key}", lambda: self.plan.elapsed < deadline):
+                break
+            entry = self.course.enter(candidate, count, deadline=deadline)
+            self._check()
+            if entry is not None:
+                self._note(entry)
+                entries.append(entry)
+        return entries
+
+    def _survivors(self, entries: Sequence[Entry], *, most: int) -> list[Candidate]:
+        """The best picture of each backbone first, then the next best."""
+        ranked = sorted(entries, key=lambda entry: entry.log_loss)
+        firsts: dict[str, Entry] = {}
+        for entry in ranked:
+            firsts.setdefault(entry.candidate.backbone.name, entry)
+        rest = [entry for entry in ranked if entry not in firsts.values()]
+        return [entry.candidate for entry in [*firsts.values(), *rest]][:most]
+
+    def _fits(self, candidate: Candidate, end: float) -> bool:
+        """Whether the features of all photos can be had by `end`."""
+        entry = self.entries.get(candidate.key)
+        missing = len(self.course.order) + len(self.course.val) - (len(entry.numbers) if entry else 0)
+        seconds = entry.seconds_per_photo if entry else self._guess_seconds(candidate)
+        return self.plan.elapsed + missing * seconds < end
+
+    def _guess_seconds(self, candidate: Candidate) -> float:
+        """Seconds per photo of a candidate that was not tried, from those that were."""
+        guesses = [
+            entry.seconds_per_photo
+            * (candidate.size / entry.candidate.size) ** 2
+            * (candidate.backbone.parameters / entry.candidate.backbone.parameters)
+            for entry in self.entries.values()
+        ]
+        return min(guesses)
+
+    def _average(self) -> None:
+        """Promote the average of the best entries on all photos, if it beats what answers."""
+        whole = [entry for entry in self.entries.values() if len(entry.numbers) == len(self.course.order)]
+        if not whole:
+            return
+        labels = self.labels[self.course.order]
+        chosen = best_average(whole, labels, most=self._most_members())
+        names = " and ".join(entry.candidate.key for entry in chosen)
+        what = f"a linear head on {names}" if len(chosen) == 1 else f"the average of linear heads on {names}"
+        self._promote(what, chosen)
+
+    def _most_members(self) -> int:
+        limit = self.config.model.max_parameters_millions
+        if limit is None:
+            return MEMBERS
+        largest = max(backbone.parameters for backbone in self.backbones)
+        return max(1, min(MEMBERS, int(limit * 1e6 / largest)))
+
+    def _note(self, entry: Entry) -> None:
+        known = self.entries.get(entry.candidate.key)
+        if known is None or len(entry.numbers) >= len(known.numbers):
+            self.entries[entry.candidate.key] = entry
+        row = {"what": entry.candidate.key, "photos": len(entry.numbers), "top1": entry.top1,
+               "log_loss": entry.log_loss, "l2": entry.head.l2,
+               "milliseconds_per_photo": 1000 * entry.seconds_per_photo}  # fmt: skip
+        self.tried.append(row)
+        self.log.message(
+            f"{entry.candidate.key}: top-1 {entry.top1:.4f}, log loss {entry.log_loss:.3f}, cross-validated on "
+            f"{len(entry.numbers)} photos"
+        )
+
+    def _promote(self, name: str, entries: Sequence[Entry]) -> None:
+        answer = Answer(name, tuple(self._model(entry) for entry in entries))
+        if self.history and [m.key for m in answer.members] == [m.key for m in self.best.members]:
+            return
+        self.shelf.put(answer)
+        self.history.append((self.plan.elapsed, answer))
+        figures = self.shelf.figures(answer)
+        shown = f", validation top-1 {figures['top1']:.4f}" if figures else ""
+        self.log.message(f"{max(self.plan.left, 0):.0f} s left; kept if it ended now: {name}{shown}")
+        folder.write_json(self.path / folder.SUMMARY, {"status": "running", "kept": name})
+
+    def _model(self, entry: Entry) -> Model:
+        """The network of an entry, with its answers on the validation photos."""
+        candidate, course = entry.candidate, self.course
+        config = candidate.configure(self.config)
+        built = course.store.model(candidate)
+        features = course.store.get(candidate, course.val, until=lambda: False)
+        head = entry.head.as_linear()
+        logits = np.zeros((0, course.num_classes), np.float32)
+        if len(course.val):
+            with torch.inference_mode():
+                logits = head(torch.from_numpy(features.of(course.val))).numpy()
+        weights = {f"backbone.{name}": tensor for name, tensor in built.model.backbone.state_dict().items()}
+        weights |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+        evaluation = build.build_eval_spec(config, built.data)
+        description = build.describe_model(built, evaluation, precision=self.precision, channels_last=True)
+        temperature = temperature_of(entry.head.out_of_fold, self.labels[entry.numbers])
+        key = f"{candidate.key}-{len(entry.numbers)}"
+        return Model(key, config, description, weights, softmax(logits), temperature)
+
+    def _check(self) -> None:
+        if self.stop and self.history:
+            raise _StoppedError
+        if self.stop:
+            raise InterruptedRunError(
+                f"stopped by {self.stop.signal_name} before anything answered. Go on with: "
+                f"fieldmark train --resume {self.path}"
+            )
+
+    def end(self, status: str) -> None:
+        """Leave the best answer as an ordinary run, and say how it came about."""
+        answer = self.best
+        self.shelf.settle(answer)
+        if status == "finished":
+            self.shelf.clear(answer)
+            shutil.rmtree(self.path / FEATURES, ignore_errors=True)
+        figures = self.shelf.figures(answer)
+        summary: dict[str, Any] = {
+            "status": status,
+            "kept": answer.name,
+            "seconds": self.plan.elapsed,
+            "budget_seconds": self.plan.seconds,
+            "tried": self.tried,
+            "epochs": 0,
+            "select": "best",
+            "metric": "log_loss",
+            "best_epoch": 0,
+        }
+        folder.write_json(self.path / folder.SUMMARY, summary | ({"val": figures} if figures else {}))
+
+
+def _open(config: Config, path: Path, plan: Plan, log: Progress, stop: StopRequest) -> _Work:
+    log.message(f"budget: {plan.left / 60:.1f} minutes, on {usable_cores()} cores")
+    fabric, choices = build.build_fabric(config)
+    fabric.launch()
+    torch.manual_seed(config.train.seed)
+    if fabric.device.type == "cpu":
+        torch.set_num_threads(build.choose_threads(config, workers=0).value)
+    backbones = candidates.find_backbones(config)
+    log.message("weights at hand: " + ", ".join(f"{one.name} ({one.parameters / 1e6:.1f} M)" for one in backbones))
+    dataset = prepare_dataset(config.data, progress=log)
+    return _assemble(config, path, plan, log, stop, dataset, backbones, fabric, str(choices["precision"].value))
+
+
+def _assemble(
+    config: Config,
+    path: Path,
+    plan: Plan,
+    log: Progress,
+    stop: StopRequest,
+    dataset: Dataset,
+    backbones: Sequence[Backbone],
+    fabric: Fabric,
+    precision: str,
+) -> _Work:
+    index = dataset.index
+    labels = index.label_numbers()
+    split = np.asarray([photo.split for photo in index.photos])
+    train, val = (np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", "val"))
+    counts = np.bincount(labels[train], minlength=len(index.classes))
+    log.message(f"data: {len(train)} photos of {len(index.classes)} classes to learn from, {len(val)} to validate on")
+    shelf = Shelf(path, index, val, counts / counts.sum())
+    shelf.open(config, broken=len(dataset.broken))
+    store = FeatureStore(config, index, fabric, path / FEATURES, log, lambda: bool(stop))
+    order = train[stratified_order(labels[train], seed=config.train.seed)]
+    course = Course(store, plan, order, val, folds=5, seed=config.train.seed)
+    return _Work(config, path, plan, log, stop, dataset, backbones, course, shelf, precision)
+
+
+def format_result(run: Run) -> str:
+    """What was tried, what is kept, and what to do with it."""
+    summary = run.summary
+    minutes, budget = summary["seconds"] / 60, summary["budget_seconds"] / 60
+    lines = [f"run: {run.path}, {minutes:.1f} of {budget:g} minutes", f"kept: {summary['kept']}"]
+    best: dict[str, dict[str, Any]] = {}
+    for row in summary["tried"]:
+        best[row["what"]] = row
+    for name, row in sorted(best.items(), key=lambda item: item[1]["log_loss"])[:8]:
+        lines.append(f"  {name:44} top-1 {row['top1']:.4f} on {row['photos']} photos, cross-validated")
+    if "val" in summary:
+        lines.append(f"validation: {format_accuracy(summary['val'])}")
+    return "\n".join([*lines, "next:", f"  fieldmark evaluate {run.path}",
+                      f"  fieldmark predict {run.path} PHOTOS --out prediction.csv"])  # fmt: skip

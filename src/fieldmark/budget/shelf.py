@@ -1,0 +1,200 @@
+"""The run folder of a budget: from the floor on it holds a whole model, whatever happens when.
+
+While the clock runs, the folder is an ensemble, of one member or more: `ensemble.json` alone, which is replaced whole,
+says which members answer and at what temperature. At the end a single winner becomes an ordinary run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fieldmark.config import Config, dump_config
+from fieldmark.data.index import PhotoIndex, save_split_table
+from fieldmark.inference.calibrate import FILE as CALIBRATION
+from fieldmark.inference.calibrate import calibrate_run
+from fieldmark.inference.calibration import apply_temperature, fit_temperature, log_probabilities
+from fieldmark.inference.predictor import mean_probabilities
+from fieldmark.runs import folder
+from fieldmark.runs.environment import describe_environment
+from fieldmark.training import metrics
+from fieldmark.training.checkpoint import save_weights
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One network that may answer.
+
+    Attributes:
+        key: Its name.
+        config: Its settings.
+        description: Its model.json.
+        weights: Backbone and head.
+        val: (M, K) float32 probabilities of the validation photos at temperature 1; (0, K) where there are none.
+        temperature: Divides its logits, > 0.
+    """
+
+    key: str
+    config: Config
+    description: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    val: Floats
+    temperature: float
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One or more networks that answer together.
+
+    Attributes:
+        name: What people read.
+        members: At least one.
+    """
+
+    name: str
+    members: tuple[Model, ...]
+
+    @property
+    def val(self) -> Floats:
+        """(M, K) calibrated probabilities of the validation photos."""
+        return average([member.val for member in self.members], [member.temperature for member in self.members])
+
+
+def average(probabilities: Sequence[Floats], temperatures: Sequence[float]) -> Floats:
+    """(M, K) mean of calibrated probabilities, as an ensemble of these members will answer."""
+    orders = [np.arange(probabilities[0].shape[1])] * len(probabilities)
+    return mean_probabilities(probabilities, temperatures, orders)
+
+
+def temperature_of(probabilities: Floats, labels: NDArray[np.int64]) -> float:
+    """The temperature that fits held-out probabilities best, or 1 where it would not lower the loss."""
+    if not len(labels):
+        return 1.0
+    logits = log_probabilities(probabilities)
+    found = fit_temperature(logits, labels)
+    losses = [metrics.log_loss(apply_temperature(logits, temperature), labels) for temperature in (1.0, found)]
+    return found if losses[1] < losses[0] else 1.0
+
+
+class Shelf:
+    """A run folder whose best model is replaced as better ones are found.
+
+    Args:
+        path: The folder; exists.
+        index: The photos with their splits.
+        val: (M,) validation photos.
+        prior: (K,) share of each class in training.
+    """
+
+    def __init__(self, path: Path, index: PhotoIndex, val: NDArray[np.int64], prior: NDArray[np.float64]) -> None:
+        self.path = path
+        self._index = index
+        self._val = val
+        self._prior = prior
+
+    def open(self, config: Config, *, broken: int) -> None:
+        """Write what the folder holds from the start."""
+        index = self._index
+        save_split_table(index, self.path / folder.SPLIT)
+        folder.write_json(self.path / folder.CLASSES, list(index.classes))
+        data = {
+            "root": str(index.root.resolve()),
+            "fingerprint": index.fingerprint(),
+            "counts": index.counts(),
+            "prior": self._prior.tolist(),
+            "ignored": dict(index.ignored),
+            "num_broken": broken,
+        }
+        folder.write_json(self.path / folder.DATA, data)
+        folder.write_json(self.path / folder.ENVIRONMENT, describe_environment())
+        self._write_recipe(self.path, config)
+
+    def put(self, answer: Answer) -> None:
+        """Let these networks answer from now on; a kill at any moment leaves the old answer or this one."""
+        for member in answer.members:
+            self._write_member(member)
+        listed = [
+            {"folder": member.key, "name": member.key, "temperature": member.temperature} for member in answer.members
+        ]
+        folder.write_json(self.path / folder.MODEL, self._describe(answer))
+        self._write_predictions(answer.val)
+        folder.write_json(self.path / folder.ENSEMBLE, {"members": listed})
+        (self.path / CALIBRATION).unlink(missing_ok=True)
+
+    def settle(self, answer: Answer) -> None:
+        """Make a single network an ordinary run, and calibrate what answers."""
+        self.put(answer)
+        if len(answer.members) == 1:
+            (only,) = answer.members
+            self._write_recipe(self.path, only.config)
+            folder.write_json(self.path / folder.MODEL, dict(only.description))
+            save_weights(self.path / folder.WEIGHTS, only.weights)
+            self._write_predictions(only.val)
+            (self.path / folder.ENSEMBLE).unlink()
+        if len(self._val) > 1:
+            run = folder.Run(self.path)
+            calibrate_run(run, wanted="none", wanted_value=1.0, assurance=0.95, folds=5, seed=0)
+
+    def clear(self, answer: Answer) -> None:
+        """Remove the members that do not answer."""
+        kept = {member.key for member in answer.members} if len(answer.members) > 1 else set[str]()
+        for entry in (self.path / folder.MEMBERS).iterdir():
+            if entry.name not in kept:
+                shutil.rmtree(entry)
+        if not kept:
+            (self.path / folder.MEMBERS).rmdir()
+
+    def figures(self, answer: Answer) -> dict[str, Any]:
+        """Validation figures of an answer, with the interval of its accuracy; {} without validation photos."""
+        labels = self._index.label_numbers()[self._val]
+        if not len(labels):
+            return {}
+        found = metrics.summarize(answer.val, labels, self._prior)
+        interval = metrics.wilson_interval(round(found["top1"] * len(labels)), len(labels))
+        return {**found, "top1_interval": list(interval)}
+
+    def _write_member(self, member: Model) -> None:
+        path = self.path / folder.MEMBERS / member.key
+        if (path / folder.WEIGHTS).is_file():
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        self._write_recipe(path, member.config)
+        folder.write_json(path / folder.CLASSES, list(self._index.classes))
+        folder.write_json(path / folder.MODEL, dict(member.description))
+        save_weights(path / folder.WEIGHTS, member.weights)
+
+    def _write_recipe(self, path: Path, config: Config) -> None:
+        folder.whole_or_absent(
+            path / folder.RECIPE, lambda part: part.write_text(dump_config(config), encoding="utf-8")
+        )
+
+    def _describe(self, answer: Answer) -> dict[str, Any]:
+        descriptions = [member.description for member in answer.members]
+        if len(descriptions) == 1:
+            return dict(descriptions[0])
+        weights = {
+            key: "; ".join(dict.fromkeys(str(found["weights"].get(key) or "unknown") for found in descriptions))
+            for key in ("source", "licence", "pretraining")
+        }
+        return {"parameters": sum(found["parameters"] for found in descriptions), "weights": weights}
+
+    def _write_predictions(self, probabilities: Floats) -> None:
+        if not len(self._val):
+            return
+        index = self._index
+        folder.write_predictions(
+            self.path / "predictions" / "val.parquet",
+            paths=[index.photos[number].path for number in self._val],
+            labels=index.label_numbers()[self._val],
+            probabilities=probabilities,
+            classes=index.classes,
+        )
