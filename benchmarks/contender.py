@@ -53,13 +53,13 @@ def _settings(setup: Setup) -> Any:
     from fieldmark.config import load_config
 
     return load_config(
-        "report",
+        "competition",
         [
             f'data.path="{setup.data}"',
             "cache.mode=uint8",
             "augment.executor=fast",
             f"augment.size={setup.size}",
-            "mix.prob=0",
+            "mix.share=0",
             f"model.name={setup.model}",
             "model.weights=random",
             "model.head=linear",

@@ -1,7 +1,7 @@
 """The report's augmentation list in four libraries: files in, (B, 3, 224, 224) float32 batches out.
 
-Crop, flips, affine, colour, normalise, erase, in this order, as `recipes/report.toml` has them. Where a library cannot
-say the same, it does the nearest thing, and `DIFFERENCES` says which.
+Crop, flips, affine, colour, normalise, erase, in this order, as `recipes/competition.toml` has them. Where a library
+cannot say the same, it does the nearest thing, and `DIFFERENCES` says which.
 
 Shape letters: B batch.
 """
@@ -150,7 +150,7 @@ class Ours:
         from fieldmark.runs.build import build_augment_spec, build_eval_spec
         from fieldmark.runs.dataset import PhotoReader, TrainPhotos
 
-        config = load_config("report", ["augment.executor=fast"])
+        config = load_config("competition", ["augment.executor=fast"])
         weights = InputConfig(SIZE, SIZE, 1.0, "bilinear", MEAN, STD, is_size_fixed=False)
         evaluation = build_eval_spec(config, weights)
         sizes = np.asarray([read_size(file, max_pixels=10**9) for file in files], np.int64)

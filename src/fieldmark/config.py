@@ -1,6 +1,6 @@
 """The settings of a run: one tree of frozen sections, read from TOML, changed by dotted `key=value` pairs.
 
-A default lives here and nowhere else. Parts (data, vision, optim, engine) never see these objects: `experiment.build`
+A default lives here and nowhere else. Parts (data, augment, models, training) never see these objects: `runs.build`
 turns them into plain values.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -26,7 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-from fieldmark.errors import ConfigError, did_you_mean
+from fieldmark.errors import ConfigError
+from fieldmark.overrides import RENAMED_RECIPES, describe_problems, note, parse_pair, read_old_names, set_value
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
@@ -156,10 +157,10 @@ class AugmentConfig(Section):
     """`reference` runs torchvision's transforms one after another. `fast` runs the same random numbers in one warp, on
     the CPU, or as one batch on a CUDA GPU. `device` is the batch form wherever the model is."""
 
-    crop: Literal["random_resized", "zoom", "squash", "weights"] = "random_resized"
+    crop: Literal["random_resized", "zoom", "squash", "pretrained"] = "random_resized"
     """`random_resized`: torchvision's RandomResizedCrop, including its fallback to a centre crop. `zoom`: the same
     without the fallback, so a scale over 1 really zooms out over `fill`. `squash`: the whole photo, aspect lost.
-    `weights`: the evaluation transform of the weights."""
+    `pretrained`: the evaluation transform of the weights."""
 
     crop_scale: Range = (0.35, 1.0)
     """Area of the crop over the area of the photo."""
@@ -233,11 +234,11 @@ class AugmentConfig(Section):
 class MixConfig(Section):
     """Batches blended from two photos each."""
 
-    prob: Fraction = 0.0
-    """Probability, per batch, of each of `methods`; the rest of the batches stay as they are."""
+    share: Fraction = 0.0
+    """Share of the batches that are mixed; the others stay as they are."""
 
-    methods: tuple[Literal["mixup", "cutmix"], ...] = ("mixup", "cutmix")
-    """MixUp (arXiv:1710.09412) and CutMix (arXiv:1905.04899); at most one is used in a batch."""
+    cutmix_share: Fraction = 0.5
+    """Share of the mixed batches that get CutMix (arXiv:1905.04899); the others get MixUp (arXiv:1710.09412)."""
 
     mixup_alpha: Range = (0.4, 0.6)
     """α of MixUp's Beta(α, α) is drawn from this range for each batch; two equal numbers fix it."""
@@ -250,11 +251,6 @@ class MixConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.prob * len(self.methods) > 1:
-            most = 1 / len(self.methods)
-            raise ValueError(
-                f"prob is per method: with {len(self.methods)} methods at most {most:g}, got {self.prob:g}"
-            )
         for name in ("mixup_alpha", "cutmix_alpha"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -265,12 +261,12 @@ class MixConfig(Section):
 class EvalConfig(Section):
     """The picture that a photo is judged on."""
 
-    transform: Literal["weights", "squash"] = "weights"
-    """`weights`: resize and centre-crop as the weights' own data configuration says. `squash`: to a square, aspect
+    transform: Literal["pretrained", "squash"] = "pretrained"
+    """`pretrained`: resize and centre-crop as the weights' own data configuration says. `squash`: to a square, aspect
     lost."""
 
     size: PositiveInt | None = None
-    """Side in pixels; None is the weights' test size for `weights`, else `augment.size`."""
+    """Side in pixels; None is the weights' test size for `pretrained`, else `augment.size`."""
 
     crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """`size` over the resized short side; None is the weights' own."""
@@ -486,6 +482,16 @@ class Config(Section):
     probe: ProbeConfig = ProbeConfig()
     train: TrainConfig = TrainConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        tables: dict[str, Any] = values
+        settings = {name: dict(value) if isinstance(value, dict) else value for name, value in tables.items()}
+        read_old_names(settings)
+        return settings
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.train.epochs and not self.probe.epochs:
@@ -514,15 +520,26 @@ def load_config(recipe: str | Path | None = None, overrides: Iterable[str] = ())
 
     Args:
         recipe: Name of a shipped recipe, path of a TOML file, or None for the defaults.
-        overrides: `key=value` pairs with dotted keys, applied in order. Values are TOML; bare words are strings.
+        overrides: `key=value` pairs, applied in order. Keys are dotted; a last part that is unique, and the usual
+            names of other tools, are understood. Values are TOML; bare words are strings.
 
     Raises:
         ConfigError: No such recipe, not TOML, an unknown key, or a value out of range. Names every problem.
     """
-    name, settings = _read(recipe)
-    for override in overrides:
-        _apply(settings, override)
+    name, settings = read_recipe(recipe)
+    apply_overrides(settings, overrides)
     return parse_config(settings, name)
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> None:
+    """Change nested settings in place, by `key=value` pairs or by a mapping of dotted keys.
+
+    Raises:
+        ConfigError: A pair without `=`, or no such setting.
+    """
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_pair, overrides)
+    for key, value in pairs:
+        set_value(settings, Config, key, value)
 
 
 def parse_config(settings: Mapping[str, Any], name: str = "settings") -> Config:
@@ -534,7 +551,7 @@ def parse_config(settings: Mapping[str, Any], name: str = "settings") -> Config:
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        lines = [_problem(problem) for problem in error.errors()]
+        lines = describe_problems(Config, list(error.errors()))
         raise ConfigError(f"{name} is not a valid recipe:\n  " + "\n  ".join(lines)) from None
 
 
@@ -545,70 +562,35 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(_written_none(config.model_dump(mode="json")))
 
 
-def _recipes() -> Any:
-    return resources.files("fieldmark") / "recipes"
+def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
+    """Read a recipe's name and its own settings, without defaults; names of earlier versions are replaced.
 
-
-def _read(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
+    Raises:
+        ConfigError: No such recipe, or it is not TOML.
+    """
     if recipe is None:
         return "settings", {}
-    path = Path(recipe)
-    if not path.is_file():
-        shipped = _recipes() / f"{recipe}.toml"
-        if not shipped.is_file():
+    path, shipped = Path(recipe), _recipes() / f"{RENAMED_RECIPES.get(str(recipe), recipe)}.toml"
+    try:
+        if path.is_file():
+            settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        elif shipped.is_file():
+            settings = tomllib.loads(shipped.read_text(encoding="utf-8"))
+        else:
             names = ", ".join(recipe_names())
             raise ConfigError(f"no recipe {str(recipe)!r}: it is neither a file nor a shipped recipe ({names})")
-        return str(recipe), tomllib.loads(shipped.read_text(encoding="utf-8"))
-    try:
-        return path.name, tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if str(recipe) in RENAMED_RECIPES and not path.is_file():
+        note(f"the recipe {recipe!r} is now called {RENAMED_RECIPES[str(recipe)]!r}")
+    read_old_names(settings)
+    return path.name if path.is_file() else str(recipe), settings
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    keys = key.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set takes key=value, such as train.epochs=20; got {override!r}")
-    table = settings
-    for part in keys[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {part!r} is a value, not a table")
-    table[keys[-1]] = parse_value(text.strip())
-
-
-def parse_value(text: str) -> Any:
-    """Read one TOML value; what is not TOML is taken as a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _problem(problem: Mapping[str, Any]) -> str:
-    location: Sequence[str | int] = problem["loc"]
-    # A union's branches appear in pydantic's location; the dotted key ends before them.
-    keys = [str(part) for part in location]
-    known = [key for number, key in enumerate(keys) if number < 2]
-    where = ".".join(known) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        return f"{'.'.join(keys)}: no such setting{did_you_mean(keys[-1], _siblings(keys[:-1]))}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    given = "" if problem["type"] == "value_error" else f"; got {problem['input']!r}"
-    return f"{where}: {message}{given}"
-
-
-def _siblings(keys: Sequence[str]) -> list[str]:
-    model: Any = Config
-    for key in keys:
-        field = model.model_fields.get(key)
-        model = getattr(field, "annotation", None)
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return list(model.model_fields)
+def _recipes() -> Any:
+    return resources.files("fieldmark") / "recipes"
 
 
 def _written_none(value: Any) -> Any:

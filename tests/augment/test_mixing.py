@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fieldmark.augment.mixing import MixSpec, apply_mix, draw_mix, lambda_draws, one_hot
+from fieldmark.augment.sample import MIX, uniforms
 from fieldmark.errors import ConfigError, DataError
 
-SPEC = MixSpec(prob=0.4, methods=("mixup", "cutmix"), mixup_alpha=(0.4, 0.6), cutmix_alpha=(0.8, 1.2))
+SPEC = MixSpec(share=0.8, cutmix_share=0.5, mixup_alpha=(0.4, 0.6), cutmix_alpha=(0.8, 1.2))
 BATCHES = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 2**32),
@@ -29,17 +30,29 @@ def kinds(spec: MixSpec, count: int) -> dict[str, float]:
     return {kind: drawn.count(kind) / count for kind in ("none", "mixup", "cutmix")}
 
 
-@pytest.mark.parametrize("prob", [0.0, 0.2, 0.4, 0.5])
-def test_prob_is_the_share_of_each_method(prob):
-    shares = kinds(replace(SPEC, prob=prob), 1500)
-    assert shares["mixup"] == pytest.approx(prob, abs=0.05)
-    assert shares["cutmix"] == pytest.approx(prob, abs=0.05)
-    assert shares["none"] == pytest.approx(1 - 2 * prob, abs=0.05)
-    assert prob != 0.5 or shares["none"] == 0
+@pytest.mark.parametrize(("share", "cutmix_share"), [(0.0, 0.5), (0.4, 0.5), (0.8, 0.25), (1.0, 0.5), (0.6, 0.0)])
+def test_the_shares_are_of_all_batches_and_of_the_mixed_ones(share, cutmix_share):
+    shares = kinds(replace(SPEC, share=share, cutmix_share=cutmix_share), 1500)
+    assert shares["mixup"] == pytest.approx(share * (1 - cutmix_share), abs=0.05)
+    assert shares["cutmix"] == pytest.approx(share * cutmix_share, abs=0.05)
+    assert shares["none"] == pytest.approx(1 - share, abs=0.05)
+    assert share != 1 or shares["none"] == 0
+
+
+@pytest.mark.parametrize("methods", [("mixup", "cutmix"), ("cutmix",), ("mixup",)])
+@pytest.mark.parametrize("prob", [0.1, 0.2, 0.3, 0.4, 0.5])
+def test_shares_draw_what_a_probability_per_method_drew(prob, methods):
+    share, cutmix_share = prob * len(methods), methods.count("cutmix") / len(methods)
+    spec = replace(SPEC, share=share, cutmix_share=cutmix_share)
+    for step in range(400):
+        u = float(uniforms(0, 3, [step], stream=MIX, count=1)[0, 0])
+        place = int(u / prob)
+        drawn = draw_mix(spec, seed=0, epoch=3, step=step, batch_size=2, image_size=8)
+        assert drawn.kind == (methods[place] if place < len(methods) else "none")
 
 
 def test_one_method_may_take_every_batch():
-    assert kinds(replace(SPEC, prob=1.0, methods=("cutmix",)), 50)["cutmix"] == 1.0
+    assert kinds(replace(SPEC, share=1.0, cutmix_share=1.0), 50)["cutmix"] == 1.0
 
 
 @settings(deadline=None)
@@ -47,7 +60,7 @@ def test_one_method_may_take_every_batch():
 def test_targets_stay_distributions_and_shapes_stay(batch, num_classes, smoothing):
     images = torch.rand(batch["batch_size"], 3, batch["image_size"], batch["image_size"])
     targets = one_hot(torch.arange(batch["batch_size"]) % num_classes, num_classes, smoothing)
-    mix = draw_mix(replace(SPEC, prob=0.5), **batch)
+    mix = draw_mix(replace(SPEC, share=1.0), **batch)
     mixed, blended = apply_mix(images, targets, mix)
     assert mixed.shape == images.shape
     assert mixed.dtype == images.dtype
@@ -60,7 +73,7 @@ def test_targets_stay_distributions_and_shapes_stay(batch, num_classes, smoothin
 @settings(deadline=None)
 @given(batch=BATCHES)
 def test_cutmix_lambda_is_exactly_the_share_of_pixels_kept(batch):
-    mix = draw_mix(replace(SPEC, prob=1.0, methods=("cutmix",)), **batch)
+    mix = draw_mix(replace(SPEC, share=1.0, cutmix_share=1.0), **batch)
     size, count = batch["image_size"], batch["batch_size"]
     images = torch.arange(count).float()[:, None, None, None].expand(count, 1, size, size)
     mixed, targets = apply_mix(images, torch.eye(count), mix)
@@ -74,7 +87,7 @@ def test_cutmix_lambda_is_exactly_the_share_of_pixels_kept(batch):
 @settings(deadline=None)
 @given(batch=BATCHES)
 def test_mixup_blends_photos_and_targets_alike(batch):
-    mix = draw_mix(replace(SPEC, prob=1.0, methods=("mixup",)), **batch)
+    mix = draw_mix(replace(SPEC, share=1.0, cutmix_share=0.0), **batch)
     images = torch.rand(batch["batch_size"], 3, 4, 4)
     targets = torch.eye(batch["batch_size"])
     mixed, blended = apply_mix(images, targets, mix)
@@ -83,7 +96,7 @@ def test_mixup_blends_photos_and_targets_alike(batch):
 
 
 def test_an_unmixed_batch_stays_as_it_is():
-    mix = draw_mix(replace(SPEC, prob=0.0), seed=0, epoch=0, step=0, batch_size=3, image_size=8)
+    mix = draw_mix(replace(SPEC, share=0.0), seed=0, epoch=0, step=0, batch_size=3, image_size=8)
     images, targets = torch.rand(3, 3, 8, 8), torch.eye(3)
     assert mix.lam == 1.0
     assert all(a is b for a, b in zip(apply_mix(images, targets, mix), (images, targets), strict=True))
@@ -95,7 +108,12 @@ def test_mixing_leaves_its_arguments_alone(method):
     before = images.clone(), targets.clone()
     for step in range(5):
         mix = draw_mix(
-            replace(SPEC, prob=1.0, methods=(method,)), seed=0, epoch=0, step=step, batch_size=4, image_size=8
+            replace(SPEC, share=1.0, cutmix_share=float(method == "cutmix")),
+            seed=0,
+            epoch=0,
+            step=step,
+            batch_size=4,
+            image_size=8,
         )
         apply_mix(images, targets, mix)
     assert torch.equal(images, before[0])
@@ -104,7 +122,7 @@ def test_mixing_leaves_its_arguments_alone(method):
 
 def test_a_mix_depends_on_seed_epoch_and_step_alone():
     arguments = {"batch_size": 8, "image_size": 32}
-    spec = replace(SPEC, prob=0.5)
+    spec = replace(SPEC, share=1.0)
     first = draw_mix(spec, seed=1, epoch=2, step=3, **arguments)
     again = draw_mix(spec, seed=1, epoch=2, step=3, **arguments)
     assert (first.kind, first.lam, first.box) == (again.kind, again.lam, again.box)
@@ -146,8 +164,8 @@ def test_one_hot_spreads_the_smoothing_over_all_classes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prob": 0.6}, "with 2 methods it must be 0 to 0.5; got 0.6"),
-        ({"prob": -0.1}, "got -0.1"),
+        ({"share": 1.2}, r"share must be in \[0, 1\]; got 1.2"),
+        ({"cutmix_share": -0.1}, r"cutmix_share must be in \[0, 1\]; got -0.1"),
         ({"mixup_alpha": (0.6, 0.4)}, r"mixup_alpha must be two numbers with 0 < low <= high; got \[0.6, 0.4\]"),
         ({"cutmix_alpha": (0.0, 0.4)}, "cutmix_alpha must be"),
     ],
@@ -158,7 +176,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 
 
 def test_a_mix_of_another_batch_is_refused():
-    mix = draw_mix(replace(SPEC, prob=1.0, methods=("cutmix",)), seed=0, epoch=0, step=1, batch_size=3, image_size=64)
+    mix = draw_mix(replace(SPEC, share=1.0, cutmix_share=1.0), seed=0, epoch=0, step=1, batch_size=3, image_size=64)
     with pytest.raises(DataError, match="mix drawn for 3 photos; got 2 images, 2 targets"):
         apply_mix(torch.zeros(2, 3, 64, 64), torch.eye(2), mix)
     with pytest.raises(DataError, match="does not lie in images of 4×4"):

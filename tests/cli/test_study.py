@@ -15,8 +15,8 @@ from fieldmark.errors import RunError
 @pytest.fixture
 def runs(make_run, tmp_path):
     """Two settings that differ in accuracy, on the same photos."""
-    plain = make_run(tmp_path / "plain", overrides=["mix.prob=0"], accuracy=0.5)
-    mixed = make_run(tmp_path / "mixed", overrides=["mix.prob=0.4"], accuracy=0.95)
+    plain = make_run(tmp_path / "plain", overrides=["mix.share=0"], accuracy=0.5)
+    mixed = make_run(tmp_path / "mixed", overrides=["mix.share=0.4"], accuracy=0.95)
     return [str(plain), str(mixed)]
 
 
@@ -27,7 +27,7 @@ def invoke(*arguments: str):
 def test_compare_prints_settings_with_intervals_and_a_verdict(runs):
     result = invoke("compare", *runs)
     assert result.exit_code == 0
-    assert "mix.prob=0.4" in result.stdout
+    assert "mix.share=0.4" in result.stdout
     assert "is better than" in result.stdout
     content = json.loads(invoke("compare", *runs, "--json").stdout)
     assert len(content["pairs"]) == 1
@@ -41,7 +41,7 @@ def test_compare_against_a_baseline_prints_what_each_change_did_as_a_table(runs)
     head, _, base, change = result.stdout.strip().splitlines()
     assert head.startswith("| Change | Score | Effect | 95 % interval |")
     assert base.startswith("| plain (baseline) | ")
-    assert re.match(r"\| mix\.prob=0\.4 \| \d\d\.\d % \| \+\d\d\.\d \| \+.* to \+.* \| &lt; 0\.001 \| yes \|", change)
+    assert re.match(r"\| mix\.share=0\.4 \| \d\d\.\d % \| \+\d\d\.\d \| \+.* to \+.* \| &lt; 0\.001 \| yes \|", change)
 
 
 def test_a_report_with_another_ending_is_refused(runs, tmp_path):

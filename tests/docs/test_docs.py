@@ -126,7 +126,7 @@ def compared(synthetic_run, tmp_path_factory) -> Path:
     for name in ("runs/plain", "runs/mixed", "runs/a", "runs/b", "sweeps/mixing/0", "sweeps/mixing/1",
                  "sweeps/elements/strong", "sweeps/elements/gentle"):  # fmt: skip
         is_other = name.endswith(("mixed", "b", "1", "gentle"))
-        synthetic_run(root / name, overrides=["mix.prob=0.4"] if is_other else [])
+        synthetic_run(root / name, overrides=["mix.share=0.4"] if is_other else [])
     return root
 
 

@@ -26,7 +26,7 @@ def find(make_run, tmp_path):
 
 
 def _mixing(low, high):
-    return [([f"mix.prob={prob}"], seed, accuracy) for prob, accuracy in ((0.0, low), (0.4, high)) for seed in (0, 1)]
+    return [([f"mix.share={prob}"], seed, accuracy) for prob, accuracy in ((0.0, low), (0.8, high)) for seed in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,17 @@ def _mixing(low, high):
 def test_a_claim_about_accuracy_follows_the_paired_verdict(find, low, high, verdict):
     finding = find(*_mixing(low, high))[ACCURACY]
     assert finding.verdict == verdict
-    assert "mix.prob=0.4" in finding.evidence[0]
+    assert "mix.share=0.8" in finding.evidence[0]
 
 
 def test_a_claim_about_histories_asks_that_all_runs_lie_beyond_all_others(find):
     finding = find(*_mixing(0.7, 0.7))[LOSS]
     assert finding.verdict == "supported"
-    assert finding.evidence == ("train loss at the end: mix.prob=0: 0.271, 0.271; mix.prob=0.4: 0.671, 0.671.",)
+    assert finding.evidence == ("train loss at the end: mix.share=0: 0.271, 0.271; mix.share=0.8: 1.07, 1.07.",)
 
 
 def test_best_must_hold_against_each_other_value(find):
-    runs = [*_mixing(0.5, 0.9), (["mix.prob=0.2"], 0, 0.9), (["mix.prob=0.2"], 1, 0.9)]
+    runs = [*_mixing(0.5, 0.9), (["mix.share=0.4"], 0, 0.9), (["mix.share=0.4"], 1, 0.9)]
     found = find(*runs)["Mixing at probability 0.4 is best"]
     assert found.verdict == "partly supported"
     assert len(found.evidence) == 2
@@ -60,14 +60,14 @@ def test_what_else_a_sweep_compares_makes_no_claim_less_sure(find):
 
 
 def test_a_history_is_not_judged_by_one_run_each(find):
-    runs = [(["mix.prob=0.0"], 0, 0.9), (["mix.prob=0.4"], 0, 0.9)]
+    runs = [(["mix.share=0.0"], 0, 0.9), (["mix.share=0.8"], 0, 0.9)]
     found = find(*runs)["More mixing makes validation accuracy converge faster"]
     assert found.verdict == "not distinguishable"
     assert found.evidence[0].endswith("One run each is too few to tell it from chance.")
 
 
 def test_settings_that_differ_in_more_than_the_claim_prove_nothing(find):
-    runs = [(["mix.prob=0.0", "optim.lr=1e-3"], 0, 0.5), (["mix.prob=0.4", "optim.lr=1e-4"], 0, 0.9)]
+    runs = [(["mix.share=0.0", "optim.lr=1e-3"], 0, 0.5), (["mix.share=0.8", "optim.lr=1e-4"], 0, 0.9)]
     verdicts = {finding.verdict for finding in find(*runs).values()}
     assert verdicts == {"not tested here"}
 
@@ -107,8 +107,8 @@ def test_claims_are_about_settings_that_exist():
 
 
 def test_the_command_gives_every_claim_a_verdict(make_run, tmp_path, monkeypatch, capsys):
-    for name, prob, accuracy in (("plain", 0.0, 0.5), ("mixed", 0.4, 0.95)):
-        make_run(name, overrides=[f"mix.prob={prob}"], accuracy=accuracy)
+    for name, prob, accuracy in (("plain", 0.0, 0.5), ("mixed", 0.8, 0.95)):
+        make_run(name, overrides=[f"mix.share={prob}"], accuracy=accuracy)
     page = tmp_path / "findings.md"
     monkeypatch.setattr("sys.argv", ["findings", str(tmp_path / "plain"), str(tmp_path / "mixed"), "--out", str(page)])
     main()

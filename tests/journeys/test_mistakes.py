@@ -59,7 +59,7 @@ def test_weights_that_are_not_there(fieldmark, photos, tiny, tmp_path):
 
 
 def test_a_misspelt_setting_and_recipe(fieldmark):
-    assert_told(fieldmark("config", "show", "--set", "train.epoch=3"), "did you mean 'epochs'")
+    assert_told(fieldmark("config", "show", "--set", "train.epocs=3"), "did you mean train.epochs?")
     assert_told(fieldmark("config", "show", "stronk"), "no recipe 'stronk'", "strong")
 
 
@@ -186,7 +186,7 @@ def test_what_the_machine_refuses_is_told_and_not_traced(monkeypatch, fieldmark,
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="not on this system")
 def test_results_that_find_no_room_are_one_message():
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "fieldmark", "config", "show", "report"]
+        command = [sys.executable, "-m", "fieldmark", "config", "show", "competition"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: No space left on device. Free some space\n")
 
@@ -256,7 +256,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_a_closed_pipe_is_no_bug():
-    command = [sys.executable, "-m", "fieldmark", "config", "show", "report"]
+    command = [sys.executable, "-m", "fieldmark", "config", "show", "competition"]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)

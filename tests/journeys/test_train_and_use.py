@@ -131,15 +131,15 @@ def test_a_finished_run_is_not_resumed_and_a_full_folder_not_overwritten(fieldma
 
 
 def test_preview_draws_and_warns(fieldmark, photos, tiny, tmp_path):
-    result = fieldmark("preview", "report", photos, "--out", tmp_path / "p.png", *tiny("probe.epochs=0"))
+    result = fieldmark("preview", "competition", photos, "--out", tmp_path / "p.png", *tiny("probe.epochs=0"))
     assert result.code == 0
     assert "never zooms out" in result.out
     assert (tmp_path / "p.png").stat().st_size > 50_000
 
 
-@pytest.mark.parametrize("methods", ['["mixup", "cutmix"]', '["cutmix"]', "[]"])
-def test_a_preview_has_no_gap_where_a_method_is_not_used(fieldmark, photos, tiny, tmp_path, methods):
-    settings = tiny("probe.epochs=0", "mix.prob=0.3", f"mix.methods={methods}")
+@pytest.mark.parametrize("cutmix_share", [0, 0.5, 1])
+def test_a_preview_has_no_gap_where_a_method_is_not_used(fieldmark, photos, tiny, tmp_path, cutmix_share):
+    settings = tiny("probe.epochs=0", "mix.share=0.3", f"mix.cutmix_share={cutmix_share}")
     result = fieldmark("preview", "laptop", photos, "--out", tmp_path / "p.png", *settings)
     assert result.code == 0
     rows = (np.asarray(Image.open(tmp_path / "p.png").convert("L")) < 250).any(axis=1)

@@ -14,7 +14,7 @@ RECIPES = sorted(Path(str(resources.files("fieldmark"))).rglob("recipes/**/*.tom
 
 def test_there_are_recipes_and_each_is_offered_by_name():
     assert {path.stem for path in RECIPES} == set(recipe_names())
-    assert {"report", "strong", "laptop", "demo"} <= set(recipe_names())
+    assert {"competition", "strong", "laptop", "demo"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -33,8 +33,8 @@ def test_every_recipe_states_result_command_and_hardware(path):
         assert any(line.startswith(word) for line in header), word
 
 
-def test_the_report_recipe_is_the_report_term_by_term():
-    config = load_config("report")
+def test_the_competition_recipe_is_the_report_term_by_term():
+    config = load_config("competition")
     augment = config.augment
     assert (augment.executor, augment.size, augment.crop) == ("reference", 224, "random_resized")
     assert (augment.crop_scale, augment.crop_ratio) == ((0.6, 1.2), (0.75, 1.33))
@@ -44,7 +44,7 @@ def test_the_report_recipe_is_the_report_term_by_term():
     assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.2, 0.2, 0.2, 0.1)
     assert (augment.erase, augment.erase_scale, augment.erase_ratio) == (0.3, (0.02, 0.15), (0.3, 3.3))
     assert (augment.erase_value, augment.policy) == ("random", "none")
-    assert (config.mix.prob, config.mix.methods) == (0.4, ("mixup", "cutmix"))
+    assert (config.mix.share, config.mix.cutmix_share) == (0.8, 0.5)
     assert (config.mix.mixup_alpha, config.mix.cutmix_alpha) == ((0.4, 0.6), (0.8, 1.2))
     assert (config.eval.transform, config.eval.size, config.eval.interpolation) == ("squash", 224, "bilinear")
     assert (config.model.head, config.model.head_hidden, config.model.head_dropout) == ("mlp", 1024, 0.3)

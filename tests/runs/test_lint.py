@@ -10,7 +10,7 @@ from fieldmark.models.weights import data_config
 from fieldmark.runs.check import LintInput, fallback_rate, lint_recipe
 
 WEIGHTS = data_config("resnet101.a1h_in1k", "pretrained")  # trained at 224, tested at 288, bicubic
-CALM = ["train.select=last", "mix.prob=0"]
+CALM = ["train.select=last", "mix.share=0"]
 
 
 def lint(*settings, sizes=((400, 400),), classes=("a", "b"), steps=100, num_val=1000, recipe=None):
@@ -30,9 +30,9 @@ def test_nothing_is_said_where_nothing_is_wrong():
         (["augment.executor=reference", "augment.degrees=20"], "resamples twice"),
         (["augment.executor=reference", "augment.shear=5", "augment.affine_interpolation=nearest"], "jagged"),
         (["augment.executor=reference", "augment.degrees=20", "augment.fill=[0, 0, 0]"], "black corners"),
-        (["mix.prob=0.5", "mix.off_epochs=3"], "leaves 0% of the batches"),
-        (["mix.prob=0.2", "mix.off_epochs=3", "train.label_smoothing=0.1"], "until `fieldmark calibrate` mends them"),
-        (["mix.prob=0.2"], "mixing goes on to the last epoch"),
+        (["mix.share=1", "mix.off_epochs=3"], "leaves 0% of the batches"),
+        (["mix.share=0.2", "mix.off_epochs=3", "train.label_smoothing=0.1"], "until `fieldmark calibrate` mends them"),
+        (["mix.share=0.2"], "mixing goes on to the last epoch"),
         (["augment.size=448", "eval.size=448"], "while the weights were trained at 224"),
         (["eval.size=192"], "evaluation at 192 pixels is smaller than training at 224"),
         (["eval.interpolation=bilinear"], "the weights expect bicubic"),
@@ -93,6 +93,6 @@ def test_small_photos_and_few_validation_photos_are_told():
 
 
 def test_the_report_recipe_is_told_its_traps():
-    findings = " ".join(lint("train.select=best", recipe="report", sizes=[(1600, 900)], num_val=300))
+    findings = " ".join(lint("train.select=best", recipe="competition", sizes=[(1600, 900)], num_val=300))
     for words in ("never zooms out", "resamples twice", "black corners", "squashes", "bicubic", "chosen on 300"):
         assert words in findings

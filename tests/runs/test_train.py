@@ -40,7 +40,7 @@ TINY = (
     "train.threads=1",
     "loader.workers=0",
     "schedule.warmup_epochs=0",
-    "mix.prob=0.25",
+    "mix.share=0.5",
     "augment.erase=0.3",
     "train.ema_decay=0.9",
     "model.head=mlp",
@@ -142,7 +142,7 @@ def test_every_executor_trains_on_the_same_pictures(photos, tmp_path):
         list(train(tiny(photos, f"augment.executor={executor}", "train.epochs=1", "optim.lr=1e-5"), out))
         losses[executor] = Run(out).metrics[0]["train_loss"]
     other = tmp_path / "other"
-    list(train(tiny(photos, "augment.executor=reference", "train.epochs=1", "optim.lr=1e-5", "mix.prob=0"), other))
+    list(train(tiny(photos, "augment.executor=reference", "train.epochs=1", "optim.lr=1e-5", "mix.share=0"), other))
     assert losses["fast"] == pytest.approx(losses["reference"], rel=0.01)
     assert losses["device"] == pytest.approx(losses["reference"], rel=0.01)
     assert Run(other).metrics[0]["train_loss"] != pytest.approx(losses["reference"], rel=1e-4)
@@ -173,7 +173,7 @@ def test_the_batch_size_reaches_the_loader(photos, tmp_path):
 
 
 def test_odd_batches_and_a_last_batch_of_one_are_trained_on(photos, tmp_path):
-    list(train(tiny(photos, "train.batch_size=7", "train.epochs=1", "mix.prob=0.5"), tmp_path / "run"))
+    list(train(tiny(photos, "train.batch_size=7", "train.epochs=1", "mix.share=1"), tmp_path / "run"))
     assert Run(tmp_path / "run").metrics[0]["step"] == 5
 
 
@@ -185,7 +185,7 @@ def test_no_photo_is_dropped_and_none_is_alone_in_a_batch():
 
 
 def test_mixing_can_be_switched_off_for_the_last_epochs(photos, tmp_path):
-    list(train(tiny(photos, "mix.prob=0.5", "mix.off_epochs=1"), tmp_path / "run"))
+    list(train(tiny(photos, "mix.share=1", "mix.off_epochs=1"), tmp_path / "run"))
     assert [row["clean_fraction"] for row in Run(tmp_path / "run").metrics] == [0, 0, 1]
 
 
@@ -498,7 +498,7 @@ def test_two_processes_equal_one_on_the_same_global_batches(photos, tmp_path):
         f"data.path={photos}",
         *TINY,
         "model.name=test_convnext",
-        "mix.prob=0",
+        "mix.share=0",
         "model.head=linear",
         "train.batch_size=7",
         "train.ema_decay=0",

@@ -42,7 +42,7 @@ def _learn(config, out):
 
 
 def value(config):
-    return 1 - abs(config.mix.prob - 0.3)
+    return 1 - abs(config.mix.share - 0.3)
 
 
 def _misbehave(behaviour, out: Path, epoch):

@@ -11,7 +11,7 @@ from fieldmark.study.compare import compare_runs, verdict
 
 
 def _overrides(prob):
-    return [f"mix.prob={prob}"]
+    return [f"mix.share={prob}"]
 
 
 @pytest.mark.parametrize(
@@ -32,18 +32,18 @@ def test_a_clear_difference_is_called_better_and_a_small_one_is_not(make_run):
     found = compare_runs([make_run.folder(name) for name in ("low", "high", "higher")])
     low_high, low_higher, high_higher = found.pairs
     assert low_high.is_distinguishable
-    assert low_high.verdict.startswith("mix.prob=0.4 is better than mix.prob=0 by ")
+    assert low_high.verdict.startswith("mix.share=0.4 is better than mix.share=0 by ")
     assert " ± " in low_high.verdict
     assert low_higher.is_distinguishable
     assert not high_higher.is_distinguishable
-    assert high_higher.verdict.startswith("Not distinguishable: mix.prob=0.2 over mix.prob=0.4 is ")
+    assert high_higher.verdict.startswith("Not distinguishable: mix.share=0.2 over mix.share=0.4 is ")
     assert "more photos would be needed to see a difference of 1 point." in high_higher.verdict
 
 
 def test_seeds_of_one_recipe_are_one_variant(make_run):
     runs = [make_run(f"{p}-{s}", seed=s, overrides=_overrides(p)) for p in (0.0, 0.4) for s in (0, 1, 2)]
     found = compare_runs(runs)
-    assert [variant.name for variant in found.variants] == ["mix.prob=0", "mix.prob=0.4"]
+    assert [variant.name for variant in found.variants] == ["mix.share=0", "mix.share=0.4"]
     assert [variant.seeds for variant in found.variants] == [(0, 1, 2)] * 2
     assert len(found.pairs) == 1
     assert found.pairs[0].difference.num_runs == (3, 3)
@@ -204,12 +204,12 @@ def test_a_baseline_is_compared_with_each_and_corrects_for_no_other_pair(make_ru
     every, found = compare_runs(folders), compare_runs(folders, against=folders[2])
     assert [variant.name for variant in found.variants] == [
         "plain",
-        "mix.prob=0.2 optim.lr=0.2",
-        "mix.prob=0.4 optim.lr=0.4",
+        "mix.share=0.2 optim.lr=0.2",
+        "mix.share=0.4 optim.lr=0.4",
     ]
     assert [pair.first for pair in found.pairs] == ["plain", "plain"]
     assert (every.baseline, found.baseline) == (None, "plain")
-    by_estimate = {round(-p.difference.interval.estimate, 6): p for p in every.pairs if "prob=0 " in p.second}
+    by_estimate = {round(-p.difference.interval.estimate, 6): p for p in every.pairs if "share=0 " in p.second}
     for pair in found.pairs:
         same = by_estimate[round(pair.difference.interval.estimate, 6)]
         assert same.difference.p_value == pair.difference.p_value
@@ -223,7 +223,7 @@ def test_a_variant_is_named_by_what_it_changes_of_the_baseline_alone(make_run):
     found = compare_runs(
         [make_run.folder(name) for name in ("plain", "mixed", "slow")], against=make_run.folder("plain")
     )
-    assert [variant.name for variant in found.variants] == ["plain", "mix.prob=0.2", "optim.lr=0.5"]
+    assert [variant.name for variant in found.variants] == ["plain", "mix.share=0.2", "optim.lr=0.5"]
 
 
 def test_a_baseline_that_is_not_among_the_runs_is_named(make_run, tmp_path):
@@ -231,7 +231,7 @@ def test_a_baseline_that_is_not_among_the_runs_is_named(make_run, tmp_path):
         compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))], against=tmp_path / "elsewhere")
 
 
-MANY = ["mix.prob=0.2", "optim.lr=0.5", "augment.erase=0.1", "train.ema_decay=0.5", "model.head=mlp",
+MANY = ["mix.share=0.2", "optim.lr=0.5", "augment.erase=0.1", "train.ema_decay=0.5", "model.head=mlp",
         "probe.epochs=3", "train.label_smoothing=0.1"]  # fmt: skip
 
 

@@ -17,30 +17,30 @@ def _cells(content, overrides=()):
 
 
 def test_a_grid_is_all_combinations_and_seeds():
-    cells = _cells({"seeds": [0, 1], "grid": {"mix.prob": [0, 0.4], "train": {"epochs": [2, 3]}}})
+    cells = _cells({"seeds": [0, 1], "grid": {"mix.share": [0, 0.4], "train": {"epochs": [2, 3]}}})
     assert len(cells) == 8
-    assert cells[1].name == "mix.prob=0,train.epochs=2,seed=1"
-    assert (cells[-1].config.mix.prob, cells[-1].config.train.epochs, cells[-1].config.train.seed) == (0.4, 3, 1)
+    assert cells[1].name == "mix.share=0,train.epochs=2,seed=1"
+    assert (cells[-1].config.mix.share, cells[-1].config.train.epochs, cells[-1].config.train.seed) == (0.4, 3, 1)
 
 
 def test_cells_may_be_listed_under_their_own_names():
-    cells = _cells({"cells": [{"name": "plain", "mix.prob": 0.0}, {"mix": {"prob": 0.2}, "optim.lr": 0.01}]})
-    assert [cell.name for cell in cells] == ["plain", "mix.prob=0.2,optim.lr=0.01"]
+    cells = _cells({"cells": [{"name": "plain", "mix.share": 0.0}, {"mix": {"share": 0.2}, "optim.lr": 0.01}]})
+    assert [cell.name for cell in cells] == ["plain", "mix.share=0.2,optim.lr=0.01"]
     assert cells[1].config.optim.lr == 0.01
 
 
 def test_overrides_win_over_the_grid_and_the_grid_over_the_recipe():
     cell = _cells(
-        {"recipe": "report", "set": {"train.epochs": 5, "optim": {"lr": 0.5}}, "grid": {"mix.prob": [0.1]}},
+        {"recipe": "competition", "set": {"train.epochs": 5, "optim": {"lr": 0.5}}, "grid": {"mix.share": [0.1]}},
         ["train.epochs=7"],
     )[0]
-    assert (cell.config.train.epochs, cell.config.optim.lr, cell.config.mix.prob) == (7, 0.5, 0.1)
-    assert cell.config.eval.transform == load_config("report").eval.transform == "squash"
+    assert (cell.config.train.epochs, cell.config.optim.lr, cell.config.mix.share) == (7, 0.5, 0.1)
+    assert cell.config.eval.transform == load_config("competition").eval.transform == "squash"
 
 
 def test_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cell = _cells({"grid": {"mix.prob": [0.1]}}, ["data.path=photos"])[0]
+    cell = _cells({"grid": {"mix.share": [0.1]}}, ["data.path=photos"])[0]
     assert cell.config.data.path == str(tmp_path / "photos")
 
 
@@ -61,9 +61,9 @@ def test_different_texts_get_different_names(first, second):
     ("content", "message"),
     [
         ({}, r"grid: give exactly one of \[grid\], \[\[cells\]\] and \[search\]"),
-        ({"grid": {"mix.prob": 0.2}}, r"grid\.mix\.prob must be a list of values; got 0\.2"),
-        ({"grid": {"mix.prob": []}}, "must be a list of values"),
-        ({"grid": {"mix.prob": [0.1]}, "seeds": [1, 1]}, "seeds must be different numbers"),
+        ({"grid": {"mix.share": 0.2}}, r"grid\.mix\.share must be a list of values; got 0\.2"),
+        ({"grid": {"mix.share": []}}, "must be a list of values"),
+        ({"grid": {"mix.share": [0.1]}, "seeds": [1, 1]}, "seeds must be different numbers"),
         ({"gird": {}}, "gird: Extra inputs are not permitted"),
         ({"search": {"trials": 2, "space": {"optim.lr": {"low": 1}}}}, "give either choices"),
         ({"search": {"trials": 2, "space": {"optim.lr": {"low": 2, "high": 1}}}}, "low must be below high"),
@@ -76,15 +76,15 @@ def test_a_grid_that_is_wrong_is_named(content, message):
 
 
 def test_a_setting_that_is_not_there_is_named_with_its_cell():
-    with pytest.raises(ConfigError, match=r"cell mix\.prop=0\.1 is not a valid recipe(.|\n)*did you mean 'prob'"):
-        _cells({"grid": {"mix.prop": [0.1]}})
+    with pytest.raises(ConfigError, match=r"cell mix\.shar=0\.1: mix\.shar: no such setting; did you mean mix\.share"):
+        _cells({"grid": {"mix.shar": [0.1]}})
     with pytest.raises(ConfigError, match="--set takes key=value"):
-        _cells({"grid": {"mix.prob": [0.1]}}, ["train.epochs"])
+        _cells({"grid": {"mix.share": [0.1]}}, ["train.epochs"])
 
 
 def test_the_same_cell_twice_is_refused():
-    with pytest.raises(ConfigError, match=r"two cells named 'mix\.prob=0\.1'"):
-        _cells({"grid": {"mix.prob": [0.1, 0.1]}})
+    with pytest.raises(ConfigError, match=r"two cells named 'mix\.share=0\.1'"):
+        _cells({"grid": {"mix.share": [0.1, 0.1]}})
     with pytest.raises(ConfigError, match="two cells named"):
         _cells({"cells": [{"name": "a"}, {"name": "A"}]})
 
@@ -99,7 +99,7 @@ def test_a_grid_that_is_no_file_is_answered_with_the_shipped_ones(tmp_path):
 
 def test_a_recipe_beside_the_grid_is_found(tmp_path):
     (tmp_path / "own.toml").write_text("[train]\nepochs = 77\n")
-    (tmp_path / "grid.toml").write_text('recipe = "own.toml"\n[grid]\n"mix.prob" = [0.1]\n')
+    (tmp_path / "grid.toml").write_text('recipe = "own.toml"\n[grid]\n"mix.share" = [0.1]\n')
     grid = load_grid(tmp_path / "grid.toml")
     assert grid_cells(grid, base_settings(grid, ()))[0].config.train.epochs == 77
 
@@ -123,8 +123,8 @@ def test_every_grid_is_valid_with_several_seeds(name):
 def test_the_reports_experiments_are_shipped():
     names = {"resnet50-mixing", "resnext50-mixing", "backbones"}
     assert names | {f"{name}-quick" for name in names} <= set(grid_names())
-    probs = [sorted({cell.config.mix.prob for cell in _shipped(name)}) for name in sorted(names)]
-    assert probs == [[0.4], [0, 0.2, 0.4], [0.2, 0.3, 0.4, 0.5]]
+    shares = [sorted({cell.config.mix.share for cell in _shipped(name)}) for name in sorted(names)]
+    assert shares == [[0.8], [0, 0.4, 0.8], [0.4, 0.6, 0.8, 1]]
 
 
 def _shipped(name):

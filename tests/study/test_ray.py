@@ -33,7 +33,7 @@ def cluster(monkeypatch):
 
 
 def _grid(probs):
-    return parse_grid({"set": {"train.epochs": 4}, "grid": {"mix.prob": probs}}, "grid")
+    return parse_grid({"set": {"train.epochs": 4}, "grid": {"mix.share": probs}}, "grid")
 
 
 def _behave(out, name, what):
@@ -59,7 +59,7 @@ def _kill_the_waiting_worker(out):
 
 
 def test_a_cell_whose_worker_dies_resumes_on_the_cluster_and_no_other_is_repeated(tmp_path, cluster):
-    _behave(tmp_path, "mix.prob=0.2", "wait")
+    _behave(tmp_path, "mix.share=0.2", "wait")
     killer = _kill_the_waiting_worker(tmp_path)
     seen = []
     status = run_sweep(
@@ -68,11 +68,11 @@ def test_a_cell_whose_worker_dies_resumes_on_the_cluster_and_no_other_is_repeate
     killer.join()
     assert status.num("finished") == 3
     assert max(status.num("running") for status in seen) == 2
-    assert _calls(tmp_path) == ["mix.prob=0 0", "mix.prob=0.2 0", "mix.prob=0.2 1", "mix.prob=0.4 0"]
+    assert _calls(tmp_path) == ["mix.share=0 0", "mix.share=0.2 0", "mix.share=0.2 1", "mix.share=0.4 0"]
 
 
 def test_a_cell_that_fails_on_the_cluster_is_reported(tmp_path, cluster):
-    _behave(tmp_path, "mix.prob=0.2", "fail")
+    _behave(tmp_path, "mix.share=0.2", "fail")
     status = run_sweep(_grid([0.2, 0.4]), tmp_path, ray=cluster.address, trainer="synthetic_trainer")
     assert [cell.error for cell in status.cells] == ["the loss is not finite", ""]
 

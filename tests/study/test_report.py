@@ -55,7 +55,7 @@ def sweep(synthetic_run, tmp_path_factory):
     for prob in (0.0, 0.4):
         for seed in (0, 1):
             synthetic_run(
-                folder / "sweep" / f"{prob}-{seed}", seed=seed, overrides=[f"mix.prob={prob}"],
+                folder / "sweep" / f"{prob}-{seed}", seed=seed, overrides=[f"mix.share={prob}"],
                 accuracy=0.6 + 0.6 * prob, epochs=8, root=folder / "photos",
             )  # fmt: skip
     return folder / "sweep"
@@ -73,7 +73,7 @@ def nasty_run(synthetic_run, tmp_path_factory):
     """One run with markup in every name, and whose photos are gone."""
     photos = [f"val/{n}\udcff<img src=x onerror=alert(4)>.jpg" for n in range(100)]
     folder = tmp_path_factory.mktemp("nasty") / "<i>run"
-    return synthetic_run(folder, classes=NASTY, photos=photos, overrides=["mix.prob=0.0"], accuracy=0.5)
+    return synthetic_run(folder, classes=NASTY, photos=photos, overrides=["mix.share=0.0"], accuracy=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,10 @@ def test_the_page_holds_every_figure_that_was_promised(page):
 
 def test_the_page_holds_verdicts_classes_and_recipe(page, sweep):
     verdict = compare_runs([sweep]).pairs[0].verdict
-    assert "mix.prob=0.4 is better than mix.prob=0 by" in verdict
+    assert "mix.share=0.4 is better than mix.share=0 by" in verdict
     assert verdict in page.text
     for text in (
-        "Classes of mix.prob=0.4",
+        "Classes of mix.share=0.4",
         "bee-eater",
         "Where the settings differ",
         "optim.backbone_lr_scale",
@@ -209,7 +209,7 @@ def test_a_line_is_the_mean_over_seeds_with_a_band_and_a_trend(sweep):
 
 def test_accuracy_under_mixing_has_no_line_where_nothing_was_mixed(sweep):
     mixed = next(chart for chart in report_charts(compare_runs([sweep])) if chart.key == "train-top1-mixed")
-    assert [line.name for line in mixed.lines] == ["mix.prob=0.4"]
+    assert [line.name for line in mixed.lines] == ["mix.share=0.4"]
     assert "ceiling" in mixed.note
 
 

@@ -54,7 +54,7 @@ def processes():
 
 
 def _grid(probs=(0.0, 0.2, 0.4), **more):
-    return parse_grid({"set": {"train.epochs": 4}, "grid": {"mix.prob": list(probs)}, **more}, "grid")
+    return parse_grid({"set": {"train.epochs": 4}, "grid": {"mix.share": list(probs)}, **more}, "grid")
 
 
 def _run(grid, out, **options):
@@ -67,7 +67,7 @@ def _calls(out):
 
 def _behave(out, **cells):
     out.mkdir(exist_ok=True)
-    (out / "behave.json").write_text(json.dumps({f"mix.prob={prob}": what for prob, what in cells.items()}))
+    (out / "behave.json").write_text(json.dumps({f"mix.share={prob}": what for prob, what in cells.items()}))
 
 
 def _states(status):
@@ -76,11 +76,11 @@ def _states(status):
 
 def test_cells_become_run_folders_and_a_second_sweep_repeats_none(tmp_path):
     status = _run(_grid(), tmp_path)
-    assert [run.name for run in status.runs] == ["mix.prob=0", "mix.prob=0.2", "mix.prob=0.4"]
-    assert load_config(tmp_path / "mix.prob=0.2" / "recipe.toml").mix.prob == 0.2
+    assert [run.name for run in status.runs] == ["mix.share=0", "mix.share=0.2", "mix.share=0.4"]
+    assert load_config(tmp_path / "mix.share=0.2" / "recipe.toml").mix.share == 0.2
     again = _run(_grid(), tmp_path)
     assert _states(again) == _states(status)
-    assert _calls(tmp_path) == ["mix.prob=0 0", "mix.prob=0.2 0", "mix.prob=0.4 0"]
+    assert _calls(tmp_path) == ["mix.share=0 0", "mix.share=0.2 0", "mix.share=0.4 0"]
 
 
 @pytest.mark.usefixtures("processes")
@@ -92,8 +92,8 @@ def test_a_failing_cell_is_reported_and_the_rest_go_on(tmp_path):
     assert errors[0] == "the loss is not finite"
     assert errors[1] == "ZeroDivisionError: division by zero"
     assert errors[2] == "its process ended with SIGKILL (out of memory?)"
-    assert load_outcome(tmp_path, "mix.prob=0.4").error == errors[2]
-    assert "Traceback" in (tmp_path / BOOKS / "mix.prob=0.2.log").read_text()
+    assert load_outcome(tmp_path, "mix.share=0.4").error == errors[2]
+    assert "Traceback" in (tmp_path / BOOKS / "mix.share=0.2.log").read_text()
 
 
 def test_a_restart_resumes_what_failed_and_repeats_nothing_else(tmp_path):
@@ -102,13 +102,13 @@ def test_a_restart_resumes_what_failed_and_repeats_nothing_else(tmp_path):
     _behave(tmp_path)
     status = _run(_grid(), tmp_path)
     assert status.num("finished") == 3
-    assert _calls(tmp_path)[3:] == ["mix.prob=0.2 1"]
+    assert _calls(tmp_path)[3:] == ["mix.share=0.2 1"]
 
 
 @pytest.mark.parametrize("damage", ["summary", "predictions", "recipe", "folder"])
 def test_a_broken_cell_is_trained_again_and_no_other(tmp_path, damage):
     _run(_grid(), tmp_path)
-    cell = tmp_path / "mix.prob=0.2"
+    cell = tmp_path / "mix.share=0.2"
     if damage == "summary":
         (cell / "summary.json").write_text('{"status": "fin')
     elif damage == "predictions":
@@ -120,7 +120,7 @@ def test_a_broken_cell_is_trained_again_and_no_other(tmp_path, damage):
     status = _run(_grid(), tmp_path)
     assert status.num("finished") == 3
     resumed_at = 4 if damage == "summary" else 0
-    assert _calls(tmp_path)[3:] == [f"mix.prob=0.2 {resumed_at}"]
+    assert _calls(tmp_path)[3:] == [f"mix.share=0.2 {resumed_at}"]
 
 
 @pytest.mark.usefixtures("processes")
@@ -130,7 +130,7 @@ def test_a_killed_sweep_resumes_where_it_was(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from fieldmark.study.grid import parse_grid\n"
         "from fieldmark.study.sweep import run_sweep\n"
-        "grid = parse_grid({'set': {'train.epochs': 4}, 'grid': {'mix.prob': [0.0, 0.2, 0.4]}}, 'grid')\n"
+        "grid = parse_grid({'set': {'train.epochs': 4}, 'grid': {'mix.share': [0.0, 0.2, 0.4]}}, 'grid')\n"
         "run_sweep(grid, sys.argv[1], trainer='synthetic_trainer', poll_seconds=0.02)\n"
     )
     sweeper = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(HERE)])
@@ -146,7 +146,7 @@ def test_a_killed_sweep_resumes_where_it_was(tmp_path):
     (tmp_path / "go").touch()
     status = _run(_grid(), tmp_path)
     assert status.num("finished") == 3
-    assert _calls(tmp_path) == ["mix.prob=0 0", "mix.prob=0.2 0", "mix.prob=0.2 2", "mix.prob=0.4 0"]
+    assert _calls(tmp_path) == ["mix.share=0 0", "mix.share=0.2 0", "mix.share=0.2 2", "mix.share=0.4 0"]
 
 
 def _wait_for(path, seconds=30.0):
@@ -158,24 +158,24 @@ def _wait_for(path, seconds=30.0):
 
 def test_a_folder_with_a_run_of_other_settings_is_refused_before_anything_runs(tmp_path):
     _run(_grid((0.2,)), tmp_path)
-    longer = parse_grid({"set": {"train.epochs": 9}, "grid": {"mix.prob": [0.1, 0.2]}}, "grid")
-    with pytest.raises(RunError, match=r"mix\.prob=0\.2 holds a run of other settings.*train\.epochs 4 → 9"):
+    longer = parse_grid({"set": {"train.epochs": 9}, "grid": {"mix.share": [0.1, 0.2]}}, "grid")
+    with pytest.raises(RunError, match=r"mix\.share=0\.2 holds a run of other settings.*train\.epochs 4 → 9"):
         _run(longer, tmp_path)
-    assert not (tmp_path / "mix.prob=0.1").exists()
+    assert not (tmp_path / "mix.share=0.1").exists()
 
 
 def test_settings_without_effect_on_learning_may_change_between_restarts(tmp_path):
     _run(_grid((0.2,)), tmp_path)
     _run(_grid((0.2,)), tmp_path, overrides=["loader.workers=2"])
-    assert _calls(tmp_path) == ["mix.prob=0.2 0"]
+    assert _calls(tmp_path) == ["mix.share=0.2 0"]
 
 
 def test_a_folder_that_is_not_the_sweeps_is_not_touched(tmp_path):
-    (tmp_path / "mix.prob=0.2").mkdir()
-    (tmp_path / "mix.prob=0.2" / "thesis.txt").write_text("dear")
+    (tmp_path / "mix.share=0.2").mkdir()
+    (tmp_path / "mix.share=0.2" / "thesis.txt").write_text("dear")
     with pytest.raises(RunError, match="was not made by this sweep"):
         _run(_grid((0.2,)), tmp_path)
-    assert (tmp_path / "mix.prob=0.2" / "thesis.txt").read_text() == "dear"
+    assert (tmp_path / "mix.share=0.2" / "thesis.txt").read_text() == "dear"
 
 
 def test_the_status_tells_of_every_cell_and_the_time_left(tmp_path):
@@ -196,7 +196,7 @@ def test_two_cells_run_at_a_time_when_asked(tmp_path):
 
     def release(status):
         seen.append(status)
-        if _states(status).get("mix.prob=0.4") == "finished":
+        if _states(status).get("mix.share=0.4") == "finished":
             (tmp_path / "go").touch()
 
     status = _run(_grid(), tmp_path, jobs=2, on_status=release)
@@ -208,9 +208,9 @@ def test_poor_cells_are_stopped_early_and_stay_stopped(tmp_path):
     grid = _grid((0.3, 0.25, 0.2, 0.0, 0.5), halving={"min_epochs": 1, "factor": 3}, set={"train.epochs": 6})
     status = _run(grid, tmp_path)
     states = _states(status)
-    assert states["mix.prob=0.3"] == "finished"
-    assert states["mix.prob=0"] == states["mix.prob=0.5"] == "stopped"
-    assert next(cell for cell in status.cells if cell.name == "mix.prob=0").epoch == 1
+    assert states["mix.share=0.3"] == "finished"
+    assert states["mix.share=0"] == states["mix.share=0.5"] == "stopped"
+    assert next(cell for cell in status.cells if cell.name == "mix.share=0").epoch == 1
     calls = _calls(tmp_path)
     assert _states(_run(grid, tmp_path)) == states
     assert _calls(tmp_path) == calls
@@ -230,13 +230,13 @@ def test_a_rung_keeps_the_best_one_in_so_many():
 @pytest.mark.parametrize("method", ["random", "bayesian"])
 def test_a_search_goes_on_with_the_same_trials_after_an_interruption(tmp_path, method):
     def grid(trials):
-        space = {"mix.prob": {"low": 0.0, "high": 0.5}, "train.batch_size": {"choices": [16, 32]}}
+        space = {"mix.share": {"low": 0.0, "high": 0.5}, "train.batch_size": {"choices": [16, 32]}}
         search = {"method": method, "trials": trials, "seed": 3, "space": space}
         return parse_grid({"set": {"train.epochs": 2}, "search": search}, "grid")
 
     def drawn(out):
         recipes = sorted(out.glob("*/recipe.toml"))
-        return [(load_config(path).mix.prob, load_config(path).train.batch_size) for path in recipes]
+        return [(load_config(path).mix.share, load_config(path).train.batch_size) for path in recipes]
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     _run(grid(6), whole)
@@ -250,18 +250,18 @@ def test_a_search_goes_on_with_the_same_trials_after_an_interruption(tmp_path, m
 def test_a_bayesian_search_comes_nearer_to_the_best_than_its_first_draws(tmp_path):
     from fieldmark.study.grid import Trial, propose
 
-    search = parse_grid({"search": {"trials": 40, "space": {"mix.prob": {"low": 0.0, "high": 0.5}}}}, "g").search
+    search = parse_grid({"search": {"trials": 40, "space": {"mix.share": {"low": 0.0, "high": 0.5}}}}, "g").search
     past = []
     for _ in range(40):
         changes = propose(search, past, higher_is_better=True)
-        past.append(Trial(changes, 1 - abs(changes["mix.prob"] - 0.3)))
-    distances = [abs(trial.changes["mix.prob"] - 0.3) for trial in past]
+        past.append(Trial(changes, 1 - abs(changes["mix.share"] - 0.3)))
+    distances = [abs(trial.changes["mix.share"] - 0.3) for trial in past]
     assert sum(distances[-10:]) < 0.5 * sum(distances[:10])
 
 
 def test_the_python_call_takes_lists_or_distributions_but_no_mixture(tmp_path, monkeypatch):
     config = load_config(None, ["train.epochs=1"])
-    with pytest.raises(ConfigError, match=r"mix\.prob is drawn from a distribution: say how often"):
-        sweep(config, {"mix.prob": uniform(0, 0.5)}, out=tmp_path)
+    with pytest.raises(ConfigError, match=r"mix\.share is drawn from a distribution: say how often"):
+        sweep(config, {"mix.share": uniform(0, 0.5)}, out=tmp_path)
     with pytest.raises(ConfigError, match=r"optim\.lr is a list of values.*choice"):
-        sweep(config, {"optim.lr": [1e-3], "mix.prob": choice(0.1, 0.2)}, trials=3, out=tmp_path)
+        sweep(config, {"optim.lr": [1e-3], "mix.share": choice(0.1, 0.2)}, trials=3, out=tmp_path)

@@ -31,29 +31,38 @@ class MixSpec:
     """How often and how strongly batches are mixed.
 
     Args:
-        prob: Probability, per batch, of each of `methods`; at most one over their number.
-        methods: At most one of them is used in a batch, in this order of the dice.
+        share: Share of the batches that are mixed, in [0, 1].
+        cutmix_share: Share of those that get CutMix, in [0, 1]; the others get MixUp.
         mixup_alpha: Range of α of MixUp's Beta(α, α), drawn per batch; two equal numbers fix it.
-        cutmix_alpha: The same of CutMix.
+        cutmix_alpha: The same for CutMix.
 
     Raises:
-        ConfigError: `prob` is not in [0, 1 / number of methods], or a range is not positive and rising.
+        ConfigError: A share is not in [0, 1], or a range is not positive and rising.
     """
 
-    prob: float
-    methods: tuple[Method, ...]
+    share: float
+    cutmix_share: float
     mixup_alpha: tuple[float, float]
     cutmix_alpha: tuple[float, float]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.prob * len(self.methods) <= 1:
-            raise ConfigError(
-                f"mix prob is per method: with {len(self.methods)} methods it must be 0 to {1 / len(self.methods):g}; "
-                f"got {self.prob:g}"
-            )
+        for name in ("share", "cutmix_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1]; got {getattr(self, name):g}")
         for name, (low, high) in (("mixup_alpha", self.mixup_alpha), ("cutmix_alpha", self.cutmix_alpha)):
             if not 0 < low <= high:
                 raise ConfigError(f"{name} must be two numbers with 0 < low <= high; got [{low:g}, {high:g}]")
+
+    @property
+    def shares(self) -> dict[Method, float]:
+        """Share of all batches that each method gets."""
+        return {"mixup": self.share * (1 - self.cutmix_share), "cutmix": self.share * self.cutmix_share}
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Methods that mixed batches may get."""
+        used: tuple[tuple[Method, bool], ...] = (("mixup", self.cutmix_share < 1), ("cutmix", self.cutmix_share > 0))
+        return tuple(method for method, is_used in used if is_used)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ class Mix:
 def draw_mix(spec: MixSpec, *, seed: int, epoch: int, step: int, batch_size: int, image_size: int) -> Mix:
     """Draw what happens to one batch.
 
-    One u ~ U(0, 1) decides: below `prob` the first method, below 2 `prob` the second, else none.
+    One u ~ U(0, 1) decides: u < share (1 - cutmix_share) is MixUp, else u < share is CutMix, else none.
 
     Args:
         spec: How often and how strongly.
@@ -91,11 +100,10 @@ def draw_mix(spec: MixSpec, *, seed: int, epoch: int, step: int, batch_size: int
         Zhang et al., "mixup", arXiv:1710.09412, sec. 2; Yun et al., "CutMix", arXiv:1905.04899, sec. 3.1.
     """
     u = float(uniforms(seed, epoch, [step], stream=MIX, count=1)[0, 0])
-    place = int(u / spec.prob) if spec.prob > 0 else len(spec.methods)
-    if place >= len(spec.methods):
+    if u >= spec.share:
         return Mix("none", 1.0, (0, 0, 0, 0), np.arange(batch_size))
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, step, MIX])))
-    kind = spec.methods[place]
+    kind: Method = "mixup" if u < spec.shares["mixup"] else "cutmix"
     lam, box = _draw_lambda(spec, kind, rng, image_size)
     return Mix(kind, lam, box, rng.permutation(batch_size))
 

@@ -179,7 +179,7 @@ def build_eval_spec(config: Config, data: InputConfig) -> EvalSpec:
     is_squash = settings.transform == "squash"
     default_size = train_size(config, data) if is_squash else data.test_size
     return EvalSpec(
-        transform=settings.transform,
+        transform="squash" if is_squash else "weights",
         size=settings.size or default_size,
         crop_fraction=1.0 if is_squash else settings.crop_fraction or data.crop_fraction,
         interpolation=settings.interpolation
@@ -193,6 +193,7 @@ def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec, is_fi
     """What is drawn for a training photo. FixRes epochs see the evaluation picture and its mirror image."""
     settings = config.augment.model_dump(exclude={"executor", "size"})
     settings |= {
+        "crop": "weights" if config.augment.crop == "pretrained" else config.augment.crop,
         "crop_fraction": evaluation.crop_fraction,
         "crop_interpolation": evaluation.interpolation,
         "size": size,

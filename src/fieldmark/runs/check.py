@@ -420,13 +420,12 @@ def _opposites(classes: Sequence[str], words: tuple[set[str], set[str]]) -> tupl
 def _mixing(given: LintInput) -> Iterable[str]:
     config = given.config
     mix, smoothing = config.mix, config.train.label_smoothing
-    share = mix.prob * len(mix.methods)
-    if not share:
+    if not mix.share:
         return
-    if share > 0.95:
+    if mix.share > 0.95:
         yield (
-            f"mix.prob {mix.prob:g} for each of {len(mix.methods)} methods leaves {1 - share:.0%} of the batches as "
-            "they are: train accuracy on clean batches cannot be told, and the model hardly sees a whole photo"
+            f"mix.share {mix.share:g} leaves {1 - mix.share:.0%} of the batches as they are: train accuracy on clean "
+            "batches is unknown, and the model hardly sees a whole photo"
         )
     if smoothing:
         yield (
@@ -465,7 +464,7 @@ def _squash(given: LintInput) -> Iterable[str]:
         if float(np.median(ratios)) > 1.05:
             yield (
                 f"evaluation squashes photos of median aspect {float(np.median(ratios)):.2f} to a square, while the "
-                'weights expect an undistorted centre crop: set eval.transform="weights"'
+                "weights expect an undistorted centre crop: set eval.transform=pretrained"
             )
     if evaluation.interpolation != given.weights.interpolation:
         yield (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fieldmark import plots
-from fieldmark.augment.mixing import Method, MixSpec, apply_mix, draw_mix, lambda_draws, one_hot
+from fieldmark.augment.mixing import Method, apply_mix, draw_mix, lambda_draws, one_hot
 from fieldmark.config import Config
 from fieldmark.data.decode import decode, read_size
 from fieldmark.data.index import PhotoIndex
@@ -105,7 +106,7 @@ def draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int
     )
     batches = [prepare(shown, epoch) for epoch in (0, 1)]
     # A row of photos is as high in every section, so that one method of mixing leaves no gap where another would be.
-    heights = [1, 2, max(1.1 * len(config.mix.methods), 0.1), 1.6]
+    heights = [1, 2, 1.1 * len(build.build_mix_spec(config).methods), 1.6]
     figure = plots.new_figure(14, 2.28 * sum(heights))
     whole, augmented, mixed, curves = list(figure.subfigures(4, 1, squeeze=False, height_ratios=heights).flat)
     photos = [
@@ -173,8 +174,9 @@ def _draw_mixed(
     targets = one_hot(batch.labels, len(classes), config.train.label_smoothing)
     photos: list[NDArray[np.uint8]] = []
     captions: list[str] = []
-    for method in config.mix.methods:
-        spec = _only(config, method)
+    whole = build.build_mix_spec(config)
+    for method in whole.methods:
+        spec = replace(whole, share=1.0, cutmix_share=float(method == "cutmix"))
         for step in range(len(batch.labels)):
             drawn = draw_mix(
                 spec,
@@ -187,14 +189,12 @@ def _draw_mixed(
             images, labels = apply_mix(batch.images, targets, drawn)
             photos.append(_pixels(images[step].numpy(), evaluation))
             captions.append(_mixed_label(labels[step].numpy(), classes))
-    share = config.mix.prob
     title = (
-        " and ".join(f"{method} ({share:.0%} of the batches)" for method in config.mix.methods)
-        if share and config.mix.methods
-        else "mixing is off (mix.prob = 0); this is what it would look like"
+        " and ".join(f"{method} ({share:.0%} of the batches)" for method, share in whole.shares.items() if share)
+        if whole.share
+        else "mixing is off (mix.share = 0); this is what it would look like"
     )
-    if photos:
-        _draw_row(place, title, photos, captions, rows=len(config.mix.methods))
+    _draw_row(place, title, photos, captions, rows=len(whole.methods))
 
 
 def _mixed_label(target: NDArray[np.float32], classes: tuple[str, ...]) -> str:
@@ -202,21 +202,17 @@ def _mixed_label(target: NDArray[np.float32], classes: tuple[str, ...]) -> str:
     return "\n".join(f"{target[number]:.2f} {classes[number]}" for number in top if target[number] > 0.005)
 
 
-def _only(config: Config, method: Method) -> MixSpec:
-    mix = config.mix
-    return MixSpec(prob=1.0, methods=(method,), mixup_alpha=mix.mixup_alpha, cutmix_alpha=mix.cutmix_alpha)
-
-
 def _draw_curves(place: SubFigure, given: LintInput) -> None:
     config = given.config
     first, second, rate = place.subplots(1, 3)
     size = build.train_size(config, given.weights)
+    spec = build.build_mix_spec(config)
     methods: tuple[tuple[Axes, Method, tuple[float, float]], ...] = (
         (first, "mixup", config.mix.mixup_alpha),
         (second, "cutmix", config.mix.cutmix_alpha),
     )
     for axes, method, alpha in methods:
-        drawn = lambda_draws(_only(config, method), method, count=LAMBDAS_DRAWN, seed=0, image_size=size)
+        drawn = lambda_draws(spec, method, count=LAMBDAS_DRAWN, seed=0, image_size=size)
         plots.draw_lambda(axes, drawn, alpha, f"λ of {method}, α from {alpha[0]:g} to {alpha[1]:g}")
     steps = np.unique(np.linspace(0, max(config.train.epochs * given.steps_per_epoch - 1, 0), 600).astype(int))
     schedule = config.schedule

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _COUNTS = ("epoch", "step", "step_in_epoch", "micro_batch_size")
-_NO_MIX = MixConfig(prob=0.0)
+_NO_MIX = MixConfig(share=0.0)
 
 
 @dataclass

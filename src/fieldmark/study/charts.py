@@ -395,7 +395,7 @@ def cost_charts(comparison: Comparison) -> list[Chart]:
 
 def lambda_charts(settings: Sequence[Variant]) -> list[Chart]:
     """Histograms of λ of both methods, drawn as training draws them, for the first variant that mixes."""
-    config = next((variant.runs[0].config for variant in settings if variant.runs[0].config.mix.prob > 0), None)
+    config = next((variant.runs[0].config for variant in settings if variant.runs[0].config.mix.share > 0), None)
     if config is None:
         return []
     from fieldmark.augment.mixing import MixSpec, lambda_draws

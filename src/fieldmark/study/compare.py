@@ -52,7 +52,7 @@ class Variant:
     """Runs that differ in nothing but chance.
 
     Attributes:
-        name: The changes in words, such as `mix.prob=0.4`; a folder's name where there are none, or too many to read.
+        name: The changes in words, such as `mix.share=0.4`; a folder's name where there are none, or too many to read.
         changes: Dotted key to value, of the keys in which the compared variants differ.
         runs: Its run folders' results, folds included.
         seeds: One for each row of `scores`.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from fieldmark.config import Config, Section, load_config, parse_config, parse_value
+from fieldmark.config import Config, Section, apply_overrides, load_config, parse_config
 from fieldmark.errors import ConfigError, MissingExtraError
 from fieldmark.runs.folder import flatten, format_value
 from fieldmark.study.cell import BOOKS
@@ -52,6 +52,11 @@ class Range(Section):
             if self.log and self.low <= 0:
                 raise ValueError(f"log needs low > 0; got {self.low:g}")
         return self
+
+    def scaled(self, factor: float) -> Range:
+        """The same distribution of values `factor` times as large."""
+        limits = {name: None if (value := getattr(self, name)) is None else value * factor for name in ("low", "high")}
+        return self.model_copy(update={"choices": tuple(value * factor for value in self.choices), **limits})
 
 
 def uniform(low: float, high: float) -> Range:
@@ -180,7 +185,7 @@ def parse_grid(content: Mapping[str, Any], name: str) -> Grid:
 
 
 def dotted(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables and dotted keys alike, as dotted keys: TOML reads `mix.prob = 0` as a table in a table."""
+    """Nested tables and dotted keys alike, as dotted keys: TOML reads `mix.share = 0` as a table in a table."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -220,11 +225,7 @@ def base_settings(grid: Grid, overrides: Iterable[str]) -> dict[str, Any]:
         ConfigError: No such recipe, or an override without a `=`.
     """
     settings = _with_changes(load_config(grid.recipe).model_dump(mode="json"), dotted(grid.set))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes key=value, such as train.epochs=20; got {override!r}")
-        settings = _with_changes(settings, dotted({key.strip(): parse_value(text.strip())}))
+    apply_overrides(settings, overrides)
     if settings["data"]["path"]:
         settings["data"]["path"] = str(Path(settings["data"]["path"]).resolve())
     if Path(settings["model"]["weights"]).is_file():
@@ -256,7 +257,10 @@ def make_cell(
     """One cell; the seed is in its name where there are several."""
     stem = name or ",".join(f"{key}={format_value(value)}" for key, value in changes.items()) or "base"
     full = f"{stem},seed={seed}" if len(seeds) > 1 else stem
-    settings = _with_changes(base, {**changes, "train.seed": seed})
+    try:
+        settings = _with_changes(base, {**changes, "train.seed": seed})
+    except ConfigError as error:
+        raise ConfigError(f"cell {full}: {error}") from None
     return Cell(safe_name(full), dict(changes), seed, parse_config(settings, f"cell {full}"))
 
 
@@ -286,12 +290,7 @@ def _folded(cells: Iterable[Cell]) -> set[str]:
 
 def _with_changes(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     changed = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    for key, value in changes.items():
-        table, dot, name = key.partition(".")
-        if not dot:
-            changed[key] = value
-        elif isinstance(section := changed.setdefault(table, {}), dict):
-            section[name] = value
+    apply_overrides(changed, changes)
     return changed
 
 
@@ -329,7 +328,7 @@ class SearchedCells:
     def __init__(self, grid: Grid, base: Mapping[str, Any], out: Path) -> None:
         if grid.search is None:
             raise ConfigError("the grid has no [search]")
-        self._search: Search = grid.search
+        self._search = grid.search.model_copy(update={"space": _with_new_names(grid.search.space, base)})
         self._grid, self._base, self._out = grid, base, out
         self._trials: list[dict[str, Any]] = []
         self._queue: list[Cell] = []
@@ -385,6 +384,15 @@ class SearchedCells:
             seen = [value for value in found if value is not None]
             past.append(Trial(changes, sum(seen) / len(seen) if seen else None))
         return past
+
+
+def _with_new_names(space: Mapping[str, Range], base: Mapping[str, Any]) -> dict[str, Range]:
+    """`mix.prob`, of each method in earlier versions, as the share of all batches that it is."""
+    methods = 1 if base["mix"]["cutmix_share"] in (0, 1) else 2
+    return {
+        "mix.share" if key == "mix.prob" else key: values.scaled(methods) if key == "mix.prob" else values
+        for key, values in space.items()
+    }
 
 
 @dataclass(frozen=True)
