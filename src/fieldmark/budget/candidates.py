@@ -69,7 +69,7 @@ class Candidate:
             "weights": self.backbone.weights,
             "stride_in_1x1": self.backbone.stride_in_1x1,
         }
-        picture = {"transform": "squash" if self.view == "whole" else "weights", "size": self.size}
+        picture = {"transform": "squash" if self.view == "whole" else "pretrained", "size": self.size}
         picture["interpolation"] = "bilinear" if self.backbone.picture.interpolation == "bilinear" else "bicubic"
         head_alone = {"train": {"epochs": 0}, "probe": {"epochs": max(config.probe.epochs, 1)}}
         return change(config, {"model": model, "eval": picture, **head_alone})
