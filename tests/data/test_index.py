@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from fieldmark.data import folders, index
 from fieldmark.data.index import Photo, PhotoIndex, list_photos, load_index, require_trainable
 from fieldmark.errors import DataError
+from fieldmark.plots import confusion_figure, figure_png
 
 COLUMNS = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
 
@@ -71,6 +73,111 @@ def test_a_flat_folder_of_classes_has_no_split_and_01_stays_01(tmp_path):
         ("1/a.jpg", "1", "", ""),
         ("1/deep/er/b.jpg", "1", "", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["Training/a/1.jpg", "Testing/a/1.jpg"], {"Training": "train", "Testing": "test"}),
+        (["train_images/a/1.jpg", "dev/a/1.jpg"], {"train_images": "train", "dev": "val"}),
+        (["TrainSet/a/1.jpg", "valid-data/a/1.jpg"], {"TrainSet": "train", "valid-data": "val"}),
+        (["train/a/1.jpg", "test/a/1.jpg", "extras/1.jpg"], {"train": "train", "test": "test"}),
+    ],
+)
+def test_usual_spellings_of_splits_are_known_and_the_layout_is_said(tmp_path, names, splits):
+    found = load(make_files(tmp_path, *names))
+    assert {photo.path.split("/")[0]: photo.split for photo in found.photos} == splits
+    assert found.layout.startswith("read as splits: ")
+    assert all(f"{split} from {folder}/" in found.layout for folder, split in splits.items())
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train/steam/1.jpg", "train/diesel/1.jpg", "bus/1.jpg"], "train/ as the photos to train on"),
+        (["train/a/1.jpg", "train/b/1.jpg", "test/1.jpg", "other/1.jpg"], "and without 'other' (1 photos)"),
+        (["seg_train/seg_train/a/1.jpg", "seg_test/seg_test/a/1.jpg"], "'seg_test', 'seg_train' as classes, or"),
+        (["fold1/a/1.jpg", "fold1/b/1.jpg", "fold2/a/1.jpg", "fold2/b/1.jpg"], "the classes 'a', 'b'"),
+    ],
+)
+def test_a_layout_that_can_be_read_in_two_ways_is_refused_and_its_ways_out_work(tmp_path, names, expected):
+    make_files(tmp_path / "data", *names)
+    message = error_of(load, tmp_path / "data")
+    assert "can be read in two ways" in message
+    assert expected in message
+    (tmp_path / "all").mkdir()
+    (tmp_path / "data").rename(tmp_path / "all/train")
+    assert load(tmp_path / "all").classes == tuple(sorted({name.split("/")[0] for name in names}))
+
+
+def test_the_layout_says_what_folders_of_classes_could_be_besides(tmp_path):
+    make_files(tmp_path / "a", "wren/male/1.jpg", "wren/female/1.jpg", "robin/male/1.jpg", "robin/female/1.jpg")
+    make_files(tmp_path / "b", "bus/1.jpg", "test/1.jpg")
+    assert "each holds 'female', 'male': if those are the classes" in load(tmp_path / "a").layout
+    assert load(tmp_path / "b").layout == "read as one class per folder; 'test' too is a class"
+
+
+def test_what_fieldmark_wrote_is_never_a_photo(tmp_path):
+    make_files(
+        tmp_path,
+        *("a/1.jpg", "b/1.jpg"),
+        *("runs/x/recipe.toml", "runs/x/split.csv", "runs/x/confusion.png", "runs/x/best/1.png"),
+        *("a/export/fieldmark.json", "a/export/example.jpg"),
+        *("report.md", "report_files/accuracy.png", "scores/evaluation.json", "scores/confusion.png"),
+        *("cache/CACHEDIR.TAG", "cache/1.jpg"),
+        "b/confusion.png",
+    )
+    (tmp_path / "preview.png").write_bytes(figure_png(confusion_figure(np.eye(2, dtype=np.int64), ["a", "b"])))
+    found = load(tmp_path)
+    assert [photo.path for photo in found.photos] == ["a/1.jpg", "b/1.jpg", "b/confusion.png"]
+    assert found.ignored["folder written by Fieldmark"] == 5
+    assert found.ignored["picture written by Fieldmark"] == 1
+
+
+def test_files_that_look_like_photos_count_whether_they_can_be_read_or_not(tmp_path):
+    make_files(tmp_path, "a/1.HEIC", "a/2.jxl", "a/3.nef", "b/4.CR2", "b/4.JPG")
+    found = load(tmp_path)
+    assert [photo.path for photo in found.photos] == ["a/1.HEIC", "a/2.jxl", "a/3.nef", "b/4.JPG"]
+    assert found.ignored == {"raw file of a photo that is there": 1}
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar", "photos.tgz", "photos.rar"])
+def test_an_archive_is_told_to_be_unpacked(tmp_path, name):
+    make_files(tmp_path, name)
+    assert "is an archive. Unpack it" in error_of(load, tmp_path / name)
+
+
+def test_a_class_whose_name_is_not_text_is_refused_with_its_name(tmp_path):
+    make_files(tmp_path, os.fsdecode(b"gr\xfcn/1.jpg"), "rot/1.jpg")
+    assert r"the class folder b'gr\xfcn' is not UTF-8; as Windows-1252 it is 'grün'" in error_of(load, tmp_path)
+    outside = make_files(tmp_path / os.fsdecode(b"\xff"), "a/1.jpg")
+    assert r"\xff' is not UTF-8" in error_of(load, outside)
+
+
+def test_a_table_in_another_encoding_is_refused_with_the_one_that_fits(tmp_path):
+    make_files(tmp_path, "a.jpg", "grün.jpg", os.fsdecode(b"gr\xfcn too.jpg"))
+    (tmp_path / "t.csv").write_bytes("path,label\na.jpg,rot\na.jpg,grün\n".encode("cp1252"))
+    assert r"t.csv, line 3: b'gr\xfcn' is not UTF-8; as Windows-1252 it is 'grün'" in error_of(load, tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_bytes("path,label\ngrün.jpg,rot\n".encode("cp1252"))
+    assert "as Windows-1252 it is 'grün.jpg'. Save the table as UTF-8" in error_of(load, tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_bytes(b"path,label\ngr\xfcn too.jpg,rot\n")  # as the file system spells it
+    assert [os.fsencode(photo.path) for photo in load(tmp_path / "t.csv").photos] == [b"gr\xfcn too.jpg"]
+
+
+def test_paths_are_found_under_backslashes_and_other_unicode_forms(tmp_path):
+    on_disk = unicodedata.normalize("NFD", "vögel/grün.jpg")
+    table = make_table(tmp_path, "path,label\nvögel/grün.jpg,x\nsub\\a.jpg,y\n", on_disk, "sub/a.jpg")
+    assert [photo.path for photo in load(table).photos] == ["sub/a.jpg", on_disk]
+    found, corrections = make_corrections(tmp_path / "c", "a\\1.jpg,drop,\n")
+    assert [photo.path for photo in index.apply_corrections(found, corrections).photos] == ["a/2.jpg", "b/1.jpg"]
+
+
+def test_a_link_to_itself_is_a_photo_that_cannot_be_read(tmp_path):
+    make_files(tmp_path, "a/1.jpg", "b/1.jpg")
+    (tmp_path / "a/loop.jpg").symlink_to("loop.jpg")
+    found = load(tmp_path)
+    assert [photo.path for photo in found.photos] == ["a/1.jpg", "a/loop.jpg", "b/1.jpg"]
+    assert len(found.fingerprint()) == 64
 
 
 def test_classes_named_train_and_test_among_others_are_classes(tmp_path):
@@ -183,6 +290,9 @@ def test_a_table_is_text_exactly_as_written(tmp_path):
         ("t.csv", "\ufeffpath;label\na.jpg;x\n".encode()),
         ("t.tsv", b"path\tlabel\na.jpg\tx\n\n"),
         ("t.csv", "path,label\r\na.jpg,x\r\n".encode("utf-16")),
+        ("t.csv", "path,label\r\na.jpg,x\r\n".encode("utf-16-le")),
+        ("t.csv", b"sep=;\r\npath;label\r\na.jpg;x\r\n;\r\n"),
+        ("t.csv", b'\xef\xbb\xbf"sep=|"\r\npath|label\r\na.jpg|x\r\n'),
     ],
 )
 def test_tables_of_spreadsheets_are_read(tmp_path, name, data):
@@ -215,11 +325,15 @@ def test_a_parquet_table_reads_as_its_csv_would(tmp_path):
         ("file,label\na.jpg,x\n", "or say which it is: --set data.path_column=NAME"),
         ("path,class\na.jpg,x\n", "or say which it is: --set data.label_column=NAME"),
         ("path,label,label\na.jpg,x,y\n", "has two columns named 'label'"),
+        ("sep=;\npath;label\n\na.jpg;x;y\n", "line 4: 3 values, but the header names 2 columns"),
+        ('path,label\na.jpg,x\n"b.jpg,y\nc.jpg,z\n', "line 3: a double quote is opened and never closed"),
+        ("path,label\n,\na.jpg,x\nA.jpg,y\n", "'A.jpg', the first in line 4; did you mean 'a.jpg'?"),
+        ("path,label\nC:\\photos\\a.jpg,x\n", "line 2: 'C:\\\\photos\\\\a.jpg' is a path of a Windows drive"),
         ("path,label\na.jpg,x,y\n", "line 2: 3 values, but the header names 2 columns"),
         ('path,label\n"a.jpg,x\n', "is not a CSV table"),
         ("path,label\na.jpg,\n", "'a.jpg' has an empty 'label'"),
         ("path,label,split\na.jpg, ,train\n", "'a.jpg' has an empty 'label'"),
-        ("path,label\n,x\n", "a row names no photo"),
+        ("path,label\n,x\n", "line 2: this row names no photo"),
         ("path,label\na\0.jpg,x\n", "holds a zero byte"),
         ("path,label\na.jpg,x\ngone.jpg,y\n", "1 of 2 photos not found"),
         (f"path,label\n{'a' * 400}.jpg,y\n", "1 of 1 photos not found"),
@@ -297,7 +411,7 @@ def test_odd_names_on_disk_go_through_folder_and_table(tmp_path):
         os.fsdecode(b"latin-\xe9.jpg"),
         "x" * 250 + ".jpg",
     ]
-    label = "cl,a\n" + os.fsdecode(b"\xff")
+    label = "cl,a\n日本"
     found = load(make_files(tmp_path, *(f"{label}/{name}" for name in names)))
     assert found.classes == (label,)
     assert {photo.path.split("/")[1] for photo in found.photos} == set(names)
@@ -344,7 +458,7 @@ def test_corrections_relabel_and_drop_and_leave_the_rest(tmp_path):
     [
         ("a/3.jpg,drop,\n", "there is no photo 'a/3.jpg'"),
         ("a/1.jpg,delete,\n", "has the action 'delete'; use keep, relabel or drop"),
-        ("a/1.jpg,relabel,\n", "is relabelled '', which is not a class"),
+        ("a/1.jpg,relabel,\n", "is relabeled '', which is not a class"),
         ("a/1.jpg,relabel,B\n", "which is not a class; did you mean 'b'?"),
         ("a/1.jpg,relabel,b\na/1.jpg,drop,\n", "two decisions about 'a/1.jpg'"),
     ],

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.data.index import SPLITS, PhotoIndex, listed
+from fieldmark.data.folders import quote
+from fieldmark.data.index import SPLITS, PhotoIndex
 from fieldmark.data.splits import split_gaps
 
 if TYPE_CHECKING:
@@ -401,11 +402,11 @@ def audit(
 def _class_faults(found: Findings) -> list[str]:
     lines: list[str] = []
     if len(found.num_train) < 2:
-        only = f"there is only {listed(list(found.num_train))}" if found.num_train else "there is none"
+        only = f"there is only {quote(list(found.num_train))}" if found.num_train else "there is none"
         lines.append(f"A classifier needs at least 2 classes; {only}. Add a class folder with photos")
     untrained = [name for name, count in found.num_train.items() if not count]
     if untrained:
-        lines.append(f"{_classes(untrained)} no photo in train: {listed(untrained)}. Add some, or leave the class out")
+        lines.append(f"{_classes(untrained)} no photo in train: {quote(untrained)}. Add some, or leave the class out")
     if found.crossing_groups:
         name, splits = next(iter(found.crossing_groups.items()))
         lines.append(
@@ -426,12 +427,12 @@ def _photo_faults(found: Findings, skip_broken: bool) -> list[str]:
     if found.conflicting_labels:
         lines.append(
             f"{_count(len(found.conflicting_labels), 'photo has', 'photos have')} more than one label, such as "
-            f"{listed(found.conflicting_labels[0])}. Keep the right one"
+            f"{quote(found.conflicting_labels[0])}. Keep the right one"
         )
     if found.exact_across_splits:
         lines.append(
             f"{_count(len(found.exact_across_splits), 'photo lies', 'photos lie')} in more than one split, such as "
-            f"{listed(found.exact_across_splits[0])}. The result would be too good: delete the copies"
+            f"{quote(found.exact_across_splits[0])}. The result would be too good: delete the copies"
         )
     return lines
 
@@ -444,7 +445,7 @@ def _doubts(found: Findings, skip_broken: bool) -> list[str]:
     if found.exact_in_unlabelled:
         copies = _count(len(found.exact_in_unlabelled), "photo", "photos")
         lines.append(
-            f"{copies} of the unlabelled test also in train or val, such as {listed(found.exact_in_unlabelled[0])}"
+            f"{copies} of the unlabelled test also in train or val, such as {quote(found.exact_in_unlabelled[0])}"
         )
     if found.num_near_duplicates:
         pair = found.near_duplicates[0]
@@ -456,7 +457,7 @@ def _doubts(found: Findings, skip_broken: bool) -> list[str]:
     repeated = len(found.exact_duplicates) - len(found.exact_across_splits) - len(found.exact_in_unlabelled)
     if repeated:
         lines.append(f"{_count(repeated, 'photo is', 'photos are')} there more than once in a split: each copy counts")
-    lines += [f"Classes with nearly the same name: {listed(names)}. Are they one?" for names in found.similar_names]
+    lines += [f"Classes with nearly the same name: {quote(names)}. Are they one?" for names in found.similar_names]
     return lines
 
 
@@ -466,11 +467,11 @@ def _weaknesses(found: Findings) -> list[str]:
     for split in ("val", "test"):
         absent = [name for name, gap in found.gaps if gap == split]
         if absent:
-            lines.append(f"{_classes(absent)} no photo in {split}: {listed(absent)}. Nothing is measured there")
+            lines.append(f"{_classes(absent)} no photo in {split}: {quote(absent)}. Nothing is measured there")
     few = sorted((count, name) for name, count in found.num_train.items() if 0 < count < FEW_PHOTOS)
     if few:
         names = [name for _, name in few]
-        lines.append(f"{_classes(names)} fewer than {FEW_PHOTOS} photos to train on: {listed(names)}")
+        lines.append(f"{_classes(names)} fewer than {FEW_PHOTOS} photos to train on: {quote(names)}")
     if found.imbalance is not None and found.imbalance > IMBALANCE:
         lines.append(
             f"The largest class has {found.imbalance:.0f} times the training photos of the smallest. Look at macro "

@@ -1,4 +1,4 @@
-"""Which files below a folder are photos, and how many others were left aside, by reason.
+"""Which files below a folder are photos, and which class and split the folders give them.
 
 Names are taken as the file system gives them: bytes that are not UTF-8 arrive as lone surrogates (PEP 383) and leave
 again as the same bytes.
@@ -7,13 +7,13 @@ again as the same bytes.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fieldmark.errors import DataError
 
@@ -23,23 +23,30 @@ SYSTEM_NAMES = frozenset(
 # Pillow has no decoder for the first four; the others are drawings, for which it starts another program.
 NOT_PHOTOS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF", "EMF"})
 HEIF_EXTENSIONS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+JXL_EXTENSIONS = frozenset({".jxl"})
+_RAW = "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mrw nef nrw orf pef raf rw2 rwl sr2 srf srw x3f"
+RAW_EXTENSIONS = frozenset(f".{name}" for name in _RAW.split())
+_RUN_FILES = frozenset({"split.csv", "environment.json", "metrics.jsonl", "summary.json", "last.pt"})
+_OUTPUT_MARKS = frozenset({"fieldmark.json", "ensemble.json", "evaluation.json", "CACHEDIR.TAG"})
+_OUTPUT_PICTURES = frozenset({"preview.png", "confusion.png", "calibration.png", "training.png", "predictions.png"})
 
 
 @functools.cache
 def photo_extensions() -> frozenset[str]:
-    """Extensions of the formats that can be read here, in lower case with their dot: `.jpg`, `.png`, ...
+    """List the extensions of photos, in lower case with their dot: `.jpg`, `.png`, ...
 
-    HEIC belongs to them if the package pillow-heif is installed.
+    Those of HEIC, JPEG XL and cameras' raw files belong to them whether they can be read here or not: a photo that
+    cannot be read is said, not passed over.
     """
     from PIL import Image
 
     extensions = Image.registered_extensions()
     names = {name for name, kind in extensions.items() if kind in Image.OPEN and kind not in NOT_PHOTOS}
-    return frozenset(names | (HEIF_EXTENSIONS if importlib.util.find_spec("pillow_heif") else set()))
+    return frozenset(names) | HEIF_EXTENSIONS | JXL_EXTENSIONS | RAW_EXTENSIONS
 
 
 def natural_key() -> Callable[[str], Any]:
-    """A sort key for paths with "/" and for names: "2" before "10", folder by folder; the text itself breaks ties."""
+    """Make a sort key for paths with "/" and for names: "2" before "10", folder by folder; then the text itself."""
     from natsort import natsort_keygen
 
     of_part = natsort_keygen()
@@ -55,14 +62,15 @@ def natural_key() -> Callable[[str], Any]:
 def find_photos(root: Path) -> tuple[list[str], Counter[str]]:
     """Walk `root` and list its photos.
 
-    Links to files and folders are followed, except a link to a folder that it lies in. A link to nothing whose name is
-    a photo's counts as a photo: whoever opens it will say that it is missing, rather than nobody.
+    Links to files and folders are followed, except a link to a folder that it lies in. A link to nothing or to itself
+    whose name is a photo's counts as a photo: whoever opens it will say that it is missing, rather than nobody. What
+    Fieldmark wrote (run folders, exports, reports, caches) is skipped.
 
     Args:
         root: An existing folder.
 
     Returns:
-        Paths of photos relative to `root`, with "/", in natural order; and a count of files and folders left aside for
+        Paths of photos relative to `root`, with "/", in natural order; and a count of files and folders skipped for
         each reason.
 
     Raises:
@@ -76,12 +84,32 @@ def find_photos(root: Path) -> tuple[list[str], Counter[str]]:
 
 def is_photo_path(path: str) -> bool:
     """Whether `find_photos` would take a file by this path, relative and with "/", for a photo."""
-    return not is_left_aside(path) and _is_photo_name(path)
+    return not is_skipped(path) and _is_photo_name(path)
 
 
-def is_left_aside(path: str) -> bool:
+def is_skipped(path: str) -> bool:
     """Whether `find_photos` would not look at this relative path, with "/", for its name: hidden, or the system's."""
     return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in path.split("/"))
+
+
+def require_photos(path: Path, names: Sequence[str], ignored: Mapping[str, int]) -> None:
+    """Check that a walk found photos.
+
+    Raises:
+        DataError: It did not; says what there is instead.
+    """
+    if names:
+        return
+    if not ignored:
+        raise DataError(f"{path} is empty: there are no photos in it or in its folders. Check the path")
+    found = ", ".join(f"{reason}: {count}" for reason, count in ignored.items())
+    raise DataError(f"{path} holds no photos ({found}). Give the folder that holds the class folders")
+
+
+def quote(names: Sequence[str], most: int = 3) -> str:
+    """Quote the first names, and say how many more there are."""
+    text = ", ".join(repr(name) for name in names[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
 def _walk(
@@ -96,20 +124,29 @@ def _walk(
             f"{folder} cannot be listed: {error.strerror}. Make it readable, or move it out of the data"
         ) from None
     inside = (*above, (info.st_dev, info.st_ino))
+    names = frozenset(entry.name for entry in entries)
+    if above and _is_output(names):
+        ignored["folder written by Fieldmark"] += 1
+        return
     if above and not entries:
         ignored["empty folder"] += 1
     for entry in entries:
-        reason = _reason_to_ignore(entry, inside)
+        reason = _reason_to_skip(entry, inside, names)
         if reason:
             ignored[reason] += 1
-        elif entry.is_dir():
+        elif os.path.isdir(entry.path):  # noqa: PTH112, entry.is_dir() raises for a link to itself
             _walk(folder / entry.name, f"{prefix}{entry.name}/", inside, photos, ignored)
         else:
             photos.append(prefix + entry.name)
 
 
-def _reason_to_ignore(entry: os.DirEntry[str], inside: tuple[tuple[int, int], ...]) -> str:
-    """Why an entry is neither a photo nor a folder to look into; "" if it is one of them."""
+def _is_output(names: frozenset[str]) -> bool:
+    """Whether a folder that holds these names is a run, an export, an evaluation or a cache."""
+    return ("recipe.toml" in names and not names.isdisjoint(_RUN_FILES)) or not names.isdisjoint(_OUTPUT_MARKS)
+
+
+def _reason_to_skip(entry: os.DirEntry[str], inside: tuple[tuple[int, int], ...], names: frozenset[str]) -> str:
+    """Why an entry among `names` is neither a photo nor a folder to look into; "" if it is one of them."""
     if entry.name.startswith("."):
         return "hidden"
     if entry.name.lower() in SYSTEM_NAMES:
@@ -119,11 +156,210 @@ def _reason_to_ignore(entry: os.DirEntry[str], inside: tuple[tuple[int, int], ..
     except OSError:  # a link to nothing, or to itself
         return "" if _is_photo_name(entry.name) else "broken link"
     if stat.S_ISDIR(info.st_mode):
-        return "link to a folder that it lies in" if (info.st_dev, info.st_ino) in inside else ""
+        if (info.st_dev, info.st_ino) in inside:
+            return "link to a folder that it lies in"
+        is_report = entry.name.endswith("_files") and f"{entry.name.removesuffix('_files')}.md" in names
+        return "folder written by Fieldmark" if is_report else ""
     if not stat.S_ISREG(info.st_mode):
         return "not a regular file"
-    return "" if _is_photo_name(entry.name) else "not a photo"
+    if not _is_photo_name(entry.name):
+        return "not a photo"
+    if entry.name in _OUTPUT_PICTURES and _is_chart(entry.path):
+        return "picture written by Fieldmark"
+    return "raw file of a photo that is there" if _is_developed(entry.name, names) else ""
 
 
 def _is_photo_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in photo_extensions()  # noqa: PTH122, 4 times faster than Path
+
+
+def _is_chart(path: str) -> bool:
+    try:
+        with Path(path).open("rb") as file:
+            return b"Software\0Matplotlib" in file.read(200)
+    except OSError:
+        return False
+
+
+def _is_developed(name: str, names: frozenset[str]) -> bool:
+    """Whether a camera's raw file has its JPEG beside it, as cameras that write both leave them."""
+    stem, extension = os.path.splitext(name)  # noqa: PTH122
+    if extension.lower() not in RAW_EXTENSIONS:
+        return False
+    return any(stem + other in names for other in (".jpg", ".JPG", ".jpeg", ".JPEG"))
+
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "validate": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+_FILLERS = "dataset|data|set|images|image|imgs|photos|pictures|split"
+_NUMBERED = re.compile(r"(fold|split|set|part|batch)[\W_]*\w{0,2}", re.IGNORECASE)
+
+
+class Row(NamedTuple):
+    """What is said about one photo."""
+
+    path: str
+    label: str | None
+    split: str
+    group: str
+
+
+class Listing(NamedTuple):
+    """Everything that is said about photos below one folder, in no stated order."""
+
+    root: Path
+    rows: list[Row]
+    ignored: dict[str, int]
+    layout: str
+    """How it was read, as a sentence without its period."""
+
+
+def split_of(name: str) -> str:
+    """Translate a usual name of a split, such as Training, valid or test_images; "" for other names."""
+    word = re.sub(r"[\W_]+", "", name.lower())
+    return _SPLIT_WORDS.get(word) or _SPLIT_WORDS.get(re.sub(f"({_FILLERS})+$", "", word), "")
+
+
+def read_folder(root: Path) -> Listing:
+    """Read class and split of the photos in a folder from the names of the folders that they lie in.
+
+    Raises:
+        DataError: No photos, or none of them in class folders, or the folders can be read in two ways.
+    """
+    names, ignored = find_photos(root)
+    require_photos(root, names, ignored)
+    folders = {name: split for name in _folders(names) if (split := split_of(name))}
+    if _has_splits(root, names, folders):
+        rows = _rows_of_splits(root, names, folders, ignored)
+        layout = "read as splits: " + ", ".join(
+            f"{split} from {folder}/"
+            for split in ("train", "val", "test")
+            for folder in folders
+            if folders[folder] == split
+        )
+    else:
+        rows = _rows_of_classes(root, names, "", ignored)
+        _refuse_wrapped(root, names)
+        _refuse_unknown_splits(root, names)
+        layout = f"read as one class per folder{_doubt(names, folders)}"
+    return Listing(root, rows, dict(+ignored), layout)
+
+
+def _folders(names: Iterable[str]) -> list[str]:
+    """First folder of each path that has one, in order, each once."""
+    return list(dict.fromkeys(name.split("/", 1)[0] for name in names if "/" in name))
+
+
+def _inner_folders(names: Sequence[str]) -> dict[str, list[str]]:
+    """Folders within each first folder that hold photos, at any depth."""
+    inner: dict[str, dict[str, None]] = {name: {} for name in _folders(names)}
+    for name in names:
+        parts = name.split("/", 2)
+        if len(parts) == 3:
+            inner[parts[0]][parts[1]] = None
+    return {name: list(found) for name, found in inner.items()}
+
+
+def _has_splits(root: Path, names: Sequence[str], folders: Mapping[str, str]) -> bool:
+    """Whether the folders named train, val and test are splits rather than classes that happen to be called so."""
+    others = [name for name in _folders(names) if name not in folders]
+    if not others:
+        return bool(folders)
+    train = [name for name in names if folders.get(name.split("/", 1)[0]) == "train"]
+    if not train or any(name.count("/") < 2 for name in train):
+        return False
+    inner = _inner_folders(names)
+    classes = {name for folder, split in folders.items() if split == "train" for name in inner[folder]}
+    if any(classes.intersection(inner[folder]) for folder, split in folders.items() if split != "train"):
+        return True
+    first = next(folder for folder, split in folders.items() if split == "train")
+    outside = sum(name.split("/", 1)[0] in others for name in names)
+    raise DataError(
+        f"{root} can be read in two ways: {first}/ as the photos to train on, with the classes "
+        f"{quote(sorted(classes))} and without {quote(others)} ({outside} photos); or each folder as a "
+        f"class, {first!r} too. For the first, move the other folders out; for the second, put all class folders into "
+        "one folder named train"
+    )
+
+
+def _rows_of_splits(root: Path, names: Sequence[str], folders: Mapping[str, str], ignored: Counter[str]) -> list[Row]:
+    by_split: dict[str, str] = {}
+    for folder, split in folders.items():
+        if by_split.setdefault(split, folder) != folder:
+            raise DataError(f"{root} has both {by_split[split]}/ and {folder}/ with photos: keep one of them")
+    rows: list[Row] = []
+    for folder, split in folders.items():
+        inside = [name for name in names if name.startswith(f"{folder}/")]
+        if split == "test":
+            rows += [Row(name, None, split, "") for name in inside if name.count("/") == 1]
+            inside = [name for name in inside if name.count("/") > 1]
+        rows += _rows_of_classes(root, inside, split, ignored) if inside else []
+    ignored["photo beside the split folders"] += sum(name.split("/", 1)[0] not in folders for name in names)
+    return rows
+
+
+def _rows_of_classes(root: Path, names: Sequence[str], split: str, ignored: Counter[str]) -> list[Row]:
+    """Photos labelled by the folder below `root`, or below the split's folder; strays beside them are counted."""
+    depth = 1 if split else 0
+    rows = [Row(name, name.split("/")[depth], split, "") for name in names if name.count("/") > depth]
+    strays = [name for name in names if name.count("/") <= depth]
+    if not rows:
+        raise DataError(
+            f"{root}: no class folders{f' in the {split} folder' if split else ''}, only photos, such as "
+            f"{quote(strays, 1)}. Put each photo into a folder named for its class, as in robin/1.jpg"
+        )
+    ignored["photo beside the class folders"] += len(strays)
+    return rows
+
+
+def _refuse_wrapped(root: Path, names: Sequence[str]) -> None:
+    """A download that unpacks to one folder around the data set is not a data set of one class."""
+    folders = _inner_folders(names)
+    if len(folders) != 1:
+        return
+    [(folder, within)] = folders.items()
+    if any(split_of(name) == "train" for name in within):
+        raise DataError(f"{root} holds only {folder!r}, with a train folder in it: give {root / folder}")
+    if len(within) > 1:
+        raise DataError(
+            f"{root} holds only {folder!r}, with {len(within)} folders in it: {quote(within)}. If those are "
+            f"the classes, give {root / folder}; else add a second class beside it"
+        )
+
+
+def _refuse_unknown_splits(root: Path, names: Sequence[str]) -> None:
+    """Folders such as seg_train/ and seg_test/, or fold1/ and fold2/, are hardly classes."""
+    inner = _inner_folders(names)
+    if len(inner) < 2 or not all(inner.values()) or any(name.count("/") == 1 for name in names):
+        return
+    words = [{word for word in re.findall("[a-z]+", name.lower()) if word in _SPLIT_WORDS} for name in inner]
+    has_words = all(words) and any(_SPLIT_WORDS[word] == "train" for found in words for word in found)
+    if has_words or (all(_NUMBERED.fullmatch(name) for name in inner) and len(_shared(inner)) > 1):
+        raise DataError(
+            f"{root} can be read in two ways: {quote(list(inner))} as classes, or as parts of a data set with the "
+            f"classes {quote(list(next(iter(inner.values()))))}. For the first, put them into one folder named "
+            "train; for the second, name them train, val and test"
+        )
+
+
+def _shared(inner: Mapping[str, Sequence[str]]) -> set[str]:
+    return set.intersection(*map(set, inner.values())) if len(inner) > 1 else set()
+
+
+def _doubt(names: Sequence[str], folders: Mapping[str, str]) -> str:
+    """What else the class folders could be, for the layout's sentence."""
+    if folders:
+        return f"; {quote(list(folders))} too {'is a class' if len(folders) == 1 else 'are classes'}"
+    shared = _shared(_inner_folders(names))
+    if len(shared) < 2:
+        return ""
+    return f"; each holds {quote(sorted(shared))}: if those are the classes, name the outer folders train, val, test"

@@ -6,16 +6,30 @@ or the table's text, exactly as written; it is never parsed as a number, and nev
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import re
+import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from fieldmark.data.folders import find_photos, natural_key, photo_extensions
-from fieldmark.data.tables import Table, read_table, write_csv
+from fieldmark.data.folders import (
+    Listing,
+    Row,
+    find_photos,
+    natural_key,
+    photo_extensions,
+    quote,
+    read_folder,
+    require_photos,
+    split_of,
+)
+from fieldmark.data.tables import Table, encoding_problem, read_table, write_csv
 from fieldmark.errors import DataError, did_you_mean
 from fieldmark.files import require_path
 
@@ -26,6 +40,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 SPLIT_COLUMNS = ("path", "label", "split", "group")
+ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +72,10 @@ class PhotoIndex:
     """Names in natural order ("2" before "10"), over all splits. A class's number is its place here."""
 
     ignored: Mapping[str, int]
-    """Reason -> count of files, folders and rows left aside."""
+    """Reason -> count of files, folders and rows that were skipped."""
+
+    layout: str = ""
+    """How folders or a table were read, where they were."""
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -118,10 +136,14 @@ def load_index(
             disk.
     """
     path = require_path(Path(path))
+    if problem := encoding_problem(str(path)):  # recipes and reports name it, and they are text
+        raise DataError(f"the data's path {problem}. Rename the folder")
     if path.is_dir():
         listing = read_folder(path)
     elif path.suffix.lower() in photo_extensions():
         raise DataError(f"{path} is one photo. Give the folder that holds the class folders")
+    elif path.suffix.lower() in ARCHIVE_SUFFIXES:
+        raise DataError(f"{path} is an archive. Unpack it, and give the folder that it becomes")
     else:
         listing = read_listing(
             path.parent,
@@ -133,7 +155,9 @@ def load_index(
         )
     key = natural_key()
     photos = tuple(Photo(*row) for row in sorted(listing.rows, key=lambda row: key(row.path)))
-    return PhotoIndex(listing.root, photos, _classes(photos), listing.ignored)
+    classes = _classes(photos)
+    _refuse_unreadable_names(listing.root, classes)
+    return PhotoIndex(listing.root, photos, classes, listing.ignored, listing.layout)
 
 
 def list_photos(path: Path) -> PhotoIndex:
@@ -163,7 +187,7 @@ def require_trainable(index: PhotoIndex) -> None:
     missing = [name for name in index.classes if name not in trained]
     if missing:
         raise DataError(
-            f"{index.root}: {len(missing)} of {len(index.classes)} classes have no photo in train: {listed(missing)}. "
+            f"{index.root}: {len(missing)} of {len(index.classes)} classes have no photo in train: {quote(missing)}. "
             "Add photos to train, or take the class out of the other splits"
         )
 
@@ -185,7 +209,7 @@ def load_split_table(path: Path, root: Path) -> PhotoIndex:
         DataError: Not such a table.
     """
     table = read_table(require_path(path))
-    columns = [table.column(name) for name in SPLIT_COLUMNS]
+    columns = [table.column(name, is_text=name == "label") for name in SPLIT_COLUMNS]
     photos = [Photo(name, label or None, split, group) for name, label, split, group in zip(*columns, strict=True)]
     unknown = sorted({photo.split for photo in photos} - {*SPLITS, ""})
     if unknown:
@@ -204,20 +228,23 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
         DataError: A photo, action or class that does not exist, or two decisions about one photo.
     """
     content = read_table(require_path(table))
-    columns = [content.column(name) for name in ("path", "action", "label")]
+    columns = [content.column(name, is_text=name != "path") for name in ("path", "action", "label")]
     known = {photo.path for photo in index.photos}
+    composed = {_compose(path): path for path in known}
     decisions: dict[str, tuple[str, str]] = {}
-    for path, action, label in zip(*columns, strict=True):
+    for row, (given, action, label) in enumerate(zip(*columns, strict=True)):
+        path = given if given in known else composed.get(_compose(given.replace("\\", "/")), given)
+        where = content.where(row)
         if path not in known:
-            raise DataError(f"{table}: there is no photo {path!r} in {index.root}{did_you_mean(path, known)}")
+            raise DataError(f"{where}: there is no photo {path!r} in {index.root}{did_you_mean(path, known)}")
         if action not in ("keep", "relabel", "drop"):
-            raise DataError(f"{table}: {path!r} has the action {action!r}; use keep, relabel or drop")
+            raise DataError(f"{where}: {path!r} has the action {action!r}; use keep, relabel or drop")
         if action == "relabel" and label not in index.classes:
             hint = did_you_mean(label, index.classes)
-            raise DataError(f"{table}: {path!r} is relabelled {label!r}, which is not a class{hint}")
+            raise DataError(f"{where}: {path!r} is relabeled {label!r}, which is not a class{hint}")
         decision = (action, label if action == "relabel" else "")
         if decisions.setdefault(path, decision) != decision:
-            raise DataError(f"{table}: two decisions about {path!r}. Keep one of the rows")
+            raise DataError(f"{where}: there are two decisions about {path!r}. Keep one of the rows")
     photos: list[Photo] = []
     for photo in index.photos:
         action, label = decisions.get(photo.path, ("keep", ""))
@@ -232,152 +259,41 @@ def _classes(photos: Iterable[Photo]) -> tuple[str, ...]:
     return tuple(sorted({photo.label for photo in photos if photo.label is not None}, key=natural_key()))
 
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
-
-class Row(NamedTuple):
-    """What is said about one photo."""
-
-    path: str
-    label: str | None
-    split: str
-    group: str
-
-
-class Listing(NamedTuple):
-    """Everything that is said about photos below one folder, in no stated order."""
-
-    root: Path
-    rows: list[Row]
-    ignored: dict[str, int]
-
-
-def read_folder(root: Path) -> Listing:
-    """Class and split of the photos in a folder, by the names of the folders that they lie in.
-
-    Raises:
-        DataError: No photos, or none of them in class folders.
-    """
-    names, ignored = find_photos(root)
-    require_photos(root, names, ignored)
-    folders = {name: split for name in _folders(names) if (split := SPLIT_NAMES.get(name.lower()))}
-    if _has_splits(names, folders):
-        rows = _rows_of_splits(root, names, folders, ignored)
-    else:
-        rows = _rows_of_classes(root, names, "", ignored)
-        _refuse_wrapped(root, names)
-    return Listing(root, rows, dict(+ignored))
-
-
 def read_listing(
     folder: Path, table: Table, *, path_column: str, label_column: str, split_column: str, group_column: str | None
 ) -> Listing:
-    """Class, split and group of the photos that a table names.
+    """Read class, split and group of the photos that a table names.
 
     Raises:
         DataError: A column is missing, a row says too little, two rows contradict each other, or files are missing.
     """
     labels = table.column(label_column, setting="data.label_column")
-    splits = [_split_of(table, value) for value in table.optional_column(split_column)]
-    groups = table.optional_column(group_column)
-    root, names = _resolve(folder, table, table.column(path_column, setting="data.path_column"))
+    splits = [_read_split(table, row, value) for row, value in enumerate(table.optional_column(split_column))]
+    groups = table.optional_column(group_column, is_text=False)
+    paths = table.column(path_column, setting="data.path_column", is_text=False)
+    root, names = _resolve(folder, table, paths)
     rows: dict[str, Row] = {}
-    for name, label, split, group in zip(names, labels, splits, groups, strict=True):
+    for number, fields in enumerate(zip(names, labels, splits, groups, strict=True)):
+        name, label, split, _ = fields
         if not label.strip() and split != "test":
             raise DataError(
-                f"{table.name}: {name!r} has an empty {label_column!r}. Name its class; only test photos may have none"
+                f"{table.where(number)}: {name!r} has an empty {label_column!r}. Name its class; only test photos may "
+                "have none"
             )
-        row = Row(name, label if label.strip() else None, split, group)
-        _refuse_contradiction(table, rows.setdefault(name, row), row)
-    _require_files(table, root, list(rows))
+        row = Row(*fields)._replace(label=label if label.strip() else None)
+        _refuse_contradiction(table, number, rows.setdefault(name, row), row)
     ignored = {"row that repeats another": len(names) - len(rows)} if len(rows) < len(names) else {}
-    return Listing(root, list(rows.values()), ignored)
+    has_split = "its splits" if any(splits) else "no splits"
+    layout = f"read as a table: path from {path_column!r}, class from {label_column!r}, {has_split}"
+    return Listing(root, list(rows.values()), ignored, layout)
 
 
-def require_photos(path: Path, names: Sequence[str], ignored: Mapping[str, int]) -> None:
-    """Check that a walk found photos.
-
-    Raises:
-        DataError: It did not; says what there is instead.
-    """
-    if names:
-        return
-    if not ignored:
-        raise DataError(f"{path} is empty: there are no photos in it or in its folders. Check the path")
-    listed = ", ".join(f"{reason}: {count}" for reason, count in ignored.items())
-    raise DataError(f"{path} holds no photos ({listed}). Give the folder that holds the class folders")
-
-
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first names, quoted, and how many more there are."""
-    text = ", ".join(repr(name) for name in names[:most])
-    return f"{text} and {len(names) - most} more" if len(names) > most else text
-
-
-def _folders(names: Iterable[str]) -> list[str]:
-    """First folder of each path that has one, in order, each once."""
-    return list(dict.fromkeys(name.split("/", 1)[0] for name in names if "/" in name))
-
-
-def _has_splits(names: Sequence[str], folders: Mapping[str, str]) -> bool:
-    """Whether the folders named train, val and test are splits rather than classes that happen to be called so."""
-    if folders and set(folders) == set(_folders(names)):
-        return True
-    train = [name for name in names if folders.get(name.split("/", 1)[0]) == "train"]
-    return bool(train) and all(name.count("/") >= 2 for name in train)
-
-
-def _rows_of_splits(root: Path, names: Sequence[str], folders: Mapping[str, str], ignored: Counter[str]) -> list[Row]:
-    by_split: dict[str, str] = {}
-    for folder, split in folders.items():
-        if by_split.setdefault(split, folder) != folder:
-            raise DataError(f"{root} has both {by_split[split]}/ and {folder}/ with photos: keep one of them")
-    rows: list[Row] = []
-    for folder, split in folders.items():
-        inside = [name for name in names if name.startswith(f"{folder}/")]
-        if split == "test":
-            rows += [Row(name, None, split, "") for name in inside if name.count("/") == 1]
-            inside = [name for name in inside if name.count("/") > 1]
-        rows += _rows_of_classes(root, inside, split, ignored) if inside else []
-    ignored["photo beside the split folders"] += sum(name.split("/", 1)[0] not in folders for name in names)
-    return rows
-
-
-def _rows_of_classes(root: Path, names: Sequence[str], split: str, ignored: Counter[str]) -> list[Row]:
-    """Photos labelled by the folder below `root`, or below the split's folder; strays beside them are counted."""
-    depth = 1 if split else 0
-    rows = [Row(name, name.split("/")[depth], split, "") for name in names if name.count("/") > depth]
-    strays = [name for name in names if name.count("/") <= depth]
-    if not rows:
-        raise DataError(
-            f"{root}: no class folders{f' in the {split} folder' if split else ''}, only photos, such as "
-            f"{listed(strays, 1)}. Put each photo into a folder named for its class, as in robin/1.jpg"
-        )
-    ignored["photo beside the class folders"] += len(strays)
-    return rows
-
-
-def _refuse_wrapped(root: Path, names: Sequence[str]) -> None:
-    """A download that unpacks to one folder around the data set is not a data set of one class."""
-    folders = _folders(names)
-    if len(folders) == 1:
-        inner = [name.split("/", 1)[1] for name in names if "/" in name]
-        within = _folders(inner)
-        if any(SPLIT_NAMES.get(folder.lower()) == "train" for folder in within):
-            raise DataError(f"{root} holds only {folders[0]!r}, with a train folder in it: give {root / folders[0]}")
-        if len(within) > 1:
-            raise DataError(
-                f"{root} holds only {folders[0]!r}, with {len(within)} folders in it: {listed(within)}. If those are "
-                f"the classes, give {root / folders[0]}; else add a second class beside it"
-            )
-
-
-def _split_of(table: Table, value: str) -> str:
-    name = value.strip().lower()
-    if name and name not in SPLIT_NAMES:
-        hint = did_you_mean(name, SPLIT_NAMES) or "."
-        raise DataError(f"{table.name}: {value!r} is not a split{hint} Use train, val or test, or leave it empty")
-    return SPLIT_NAMES.get(name, "")
+def _read_split(table: Table, row: int, value: str) -> str:
+    split = split_of(value.strip())
+    if value.strip() and not split:
+        hint = did_you_mean(value.strip(), SPLITS) or "."
+        raise DataError(f"{table.where(row)}: {value!r} is not a split{hint} Use train, val or test, or leave it empty")
+    return split
 
 
 def _resolve(folder: Path, table: Table, paths: Sequence[str]) -> tuple[Path, list[str]]:
@@ -385,7 +301,17 @@ def _resolve(folder: Path, table: Table, paths: Sequence[str]) -> tuple[Path, li
     if not paths:
         raise DataError(f"{table.name} has no rows. Each row names one photo")
     base = os.path.normpath(folder.absolute())
-    full = [_resolve_one(base, table, path) for path in paths]
+    names_in = functools.cache(_names_in)
+    full: list[str] = []
+    missing: list[int] = []
+    for row, path in enumerate(paths):
+        whole = _resolve_one(base, table, row, path)
+        found = whole if os.path.isfile(whole) else _find_spelling(whole, names_in)  # noqa: PTH113, for every photo
+        if found is None:
+            missing.append(row)
+        full.append(found or whole)
+    if missing:
+        raise DataError(_missing_problem(table, paths, full, missing, folder, names_in))
     if all(_is_inside(path, base) for path in full):
         root = folder
     else:
@@ -397,42 +323,85 @@ def _resolve(folder: Path, table: Table, paths: Sequence[str]) -> tuple[Path, li
     return root, [os.path.relpath(path, base).replace(os.sep, "/") for path in full]
 
 
-def _resolve_one(base: str, table: Table, path: str) -> str:
+def _resolve_one(base: str, table: Table, row: int, path: str) -> str:
     if not path.strip():
-        raise DataError(f"{table.name}: a row names no photo. Fill in its path, or delete the row")
+        raise DataError(f"{table.where(row)}: this row names no photo. Fill in its path, or delete the row")
     if "\0" in path:
-        raise DataError(f"{table.name}: {path!r} holds a zero byte, which no path can. Mend the row")
+        raise DataError(f"{table.where(row)}: {path!r} holds a zero byte, which no path can. Correct the row")
+    if os.sep == "/" and re.match(r"[A-Za-z]:[\\/]", path):
+        raise DataError(
+            f"{table.where(row)}: {path!r} is a path of a Windows drive. Write paths relative to the table's folder"
+        )
     whole = os.path.normpath(os.path.join(base, path))  # noqa: PTH118, text: Path would tidy what is to be checked
     if not os.path.isabs(path) and not _is_inside(whole, base):  # noqa: PTH117
         raise DataError(
-            f"{table.name}: {path!r} leads out of the table's folder. Write the absolute path, or move the table"
+            f"{table.where(row)}: {path!r} leads out of the table's folder. Write the absolute path, or move the table"
         )
     return whole
+
+
+def _find_spelling(path: str, names_in: Callable[[str], Mapping[str, str]]) -> str | None:
+    """Find a path that is there under another spelling: a backslash, or another Unicode form of the same letters."""
+    found = ""
+    for part in re.split(r"[/\\]", path) if os.sep == "/" else []:
+        name = part if not part or os.path.lexists(f"{found}/{part}") else names_in(found or "/").get(_compose(part))
+        if name is None:
+            return None
+        found = f"{found}/{name}" if part else found
+    return found if found and os.path.isfile(found) else None  # noqa: PTH113
+
+
+def _compose(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _names_in(folder: str) -> dict[str, str]:
+    try:
+        return {_compose(name): name for name in os.listdir(folder)}  # noqa: PTH208, names suffice
+    except (OSError, ValueError):
+        return {}
+
+
+def _missing_problem(
+    table: Table,
+    paths: Sequence[str],
+    full: Sequence[str],
+    missing: Sequence[int],
+    folder: Path,
+    names_in: Callable[[str], Mapping[str, str]],
+) -> str:
+    first = missing[0]
+    text = (
+        f"{table.name}: {len(missing)} of {len(paths)} photos not found in {folder}: "
+        f"{quote([paths[row] for row in missing])}, the first in line {table.lines[first]}"
+    )
+    if problem := encoding_problem(paths[first]):
+        return f"{text}. {problem}. Save the table as UTF-8"
+    where, name = os.path.split(full[first])
+    hint = did_you_mean(name, names_in(where).values())
+    if not paths[first].isascii() and sys.getfilesystemencoding() != "utf-8":
+        hint = "; this Python reads file names as ASCII: set PYTHONUTF8=1"
+    return f"{text}{hint or '.'} Relative paths start at the table's folder"
 
 
 def _is_inside(path: str, base: str) -> bool:
     return path.startswith(base.rstrip(os.sep) + os.sep)
 
 
-def _refuse_contradiction(table: Table, first: Row, second: Row) -> None:
+def _refuse_contradiction(table: Table, number: int, first: Row, second: Row) -> None:
     for what, one, other in zip(Row._fields, first, second, strict=True):
         if one != other:
             raise DataError(
-                f"{table.name}: {first.path!r} has two {what}s, {one!r} and {other!r}. Keep one of the rows"
+                f"{table.where(number)}: {first.path!r} has two {what}s, {one!r} and {other!r}. Keep one of the rows"
             )
 
 
-def _require_files(table: Table, root: Path, names: Sequence[str]) -> None:
-    missing = [name for name in names if not _is_file(root / name)]
-    if missing:
-        raise DataError(
-            f"{table.name}: {len(missing)} of {len(names)} photos not found in {root}: {listed(missing)}. "
-            "Relative paths start at the table's folder"
-        )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name longer than the file system allows
-        return False
+def _refuse_unreadable_names(root: Path, classes: Sequence[str]) -> None:
+    """Class names stand in tables and models: one that is not text is refused before it costs a training."""
+    for name in classes:
+        if problem := encoding_problem(name):
+            try:
+                os.fsencode(name).decode()
+            except UnicodeDecodeError:
+                raise DataError(f"{root}: the class folder {problem}. Rename the folder") from None
+            raise DataError(f"{root}: this Python reads the folder {name!r} as ASCII. Set PYTHONUTF8=1") from None

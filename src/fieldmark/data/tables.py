@@ -1,13 +1,15 @@
 """Tables of text: CSV and Parquet files in, CSV files out.
 
-Every value is text exactly as written: "01" stays "01". Bytes that are not UTF-8 survive as lone surrogates (PEP 383),
-and what is written is read back the same, newlines and quotes included.
+The one reader of training tables, corrections, taxonomies, samples and lists. Every value is text exactly as written:
+"01" stays "01". Bytes that are not UTF-8 survive as lone surrogates (PEP 383) in paths and are refused elsewhere; what
+is written is read back the same, newlines and quotes included.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +34,25 @@ class Table:
     unusable: Mapping[str, str]
     """Columns that cannot be taken as text, and why. It matters only to those who ask for them."""
 
-    num_rows: int
+    lines: Sequence[int]
+    """The line of the file that each row begins on, from 1; of Parquet the row's number, from 1."""
 
-    def column(self, name: str, *, setting: str = "") -> list[str]:
-        """The values of a column, one for each row.
+    @property
+    def num_rows(self) -> int:
+        """Rows that hold anything."""
+        return len(self.lines)
+
+    def where(self, row: int) -> str:
+        """Name a row for a message: the table and the line."""
+        return f"{self.name}, line {self.lines[row]}"
+
+    def column(self, name: str, *, setting: str = "", is_text: bool = True) -> list[str]:
+        """Read the values of a column, one for each row.
 
         Args:
             name: The column's.
             setting: Where a user may give another name, for the message.
+            is_text: Refuse bytes that are not UTF-8; else they come as lone surrogates, as paths may.
 
         Raises:
             DataError: There is no such column, or it is not text; lists the columns there are.
@@ -52,17 +65,34 @@ class Table:
             hint = did_you_mean(name, names) or "."
             way_out = f" Rename one, or say which it is: --set {setting}=NAME" if setting else ""
             raise DataError(f"{self.name} has no column {name!r}; it has {there}{hint}{way_out}")
+        if is_text:
+            for row, value in enumerate(self.values[name]):
+                if not value.isascii() and (problem := encoding_problem(value)):
+                    raise DataError(f"{self.where(row)}: {problem}. Save the table as UTF-8 (Excel: CSV UTF-8)")
         return self.values[name]
 
-    def optional_column(self, name: str | None) -> list[str]:
-        """As `column`, but empty text for each row where there is no such column or `name` is None."""
+    def optional_column(self, name: str | None, *, is_text: bool = True) -> list[str]:
+        """Read a column as `column` does; empty text for each row where there is none or `name` is None."""
         if name is None or (name not in self.values and name not in self.unusable):
             return [""] * self.num_rows
-        return self.column(name)
+        return self.column(name, is_text=is_text)
+
+
+def encoding_problem(text: str) -> str:
+    """Say that text holds bytes that are not UTF-8, and what they may be; "" for proper text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "surrogateescape")
+        try:
+            return f"{data!r} is not UTF-8; as Windows-1252 it is {data.decode('cp1252')!r}"
+        except UnicodeDecodeError:
+            return f"{data!r} is not UTF-8"
+    return ""
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV (comma, semicolon or tab; UTF-8, or UTF-16 with its mark) or Parquet file as text.
+    """Read a CSV (comma, semicolon or tab; UTF-8 or UTF-16) or Parquet file as text.
 
     Raises:
         DataError: Not a table, unreadable, no header, two columns of one name, or a row of another length than the
@@ -78,7 +108,9 @@ def read_table(path: Path) -> Table:
 
 
 def read_csv(path: str, data: bytes) -> Table:
-    """Read the content of a CSV file, as `read_table` does, wherever it lies.
+    """Read the content of a CSV file, as `read_table` does, wherever it comes from.
+
+    A first line `sep=;`, as Excel writes it, names the separator. Rows without a value are skipped.
 
     Args:
         path: What messages call it; `.tsv` at its end says what separates the values.
@@ -87,24 +119,34 @@ def read_csv(path: str, data: bytes) -> Table:
     Raises:
         DataError: As in `read_table`.
     """
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    text = _decode_text(path, data)
+    given = re.match(r'"?sep=(.)"?\r?\n', text)
+    text = text[given.end() :] if given else text
+    delimiter = given[1] if given else _delimiter(path, text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    skipped = 1 if given else 0
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    line = 1 + skipped
     try:
-        text = data.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, text), strict=True)
         header = _checked_header(path, next(reader, []))
-        rows: list[tuple[str, ...]] = []
+        line = reader.line_num + 1 + skipped
         for row in reader:
             if len(row) not in (0, len(header)):
                 raise DataError(
-                    f"{path}, line {reader.line_num}: {len(row)} values, but the header names {len(header)} columns. "
+                    f"{path}, line {line}: {len(row)} values, but the header names {len(header)} columns. "
                     "Put values that hold the separator in double quotes"
                 )
-            if row:
-                rows.append(tuple(row))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a CSV table: {error}") from None
+            if row and (len(row) == 1 or any(map(str.strip, row))):
+                rows.append(row)
+                lines.append(line)
+            line = reader.line_num + 1 + skipped
+    except csv.Error as error:
+        is_open = "unexpected end of data" in str(error)
+        problem = "a double quote is opened and never closed" if is_open else str(error)
+        raise DataError(f"{path} is not a CSV table: line {line}: {problem}") from None
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
-    return Table(path, {name: list(column) for name, column in zip(header, columns, strict=True)}, {}, len(rows))
+    return Table(path, {name: list(column) for name, column in zip(header, columns, strict=True)}, {}, lines)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -132,6 +174,20 @@ def _checked_header(path: str, header: Sequence[str]) -> Sequence[str]:
     return header
 
 
+def _decode_text(path: str, data: bytes) -> str:
+    """UTF-16 with its mark or plainly so, else UTF-8, of which what is none survives as lone surrogates."""
+    has_mark = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if not has_mark and b"\0" not in data[:2]:
+        return data.decode("utf-8-sig", errors="surrogateescape")
+    encoding = "utf-16" if has_mark else "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not a CSV table: it begins as UTF-16, but {error.reason}. Save it as UTF-8"
+        ) from None
+
+
 def _delimiter(path: str, text: str) -> str:
     if path.lower().endswith(".tsv"):
         return "\t"
@@ -156,7 +212,7 @@ def _read_parquet(path: Path) -> Table:
             unusable[name] = f"holds {column.type} numbers: is it 1 or 1.0? Store it as text or as integers"
         else:
             values[name] = [_text(value) for value in column.to_pylist()]
-    return Table(str(path), values, unusable, content.num_rows)
+    return Table(str(path), values, unusable, range(1, content.num_rows + 1))
 
 
 def _text(value: Any) -> str:

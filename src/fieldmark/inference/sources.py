@@ -19,8 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from fieldmark.data.folders import find_photos, is_left_aside, is_photo_path, natural_key
-from fieldmark.data.index import require_photos
+from fieldmark.data.folders import find_photos, is_photo_path, is_skipped, natural_key, require_photos
 from fieldmark.data.tables import TABLE_SUFFIXES, read_csv
 from fieldmark.errors import DataError, PhotoError, did_you_mean
 from fieldmark.files import require_path
@@ -477,7 +476,7 @@ def _fixed_folder(pattern: str) -> str:
 
 
 def _is_shard(name: str) -> bool:
-    return not is_left_aside(name) and name.lower().endswith((*TAR_SUFFIXES, ".parquet"))
+    return not is_skipped(name) and name.lower().endswith((*TAR_SUFFIXES, ".parquet"))
 
 
 def _of_files(name: str, root: str, found: Iterable[Found]) -> PhotoSource:
