@@ -88,7 +88,7 @@ def ours_model(setup: Setup, folder: Path, stage: Stage) -> None:
     """Fieldmark's own loop on one batch that is ready: the ceiling."""
     from fieldmark.progress import Quiet
     from fieldmark.runs.session import begin, open_session
-    from fieldmark.training.loop import train_epochs
+    from fieldmark.training.loop import UpdateOptions, train_epochs
 
     session = open_session(_settings(setup), folder / "run", start="new", progress=Quiet())
     begin(session)
@@ -101,9 +101,7 @@ def ours_model(setup: Setup, folder: Path, stage: Stage) -> None:
         steps_per_epoch=steps,
         batches=lambda epoch, first: itertools.repeat(batch, steps),
         evaluate=lambda model: {},
-        class_weights=None,
-        clip_norm=0.0,
-        fit_memory=False,
+        options=UpdateOptions(),
     )
     while stage.wait():
         report = next(reports)

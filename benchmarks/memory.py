@@ -141,7 +141,7 @@ def train_some(data: str, out: str, updates: int, home: str) -> None:
 
 
 def _update_all(session: Any, batches: Any) -> None:
-    from fieldmark.training.loop import train_epochs
+    from fieldmark.training.loop import UpdateOptions, train_epochs
 
     reports = train_epochs(
         session.fabric,
@@ -150,9 +150,7 @@ def _update_all(session: Any, batches: Any) -> None:
         steps_per_epoch=session.steps_per_epoch,
         batches=lambda epoch, first: batches,
         evaluate=lambda model: {},
-        class_weights=None,
-        clip_norm=0.0,
-        fit_memory=False,
+        options=UpdateOptions(),
     )
     for _ in reports:
         pass

@@ -158,7 +158,7 @@ def test_frozen_batchnorm_keeps_its_statistics_while_its_weights_learn():
     model = make_classifier().eval()
     images = torch.randn(4, 3, 64, 64)
     expected = model.features(images)
-    model.has_frozen_batchnorm = True
+    freeze_stages(model, 0, freeze_batchnorm=True)
     model.train()
     torch.testing.assert_close(model.features(images), expected)
     model(images).sum().backward()

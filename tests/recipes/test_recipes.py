@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fieldmark.config import dump_config, load_config, recipe_names
+from fieldmark.errors import ConfigError
 
 RECIPES = sorted(Path(str(resources.files("fieldmark"))).rglob("recipes/**/*.toml"))
 
@@ -62,3 +63,17 @@ def test_none_is_read_as_the_word_or_as_no_value_by_what_the_setting_takes(tmp_p
     (tmp_path / "all.toml").write_text(text)
     assert load_config(tmp_path / "all.toml") == config
     assert 'restart_epochs = "none"' in text  # every setting stands in the dump, so a later default changes nothing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("mix.prob=0.6", "2 methods at most 0.5, got 0.6"),
+        ("mix.prob=-0.1", "mix.prob"),
+        ("mix.mixup_alpha=[0.6, 0.4]", r"0 < low <= high; got \[0.6, 0.4\]"),
+        ("mix.cutmix_alpha=[0.0, 0.4]", "cutmix_alpha must be"),
+    ],
+)
+def test_mixing_that_cannot_be_drawn_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("strong", ["mix.methods=[\"mixup\", \"cutmix\"]", change])

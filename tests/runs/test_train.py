@@ -323,6 +323,17 @@ def test_a_number_that_is_not_finite_names_the_photos_and_keeps_the_last_good_we
     assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(out / "last.pt")["model"].values())
 
 
+def test_weights_ruined_by_the_last_update_are_never_evaluated_or_kept(photos, tmp_path):
+    out = tmp_path / "run"
+    settings = ("optim.lr=1e30", "optim.name=sgd", "train.epochs=1", "train.batch_size=64", "schedule.warmup_epochs=0")
+    with pytest.raises(
+        TrainingError, match=r"update 0 is not finite. Learning rate.*last good.*optim.lr"
+    ):
+        list(train(tiny(photos, *settings), out))
+    assert not (out / "best.safetensors").exists()
+    assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(out / "last.pt")["model"].values())
+
+
 def test_broken_photos_are_refused_or_listed_and_shift_no_label(photos, tmp_path):
     own = shutil.copytree(photos, tmp_path / "photos")
     broken = own / "train/10/3.png"

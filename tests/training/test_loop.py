@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from fieldmark.training.loop import (
     NonFiniteError,
     TrainBatch,
     TrainState,
+    UpdateOptions,
     soft_cross_entropy,
     train_epochs,
     update,
 )
-from fieldmark.training.schedule import Schedule
+from fieldmark.training.schedule import Schedule, ScheduleSpec
 
 CLASSES = 3
 STEPS = 5
@@ -45,16 +47,7 @@ def make_state(
     groups = [{"params": list(model.parameters()), "lr": 0.01, "base_lr": 0.01, "weight_decay": 0.01}]
     plain = kind(groups)
     network, optimizer = fabric.setup(model, plain)
-    schedule = Schedule(
-        plain,
-        name="cosine",
-        steps_per_epoch=STEPS,
-        total_epochs=epochs,
-        warmup_epochs=1.0,
-        restart_epochs=None,
-        restart_factor=2,
-        min_factor=0.0,
-    )
+    schedule = Schedule(plain, ScheduleSpec("cosine", epochs, 1.0, None, 2, 0.0), steps_per_epoch=STEPS)
     average = RunningAverage(model, decay=ema) if ema else None
     return TrainState(model, network, optimizer, schedule, average, EpochTally.zeros(fabric.device), micro)
 
@@ -86,9 +79,7 @@ def run(fabric, state, *, epochs=4, source=batches, evaluate=lambda model: {"top
             steps_per_epoch=STEPS,
             batches=source,
             evaluate=evaluate,
-            class_weights=None,
-            clip_norm=0.0,
-            fit_memory=fit_memory,
+            options=UpdateOptions(fit_memory=fit_memory),
         )
     )
 
@@ -121,7 +112,7 @@ def test_the_same_seed_gives_the_same_run(fabric):
 def test_four_micro_batches_equal_one_batch(fabric, clip_norm):
     whole, parts = (make_state(fabric, make_model(), micro=micro, kind=torch.optim.SGD) for micro in (64, 2))
     for state in (whole, parts):
-        update(fabric, state, make_batch(0), class_weights=None, clip_norm=clip_norm)
+        update(fabric, state, make_batch(0), UpdateOptions(clip_norm=clip_norm))
     for a, b in zip(weights_of(whole), weights_of(parts), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -129,7 +120,7 @@ def test_four_micro_batches_equal_one_batch(fabric, clip_norm):
 def test_unequal_micro_batches_equal_one_batch_too(fabric):
     whole, parts = (make_state(fabric, make_model(), micro=micro, kind=torch.optim.SGD) for micro in (64, 3))
     for state in (whole, parts):
-        update(fabric, state, make_batch(0, size=8), class_weights=None, clip_norm=0.0)
+        update(fabric, state, make_batch(0, size=8), UpdateOptions())
     for a, b in zip(weights_of(whole), weights_of(parts), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -142,7 +133,7 @@ def test_an_update_follows_the_mean_gradient_of_its_photos(fabric):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= group["lr"] * (parameter.grad + group["weight_decay"] * parameter)
-    update(fabric, state, batch, class_weights=None, clip_norm=0.0)
+    update(fabric, state, batch, UpdateOptions())
     for own, expected in zip(weights_of(state), model.parameters(), strict=True):
         torch.testing.assert_close(own, expected.detach())
 
@@ -234,14 +225,30 @@ def test_class_weights_have_one_scale_for_hard_and_soft_targets():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_stops_before_the_weights_move_and_names_the_photos(fabric, poison):
     state = make_state(fabric, make_model())
-    update(fabric, state, make_batch(0), class_weights=None, clip_norm=0.0)
+    update(fabric, state, make_batch(0), UpdateOptions())
     before = weights_of(state)
     batch = make_batch(1)
     batch.images[3, 0, 0, 0] = poison
     with pytest.raises(NonFiniteError, match="update 1 is not finite") as caught:
-        update(fabric, state, batch, class_weights=None, clip_norm=0.0)
+        update(fabric, state, batch, UpdateOptions())
     assert caught.value.numbers == list(range(8))
     assert_equal(weights_of(state), before)
+
+
+@pytest.mark.parametrize("has_average", [False, True])
+def test_a_weight_that_the_last_update_ruined_stops_before_it_is_evaluated(fabric, has_average):
+    state = make_state(fabric, make_model(), ema=0.5 if has_average else 0.0, kind=torch.optim.SGD)
+
+    def ruining(epoch, first):
+        for step in range(STEPS):
+            if step == STEPS - 1:
+                state.optimizer.param_groups[0]["lr"] = math.inf
+            yield make_batch(step)
+
+    evaluated = []
+    with pytest.raises(NonFiniteError, match=f"a weight after update {STEPS - 1} is not finite"):
+        run(fabric, state, source=ruining, evaluate=lambda model: evaluated.append(model) or {})
+    assert not evaluated
 
 
 class Greedy(nn.Module):

@@ -12,6 +12,8 @@ from sklearn import metrics as reference
 from statsmodels.stats.proportion import proportion_confint
 
 from fieldmark.training import metrics
+from fieldmark.training.evaluate import Predictions, softmax
+from fieldmark.training.loop import NonFiniteError
 
 
 @pytest.fixture
@@ -69,6 +71,39 @@ def test_calibration_error_is_zero_where_confidence_is_accuracy_and_large_where_
     right = np.array([0, 0, 0, 1] * 100)
     assert metrics.calibration_error(confident, right) == pytest.approx(0)
     assert metrics.calibration_error(confident, np.ones(400, int)) == pytest.approx(0.75)
+
+
+def test_calibration_bins_have_the_edges_of_scikit_learns_calibration_curve():
+    from sklearn.calibration import calibration_curve
+
+    confidence = np.array([0.5, 0.6, 0.6, 0.7, 0.8, 0.81, 1.0, 1.0])
+    is_right = np.array([0, 1, 0, 1, 1, 0, 1, 1], bool)
+    accuracy, mean = calibration_curve(is_right, confidence, n_bins=5)
+    counts = np.bincount(metrics.confidence_bins(confidence, bins=5), minlength=5)
+    assert counts.tolist() == [0, 0, 3, 2, 3]
+    expected = (counts[counts > 0] * np.abs(accuracy - mean)).sum() / len(confidence)
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    assert metrics.calibration_error(probabilities, 1 - is_right, bins=5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_every_metric_survives_logits_that_are_not_finite(poison):
+    logits = np.zeros((6, 3), np.float32)
+    logits[2, 1] = poison
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    found = metrics.summarize(softmax(logits), labels, np.full(3, 1 / 3))
+    assert set(found) == {"top1", "top5", "macro_recall", "prior_top1", "log_loss", "calibration_error"}
+    # One class alone at minus infinity still leaves probabilities; any other value leaves none.
+    assert np.isfinite(found["calibration_error"]) == (poison == -np.inf)
+    assert np.isfinite(found["log_loss"]) == (poison == -np.inf)
+
+
+def test_outputs_that_are_not_finite_are_refused_but_for_photos_that_could_not_be_read():
+    logits = np.zeros((3, 2), np.float32)
+    logits[1] = np.nan
+    Predictions(np.arange(3), logits, {1: "is truncated"}).require_finite(step=4)
+    with pytest.raises(NonFiniteError, match="the output for 1 of 3 photos after update 4 is not finite"):
+        Predictions(np.arange(3), logits, {}).require_finite(step=4)
 
 
 def test_confusion_matrix_agrees_with_scikit_learn(predictions):

@@ -8,23 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from fieldmark.training.schedule import Schedule, cycle_ends, lr_factor, schedule_warnings
+from fieldmark.training.schedule import Schedule, ScheduleSpec, cycle_ends
 
 
 def curve(name, *, epochs, steps_per_epoch=1, warmup=0.0, restart=None, factor=2, floor=0.0):
-    return [
-        lr_factor(
-            name,
-            step=step,
-            steps_per_epoch=steps_per_epoch,
-            total_epochs=epochs,
-            warmup_epochs=warmup,
-            restart_epochs=restart,
-            restart_factor=factor,
-            min_factor=floor,
-        )
-        for step in range(epochs * steps_per_epoch)
-    ]
+    spec = ScheduleSpec(name, epochs, warmup, restart, factor, floor)
+    return [spec.factor(step, steps_per_epoch=steps_per_epoch) for step in range(epochs * steps_per_epoch)]
 
 
 def make_optimizer(base_lrs=(1e-2, 1e-3)):
@@ -35,14 +24,13 @@ def make_optimizer(base_lrs=(1e-2, 1e-3)):
 def make_schedule(optimizer, **changes):
     settings = {
         "name": "cosine",
-        "steps_per_epoch": 4,
         "total_epochs": 6,
         "warmup_epochs": 1.0,
         "restart_epochs": None,
         "restart_factor": 2,
         "min_factor": 0.0,
     }
-    return Schedule(optimizer, **{**settings, **changes})
+    return Schedule(optimizer, ScheduleSpec(**{**settings, **changes}), steps_per_epoch=4)
 
 
 @pytest.mark.parametrize("t_mult", [1, 2, 3])
@@ -73,9 +61,8 @@ def test_cosine_follows_the_formula_and_reaches_its_floor_just_after_the_end():
     values = curve("cosine", epochs=10, steps_per_epoch=10, warmup=2.0, floor=0.1)
     assert values[:20] == pytest.approx([(step + 1) / 21 for step in range(20)])
     assert values[60] == pytest.approx(0.1 + 0.9 * 0.5)  # half way down
-    after = {"warmup_epochs": 2.0, "restart_epochs": None, "restart_factor": 2, "min_factor": 0.1}
-    for step in (100, 250):
-        assert lr_factor("cosine", step=step, steps_per_epoch=10, total_epochs=10, **after) == pytest.approx(0.1)
+    spec = ScheduleSpec("cosine", 10, 2.0, None, 2, 0.1)
+    assert [spec.factor(step, steps_per_epoch=10) for step in (100, 250)] == pytest.approx([0.1, 0.1])
 
 
 def test_constant_warms_up_then_stays_level():
@@ -124,14 +111,7 @@ def test_rates_survive_the_optimizer_replacing_its_groups():
 
 
 def warn(epochs, restart, factor=2, name="warm_restarts", warmup=0.0):
-    return schedule_warnings(
-        name,
-        total_epochs=epochs,
-        warmup_epochs=warmup,
-        restart_epochs=restart,
-        restart_factor=factor,
-        min_factor=0.0,
-    )
+    return ScheduleSpec(name, epochs, warmup, restart, factor, 0.0).warnings()
 
 
 def test_a_run_no_longer_than_the_first_cycle_is_told_that_it_never_restarts():

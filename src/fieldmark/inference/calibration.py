@@ -22,7 +22,7 @@ from scipy.stats import beta
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import whole_or_absent
 from fieldmark.inference.taxonomy import Fallback, LevelScore, Taxonomy, find_answers, load_taxonomy
-from fieldmark.training.metrics import calibration_error
+from fieldmark.training.metrics import calibration_error, confidence_bins
 
 if TYPE_CHECKING:
     from fieldmark.runs.folder import Run
@@ -458,7 +458,7 @@ def reliability_bins(confidence: FloatArray, is_right: NDArray[np.bool_], *, bin
         Guo et al., arXiv:1706.04599, section 2 (reliability diagrams).
     """
     confidence, right = np.asarray(confidence, np.float64), np.asarray(is_right, np.float64)
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    index = confidence_bins(confidence, bins=bins)
     rows = [(number, index == number) for number in np.unique(index)]
     return [
         {

@@ -157,7 +157,7 @@ def create_classifier(
     return Classifier(backbone, layers, name=name, num_features=num_features, feature_dropout=feature_dropout)
 
 
-def freeze_stages(model: Classifier, count: int | Literal["all"]) -> None:
+def freeze_stages(model: Classifier, count: int | Literal["all"], *, freeze_batchnorm: bool = False) -> None:
     """Freeze exactly the first `count` stages of the backbone; all later ones, and the head, learn.
 
     Calling it again with less is gradual unfreezing (Howard & Ruder, arXiv:1801.06146, section 3.3).
@@ -165,6 +165,7 @@ def freeze_stages(model: Classifier, count: int | Literal["all"]) -> None:
     Args:
         model: Changed in place: `requires_grad`, and the mode of frozen modules (see `Classifier.train`).
         count: Stages from the input, the stem being the first; "all" freezes the backbone.
+        freeze_batchnorm: Keep the statistics of every BatchNorm of the backbone, learning stages included.
 
     Raises:
         ConfigError: The backbone has fewer stages.
@@ -180,7 +181,7 @@ def freeze_stages(model: Classifier, count: int | Literal["all"]) -> None:
         for _, parameter in stage:
             parameter.requires_grad_(position >= number)
     model.head.requires_grad_(True)
-    model.num_frozen_stages = number
+    model.num_frozen_stages, model.has_frozen_batchnorm = number, freeze_batchnorm
     model.train(model.training)
 
 

@@ -27,7 +27,7 @@ from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.runs.dataset import PhotoReader, TrainPhotos
 from fieldmark.runs.environment import keep_freed_memory, quiet_fabric, usable_cores
 from fieldmark.training.optim import create_optimizer, parameter_groups
-from fieldmark.training.schedule import Schedule
+from fieldmark.training.schedule import Schedule, ScheduleSpec
 
 if TYPE_CHECKING:
     from fieldmark.data.cache import PhotoCache
@@ -300,14 +300,14 @@ def build_optimizer(config: Config, model: Classifier, *, precision: Precision) 
     return create_optimizer(settings.name, groups, use_fused=not (settings.clip_norm and is_scaled))
 
 
-def schedule_settings(config: Config) -> dict[str, Any]:
-    """Arguments that the schedule and its warnings share."""
-    return config.schedule.model_dump() | {"total_epochs": config.train.epochs}
+def build_schedule_spec(config: Config) -> ScheduleSpec:
+    """The shape of the schedule."""
+    return ScheduleSpec(total_epochs=config.train.epochs, **config.schedule.model_dump())
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int) -> Schedule:
     """Learning rates as a function of the update's number."""
-    return Schedule(optimizer, steps_per_epoch=steps_per_epoch, **schedule_settings(config))
+    return Schedule(optimizer, build_schedule_spec(config), steps_per_epoch=steps_per_epoch)
 
 
 def build_class_weights(config: Config, prior: NDArray[np.float64]) -> Tensor | None:

@@ -29,7 +29,6 @@ from fieldmark.runs import build
 from fieldmark.runs.build import build_augment_spec, build_eval_spec, train_size
 from fieldmark.runs.dataset import divide, find_photos, inspect, known_sizes
 from fieldmark.runs.environment import usable_cores
-from fieldmark.training.schedule import schedule_warnings
 
 PHOTOS_PREPARED = 32
 PHOTOS_TRAINED = 8
@@ -474,15 +473,7 @@ def _squash(given: LintInput) -> Iterable[str]:
 
 
 def _schedule(given: LintInput) -> Iterable[str]:
-    schedule = given.config.schedule
-    return schedule_warnings(
-        schedule.name,
-        total_epochs=given.config.train.epochs,
-        warmup_epochs=schedule.warmup_epochs,
-        restart_epochs=schedule.restart_epochs,
-        restart_factor=schedule.restart_factor,
-        min_factor=schedule.min_factor,
-    )
+    return build.build_schedule_spec(given.config).warnings()
 
 
 def _average(given: LintInput) -> Iterable[str]:

@@ -32,7 +32,6 @@ from fieldmark.runs.dataset import find_photos, known_sizes
 from fieldmark.runs.session import Session, begin, open_session
 from fieldmark.training.loop import soft_cross_entropy
 from fieldmark.training.lr_finder import LrSweep, find_lr
-from fieldmark.training.schedule import lr_factor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,18 +214,9 @@ def _draw_curves(place: SubFigure, given: LintInput) -> None:
         drawn = lambda_draws(spec, method, count=LAMBDAS_DRAWN, seed=0, image_size=size)
         plots.draw_lambda(axes, drawn, alpha, f"λ of {method}, α from {alpha[0]:g} to {alpha[1]:g}")
     steps = np.unique(np.linspace(0, max(config.train.epochs * given.steps_per_epoch - 1, 0), 600).astype(int))
-    schedule = config.schedule
+    schedule = build.build_schedule_spec(config)
     factors = [
-        lr_factor(
-            schedule.name,
-            step=int(step),
-            steps_per_epoch=given.steps_per_epoch,
-            total_epochs=config.train.epochs,
-            warmup_epochs=schedule.warmup_epochs,
-            restart_epochs=schedule.restart_epochs,
-            restart_factor=schedule.restart_factor,
-            min_factor=schedule.min_factor,
-        )
+        schedule.factor(int(step), steps_per_epoch=given.steps_per_epoch)
         for step in (steps if config.train.epochs else [])
     ]
     head = config.optim.lr * np.asarray(factors)

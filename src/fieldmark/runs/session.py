@@ -21,9 +21,9 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fieldmark.augment.mixing import apply_mix, draw_mix, one_hot
+from fieldmark.augment.mixing import MixSpec, apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
-from fieldmark.config import Config, MixConfig, dump_config
+from fieldmark.config import Config, dump_config
 from fieldmark.data.index import PhotoIndex, save_split_table
 from fieldmark.data.loader import Loader, auto_workers, cut_plan, epoch_order, shard_plan
 from fieldmark.data.workers import Batch
@@ -39,14 +39,12 @@ from fieldmark.training import metrics
 from fieldmark.training.checkpoint import RunningAverage, load_checkpoint, save_checkpoint, save_weights
 from fieldmark.training.evaluate import Predictions, predict_batches
 from fieldmark.training.loop import EpochTally, TrainBatch, TrainState
-from fieldmark.training.schedule import schedule_warnings
 
 if TYPE_CHECKING:
     from fieldmark.data.cache import PhotoCache
 
 
 _COUNTS = ("epoch", "step", "step_in_epoch", "micro_batch_size")
-_NO_MIX = MixConfig(share=0.0)
 
 
 @dataclass
@@ -142,7 +140,7 @@ class Session:
     def enter_phase(self) -> None:
         """Make the model what the epoch about to begin asks for."""
         phase = self.phase(self.state.epoch)
-        freeze_stages(self.built.model, phase.freeze)
+        freeze_stages(self.built.model, phase.freeze, freeze_batchnorm=self.config.model.freeze_batchnorm)
         if phase.is_fixres:
             train_only_head_and_norms(self.built.model)
 
@@ -158,6 +156,7 @@ class Session:
             is_fixres=phase.is_fixres,
             cache=self.cache,
         )
+        mix_spec = build.build_mix_spec(self.config) if phase.is_mixing else None
         updates = self._updates(epoch)[first_step:]
         rank, processes = self.fabric.global_rank, self.fabric.world_size
         shares = shard_plan(updates, rank=rank, processes=processes)
@@ -169,7 +168,7 @@ class Session:
             ready = batch.pin_memory() if has_gpu else batch
             device = self.fabric.device
             images = prepare.finish(ready, epoch, device) if is_raw else ready.images.to(device, non_blocking=True)
-            yield self._mixed(ready, images, epoch, number, len(update), is_mixing=phase.is_mixing)
+            yield self._mixed(ready, images, epoch, number, len(update), mix_spec)
 
     def eval_batches(self, numbers: NDArray[np.int64]) -> Iterator[Batch]:
         """Evaluation pictures by number; each process takes every n-th batch, so batches don't depend on n."""
@@ -185,6 +184,7 @@ class Session:
         self.latest = predict_batches(
             self.fabric, model, self.eval_batches(self.val_numbers), flips=False, channels_last=self.channels_last
         )
+        self.latest.require_finite(step=self.state.step - 1 if self.state else -1)
         return metrics.summarize(self.latest.probabilities(), self.labels[self.latest.numbers], self.prior)
 
     def keep_if_best(self, epoch: int, figures: dict[str, float], model: nn.Module) -> bool:
@@ -261,12 +261,11 @@ class Session:
         return build.global_batches(order, config.batch_size, processes=self.fabric.world_size)  # type: ignore[arg-type]
 
     def _mixed(
-        self, batch: Batch, images: Tensor, epoch: int, step: int, global_size: int, *, is_mixing: bool
+        self, batch: Batch, images: Tensor, epoch: int, step: int, global_size: int, spec: MixSpec | None
     ) -> TrainBatch:
         config, device = self.config, self.fabric.device
         labels = batch.labels.to(device, non_blocking=True)
         targets = one_hot(labels, len(self.dataset.index.classes), config.train.label_smoothing)
-        spec = build.build_mix_spec(config if is_mixing else config.model_copy(update={"mix": _NO_MIX}))
         mix = draw_mix(
             spec, seed=config.train.seed, epoch=epoch, step=step, batch_size=len(labels), image_size=images.shape[-1]
         )
@@ -440,8 +439,7 @@ def begin(session: Session) -> None:
     if session.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fabric.to_device(model)
-    model.has_frozen_batchnorm = config.model.freeze_batchnorm
-    freeze_stages(model, session.phase(0).freeze)
+    freeze_stages(model, session.phase(0).freeze, freeze_batchnorm=config.model.freeze_batchnorm)
     plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
     network, optimizer = fabric.setup(_compiled(config, model, fabric), plain)
     per_process = -(-train.batch_size // fabric.world_size)
@@ -571,5 +569,5 @@ def _notes(session: Session, choices: dict[str, build.Choice]) -> list[str]:
     notes += [f"warning: {text}" for text in session.built.weights.warnings()]
     notes += [f"{name}: {choice.value} ({choice.reason})" for name, choice in choices.items()]
     if config.train.epochs:
-        notes += [f"warning: {text}" for text in schedule_warnings(**build.schedule_settings(config))]
+        notes += [f"warning: {text}" for text in build.build_schedule_spec(config).warnings()]
     return notes

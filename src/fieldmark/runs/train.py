@@ -23,7 +23,7 @@ from fieldmark.runs.folder import Run
 from fieldmark.runs.session import Session, begin, open_session
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
-from fieldmark.training.loop import EpochReport, NonFiniteError, TrainBatch, train_epochs
+from fieldmark.training.loop import EpochReport, NonFiniteError, TrainBatch, UpdateOptions, train_epochs
 from fieldmark.training.probe import compute_features, train_head
 
 if TYPE_CHECKING:
@@ -169,9 +169,11 @@ def _learn(session: Session, stop: StopRequest) -> Iterator[EpochReport]:
         steps_per_epoch=steps,
         batches=lambda epoch, first: _watched(session, stop, epoch, first),
         evaluate=session.evaluate,
-        class_weights=None if class_weights is None else session.fabric.to_device(class_weights),
-        clip_norm=config.optim.clip_norm,
-        fit_memory=config.train.fit_memory,
+        options=UpdateOptions(
+            class_weights=None if class_weights is None else session.fabric.to_device(class_weights),
+            clip_norm=config.optim.clip_norm,
+            fit_memory=config.train.fit_memory,
+        ),
     )
     try:
         for report in reports:
@@ -205,7 +207,7 @@ def _watched(session: Session, stop: StopRequest, epoch: int, first: int) -> Ite
         if number and _agreed(session, stop, number):
             return
         if number and minutes and session.fabric.world_size == 1 and time.monotonic() - saved > minutes * 60:
-            session.state.watch.drain()
+            session.state.check_finite()
             session.save()
             saved = time.monotonic()
         yield batch
@@ -282,8 +284,9 @@ def _named(session: Session, error: NonFiniteError) -> TrainingError:
     names = [session.dataset.index.photos[number].path for number in error.numbers]
     shown = ", ".join(repr(name) for name in names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
     lr = session.state.lr
+    photos = f" The photos of that update: {shown}." if names else ""
     return TrainingError(
-        f"{error}. The photos of that update: {shown}. Learning rate {lr:g}. The last good weights are kept in "
+        f"{error}.{photos} Learning rate {lr:g}. The last good weights are kept in "
         f"{session.path}. Lower optim.lr, set optim.clip_norm=1, or train with train.precision=32-true"
     )
 

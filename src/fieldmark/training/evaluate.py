@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fieldmark.data.workers import Batch
+from fieldmark.training.loop import NonFiniteError
 
 
 class Compute(Protocol):
@@ -50,6 +51,19 @@ class Predictions:
     logits: NDArray[np.float32]
     problems: dict[int, str]
 
+    def require_finite(self, *, step: int) -> None:
+        """Refuse logits that are not finite, but for photos that could not be read.
+
+        Args:
+            step: Number of the last update, 0-based, for the message.
+
+        Raises:
+            NonFiniteError: Weights that are finite can be too large to compute with.
+        """
+        is_bad = ~np.isfinite(self.logits).all(axis=1) & ~np.isin(self.numbers, list(self.problems))
+        if is_bad.any():
+            raise NonFiniteError(step, [], what=f"the output for {is_bad.sum()} of {len(is_bad)} photos after")
+
     def probabilities(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
         """(N, K) softmax of the logits over `temperature`."""
         return softmax(self.logits, temperature=temperature)
@@ -58,9 +72,10 @@ class Predictions:
 def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> NDArray[np.float32]:
     """(N, K) probabilities, computed in 64 bit and rounded once."""
     scaled = logits.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=1, keepdims=True, initial=-np.inf)
-    exponents = np.exp(scaled)
-    return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # a row that is not finite has no probabilities: NaN
+        scaled -= scaled.max(axis=1, keepdims=True, initial=-np.inf)
+        exponents = np.exp(scaled)
+        return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 @torch.inference_mode()

@@ -1,19 +1,21 @@
 """Learning: read this first.
 
 `train_epochs` is a generator. It prints nothing, saves nothing and has no hooks: it yields an `EpochReport` after each
-epoch, and the caller prints, saves, tracks, changes what is frozen, or stops by leaving the `for`. Progress and an
-early end come through the iterable of batches that the caller hands in: when it ends before its time, the report says
-`is_complete = False`, and the state can be saved and taken up again at that very update.
+epoch, and the caller prints, saves, tracks, changes what is frozen, or stops by leaving the `for`. To stop within an
+epoch, the caller's iterator of batches ends early: between two updates the state is whole. The report then says
+`is_complete = False`, and the state can be saved and resumed at that very update.
 
 Shape letters: B photos of one update in this process, K classes, S side in pixels.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -26,15 +28,16 @@ from fieldmark.training.schedule import Schedule
 
 
 class NonFiniteError(TrainingError):
-    """A loss or a gradient is not finite.
+    """A loss, gradient, weight or output is not finite.
 
     Args:
         step: Number of the update, 0-based.
-        numbers: Photos of the batch.
+        numbers: Photos of its batch; [] where they are not to blame.
+        what: Begins the message.
     """
 
-    def __init__(self, step: int, numbers: list[int]) -> None:
-        super().__init__(f"loss or gradient of update {step} is not finite")
+    def __init__(self, step: int, numbers: list[int], *, what: str = "loss or gradient of") -> None:
+        super().__init__(f"{what} update {step} is not finite")
         self.step = step
         self.numbers = numbers
 
@@ -50,8 +53,8 @@ class FiniteWatch:
     def __init__(self) -> None:
         self._pending: deque[tuple[int, Tensor, Tensor, torch.cuda.Event]] = deque()
 
-    def see(self, value: Tensor, *, step: int, numbers: Tensor) -> None:
-        """Watch one number.
+    def check_finite(self, value: Tensor, *, step: int, numbers: Tensor) -> None:
+        """Check one number, now or a little later.
 
         Args:
             value: 0-d, on the device.
@@ -71,7 +74,7 @@ class FiniteWatch:
         event.record()
         self._pending.append((step, numbers, copy, event))
         while self._pending and self._pending[0][3].query():
-            self._judge()
+            self._check_oldest()
 
     def drain(self) -> None:
         """Wait for all that is still on its way.
@@ -81,9 +84,9 @@ class FiniteWatch:
         """
         while self._pending:
             self._pending[0][3].synchronize()
-            self._judge()
+            self._check_oldest()
 
-    def _judge(self) -> None:
+    def _check_oldest(self) -> None:
         step, numbers, copy, _ = self._pending.popleft()
         if not torch.isfinite(copy):
             self._pending.clear()
@@ -95,7 +98,7 @@ class TrainBatch:
     """What one update learns from, on the device.
 
     Attributes:
-        images: (B, 3, S, S) float, normalised and mixed.
+        images: (B, 3, S, S) float, normalized and mixed.
         targets: (B, K) float, each row a distribution over classes: smoothed and mixed.
         labels: (B,) int64 class of the photo itself.
         partner_labels: (B,) int64 class of the photo that was mixed in.
@@ -115,21 +118,38 @@ class TrainBatch:
     global_size: int
 
 
+class Sums(NamedTuple):
+    """The sums of an epoch, in the order in which checkpoints store them."""
+
+    loss: float
+    photos: float
+    clean_hits: float
+    clean_photos: float
+    mixed_hits: float
+    mixed_photos: float
+
+
 @dataclass
 class EpochTally:
-    """Running sums of an epoch, so that it can be left and taken up again.
+    """Running sums of an epoch, so that it can be left and resumed.
 
     Attributes:
-        sums: (6,) float64 on the device: loss, photos, clean hits, clean photos, mixed hits, mixed photos.
+        sums: (6,) float64 on the device, as `Sums` names them: one tensor, so that processes add them in one call.
     """
 
     sums: Tensor
 
     @classmethod
     def zeros(cls, device: torch.device) -> EpochTally:
-        """A tally of nothing."""
+        """Start an epoch."""
         # Apple's MPS has no float64.
-        return cls(torch.zeros(6, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        return cls(torch.zeros(len(Sums._fields), dtype=kind, device=device))
+
+    @property
+    def photos(self) -> float:
+        """Photos counted so far by this process; reads from the device."""
+        return self.sums[Sums._fields.index("photos")].item()
 
     def add(self, batch: TrainBatch, logits: Tensor, loss: Tensor) -> None:
         """Count one update, without reading anything back from the device."""
@@ -139,11 +159,19 @@ class EpochTally:
         if batch.is_mixed:
             partner_hits = (predicted == batch.partner_labels).sum()
             hits = batch.own_fraction * hits + (1 - batch.own_fraction) * partner_hits
-        place = 4 if batch.is_mixed else 2
-        self.sums[0] += loss.to(self.sums.dtype)
-        self.sums[1] += size
-        self.sums[place] += hits
-        self.sums[place + 1] += size
+        total_loss, photos, clean_hits, clean_photos, mixed_hits, mixed_photos = self.sums.unbind()
+        total_loss += loss.to(self.sums.dtype)
+        photos += size
+        if batch.is_mixed:
+            mixed_hits += hits
+            mixed_photos += size
+        else:
+            clean_hits += hits
+            clean_photos += size
+
+    def reduce(self, fabric: Fabric) -> Sums:
+        """Add up the sums of all processes; waits for the device."""
+        return Sums(*(float(value) for value in fabric.all_reduce(self.sums, reduce_op="sum").tolist()))  # type: ignore[union-attr]
 
 
 @dataclass
@@ -178,10 +206,37 @@ class TrainState:
     lr: float = 0.0
     watch: FiniteWatch = field(default_factory=FiniteWatch)
 
+    def check_finite(self) -> None:
+        """Wait for the watch, then check the weights that the last update left: nothing else has looked at them.
+
+        Raises:
+            NonFiniteError: A loss, a gradient, a weight or a buffer is not finite.
+        """
+        self.watch.drain()
+        models = [self.model] if self.average is None else [self.model, self.average.model]
+        tensors = [tensor for model in models for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf)):
+            raise NonFiniteError(self.step - 1, [], what="a weight after")
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """How an update is done.
+
+    Attributes:
+        class_weights: (K,) float weights of the loss, on the device, or None.
+        clip_norm: Largest global gradient norm; 0 is off.
+        fit_memory: Halve the micro-batch when memory runs out, instead of raising.
+    """
+
+    class_weights: Tensor | None = None
+    clip_norm: float = 0.0
+    fit_memory: bool = False
+
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What an epoch came to.
+    """Results of one epoch.
 
     Attributes:
         epoch: Number of completed epochs.
@@ -195,7 +250,7 @@ class EpochReport:
         clean_fraction: Share of photos in batches that were not mixed.
         images: Photos trained on in this epoch by this process since it started.
         seconds: Wall time of the epoch's training part since this process started.
-        metrics: Validation figures, as `evaluate` gave them.
+        metrics: Validation metrics, as `evaluate` returned them.
     """
 
     epoch: int
@@ -247,17 +302,14 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | 
     return -(terms if class_weights is None else terms * class_weights).sum()
 
 
-def update(
-    fabric: Fabric, state: TrainState, batch: TrainBatch, *, class_weights: Tensor | None, clip_norm: float
-) -> tuple[Tensor, Tensor]:
-    """One optimiser update, in micro-batches of `state.micro_batch_size` that add up to the whole batch's gradient.
+def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: UpdateOptions) -> tuple[Tensor, Tensor]:
+    """Update the weights once, in micro-batches of `state.micro_batch_size` that add up to the whole batch's gradient.
 
     Args:
         fabric: Device, precision and gradient sync.
         state: Changed in place.
         batch: This process's share of the update's photos.
-        class_weights: (K,) float, or None.
-        clip_norm: Largest global gradient norm; 0 is off.
+        options: `fit_memory` is `train_epochs`' business.
 
     Returns:
         Summed loss of this process's photos (0-d) and logits (B, K), left on the device.
@@ -277,16 +329,18 @@ def update(
         for number, (images, targets) in enumerate(chunks, start=1):
             with fabric.no_backward_sync(state.network, enabled=number < len(chunks)):  # type: ignore[arg-type]
                 output = state.network(images)
-                loss = soft_cross_entropy(output, targets, class_weights)
+                loss = soft_cross_entropy(output, targets, options.class_weights)
                 fabric.backward(loss * scale)
             logits.append(output.detach())
             total += loss.detach()
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
         state.optimizer.zero_grad(set_to_none=True)
         raise MemoryExhaustedError(min(state.micro_batch_size, len(batch.images)), batch.images.shape[-1]) from error
-    state.watch.see(_suspect(fabric, state, total, clip_norm), step=state.step, numbers=batch.numbers)
+    norm = _clip_gradients(fabric, state, options.clip_norm)
+    # Before the optimizer's step, so that on the CPU the weights are still good when this raises.
+    state.watch.check_finite(total if norm is None else total + norm, step=state.step, numbers=batch.numbers)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.average is not None:
@@ -306,9 +360,7 @@ def train_epochs(
     steps_per_epoch: int,
     batches: Callable[[int, int], Iterable[TrainBatch]],
     evaluate: Callable[[nn.Module], dict[str, float]],
-    class_weights: Tensor | None,
-    clip_norm: float,
-    fit_memory: bool,
+    options: UpdateOptions,
 ) -> Iterator[EpochReport]:
     """Train from where `state` is until `epochs` epochs are complete.
 
@@ -317,31 +369,29 @@ def train_epochs(
         state: Changed in place; taken up in the middle of an epoch if it was saved there.
         epochs: Epochs of the whole run.
         steps_per_epoch: Updates of one epoch.
-        batches: (epoch, first step in it) to this process's batches from there on. Ending early ends the training.
-        evaluate: Model in evaluation mode to validation figures; called after each complete epoch.
-        class_weights: (K,) float on the device, or None.
-        clip_norm: Largest global gradient norm; 0 is off.
-        fit_memory: Halve the micro-batch when memory runs out, instead of raising.
+        batches: (epoch, first step in it) to this process's batches from there on. To stop, it ends early.
+        evaluate: Model in evaluation mode to validation metrics; called after each complete epoch.
+        options: How each update is done.
 
     Yields:
         A report after each epoch; between two reports the caller may change the model.
 
     Raises:
-        NonFiniteError: A loss or gradient is not finite.
+        NonFiniteError: A loss, a gradient or a weight is not finite.
         MemoryExhaustedError: Memory ran out, and `fit_memory` is off or one photo is too many.
     """
     while state.epoch < epochs:
         state.model.train()
-        started, images_before = time.perf_counter(), state.tally.sums[1].item()
+        started, photos_before = time.perf_counter(), state.tally.photos
         for batch in batches(state.epoch, state.step_in_epoch):
-            loss, logits = _fitting_update(fabric, state, batch, class_weights, clip_norm, fit_memory)
+            loss, logits = _update_in_memory(fabric, state, batch, options)
             state.tally.add(batch, logits, loss)
         is_complete = state.step_in_epoch == steps_per_epoch
-        # The one place where the host waits for the device.
-        state.watch.drain()
-        sums = [float(value) for value in fabric.all_reduce(state.tally.sums, reduce_op="sum").tolist()]  # type: ignore[union-attr]
+        # The one place where the host waits for the device; before anything is evaluated or saved.
+        state.check_finite()
+        sums = state.tally.reduce(fabric)
         seconds = time.perf_counter() - started
-        images = round(state.tally.sums[1].item() - images_before)
+        images = round(state.tally.photos - photos_before)
         metrics: dict[str, float] = {}
         if is_complete:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
@@ -352,10 +402,10 @@ def train_epochs(
             step=state.step,
             is_complete=is_complete,
             lr=state.lr,
-            train_loss=sums[0] / max(sums[1], 1),
-            train_top1_clean=sums[2] / sums[3] if sums[3] else None,
-            train_top1_mixed=sums[4] / sums[5] if sums[5] else None,
-            clean_fraction=sums[3] / max(sums[1], 1),
+            train_loss=sums.loss / max(sums.photos, 1),
+            train_top1_clean=sums.clean_hits / sums.clean_photos if sums.clean_photos else None,
+            train_top1_mixed=sums.mixed_hits / sums.mixed_photos if sums.mixed_photos else None,
+            clean_fraction=sums.clean_photos / max(sums.photos, 1),
             images=images,
             seconds=seconds,
             metrics=metrics,
@@ -364,28 +414,23 @@ def train_epochs(
             return
 
 
-def _fitting_update(
-    fabric: Fabric,
-    state: TrainState,
-    batch: TrainBatch,
-    class_weights: Tensor | None,
-    clip_norm: float,
-    fit_memory: bool,
+def _update_in_memory(
+    fabric: Fabric, state: TrainState, batch: TrainBatch, options: UpdateOptions
 ) -> tuple[Tensor, Tensor]:
     while True:
         try:
-            return update(fabric, state, batch, class_weights=class_weights, clip_norm=clip_norm)
+            return update(fabric, state, batch, options)
         except MemoryExhaustedError as error:
             # Several processes would have to agree on the smaller size while some of them wait in a gradient sync.
-            if not fit_memory or fabric.world_size > 1 or error.micro_batch_size == 1:
+            if not options.fit_memory or fabric.world_size > 1 or error.micro_batch_size == 1:
                 raise
             state.micro_batch_size = error.micro_batch_size // 2
             if fabric.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-def _suspect(fabric: Fabric, state: TrainState, loss: Tensor, clip_norm: float) -> Tensor:
-    """Clip the gradient; give a number that is finite only if loss and gradient are, on all processes alike."""
+def _clip_gradients(fabric: Fabric, state: TrainState, clip_norm: float) -> Tensor | None:
+    """Clip the gradient where asked; its norm (0-d, alike on all processes), or None where it may be infinite."""
     norm: Tensor | None
     if clip_norm > 0:
         norm = fabric.clip_gradients(state.network, state.optimizer, max_norm=clip_norm, error_if_nonfinite=False)
@@ -393,7 +438,7 @@ def _suspect(fabric: Fabric, state: TrainState, loss: Tensor, clip_norm: float) 
         norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
     # With fp16 a gradient that overflows is the scaler's business: it skips the update and lowers its scale.
     is_scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
-    return loss if is_scaled or norm is None else loss + norm
+    return None if is_scaled else norm
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

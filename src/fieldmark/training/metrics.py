@@ -99,7 +99,7 @@ def log_loss(probabilities: Floats, labels: Ints) -> float:
 
 
 def calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) -> float:
-    """Expected calibration error of the top class, in [0, 1], over equally wide bins.
+    """Expected calibration error of the top class, in [0, 1], over equally wide bins; NaN if any value is.
 
     Source:
         Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, section 2.
@@ -108,9 +108,17 @@ def calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) ->
         return math.nan
     confidence = probabilities.max(axis=1).astype(np.float64)
     is_right = probabilities.argmax(axis=1) == labels
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gap = np.bincount(place, weights=is_right - confidence, minlength=bins)
+    gap = np.bincount(confidence_bins(confidence, bins=bins), weights=is_right - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(labels))
+
+
+def confidence_bins(confidence: Floats, *, bins: int) -> NDArray[np.int64]:
+    """Assign each confidence to a bin: bin m holds (m / bins, (m + 1) / bins], the first also 0 and NaN.
+
+    The edges are those of Guo et al. and of scikit-learn's `calibration_curve`.
+    """
+    edges = np.nan_to_num(np.ceil(np.asarray(confidence, np.float64) * bins), posinf=bins)
+    return np.clip(edges.astype(np.int64) - 1, 0, bins - 1)
 
 
 def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95) -> tuple[float, float]:
