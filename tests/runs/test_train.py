@@ -326,9 +326,7 @@ def test_a_number_that_is_not_finite_names_the_photos_and_keeps_the_last_good_we
 def test_weights_ruined_by_the_last_update_are_never_evaluated_or_kept(photos, tmp_path):
     out = tmp_path / "run"
     settings = ("optim.lr=1e30", "optim.name=sgd", "train.epochs=1", "train.batch_size=64", "schedule.warmup_epochs=0")
-    with pytest.raises(
-        TrainingError, match=r"update 0 is not finite. Learning rate.*last good.*optim.lr"
-    ):
+    with pytest.raises(TrainingError, match=r"update 0 is not finite. Learning rate.*last good.*optim.lr"):
         list(train(tiny(photos, *settings), out))
     assert not (out / "best.safetensors").exists()
     assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(out / "last.pt")["model"].values())
