@@ -13,12 +13,14 @@ from sklearn.linear_model import LogisticRegression
 from fieldmark.errors import DataError, RunError
 from fieldmark.inference.calibration import (
     Calibration,
+    apply_prior,
     apply_temperature,
     calibrate,
     calibrate_run,
     coverage_curve,
     cross_fitted,
     describe_calibration,
+    estimate_prior,
     fit_temperature,
     load_calibration,
     log_probabilities,
@@ -316,3 +318,43 @@ def test_a_calibration_that_is_no_object_is_refused(run):
     (run.path / "calibration.json").write_text("[1]")
     with pytest.raises(RunError, match="is a list, not an object"):
         load_calibration(run)
+
+
+def make_shifted(prior, shares, count=4000, seed=0):
+    """Exact probabilities under `prior` of photos whose classes come in `shares`, and the true classes."""
+    rng = np.random.default_rng(seed)
+    prior, shares = np.asarray(prior), np.asarray(shares)
+    labels = rng.choice(len(shares), count, p=shares)
+    evidence = rng.normal(0, 1, (count, len(shares)))
+    evidence[np.arange(count), labels] += 2  # likelihood of class k is proportional to exp(2 * evidence[k])
+    weighted = prior * np.exp(2 * evidence)
+    return weighted / weighted.sum(axis=1, keepdims=True), labels
+
+
+def test_shares_that_changed_are_found_and_the_correction_earns_accuracy():
+    prior, shares = np.array([0.4, 0.3, 0.3]), np.array([0.9, 0.08, 0.02])
+    probabilities, labels = make_shifted(prior, shares)
+    estimated = estimate_prior(probabilities, prior)
+    np.testing.assert_allclose(estimated, shares, atol=0.02)
+    corrected = apply_prior(probabilities, prior, estimated)
+    np.testing.assert_allclose(corrected.sum(axis=1), 1)
+    before, after = (np.mean(found.argmax(axis=1) == labels) for found in (probabilities, corrected))
+    assert after > before + 0.02
+    exact = apply_prior(probabilities, prior, shares)
+    np.testing.assert_allclose(corrected, exact, atol=0.1)
+
+
+def test_shares_that_did_not_change_change_nothing_much_and_a_few_photos_little():
+    prior = np.array([0.7, 0.2, 0.1])
+    probabilities, _ = make_shifted(prior, prior)
+    np.testing.assert_allclose(estimate_prior(probabilities, prior), prior, atol=0.02)
+    one = np.array([[0.05, 0.05, 0.9]])
+    assert estimate_prior(one, prior)[2] < 0.4
+    assert np.array_equal(apply_prior(one, prior, prior), one)
+
+
+def test_a_class_without_training_photos_stays_impossible():
+    prior = np.array([0.5, 0.5, 0.0])
+    found = estimate_prior(np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]), prior)
+    assert found[2] == 0
+    assert np.isfinite(found).all()

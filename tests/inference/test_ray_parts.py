@@ -104,7 +104,7 @@ def test_a_killed_call_goes_on_with_the_parts_that_are_missing(model, photos, tm
 
     for number in range(11, 40):
         save_photo(photos / f"{number}.png", number)
-    program = "from fieldmark.study import bulk; bulk.PIECE_PHOTOS = 4; from fieldmark.cli.app import main; main()"
+    program = "from fieldmark.inference import bulk; bulk.PIECE_PHOTOS = 4; from fieldmark.cli.app import main; main()"
     out = tmp_path / "parts"
     words = [sys.executable, "-c", program, "predict", str(model), str(photos), "--out", str(out), "--ray"]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)

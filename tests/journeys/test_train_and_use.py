@@ -74,6 +74,41 @@ def test_a_prediction_file_is_for_people_unless_a_leaderboard_is_meant(fieldmark
     assert [f"{probability:.4f}" for probability in table.max(axis=1)] == [row[2] for row in rows]
 
 
+def test_a_correction_for_other_class_shares_is_asked_for_and_said(fieldmark, trained, photos, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    out = tmp_path / "p.csv"
+    refused = fieldmark("predict", run, photos / "2", "--out", out, "--prior", "estimate")
+    assert (refused.code, "is not calibrated" in refused.err) == (2, True)
+    assert fieldmark("calibrate", run).code == 0
+    assert fieldmark("predict", run, photos / "2", "--out", tmp_path / "plain.csv").code == 0
+    done = fieldmark("predict", run, photos / "2", "--out", out, "--prior", "estimate", "--json")
+    said = json.loads(done.out)["prior"]
+    assert list(said) == ["2", "10", "great, tit"]
+    assert said["2"]["estimated"] > said["2"]["training"] == pytest.approx(1 / 3)
+    assert "corrected for class shares estimated from these 12 photos" in done.err
+    assert json.loads((tmp_path / "p.csv.prior.json").read_text())["shares"] == said
+    plain, corrected = (read_csv(tmp_path / name)[1:] for name in ("plain.csv", "p.csv"))
+    assert [row[0] for row in plain] == [row[0] for row in corrected]
+    assert all(float(now[2]) >= float(before[2]) for before, now in zip(plain, corrected, strict=True) if now[1] == "2")
+    assert not (tmp_path / "plain.csv.prior.json").exists()
+
+
+def test_a_list_may_call_its_column_otherwise(fieldmark, trained, photos, tmp_path):
+    (tmp_path / "list.csv").write_text("file;site\n" + f"{photos / '2' / '0.png'};a\n")
+    refused = fieldmark("predict", trained, tmp_path / "list.csv")
+    assert (refused.code, "it has 'file', 'site'" in refused.err, "--path-column" in refused.err) == (2, True, True)
+    found = fieldmark("predict", trained, tmp_path / "list.csv", "--path-column", "file", "--json")
+    assert json.loads(found.out)[0]["path"] == str(photos / "2" / "0.png")
+
+
+def test_evaluate_refuses_a_file_as_its_folder_before_it_works(fieldmark, trained, tmp_path):
+    (tmp_path / "file.json").write_text("mine")
+    refused = fieldmark("evaluate", trained, "--out", tmp_path / "file.json")
+    assert (refused.code, "is a file, and several files are written: give a folder" in refused.err) == (2, True)
+    assert (tmp_path / "file.json").read_text() == "mine"
+
+
 def test_labels_are_the_folders_names(trained):
     assert Run(trained).classes == ("2", "10", "great, tit")
 

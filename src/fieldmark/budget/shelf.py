@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fieldmark.config import Config, dump_config
 from fieldmark.data.index import PhotoIndex, save_split_table
-from fieldmark.inference.calibrate import FILE as CALIBRATION
-from fieldmark.inference.calibrate import calibrate_run
-from fieldmark.inference.calibration import apply_temperature, fit_temperature, log_probabilities
+from fieldmark.inference.calibration import FILE as CALIBRATION
+from fieldmark.inference.calibration import apply_temperature, calibrate_run, fit_temperature, log_probabilities
 from fieldmark.inference.predictor import mean_probabilities
 from fieldmark.runs import folder
 from fieldmark.runs.environment import describe_environment

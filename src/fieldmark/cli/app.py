@@ -302,7 +302,12 @@ def predict(
     ] = None,
     sample: Annotated[Path | None, typer.Option("--sample", help="Sample submission to hold the rows against.")] = None,
     sample_order: Annotated[bool, typer.Option("--sample-order", help="Write the rows in the sample's order.")] = False,
+    path_column: Annotated[str, typer.Option("--path-column", help="Column of a list that holds the paths.")] = "path",
     flips: Annotated[bool, typer.Option("--flips", help="Average over each photo and its mirror image.")] = False,
+    prior: Annotated[
+        Literal["training", "estimate"],
+        typer.Option("--prior", help="estimate: correct for other class shares than in training."),
+    ] = "training",
     ray: Annotated[str | None, typer.Option("--ray", help="Share the work on a Ray cluster; alone, start one.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -321,7 +326,9 @@ def predict(
             form=form,
             sample=sample,
             sample_order=sample_order,
+            path_column=path_column,
             flips=flips,
+            estimates_prior=prior == "estimate",
             progress=progress,
             ray=ray,
         )
@@ -331,6 +338,8 @@ def predict(
         _print_json(done.as_dict())
     else:
         typer.echo(f"wrote {done.count} rows to {out}")
+    if done.prior:
+        typer.echo(done.prior_message(), err=True)
     if done.failed:
         typer.echo(done.failure_message(), err=True)
         raise typer.Exit(2)

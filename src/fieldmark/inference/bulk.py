@@ -2,7 +2,7 @@
 
 The photos are cut into pieces; each piece becomes one part file, whole or absent, whose key says of which photos and
 of which model it is. A second call computes the parts that are missing. At the end the parts, in order, are the
-prediction: as they lie, in a folder, or merged into one file.
+prediction: as they are, in a folder, or merged into one file.
 
     OUT/ or OUT.csv.parts/
         part-00000000.parquet ...   one a piece
@@ -21,53 +21,29 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, PredictionError, ResourceError, RunError
 from fieldmark.files import alone, whole_or_absent
+from fieldmark.inference import calibration
+from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.inference.sources import PhotoSource, Piece, digest, from_json, read_ahead, to_json
 from fieldmark.inference.taxonomy import Fallback
-from fieldmark.inference.writers import LONG_HEADER, Form, choose_form, long_table, save_predictions
+from fieldmark.inference.writers import LONG_HEADER, Form, PredictedPhotos, choose_form, long_table, save_predictions
 from fieldmark.progress import Progress
 from fieldmark.runs.environment import count_slots, open_cluster
+from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS
 
 FORMAT = 1
 PIECE_PHOTOS = 1024
-
-
-class Executor(Protocol):
-    """Has parts made, somewhere."""
-
-    @property
-    def threads(self) -> int:
-        """`PartTask.threads`."""
-        ...
-
-    def run(self, task: PartTask, numbers: Sequence[int]) -> Iterator[PartDone]:
-        """Make these parts, in any order; each is told once."""
-        ...
-
-    def stop(self) -> None:
-        """No more is wanted."""
-        ...
-
-
-@dataclass(frozen=True)
-class PartedPhotos:
-    """Parts that are all there.
-
-    Attributes:
-        out: The file or folder.
-        count: Photos.
-        failed: Predictions of photos that could not be read.
-    """
-
-    out: Path
-    count: int
-    failed: list[Prediction]
+BOOKS = ".predict"
+MAX_ATTEMPTS = 4
+_KEY = b"fieldmark.part"
+_EXACT = "path_bytes"
+_ROWS_AT_ONCE = 1024
 
 
 def predict_in_parts(
@@ -78,20 +54,20 @@ def predict_in_parts(
     form: Form | None,
     flips: bool,
     piece_photos: int,
-    open_executor: Callable[[], Executor],
+    open_executor: Callable[[], RayParts],
     progress: Progress,
-) -> PartedPhotos:
+) -> PredictedPhotos:
     """Predict photos part by part; called again, only those that are missing.
 
     Args:
         model: Run folder or exported model.
         source: The photos.
         out: A file, by its ending; or a folder, which then holds the parts.
-        form: Of a file; see `prediction_files.save_predictions`. Parts are long.
+        form: Of a file; see `writers.save_predictions`. Parts are long.
         flips: Average over each photo and its mirror image.
         piece_photos: Photos of a part, where a list can be cut; rounded up to whole batches.
-        open_executor: Gives who computes; not called if nothing is missing.
-        progress: Where to tell how far the work is.
+        open_executor: Opens what computes; not called if nothing is missing.
+        progress: Reports how far the work is.
 
     Raises:
         PredictionError: `out` was begun with other photos or another model, or cannot be written.
@@ -103,52 +79,52 @@ def predict_in_parts(
         choose_form(out, form)
     predictor = Predictor.load(model, flips=flips)
     folder = (out.with_name(out.name + ".parts") if is_file else out).absolute()
-    with _locked(folder):
+    with _lock(folder):
         size = -(-piece_photos // predictor.batch_size) * predictor.batch_size
         fingerprint = model_fingerprint(model, flips=flips)
-        keys = [combined([digest(piece), fingerprint]) for piece in source.cut(size)]
-        _agree(folder, {"format": FORMAT, "model": fingerprint, "photos": combined(keys), "parts": len(keys)}, out)
+        keys = [_combine_digests([digest(piece), fingerprint]) for piece in source.cut(size)]
+        plan = {"format": FORMAT, "model": fingerprint, "photos": _combine_digests(keys), "parts": len(keys)}
+        _check_plan(folder, plan, out)
         rows = [part_rows(part_path(folder, number), key=key) for number, key in enumerate(keys)]
-        missing = {number for number, count in enumerate(rows) if count is None}
+        missing = [number for number, count in enumerate(rows) if count is None]
         done = sum(count for count in rows if count is not None) if source.count else len(keys) - len(missing)
         progress.start(source.count or len(keys), done)
         if missing:
-            _save_pieces(folder, source.cut(size), missing)
+            _save_pieces(folder, source.cut(size), set(missing))
             executor = open_executor()
             task = PartTask(str(model.absolute()), fingerprint, flips, str(folder), executor.threads)
             try:
-                _run(executor, task, sorted(missing), progress, by_photos=bool(source.count))
+                _make_parts(executor, task, missing, progress, by_photos=bool(source.count))
             finally:
                 executor.stop()
             shutil.rmtree(folder / BOOKS / "pieces", ignore_errors=True)
-        count = _complete(folder, keys)
-        predictions = _merged(folder, len(keys), predictor)
+        count = sum(_require_rows(folder, number, key) for number, key in enumerate(keys))
+        predictions = _merge(folder, len(keys), predictor)
         if not is_file:
-            return PartedPhotos(out, count, [prediction for prediction in predictions if prediction.problem])
+            return PredictedPhotos(out, count, [prediction for prediction in predictions if prediction.problem])
         has_groups = predictor.fallback is not None
         failed = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     shutil.rmtree(folder)
-    return PartedPhotos(out, count, failed)
+    return PredictedPhotos(out, count, failed)
 
 
-def _save_pieces(folder: Path, pieces: Iterable[Piece], missing: set[int]) -> None:
-    waiting = piece_path(folder, 0).parent
-    shutil.rmtree(waiting, ignore_errors=True)
-    waiting.mkdir()
-    for number, piece in enumerate(pieces):
-        if number in missing:
-            piece_path(folder, number).write_text(to_json(piece), encoding="ascii")
+@contextmanager
+def _lock(folder: Path) -> Generator[None]:
+    """The folder with its books, for one call at a time."""
+    try:
+        if folder.exists() and not (folder / BOOKS).is_dir() and any(folder.iterdir()):
+            raise PredictionError(f"{folder} exists and holds something else. Give another --out")
+        (folder / BOOKS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PredictionError(f"{folder} cannot be written: {error.strerror}") from None
+    with alone(
+        folder / BOOKS / "lock", busy=f"another predict is at work in {folder}: wait for it, or give another --out"
+    ):
+        yield
 
 
-def _run(executor: Executor, task: PartTask, numbers: Sequence[int], progress: Progress, *, by_photos: bool) -> None:
-    for done in executor.run(task, numbers):
-        if done.problem:
-            raise DataError(f"part {done.number} cannot be made: {done.problem}. What is done is kept; call again")
-        progress.advance(done.rows if by_photos else 1)
-
-
-def _agree(folder: Path, plan: dict[str, Any], out: Path) -> None:
-    """Write the plan, or hold it against the one that is there."""
+def _check_plan(folder: Path, plan: dict[str, Any], out: Path) -> None:
+    """Write the plan, or compare it with the one that is there."""
     path = folder / BOOKS / "plan.json"
     if not path.is_file():
         path.write_text(json.dumps(plan, indent=2), encoding="ascii")
@@ -163,45 +139,42 @@ def _agree(folder: Path, plan: dict[str, Any], out: Path) -> None:
         raise PredictionError(f"{folder} was begun {changed}. Give another --out than {out}, or remove {folder}")
 
 
-def _complete(folder: Path, keys: Sequence[str]) -> int:
-    """Number of rows of all parts."""
-    total = 0
-    for number, key in enumerate(keys):
-        rows = part_rows(part_path(folder, number), key=key)
-        if rows is None:
-            raise PredictionError(
-                f"{part_path(folder, number)} is not there though it was made: let all machines share the folder of "
-                "--out, and call again"
-            )
-        total += rows
-    return total
+def _save_pieces(folder: Path, pieces: Iterable[Piece], missing: set[int]) -> None:
+    waiting = _piece_path(folder, 0).parent
+    shutil.rmtree(waiting, ignore_errors=True)
+    waiting.mkdir()
+    for number, piece in enumerate(pieces):
+        if number in missing:
+            _piece_path(folder, number).write_text(to_json(piece), encoding="ascii")
 
 
-def _merged(folder: Path, num_parts: int, predictor: Predictor) -> Iterator[Prediction]:
-    for number in range(num_parts):
-        part = part_path(folder, number)
-        yield from load_part(
-            part, classes=predictor.classes, threshold=predictor.threshold, fallback=predictor.fallback
+def _make_parts(
+    executor: RayParts, task: PartTask, numbers: Sequence[int], progress: Progress, *, by_photos: bool
+) -> None:
+    for done in executor.run(task, numbers):
+        if done.problem:
+            raise DataError(f"part {done.number} cannot be made: {done.problem}. What is done is kept; call again")
+        progress.advance(done.rows if by_photos else 1)
+
+
+def _require_rows(folder: Path, number: int, key: str) -> int:
+    rows = part_rows(part_path(folder, number), key=key)
+    if rows is None:
+        raise PredictionError(
+            f"{part_path(folder, number)} is not there though it was made: let all machines share the folder of --out, "
+            "and call again"
         )
+    return rows
 
 
-@contextmanager
-def _locked(folder: Path) -> Generator[None]:
-    """The folder with its books, for one call at a time."""
-    try:
-        if folder.exists() and not (folder / BOOKS).is_dir() and any(folder.iterdir()):
-            raise PredictionError(f"{folder} exists and holds something else. Give another --out")
-        (folder / BOOKS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PredictionError(f"{folder} cannot be written: {error.strerror}") from None
-    with alone(
-        folder / BOOKS / "lock", busy=f"another predict is at work in {folder}: wait for it, or give another --out"
-    ):
-        yield
-
-
-BOOKS = ".predict"
-MAX_ATTEMPTS = 4
+def _merge(folder: Path, num_parts: int, predictor: Predictor) -> Iterator[Prediction]:
+    for number in range(num_parts):
+        yield from load_part(
+            part_path(folder, number),
+            classes=predictor.classes,
+            threshold=predictor.threshold,
+            fallback=predictor.fallback,
+        )
 
 
 @dataclass(frozen=True)
@@ -224,12 +197,11 @@ class PartTask:
 
 
 class PartDone(NamedTuple):
-    """What came of one part."""
+    """One part, or why there is none; `problem` is "" if there is one."""
 
     number: int
     rows: int
     problem: str
-    """Why there is no part, for the user; "" if there is."""
 
 
 class PartWorker:
@@ -240,7 +212,7 @@ class PartWorker:
         self._predictor: Predictor | None = None
 
     def __call__(self, number: int) -> PartDone:
-        """Make one part; whoever died in the middle of it left nothing."""
+        """Make one part; a worker that dies in the middle of it leaves nothing."""
         try:
             return PartDone(number, self._make(number), "")
         except FieldmarkError as error:
@@ -253,13 +225,13 @@ class PartWorker:
         piece = load_piece(folder, number)
         photos = read_ahead(piece.read(), predictor.batch_size)
         predictions = list(predictor.predict_named(photos, threads=self._task.threads or None))
-        key = combined([digest(piece), self._task.fingerprint])
+        key = _combine_digests([digest(piece), self._task.fingerprint])
         save_part(part_path(folder, number), predictions, classes=predictor.classes, key=key)
         return len(predictions)
 
     def _load(self) -> Predictor:
         task = self._task
-        if self._task.threads:
+        if task.threads:
             import torch
 
             torch.set_num_threads(task.threads)
@@ -274,10 +246,6 @@ def model_fingerprint(model: Path, *, flips: bool) -> str:
     Raises:
         RunError: One of them cannot be read.
     """
-    from fieldmark.inference import calibration
-    from fieldmark.inference.exported import FILE
-    from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS
-
     if (model / FILE).is_file():
         files = sorted(path for path in model.iterdir() if path.is_file())
     else:
@@ -302,59 +270,49 @@ def load_piece(folder: Path, number: int) -> Piece:
         ResourceError: This machine does not see the folder.
     """
     try:
-        return from_json(piece_path(folder, number).read_text(encoding="ascii"))
+        return from_json(_piece_path(folder, number).read_text(encoding="ascii"))
     except OSError as error:
-        raise ResourceError(
-            f"{folder} cannot be read here ({error.strerror}): let all machines share the folder of --out"
-        ) from None
+        raise _not_shared(folder, "read", error) from None
 
 
 def _count_attempt(folder: Path, number: int) -> None:
-    """Refuse a part that workers die of, which whoever restarts them cannot tell from bad luck."""
-    path = piece_path(folder, number).with_suffix(".attempts")
+    """Refuse a part that crashes its workers, which Ray would start again for ever."""
+    path = _piece_path(folder, number).with_suffix(".attempts")
     try:
         with path.open("ab") as file:
             file.write(b".")
             attempts = file.tell()
     except OSError as error:
-        raise ResourceError(
-            f"{folder} cannot be written here ({error.strerror}): let all machines share the folder of --out"
-        ) from None
+        raise _not_shared(folder, "written", error) from None
     if attempts > MAX_ATTEMPTS:
         raise ResourceError(
-            f"{MAX_ATTEMPTS} workers died of this part, with the photos that {piece_path(folder, number)} names. "
+            f"{MAX_ATTEMPTS} workers died of this part, with the photos that {_piece_path(folder, number)} names. "
             "Did they run out of memory? Take out the photo that is too large"
         )
 
 
-def piece_path(folder: Path, number: int) -> Path:
-    """Where a piece waits for its part."""
+def _not_shared(folder: Path, verb: str, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"{folder} cannot be {verb} here ({error.strerror}): let all machines share the folder of --out"
+    )
+
+
+def _piece_path(folder: Path, number: int) -> Path:
     return folder / BOOKS / "pieces" / f"{number}.json"
 
 
-def combined(texts: Iterable[str]) -> str:
+def _combine_digests(texts: Iterable[str]) -> str:
     """64 hex digits over some that are such digests themselves, in their order."""
     return hashlib.sha256("\n".join(texts).encode("ascii")).hexdigest()
 
 
-_KEY = b"fieldmark.part"
-_EXACT = "path_bytes"
-_ROWS_AT_ONCE = 1024
-
-
 def part_path(folder: Path, number: int) -> Path:
-    """Where a part lies; sorted by name, parts are in order up to a hundred million."""
+    """The file of a part; sorted by name, parts are in order up to a hundred million."""
     return folder / f"part-{number:08d}.parquet"
 
 
 def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequence[str], key: str) -> None:
-    """Write a part, whole or not at all.
-
-    Args:
-        path: The file.
-        predictions: Its rows.
-        classes: K names, in order of class number.
-        key: What the rows depend on.
+    """Write a part, whole or not at all; `key` says what the rows depend on.
 
     Raises:
         ResourceError: It cannot be written.
@@ -402,15 +360,12 @@ def load_part(
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE):
-                columns = {name: batch.column(name).to_pylist() for name in ("path", "problem")}
-                names = columns["path"]
+                names, problems = batch.column("path").to_pylist(), batch.column("problem").to_pylist()
                 if _EXACT in batch.schema.names:
                     names = [name.decode("utf-8", "surrogateescape") for name in batch.column(_EXACT).to_pylist()]
-                rows = np.stack(
-                    [batch.column(len(LONG_HEADER) + k).to_numpy(zero_copy_only=False) for k in range(len(classes))],
-                    axis=1,
-                ).astype(np.float32)
-                for name, row, problem in zip(names, rows, columns["problem"], strict=True):
+                columns = range(len(LONG_HEADER), len(LONG_HEADER) + len(classes))
+                rows = np.stack([batch.column(k).to_numpy(zero_copy_only=False) for k in columns], axis=1)
+                for name, row, problem in zip(names, rows.astype(np.float32), problems, strict=True):
                     yield Prediction(name, classes, row, problem, threshold, fallback)
     except (OSError, pa.ArrowException) as error:
         raise PredictionError(f"{path} cannot be read: {str(error).splitlines()[0]}. Remove it and go on") from None
@@ -449,7 +404,7 @@ class RayParts:
 
     @property
     def threads(self) -> int:
-        """Of one worker."""
+        """Threads of one worker."""
         return int(self._needs["CPU"])
 
     def run(self, task: PartTask, numbers: Sequence[int]) -> Iterator[PartDone]:
@@ -461,7 +416,7 @@ class RayParts:
         context = ray_data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        # A block a part: what is done is told at once, and a worker that dies loses no more than one.
+        # A block a part: what is done is reported at once, and a worker that dies loses no more than one.
         waiting = ray_data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
         made = waiting.map_batches(
             _PartActor,

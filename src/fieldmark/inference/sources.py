@@ -288,39 +288,47 @@ def split_list(root: str, paths: Iterator[str], size: int) -> Iterator[FileList]
         yield FileList(root, part, ())
 
 
-def open_list(location: str, root: str) -> tuple[int, Callable[[], Iterator[str]]]:
+def open_list(location: str, path_column: str) -> tuple[int, Callable[[], Iterator[str]]]:
     """A table of paths.
 
     Args:
         location: Path or URL of a CSV or Parquet table.
-        root: Folder or URL that the table lies in.
+        path_column: Its column of paths.
 
     Returns:
-        Number of rows; and what yields the column `path` from the beginning. Of Parquet a part at a time is in memory.
+        Number of rows; and what yields the paths from the beginning. Of Parquet a part at a time is in memory.
 
     Raises:
-        DataError: No such table, or it has no column `path`.
+        DataError: No such table, or it has no such column.
     """
     try:
         if location.lower().endswith(".parquet"):
             with opened(location) as file:
                 table = open_parquet(file, location)
                 names, num_rows = table.schema_arrow.names, table.metadata.num_rows
-            if PATH_COLUMN not in names:
-                there = ", ".join(map(repr, names))
-                hint = did_you_mean(PATH_COLUMN, names) or ". A list needs `path`; a shard needs `image`, as bytes"
-                raise DataError(f"{location} has no column {PATH_COLUMN!r}; it has {there}{hint}")
-            return num_rows, partial(_parquet_paths, location)
+            _require_column(location, path_column, names)
+            return num_rows, partial(_parquet_paths, location, path_column)
         with opened(location) as file:
-            paths = read_csv(location, file.read()).column(PATH_COLUMN)
+            table = read_csv(location, file.read())
+        _require_column(location, path_column, list(table.values))
+        paths = table.column(path_column)
     except PhotoError as error:
         raise DataError(f"{location} {error.reason}") from None
     return len(paths), partial(iter, paths)
 
 
-def _parquet_paths(location: str) -> Iterator[str]:
+def _require_column(location: str, path_column: str, names: Sequence[str]) -> None:
+    if path_column not in names:
+        hint = did_you_mean(path_column, names) or "."
+        raise DataError(
+            f"{location} has no column {path_column!r}, but {', '.join(map(repr, names))}{hint} Say which column of a "
+            "list holds the paths with --path-column NAME; a shard needs `image`, as bytes"
+        )
+
+
+def _parquet_paths(location: str, path_column: str) -> Iterator[str]:
     with opened(location) as file:
-        for batch in open_parquet(file, location).iter_batches(_LIST_ROWS_AT_ONCE, columns=[PATH_COLUMN]):
+        for batch in open_parquet(file, location).iter_batches(_LIST_ROWS_AT_ONCE, columns=[path_column]):
             for value in batch.column(0).to_pylist():
                 text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
                 yield "" if text is None else str(text)
@@ -359,13 +367,14 @@ class PhotoSource:
         return read_ahead(chain.from_iterable(piece.read() for piece in self.cut(_LISTED_AT_ONCE)), ahead)
 
 
-def open_source(text: str) -> PhotoSource:
+def open_source(text: str, *, path_column: str = PATH_COLUMN) -> PhotoSource:
     """Find out what photos are meant, without reading any.
 
     Args:
         text: Path or URL of one of: a folder of photos; else a folder of tar or Parquet files; a photo; a tar file; a
-            Parquet table that holds photos; a CSV or Parquet table with a column `path`. Wildcards (`*`, `?`, `[..]`,
+            Parquet table that holds photos; a CSV or Parquet table with a column of paths. Wildcards (`*`, `?`, `[..]`,
             `**`) and braces (`{0000..0003}`, `{a,b}`) stand for several files.
+        path_column: That column.
 
     Raises:
         DataError: There is nothing of that kind, or its storage cannot be reached.
@@ -375,17 +384,17 @@ def open_source(text: str) -> PhotoSource:
     if not is_url(text):
         text = str(Path(text).absolute())  # for whoever reads a piece elsewhere
         if Path(text).exists():
-            return _of_local(Path(text))
+            return _of_local(Path(text), path_column)
     if _WILD.search(text) and not text.startswith("http"):
         folder = _fixed_folder(text)
         found = [file for pattern in expand_braces(text) for file in _match(pattern, folder)]
-        return _of_files(text, folder, found)
+        return _of_files(text, folder, found, path_column)
     if not is_url(text):
         require_path(Path(given))  # says what is missing
     if is_file(text):
         root, _, name = text.rpartition("/")
-        return _of_file(text, root, Found(name, file_version(text)))
-    return _of_files(text, text, find_files(text))
+        return _of_file(text, root, Found(name, file_version(text)), path_column)
+    return _of_files(text, text, find_files(text), path_column)
 
 
 def read_ahead(photos: Iterable[NamedPhoto], count: int) -> Iterator[NamedPhoto]:
@@ -437,15 +446,16 @@ def expand_braces(text: str) -> list[str]:
     return [text[: brace.start()] + option + rest for option in options for rest in rests]
 
 
-def _of_local(path: Path) -> PhotoSource:
+def _of_local(path: Path, path_column: str) -> PhotoSource:
     if not path.is_dir():
         found = Found(path.name, file_version(str(path)))
-        return _of_file(str(path), str(path.parent), found)
+        return _of_file(str(path), str(path.parent), found, path_column)
     names, ignored = find_photos(path)
     if not names:
         others = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         if any(_is_shard(name) for name in others):
-            return _of_files(str(path), str(path), [Found(name, file_version(str(path / name))) for name in others])
+            found = [Found(name, file_version(str(path / name))) for name in others]
+            return _of_files(str(path), str(path), found, path_column)
         require_photos(path, names, ignored)
     # Looked up piece by piece: the state of a million files takes a while, and only those who remember need it.
     return PhotoSource(str(path), len(names), partial(_cut_local, str(path), names), str(path))
@@ -479,7 +489,7 @@ def _is_shard(name: str) -> bool:
     return not is_skipped(name) and name.lower().endswith((*TAR_SUFFIXES, ".parquet"))
 
 
-def _of_files(name: str, root: str, found: Iterable[Found]) -> PhotoSource:
+def _of_files(name: str, root: str, found: Iterable[Found], path_column: str) -> PhotoSource:
     """Photos among the files; shards and lists where there is no photo, each with all that it holds."""
     key = natural_key()
     there = sorted({file.path: file for file in found}.values(), key=lambda file: key(file.path))
@@ -494,7 +504,7 @@ def _of_files(name: str, root: str, found: Iterable[Found]) -> PhotoSource:
             "`path`), or shards (.tar, or .parquet with the bytes of photos)"
         )
     with ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-open") as pool:
-        sources = list(pool.map(lambda file: _of_file(name, root, file), shards))
+        sources = list(pool.map(lambda file: _of_file(name, root, file, path_column), shards))
     counts = [source.count for source in sources if source.count is not None]
     count = sum(counts) if len(counts) == len(sources) else None
     return PhotoSource(name, count, lambda size: chain.from_iterable(source.cut(size) for source in sources))
@@ -506,7 +516,7 @@ def _cut_found(root: str, found: Sequence[Found], size: int) -> Iterator[FileLis
         yield FileList(root, tuple(file.path for file in part), tuple(file.version for file in part))
 
 
-def _of_file(name: str, root: str, file: Found) -> PhotoSource:
+def _of_file(name: str, root: str, file: Found, path_column: str) -> PhotoSource:
     location, lower = locate(root, file.path), file.path.lower()
     if lower.endswith(TAR_SUFFIXES):
         return PhotoSource(name, None, lambda _: iter([TarShard(location, file.path, file.version)]))
@@ -514,7 +524,7 @@ def _of_file(name: str, root: str, file: Found) -> PhotoSource:
         return PhotoSource(name, sum(shard.num_rows for shard in shards), lambda _: iter(shards))
     if lower.endswith(TABLE_SUFFIXES):
         folder = location.rpartition("/")[0] if is_url(location) else str(Path(location).parent)
-        count, paths = open_list(location, folder)
+        count, paths = open_list(location, path_column)
         if not count:
             raise DataError(f"{location} is a list without rows: there is nothing to predict")
         return PhotoSource(name, count, lambda size: split_list(folder, paths(), size))

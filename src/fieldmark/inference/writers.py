@@ -13,6 +13,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -34,6 +35,8 @@ GROUP_COLUMNS = ("level", "answer")
 ENDINGS = (".csv", ".zip", ".json", ".parquet")
 ROWS_PER_GROUP = 4096
 _TOP = 3
+MOST_FAILURES_SHOWN = 20
+MOST_CLASSES_SHOWN = 5
 
 
 def choose_form(path: Path, form: Form | None, *, has_sample: bool = False) -> Form:
@@ -98,6 +101,91 @@ def save_predictions(
 
     whole_or_absent(path, write)
     return failed
+
+
+@dataclass
+class PredictedPhotos:
+    """What was predicted, and how to show it.
+
+    Attributes:
+        out: The file that was written, or None.
+        count: Photos asked about.
+        failed: Predictions of photos that could not be read.
+        shown: All predictions where no file was asked for, else none.
+        prior: (class, share in training, share estimated here), where the answers were corrected for it.
+    """
+
+    out: Path | None
+    count: int
+    failed: list[Prediction]
+    shown: Sequence[Prediction] = ()
+    prior: Sequence[tuple[str, float, float]] = ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The shown predictions as plain data."""
+        return [json_row(prediction) for prediction in self.shown]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was written, for machines."""
+        failed = [{"path": prediction.path, "problem": prediction.problem} for prediction in self.failed]
+        prior = {"prior": _prior_dict(self.prior)} if self.prior else {}
+        return {"out": str(self.out), "rows": self.count, "failed": failed, **prior}
+
+    def table(self) -> str:
+        """The shown predictions for people: one line each, up to three classes for a single photo."""
+        if len(self.shown) == 1 and not self.shown[0].problem:
+            [only] = self.shown
+            lines = [f"{probability:7.2%}  {name}" for name, probability in only.top(3)]
+            return "\n".join([*lines, *_describe_doubt(only)])
+        return "\n".join(_format_line(prediction) for prediction in self.shown)
+
+    def prior_message(self) -> str:
+        """That the answers were corrected for other class shares than in training, and the largest changes."""
+        largest = sorted(self.prior, key=lambda row: -abs(row[2] - row[1]))[:MOST_CLASSES_SHOWN]
+        shares = ", ".join(f"{name} {before:.1%} to {now:.1%}" for name, before, now in largest)
+        return (
+            f"corrected for class shares estimated from these {self.count} photos (--prior estimate), from training to "
+            f"here: {shares}{' ...' if len(self.prior) > len(largest) else ''}"
+        )
+
+    def failure_message(self) -> str:
+        """Which photos could not be read, and why."""
+        lines = [f"  {prediction.path!r} {prediction.problem}" for prediction in self.failed[:MOST_FAILURES_SHOWN]]
+        left = len(self.failed) - len(lines)
+        more = [f"  ... and {left} more"] if left else []
+        head = f"error: {len(self.failed)} of {self.count} photos could not be read; their rows have no label:"
+        return "\n".join([head, *lines, *more])
+
+
+def _format_line(prediction: Prediction) -> str:
+    if prediction.problem:
+        return f"{prediction.path}\t(could not be read: {prediction.problem})"
+    notes = [prediction.path, prediction.label, f"{prediction.probability:.4f}", *_describe_doubt(prediction)]
+    return "\t".join(notes)
+
+
+def _describe_doubt(prediction: Prediction) -> list[str]:
+    """That the model is not sure enough of the class, and which group it is sure of; nothing where it is sure."""
+    if prediction.problem or not prediction.is_unknown:
+        return []
+    answer = prediction.answer
+    return [f"unknown, but {answer.level} {answer.name} {answer.probability:.4f}" if answer.level else "unknown"]
+
+
+def _prior_dict(prior: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
+    return {name: {"training": before, "estimated": now} for name, before, now in prior}
+
+
+def save_prior(path: Path, prior: Sequence[tuple[str, float, float]]) -> Path:
+    """Write beside a prediction file that its answers were corrected, and for which class shares.
+
+    Raises:
+        ResourceError: It cannot be written.
+    """
+    beside = path.with_name(f"{path.name}.prior.json")
+    text = json.dumps({"method": "expectation-maximization", "shares": _prior_dict(prior)}, indent=2) + "\n"
+    whole_or_absent(beside, lambda part: part.write_text(text, encoding="utf-8"))
+    return beside
 
 
 class DistinctNames:
