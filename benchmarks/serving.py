@@ -50,12 +50,11 @@ def make_photos(count: int) -> list[bytes]:
 class Model:
     """What both servers answer with."""
 
-    name = "lite0"
     classes = tuple(f"class {number}" for number in range(1000))
     threshold = 0.0
-    back_off = None
+    fallback = None
     has_attention = False
-    num_examples = 0
+    examples = ()
 
     def __init__(self) -> None:
         import timm
@@ -63,14 +62,13 @@ class Model:
 
         from benchmarks.fusion import fuse_batch_norm
         from fieldmark.augment.reference import EvalSpec
+        from fieldmark.serve.service import About
 
+        self.about = About("lite0", None, is_calibrated=False)
         torch.set_num_threads(os.cpu_count() or 1)
         model = timm.create_model("tf_efficientnet_lite0").eval()
         self._model = fuse_batch_norm(model)[0].to(memory_format=torch.channels_last)
         self._spec = EvalSpec("weights", 224, 0.875, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-    def example(self, number: int) -> bytes:
-        raise IndexError(number)
 
     def attention(self, picture: Any, class_number: int) -> Any:
         raise NotImplementedError
@@ -94,7 +92,7 @@ class Model:
 def ours() -> Any:
     """Our app, nothing limited that the load would reach."""
     from fieldmark.serve.app import create_app
-    from fieldmark.serve.limits import Limits
+    from fieldmark.serve.limits import Access, Limits
 
     limits = Limits(
         max_body_bytes=2**26,
@@ -102,7 +100,8 @@ def ours() -> Any:
         retry_seconds=1,
     )  # fmt: skip
     threads = os.cpu_count() or 1
-    return create_app(Model(), limits=limits, max_batch=16, wait_seconds=0.002, decode_threads=threads, api_key=None)
+    model: Any = Model()
+    return create_app(model, limits=limits, access=Access(), max_batch=16, wait_seconds=0.002, decode_threads=threads)
 
 
 def plain() -> Any:

@@ -29,6 +29,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 """Real photographs and weights that may stand beside the repository. Only the fixture `shared` looks there."""
 
 
+def pytest_addoption(parser):
+    parser.addoption("--malformed-uploads", type=int, default=6000, help="how many the slow test of the server sends")
+
+
 def make_synthetic_run(
     path: Path,
     *,

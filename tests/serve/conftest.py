@@ -1,4 +1,4 @@
-"""A model for the server that needs no weights: it answers by the photo's mean colour."""
+"""A model for the server that needs no weights: it answers by the photo's mean color."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 
 from fieldmark.data.decode import decode
 from fieldmark.serve.app import create_app
-from fieldmark.serve.limits import Limits
-from fieldmark.serve.service import Prepared
+from fieldmark.serve.limits import Access, Limits
+from fieldmark.serve.service import About, Prepared
 
 LIMITS = {
     "max_body_bytes": 200_000,
@@ -29,18 +29,15 @@ LIMITS = {
 }
 
 
-class ColourModel:
-    name = "colours"
+class ColorModel:
+    about = About("colors", (0.9, 0.85, 0.94), False)
     classes = ("red", "green", "blue <b>")
     threshold = 0.5
     fallback = None
     has_attention = True
-    num_examples = 2
-
-    def example(self, number):
-        return make_photo([(255, 0, 0), (0, 255, 0)][number])
 
     def __init__(self):
+        self.examples = [make_photo((255, 0, 0)), make_photo((0, 255, 0))]
         self.batches = []
         self.gate = threading.Event()
         self.gate.set()
@@ -60,9 +57,9 @@ class ColourModel:
         return np.full((2, 2), class_number / 2, np.float32)
 
 
-def make_photo(colour=(255, 0, 0), size=(40, 30), kind="JPEG"):
+def make_photo(color=(255, 0, 0), size=(40, 30), kind="JPEG"):
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind)
+    Image.new("RGB", size, color).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -70,14 +67,14 @@ def upload(*contents):
     return [("photos", (f"photo-{number}.jpg", content, "image/jpeg")) for number, content in enumerate(contents)]
 
 
-def make_app(model, *, api_key=None, max_batch=4, wait_seconds=0.0, **limits):
+def make_app(model, *, api_key=None, cors=(), max_batch=4, wait_seconds=0.0, **limits):
     return create_app(
         model,
         limits=Limits(**{**LIMITS, **limits}),
+        access=Access(("test", "testserver"), api_key, cors),
         max_batch=max_batch,
         wait_seconds=wait_seconds,
         decode_threads=2,
-        api_key=api_key,
     )
 
 
@@ -91,7 +88,7 @@ async def client_of(app):
 
 @pytest.fixture
 def model():
-    return ColourModel()
+    return ColorModel()
 
 
 def ask(app, *calls):

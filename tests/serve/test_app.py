@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import time
 
 import httpx
 import pytest
+from PIL import Image
 from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
 
+from fieldmark.errors import ConfigError
 from fieldmark.inference.taxonomy import Fallback, build_taxonomy
 
 
@@ -59,7 +62,7 @@ def test_where_the_class_is_not_sure_the_group_that_is_sure_is_given(model):
 def test_a_broken_photo_keeps_its_place_and_does_not_harm_the_others(model):
     [answer] = ask(make_app(model), predict(b"no photo", make_photo((0, 255, 0))))
     broken, good = answer.json()["photos"]
-    assert broken["problem"] == "is not an image"
+    assert broken["problem"].startswith("is not an image that this server reads: JPEG, PNG")
     assert (broken["label"], broken["top"]) == (None, [])
     assert good["label"] == "green"
 
@@ -89,6 +92,7 @@ def test_bad_requests_get_a_4xx_with_the_reason(model, contents, query, status, 
     "request_",
     [
         {"content": b"{}", "headers": {"content-type": "application/json"}},
+        {"content": b"x", "headers": {}},
         {"content": b"", "headers": {"content-type": "multipart/form-data"}},
         {"content": b"--x\r\nbroken", "headers": {"content-type": "multipart/form-data; boundary=x"}},
         {"data": {"photos": "text"}},
@@ -232,7 +236,7 @@ def test_health_classes_and_metrics_say_what_is_served(model):
         lambda client: client.get("/classes"),
         lambda client: client.get("/metrics"),
     )
-    assert health.json()["model"] == "colours"
+    assert health.json()["model"] == "colors"
     assert classes.json() == {"classes": ["red", "green", "blue <b>"], "threshold": 0.5}
     assert 'fieldmark_requests_total{path="/predict",status="200"} 1.0' in metrics.text
     assert 'fieldmark_photos_total{outcome="unreadable"} 1.0' in metrics.text
@@ -282,7 +286,16 @@ def test_the_openapi_document_names_every_refusal(model):
     [answer] = ask(make_app(model), lambda client: client.get("/openapi.json"))
     document = answer.json()
     assert set(document["paths"]) == {"/predict", "/health", "/classes", "/metrics"}
-    assert set(document["paths"]["/predict"]["post"]["responses"]) == {"200", "400", "401", "408", "413", "422", "503"}
+    assert set(document["paths"]["/predict"]["post"]["responses"]) == {
+        "200",
+        "400",
+        "401",
+        "403",
+        "408",
+        "413",
+        "422",
+        "503",
+    }
     assert json.dumps(document).count("http") == 0
 
 
@@ -331,3 +344,137 @@ def test_an_app_answers_in_event_loops_one_after_another_whoever_left_in_the_mid
     for number in range(12):
         answer = asyncio.run(run(number % 2 == 0))
         assert answer.json()["photos"][0]["label"] == "green"
+
+
+@pytest.mark.parametrize("field", ["photo", "file", "files", "image", "images", "files[]"])
+def test_fields_that_clients_of_other_servers_use_are_taken(model, field):
+    [answer] = ask(
+        make_app(model), lambda client: client.post("/predict", files=[(field, ("a.jpg", make_photo((0, 255, 0))))])
+    )
+    assert answer.json()["photos"][0]["label"] == "green"
+
+
+@pytest.mark.parametrize("kind", ["image/jpeg", "image/heic; q=1", "application/octet-stream"])
+def test_a_photo_as_the_body_itself_is_taken(model, kind):
+    [answer] = ask(
+        make_app(model),
+        lambda client: client.post("/predict?top=1", content=make_photo((0, 0, 255)), headers={"content-type": kind}),
+    )
+    assert [photo["label"] for photo in answer.json()["photos"]] == ["blue <b>"]
+
+
+def test_what_is_no_photo_request_is_answered_with_how_to_make_one(model):
+    other, text = ask(
+        make_app(model),
+        lambda client: client.post("/predict", files={"other": ("a.jpg", make_photo())}),
+        lambda client: client.post("/predict", content=b"{}", headers={"content-type": "application/json"}),
+    )
+    assert "no file in a field named photos, photo, files" in other.json()["detail"]
+    assert 'named "photos", or one photo as the body with its Content-Type' in text.json()["detail"]
+
+
+@pytest.mark.parametrize("kind", ["ICO", "PCX", "PPM", "ICNS", "JPEG2000"])
+def test_formats_that_no_camera_writes_are_not_even_decoded(model, kind):
+    model.prepare = None  # must not be reached
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, kind)
+    [answer] = ask(make_app(model), predict(buffer.getvalue()))
+    assert answer.status_code == 422
+    assert "is not an image that this server reads" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF"])
+def test_formats_of_cameras_phones_and_browsers_are_read(model, kind):
+    [answer] = ask(make_app(model), predict(make_photo((0, 255, 0), kind=kind)))
+    assert answer.json()["photos"][0]["label"] == "green"
+
+
+HOSTS = {
+    "evil.example": 400,
+    "evil.example:8000": 400,
+    "localhost.evil.example": 400,
+    "127.0.0.1.evil.example": 400,
+    "": 400,
+    "[": 400,
+    "test:8000": 200,
+    "localhost:8000": 200,
+    "LOCALHOST": 200,
+    "127.0.0.1:8000": 200,
+    "[::1]:8000": 200,
+    "192.168.1.20": 200,
+}
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS.items())
+def test_a_name_that_is_not_the_servers_is_refused(model, host, status):
+    [answer] = ask(make_app(model), lambda client: client.get("/classes", headers={"host": host}))
+    assert answer.status_code == status
+    assert status == 200 or "--hostname" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://test", 200),
+        ("https://test", 200),
+        ("http://evil.example", 403),
+        ("null", 403),
+        ("http://localhost:3000", 403),
+        ("", 200),
+    ],
+)
+def test_pages_of_other_sites_may_not_ask(model, origin, status):
+    [answer] = ask(make_app(model), lambda client: client.get("/classes", headers={"origin": origin}))
+    assert answer.status_code == status
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/", "/examples/0", "/classes", "/missing", "/health"])
+def test_nothing_can_be_shown_by_a_page_elsewhere(model, path):
+    for host in ("test", "evil.example"):
+        [answer] = ask(make_app(model), lambda client, host=host: client.get(path, headers={"host": host}))
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+
+
+def test_a_site_that_was_allowed_may_ask_and_no_other(model):
+    app = make_app(model, cors=("https://birds.example",), api_key="right")
+    asking = {"origin": "https://birds.example", "access-control-request-method": "POST"}
+    preflight, answer, missing, foreign = ask(
+        app,
+        lambda client: client.options("/predict", headers=asking),
+        lambda client: client.get("/classes", headers={"origin": "https://birds.example", "x-api-key": "right"}),
+        lambda client: client.get("/classes", headers={"origin": "https://birds.example"}),
+        lambda client: client.options("/predict", headers={**asking, "origin": "https://evil.example"}),
+    )
+    assert preflight.status_code == 204
+    assert "X-API-Key" in preflight.headers["access-control-allow-headers"]
+    assert [it.status_code for it in (answer, missing, foreign)] == [200, 401, 403]
+    for allowed in (preflight, answer, missing):
+        assert allowed.headers["access-control-allow-origin"] == "https://birds.example"
+    assert "access-control-allow-origin" not in foreign.headers
+
+
+@pytest.mark.parametrize("key", ["", " ", "\t"])
+def test_an_empty_key_is_an_error_not_a_key(model, key):
+    with pytest.raises(ConfigError, match="the API key is empty"):
+        make_app(model, api_key=key)
+
+
+@pytest.mark.parametrize("origin", ["birds.example", "https://birds.example/", "https://"])
+def test_an_origin_that_no_browser_sends_is_an_error(model, origin):
+    with pytest.raises(ConfigError, match="an origin is like"):
+        make_app(model, cors=(origin,))
+
+
+def test_the_page_of_the_api_needs_nothing_from_elsewhere(model):
+    page, script = ask(
+        make_app(model, api_key="key"),
+        lambda client: client.get("/docs"),
+        lambda client: client.get("/static/docs.js"),
+    )
+    for answer in (page, script):
+        assert answer.status_code == 200
+        assert "//" not in re.sub(r"^// .*|: .//", "", answer.text, flags=re.MULTILINE)
+        assert "innerHTML" not in answer.text

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -31,10 +32,10 @@ _PROGRAM = textwrap.dedent(
     """
     import sys, time
     sys.path.insert(0, {root!r})
-    from tests.serve.conftest import ColourModel, make_app
+    from tests.serve.conftest import ColorModel, make_app
     from fieldmark.serve.server import run_server
 
-    class Slow(ColourModel):
+    class Slow(ColorModel):
         def probabilities(self, images):
             time.sleep({seconds})
             return super().probabilities(images)
@@ -119,7 +120,7 @@ def flipped(rng, photo):
     return bytes(changed)
 
 
-FORM = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=a\r\n"
+FORM = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=a\r\n"
 RAW = [
     FORM + b"X-Large: " + b"z" * 200_000 + b"\r\n\r\n",
     FORM + b"".join(b"X-%d: y\r\n" % number for number in range(5000)) + b"\r\n",
@@ -131,7 +132,7 @@ RAW = [
     FORM + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
     FORM + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\0",
     FORM + b"Content-Length: 90\r\n\r\n" + b"--a\r\n" * 18,
-    b"POST /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"POST /predict HTTP/9.9\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
     bytes(range(256)) * 8,
@@ -223,8 +224,40 @@ def test_malformed_uploads_never_bring_a_5xx_and_good_requests_are_answered_mean
 
 
 @pytest.mark.slow
-def test_thousands_of_malformed_uploads_leave_memory_flat():
-    check_malformed(6000, senders=3, slow_clients=20)
+@pytest.mark.timeout(7200)
+def test_malformed_uploads_by_the_thousand_leave_memory_flat(request):
+    """6,000 uploads; `pytest --malformed-uploads 100000 -m slow` takes about an hour."""
+    check_malformed(request.config.getoption("--malformed-uploads"), senders=3, slow_clients=20)
+
+
+def test_headers_without_end_are_given_up_whatever_parser_is_installed():
+    with server() as (url, process):
+        port = int(url.rsplit(":", 1)[1])
+        before = psutil.Process(process.pid).memory_info().rss
+        sent = 0
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+            while sent < 64 * 2**20:
+                raw.sendall(b"X-Header: " + b"y" * 65_000 + b"\r\n")
+                sent += 65_000
+        assert sent < 16 * 2**20  # the connection was closed; what was sent lies in buffers of the system
+        assert psutil.Process(process.pid).memory_info().rss - before < 16 * 2**20
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_an_icon_that_holds_a_bomb_costs_no_memory():
+    """A PNG of 13,000 x 13,000 pixels inside an ICO that says 256 x 256."""
+    inner = io.BytesIO()
+    Image.new("1", (13_000, 13_000)).save(inner, "PNG")
+    png = inner.getvalue()
+    entry = struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, len(png), 22)
+    icon = struct.pack("<HHH", 0, 1, 1) + entry + png
+    with server() as (url, process):
+        httpx.post(f"{url}/predict", files=upload(make_photo()))
+        before = psutil.Process(process.pid).memory_info().rss
+        answer = httpx.post(f"{url}/predict", files=upload(icon))
+        assert answer.status_code == 422
+        assert psutil.Process(process.pid).memory_info().rss - before < 32 * 2**20
 
 
 def test_sigterm_answers_what_is_in_hand_and_ends():

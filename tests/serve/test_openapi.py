@@ -6,14 +6,14 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from tests.serve.conftest import ColourModel, make_app
+from tests.serve.conftest import ColorModel, make_app
 
 # A schema cannot say that bytes are a photo, so bytes that fit it may be refused with 422 all the same.
 _EXCLUDED = [positive_data_acceptance]
 # 413 is a refusal too: data that breaks the schema may be too many photos as well, which is told first.
 _REFUSED = {"negative_data_rejection": {"expected-statuses": ["400", "401", "408", "413", "422"]}}
 schema = schemathesis.openapi.from_asgi(
-    "/openapi.json", make_app(ColourModel()), config=schemathesis.Config.from_dict({"checks": _REFUSED})
+    "/openapi.json", make_app(ColorModel()), config=schemathesis.Config.from_dict({"checks": _REFUSED})
 )
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 

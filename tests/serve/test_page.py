@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from tests.serve.conftest import ColourModel, make_app, make_photo
+from tests.serve.conftest import ColorModel, make_app, make_photo
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser")
 def url():
     import uvicorn
 
-    config = uvicorn.Config(make_app(ColourModel()), port=0, log_level="error")
+    config = uvicorn.Config(make_app(ColorModel()), port=0, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -54,7 +54,7 @@ def test_a_stranger_can_use_the_page(browser, url):
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
     page.goto(url)
-    page.get_by_text("colours knows 3 classes.").wait_for()
+    page.get_by_text("colors knows 3 classes").wait_for()
 
     page.get_by_role("button", name="Example photo 2").click()
     page.get_by_role("heading", name="green").wait_for()
@@ -93,7 +93,7 @@ def test_a_stranger_can_use_the_page(browser, url):
 def test_of_several_bad_files_each_says_its_own_name_and_reason(browser, url):
     page = browser.new_page()
     page.goto(url)
-    page.get_by_text("colours knows").wait_for()
+    page.get_by_text("colors knows").wait_for()
     bad = [("text.jpg", b"text"), ("nothing.jpg", b"")]
     page.set_input_files(
         "#files", [{"name": name, "mimeType": "image/jpeg", "buffer": content} for name, content in bad]
@@ -107,7 +107,7 @@ def test_of_several_bad_files_each_says_its_own_name_and_reason(browser, url):
 def test_a_server_that_is_gone_is_told(browser, url):
     page = browser.new_page()
     page.goto(url)
-    page.get_by_text("colours knows").wait_for()
+    page.get_by_text("colors knows").wait_for()
     page.context.set_offline(True)
     choose(page, (255, 0, 0))
     page.get_by_text("<i>0</i>.jpg: the server does not answer.").wait_for()
@@ -117,7 +117,7 @@ def test_a_server_that_is_gone_is_told(browser, url):
 def test_a_dropped_and_a_pasted_photo_are_answered(browser, url):
     page = browser.new_page()
     page.goto(url)
-    page.get_by_text("colours knows").wait_for()
+    page.get_by_text("colors knows").wait_for()
     script = """([name, bytes]) => {
         const transfer = new DataTransfer();
         transfer.items.add(new File([new Uint8Array(bytes)], "x.jpg", {type: "image/jpeg"}));

@@ -20,7 +20,7 @@ from tests.serve.conftest import LIMITS, ask, make_photo, upload
 
 from fieldmark.errors import MissingExtraError, ResourceError
 from fieldmark.serve.app import open_app
-from fieldmark.serve.limits import Limits
+from fieldmark.serve.limits import Access, Limits
 from fieldmark.serve.server import _own_serve, _reason, num_places, run_on_ray, share_out
 
 
@@ -79,7 +79,7 @@ def test_replicas_that_do_not_start_are_told_by_the_last_line_of_their_traceback
 
 
 def plain_answer(model, photo):  # noqa: F811
-    app = open_app(model, 1, limits=Limits(**LIMITS), max_batch=4, wait_seconds=0.0, api_key=None)
+    app = open_app(model, 1, limits=Limits(**LIMITS), max_batch=4, wait_seconds=0.0, access=Access(("test",)))
     return ask(app, lambda client: client.post("/predict", files=upload(photo)))[0].json()
 
 

@@ -53,12 +53,12 @@ def make_views(photos, table, duplicates=lambda: [(0, 1, 2)]):
 
 
 def make_app(views, look=None):
-    return create_review_app(views, look=look, hosts=["test", "127.0.0.1"])
+    return create_review_app(views, look=look)
 
 
 def ask(app, *calls):
     async def run():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return [await call(client) for call in calls]
 
     return asyncio.run(run())
@@ -202,6 +202,38 @@ def test_another_table_is_never_overwritten(tmp_path):
     (tmp_path / "c.csv").write_text("name,age\nx,1\n")
     with pytest.raises(DataError, match="is not a table of corrections"):
         Corrections(tmp_path / "c.csv")
+
+
+def test_a_flood_of_megabytes_is_refused_before_it_is_read(photos, tmp_path):
+    taken = []
+
+    async def flood():
+        for _ in range(1000):
+            taken.append(1)
+            yield b"x" * 2**16
+
+    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    announced, endless = ask(
+        app,
+        lambda client: client.post("/api/decide", content=b"x", headers={"content-length": str(12 * 10**8)}),
+        lambda client: client.post("/api/decide", content=flood(), headers={"content-type": "text/plain"}),
+    )
+    assert (announced.status_code, endless.status_code) == (413, 413)
+    assert len(taken) <= 3
+
+
+def test_pages_elsewhere_can_neither_decide_nor_show_photos(photos, tmp_path):
+    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    decided, photo = ask(
+        app,
+        lambda client: client.post(
+            "/api/decide", json={"number": 1, "action": "drop"}, headers={"origin": "http://evil.example"}
+        ),
+        get("/photo/0"),
+    )
+    assert decided.status_code == 403
+    assert photo.headers["cross-origin-resource-policy"] == "same-origin"
+    assert not (tmp_path / "c.csv").exists()
 
 
 def test_thumbnails_are_small_upright_and_a_vanished_photo_is_a_404(photos, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -111,6 +112,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="FIELDMARK_API_KEY", help="Ask clients for this key (X-API-Key).")
     ] = None,
+    hostname: Annotated[list[str] | None, typer.Option(help="Name that it is served under; may be repeated.")] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Other site whose pages may ask, such as https://birds.example.")
+    ] = None,
     max_megabytes: Annotated[float, typer.Option(help="Largest request.", min=0.001)] = 64.0,
     max_megapixels: Annotated[float, typer.Option(help="Largest photo.", min=0.001)] = 60.0,
     max_photos: Annotated[int, typer.Option(help="Most photos in a request.", min=1)] = 64,
@@ -125,7 +130,7 @@ def serve(
     """Answer photos over HTTP, with a web page at the address itself."""
     from fieldmark.runs.environment import usable_cores
     from fieldmark.serve.app import open_app
-    from fieldmark.serve.limits import Limits
+    from fieldmark.serve.limits import Access, Limits
     from fieldmark.serve.server import is_local, run_server
 
     if replicas is not None and ray is None:
@@ -141,8 +146,10 @@ def serve(
         answer_seconds=timeout,
         retry_seconds=2,
     )
-    opener = partial(open_app, model.absolute(), limits=limits, max_batch=batch, wait_seconds=0.002, api_key=api_key)
-    app = opener(usable_cores())  # also before replicas do: what is wrong with the model is told here
+    api_key = os.environ.get("FIELDMARK_API_KEY") if api_key is None else api_key  # an empty one is an error too
+    access = Access((host, *(hostname or ())), api_key, tuple(cors or ()))
+    opener = partial(open_app, model.absolute(), limits=limits, access=access, max_batch=batch, wait_seconds=0.002)
+    app = opener(usable_cores())  # also before replicas do: what is wrong with the model is reported here
     if not is_local(host) and not api_key:
         typer.echo(f"warning: {host} can be reached from other machines, and no --api-key is set", err=True)
     drain_seconds = int(timeout) + 1
@@ -188,7 +195,6 @@ def review(
         max_distance=near,
         threads=usable_cores(),
         memory=user_folder("inspections"),
-        hosts=["127.0.0.1", "localhost"],
     )
     typer.echo(f"review at http://127.0.0.1:{port}, decisions go to {table} (stop with Ctrl-C)", err=True)
     run_server(app, host="127.0.0.1", port=port, drain_seconds=5, max_connections=200)

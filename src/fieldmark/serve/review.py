@@ -27,6 +27,7 @@ from fieldmark.inference.triage import (
 )
 from fieldmark.runs.folder import Run
 from fieldmark.serve.app import add_pages, observe
+from fieldmark.serve.limits import Access, Limits, RequestLimits
 from fieldmark.serve.service import ServerMetrics, seen_box, thumbnail
 
 ACTIONS = ("keep", "relabel", "drop")
@@ -283,6 +284,17 @@ _FILES = {
     "attention.js": "text/javascript",
 }
 _THUMBNAILS_KEPT = 4000  # about 15 KB each
+# A request here is a decision of some hundred bytes.
+_LIMITS = Limits(
+    max_body_bytes=64 * 1024,
+    max_held_bytes=2**20,
+    max_photos=0,
+    max_pixels=0,
+    max_queued=0,
+    body_seconds=10.0,
+    answer_seconds=60.0,
+    retry_seconds=2,
+)
 
 Look = Callable[[int, int], dict[str, Any]]
 
@@ -295,9 +307,7 @@ class Wish(BaseModel):
     label: str = ""
 
 
-def open_review(
-    runs: list[Run], table: Path, *, max_distance: int, threads: int, memory: Path, hosts: list[str]
-) -> Any:
+def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int, memory: Path) -> Any:
     """The app over one run, or over the folds of a cross-validation.
 
     Args:
@@ -306,7 +316,6 @@ def open_review(
         max_distance: Near-duplicates differ in at most so many of 64 bits.
         threads: Photos read at once in the search for near-duplicates.
         memory: Folder where that search remembers what it saw.
-        hosts: Names by which the server may be addressed.
 
     Raises:
         DataError: The runs do not belong together, or the photos are gone.
@@ -322,16 +331,15 @@ def open_review(
         Corrections(table),
         find_duplicates=lambda: near_duplicates(index, max_distance=max_distance, threads=threads, memory=memory),
     )
-    return create_review_app(views, look=_attention(runs[0], index.files()), hosts=hosts)
+    return create_review_app(views, look=_attention(runs[0], index.files()))
 
 
-def create_review_app(views: ReviewViews, *, look: Look | None, hosts: list[str]) -> Any:
+def create_review_app(views: ReviewViews, *, look: Look | None) -> Any:
     """The ASGI app over ready views.
 
     Args:
         views: What is shown.
         look: (photo number, class number) -> the map and its box; None if the model has no maps.
-        hosts: See `open_review`.
 
     Raises:
         MissingExtraError: fastapi is not installed.
@@ -339,7 +347,6 @@ def create_review_app(views: ReviewViews, *, look: Look | None, hosts: list[str]
     try:
         from fastapi import FastAPI, Request
         from fastapi.responses import JSONResponse
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError as error:
         raise MissingExtraError(error.name or "fastapi", "serve") from None
     app = FastAPI(title="Fieldmark review", docs_url=None, redoc_url=None)
@@ -351,10 +358,9 @@ def create_review_app(views: ReviewViews, *, look: Look | None, hosts: list[str]
     _add_views(app, views, look)
     _add_decisions(app, views)
     _add_photos(app, views, look)
-    add_pages(app, page="review.html", files=_FILES)
+    add_pages(app, {"/": "review.html"}, _FILES)
     observe(app, ServerMetrics())
-    # Another site that points its own name at this machine must not read the photos (DNS rebinding).
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)  # type: ignore[arg-type]
+    app.add_middleware(RequestLimits, limits=_LIMITS, access=Access())  # type: ignore[arg-type]
     return app
 
 

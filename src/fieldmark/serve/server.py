@@ -42,7 +42,10 @@ def run_server(app: Any, *, host: str, port: int, drain_seconds: int, max_connec
         limit_concurrency=max_connections,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=drain_seconds,
-        h11_max_incomplete_event_size=32 * 1024,  # headers; more are refused with 400
+        # Endless headers: h11 bounds them, and is there always; httptools would hold them all.
+        http="h11",
+        h11_max_incomplete_event_size=32 * 1024,
+        ws="none",
     )
     listener = listen(host, port)
     with listener:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +22,15 @@ from fieldmark.serve.limits import Limits
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec, Views
     from fieldmark.inference.predictor import Predictor
-    from fieldmark.inference.taxonomy import Fallback
     from fieldmark.inference.triage import AttentionMaps
     from fieldmark.runs.folder import Run
+
+
+# Of the many formats that Pillow reads, those that cameras, phones and browsers write: each decoder is a risk.
+_FORMATS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|....ftyp(heic|heix|heif|hevc|mif1|msf1|avif|avis)|II\*\0|MM\0\*|GIF8|BM",
+    re.DOTALL,
+)
 
 
 class BusyError(Exception):
@@ -34,7 +41,7 @@ class PhotoService:
     """Answers photos of many requests; see `create_app` for the arguments."""
 
     def __init__(
-        self, model: PhotoModel, *, limits: Limits, max_batch: int, wait_seconds: float, decode_threads: int
+        self, model: ServedModel, *, limits: Limits, max_batch: int, wait_seconds: float, decode_threads: int
     ) -> None:
         self.model = model
         self.limits = limits
@@ -116,6 +123,8 @@ class PhotoService:
 
     def _prepare(self, photo: bytes) -> Prepared | str:
         """The prepared photo, or the reason why it cannot be used."""
+        if photo and not _FORMATS.match(photo):
+            return "is not an image that this server reads: JPEG, PNG, WebP, HEIC, AVIF, TIFF, GIF or BMP"
         try:
             return self.model.prepare(photo, max_pixels=self.limits.max_pixels)
         except PhotoError as error:
@@ -157,66 +166,31 @@ class Prepared:
     box: tuple[float, float, float, float]
 
 
-class PhotoModel(Protocol):
-    """What the server asks of a model."""
+@dataclass(frozen=True)
+class About:
+    """What the page says of a model.
 
-    @property
-    def name(self) -> str:
-        """What people call it; never a path."""
-        ...
+    Attributes:
+        name: What people call it; never a path.
+        accuracy: Top-1 on validation photos with its interval, (value, low, high); None where it is not known.
+        is_calibrated: Whether its probabilities were calibrated, and so mean what they say.
+    """
 
-    @property
-    def classes(self) -> Sequence[str]:
-        """Class names, in order of class number."""
-        ...
-
-    @property
-    def threshold(self) -> float:
-        """Least probability that is answered; 0 answers everything."""
-        ...
-
-    @property
-    def fallback(self) -> Fallback | None:
-        """Groups to answer with where the class is not sure."""
-        ...
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether `attention` can be asked."""
-        ...
-
-    @property
-    def num_examples(self) -> int:
-        """How many photos the page may offer to try."""
-        ...
-
-    def example(self, number: int) -> bytes:
-        """One of them, as JPEG."""
-        ...
-
-    def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
-        """Decode one photo; raises PhotoError."""
-        ...
-
-    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, 3, S, S) -> (B, K), rows sum to 1."""
-        ...
-
-    def attention(self, picture: NDArray[np.float32], class_number: int) -> NDArray[np.float32]:
-        """(h, w) in [0, 1]: where the model looked for a class."""
-        ...
+    name: str
+    accuracy: tuple[float, float, float] | None
+    is_calibrated: bool
 
 
 class ServedModel:
     """A run folder or an exported model behind the server."""
 
     def __init__(
-        self, predictor: Predictor, *, name: str, maps: AttentionMaps | None, examples: Sequence[bytes]
+        self, predictor: Predictor, *, about: About, maps: AttentionMaps | None, examples: Sequence[bytes]
     ) -> None:
         self._predictor = predictor
         self._maps = maps
-        self._examples = list(examples)
-        self.name = name
+        self.about = about
+        self.examples = list(examples)  # photos that the page may offer to try, as JPEG
         self.classes = predictor.classes
         self.threshold = predictor.threshold
         self.fallback = predictor.fallback
@@ -228,28 +202,23 @@ class ServedModel:
         Raises:
             FieldmarkError: Neither is there, or it cannot be loaded.
         """
-        from fieldmark.inference.exported import FILE
+        from fieldmark.inference.calibration import load_calibration
+        from fieldmark.inference.exported import FILE, ModelMetadata
         from fieldmark.inference.predictor import Predictor
         from fieldmark.inference.triage import AttentionMaps
         from fieldmark.runs.folder import Run
 
         predictor = Predictor.load(path)
-        maps = None
-        examples: list[bytes] = []
-        if not (path / FILE).is_file():
-            run = Run(path)
-            maps = None if run.is_ensemble else AttentionMaps(run.load_model())
-            examples = _examples(run, count=5)
-        return cls(predictor, name=path.resolve().name, maps=maps, examples=examples)
-
-    @property
-    def num_examples(self) -> int:
-        """How many photos the page may offer to try."""
-        return len(self._examples)
-
-    def example(self, number: int) -> bytes:
-        """One of them, as JPEG."""
-        return self._examples[number]
+        name = path.resolve().name
+        if (path / FILE).is_file():
+            metadata = ModelMetadata.load(path)
+            is_calibrated = metadata.temperature != 1 or metadata.threshold > 0
+            about = About(name, _accuracy(metadata.metrics), is_calibrated)
+            return cls(predictor, about=about, maps=None, examples=())
+        run = Run(path)
+        about = About(name, _accuracy(run.summary), load_calibration(run) is not None)
+        maps = None if run.is_ensemble else AttentionMaps(run.load_model())
+        return cls(predictor, about=about, maps=maps, examples=_examples(run, count=5))
 
     @property
     def has_attention(self) -> bool:
@@ -266,14 +235,23 @@ class ServedModel:
         return Prepared(eval_picture(photo, spec).numpy(), seen_box(photo.shape[1], photo.shape[0], spec))
 
     def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, 3, S, S) -> (B, K), calibrated."""
+        """(B, 3, S, S) -> (B, K), calibrated where the model was."""
         return self._predictor.probabilities(images)
 
     def attention(self, picture: NDArray[np.float32], class_number: int) -> NDArray[np.float32]:
-        """(28, 28) in [0, 1]."""
+        """(28, 28) in [0, 1]: where the model looked for a class."""
         assert self._maps is not None
         maps: Any = self._maps(picture[None], [class_number])
         return maps[0]
+
+
+def _accuracy(summary: dict[str, Any]) -> tuple[float, float, float] | None:
+    """Validation accuracy of a run's summary with its interval."""
+    val: dict[str, Any] = summary.get("val") or {}
+    if "top1" not in val or not val.get("top1_interval"):
+        return None
+    low, high = val["top1_interval"]
+    return float(val["top1"]), float(low), float(high)
 
 
 def _examples(run: Run, *, count: int) -> list[bytes]:
@@ -380,12 +358,23 @@ class PhotoAnswers(BaseModel):
     photos: list[PhotoAnswer]
 
 
+class Accuracy(BaseModel):
+    """Share of validation photos that the model named right, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 class Health(BaseModel):
     """Whether the server answers, and with what."""
 
     status: str
+    version: str
     model: str
     classes: int
+    accuracy: Accuracy | None
+    is_calibrated: bool
     waiting: int
     has_attention: bool
     examples: int
