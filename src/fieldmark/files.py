@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from fieldmark.errors import DataError, ResourceError, RunError, did_you_mean
 
 _DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error", "Parent directory")
+
+Value = TypeVar("Value")
 
 
 def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
@@ -92,3 +95,22 @@ def alone(lock: Path, *, busy: str) -> Generator[None]:
         yield
     finally:
         held.release()
+
+
+def read_values(kind: type[Value], values: Any) -> Value:
+    """Plain values, as JSON has them, as a dataclass whose fields say what they may be.
+
+    Raises:
+        ValueError: A value is missing or not what it should be; names its key, what was expected and what was found.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        missing = sorted(".".join(map(str, one["loc"])) for one in problems if one["type"] == "missing")
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}") from None
+        key, found = ".".join(map(str, problems[0]["loc"])), repr(problems[0]["input"])[:80]
+        raise ValueError(f"has {key} = {found}: {problems[0]['msg']}") from None

@@ -14,11 +14,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.errors import ExportError
 from fieldmark.export.formats import write_torch
 from fieldmark.inference.exported import ExportedModel, ModelMetadata
+from fieldmark.inference.predictor import Predictor
 
 SPEC = EvalSpec("squash", 8, 1.0, "bicubic", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 INPUT = "data/sample_inputs/model.pt"
@@ -150,3 +152,92 @@ def test_openvino_contacts_nobody(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert not (tmp_path / "intel").exists()
+
+
+NOT_FOR = {  # values of the wrong type, range or length, by key; text that says nothing to the answers may be any
+    "format": [0, "1", None],
+    "kind": ["tflite", 3, None],
+    "file": ["other.pt2", "../model.pt2", "", 3],
+    "classes": [[], ["a"], ["a", "a"], ["a", "b", "c"], "ab", None, [1, 2]],
+    "preprocessing": [{}, [], None],
+    "preprocessing.size": [0, -8, 10**9, "wide", None],
+    "preprocessing.crop_fraction": [0, 2, float("nan"), None],
+    "preprocessing.transform": ["zoom", None],
+    "preprocessing.interpolation": ["nearest", None],
+    "preprocessing.mean": [[0.5], [0.5, 0.5, float("inf")], None],
+    "preprocessing.std": [[0.2, 0.2, 0], [0.2, 0.2, -1], [0.2, 0.2, float("nan")], "x"],
+    "background": [[0, 0], [0, 0, 256], [0, 0, -1], None],
+    "temperature": [0, -1, float("nan"), float("inf"), "hot", None],
+    "threshold": [-0.1, 1.5, float("nan"), None],
+    "max_pixels": [0, "many", None],
+    "batch_size": [0, -1, None],
+    "back_off": [{"levels": []}, [1], "x"],
+    "evidence": [[], None],
+}
+
+
+def set_key(content, key, value):
+    *way, last = key.split(".")
+    for step in way:
+        content = content[step]
+    content[last] = value
+
+
+@pytest.mark.parametrize("key", NOT_FOR)
+def test_metadata_that_is_not_what_it_should_be_is_refused_in_one_sentence_that_names_its_key(program, tmp_path, key):
+    write_export(tmp_path, program)
+    text = (tmp_path / "fieldmark.json").read_text()
+    for value in NOT_FOR[key]:
+        content = json.loads(text)
+        set_key(content, key, value)
+        (tmp_path / "fieldmark.json").write_text(json.dumps(content))
+        with pytest.raises(ExportError, match=r"fieldmark.json|unknown form|has no ") as refused:
+            ExportedModel.load(tmp_path, threads=1)
+        said = str(refused.value)
+        assert "\n" not in said
+        assert key.rpartition(".")[2] in said or key in ("kind", "file", "classes", "preprocessing"), said
+
+
+def test_any_cut_and_any_flipped_byte_of_the_metadata_is_refused_or_answers_as_before(program, tmp_path):
+    write_export(tmp_path, program)
+    whole = (tmp_path / "fieldmark.json").read_bytes()
+    before = ModelMetadata.load(tmp_path)
+    refused = 0
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(whole), 150, replace=False):
+        for content in (
+            whole[:place],
+            whole[:place] + bytes([whole[place] ^ (1 << rng.integers(8))]) + whole[place + 1 :],
+        ):
+            (tmp_path / "fieldmark.json").write_bytes(content)
+            try:
+                found = ModelMetadata.load(tmp_path)
+            except ExportError:
+                refused += 1
+                continue
+            # What a flipped digit or letter leaves valid is within its range.
+            assert found.temperature > 0
+            assert 0 <= found.threshold <= 1
+            assert len(set(found.classes)) == len(before.classes)
+            assert found.eval_spec().size > 0
+    assert refused > 200
+
+
+def test_an_export_of_an_earlier_version_has_the_default_limits(program, tmp_path):
+    write_export(tmp_path, program)
+    content = json.loads((tmp_path / "fieldmark.json").read_text())
+    del content["max_pixels"], content["batch_size"]
+    (tmp_path / "fieldmark.json").write_text(json.dumps(content))
+    found = ExportedModel.load(tmp_path, threads=1).metadata
+    assert (found.max_pixels, found.batch_size) == (178_956_970, 64)
+
+
+def test_a_predictor_keeps_the_limit_of_the_export(program, tmp_path):
+    write_export(tmp_path, program)
+    content = json.loads((tmp_path / "fieldmark.json").read_text())
+    (tmp_path / "fieldmark.json").write_text(json.dumps(content | {"max_pixels": 99}))
+    predictor = Predictor.load(tmp_path)
+    small, large = np.zeros((9, 11, 3), np.uint8), np.zeros((10, 10, 3), np.uint8)
+    first, second = predictor.predict([Image.fromarray(photo) for photo in (small, large)])
+    assert (first.problem, first.label in ("a", "b")) == ("", True)
+    assert "99" in second.problem

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
+from pydantic import Field, InstanceOf
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from scipy.stats import beta
 
 from fieldmark.errors import DataError, RunError
-from fieldmark.files import whole_or_absent
+from fieldmark.files import read_values, whole_or_absent
 from fieldmark.inference.taxonomy import Fallback, LevelScore, Taxonomy, find_answers, load_taxonomy
 from fieldmark.training.metrics import calibration_error, confidence_bins
 
@@ -91,15 +91,9 @@ class Calibration:
         if values.get("back_off"):
             known["fallback"] = Fallback.from_dict(values["back_off"], num_classes=num_classes)
         try:
-            return TypeAdapter(cls).validate_python(known)
-        except ValidationError as error:
-            missing = sorted(str(one["loc"][-1]) for one in error.errors() if one["type"] == "missing")
-            if missing:
-                what = f"lacks {', '.join(missing)}"
-            else:
-                first = error.errors(include_url=False)[0]
-                what = f"has {'.'.join(map(str, first['loc']))} = {first['input']!r}: {first['msg']}"
-            raise DataError(f"the calibration {what}; make it again with fieldmark calibrate") from None
+            return read_values(cls, known)
+        except ValueError as error:
+            raise DataError(f"the calibration {error}; make it again with fieldmark calibrate") from None
 
 
 def calibrate_run(

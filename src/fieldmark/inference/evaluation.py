@@ -21,7 +21,7 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import ResourceError, RunError
 from fieldmark.files import require_path, whole_or_absent
 from fieldmark.plots import confusion_figure, figure_png
-from fieldmark.progress import Progress
+from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.folder import PhotoPredictions, Run
 from fieldmark.study.statistics import Difference, paired_difference
@@ -136,7 +136,13 @@ def evaluate(
     index = run.split if data is None else replace(run.split, root=require_path(Path(data)))
     if not index.root.exists():
         raise RunError(f"the photos of {run.path} were in {index.root}, which is gone: say where they are with --data")
-    numbers = labeled_photos(run, index, split)
+    numbers, progress = labeled_photos(run, index, split), progress or Quiet()
+    known = run.data_info.get("fingerprint")
+    if known is not None and index.fingerprint() != known:
+        progress.message(
+            f"warning: the photos under {index.root} are not all as they were when {run.path} was trained (their "
+            "fingerprint differs): the result is of the photos as they are now"
+        )
     labels, paths = index.label_numbers()[numbers], tuple(index.photos[number].path for number in numbers)
     probabilities = predict_photos(run, index, numbers, flips=flips, progress=progress)
     if not flips:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from scipy.special import softmax
 
 from fieldmark.errors import DataError, ExportError, MissingExtraError
+from fieldmark.files import read_values
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
@@ -124,17 +125,11 @@ class ModelMetadata:
         if found != FORMAT:
             raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
         try:
-            metadata = TypeAdapter(cls).validate_python(content)
-            spec = TypeAdapter(_EvalPicture).validate_python(metadata.preprocessing)
+            metadata = read_values(cls, content)
+            spec = read_values(_EvalPicture, metadata.preprocessing)
             metadata.groups()
-        except ValidationError as error:
-            missing = sorted(str(one["loc"][-1]) for one in error.errors() if one["type"] == "missing")
-            if missing:
-                raise ExportError(f"{where} lacks {', '.join(missing)}: export the run again") from None
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            got = repr(first["input"])[:80]
-            raise ExportError(f"{where}, key {key!r}: {first['msg']}; got {got}. Export the run again") from None
+        except ValueError as error:
+            raise ExportError(f"{where} {error}. Export the run again") from None
         except DataError as error:
             raise ExportError(f"{where}, key 'back_off': {error}. Export the run again") from None
         twice = [name for place, name in enumerate(metadata.classes) if name in metadata.classes[:place]]

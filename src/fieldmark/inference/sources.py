@@ -319,10 +319,10 @@ def open_list(location: str, path_column: str) -> tuple[int, Callable[[], Iterat
 
 def _require_column(location: str, path_column: str, names: Sequence[str]) -> None:
     if path_column not in names:
-        hint = did_you_mean(path_column, names) or "."
+        there, hint = ", ".join(map(repr, names)), did_you_mean(path_column, names) or "."
         raise DataError(
-            f"{location} has no column {path_column!r}, but {', '.join(map(repr, names))}{hint} Say which column of a "
-            "list holds the paths with --path-column NAME; a shard needs `image`, as bytes"
+            f"{location} has no column {path_column!r}; it has {there}{hint} Say which column of a list holds the "
+            "paths with --path-column NAME; a shard needs `image`, as bytes"
         )
 
 
