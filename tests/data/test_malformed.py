@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fieldmark.data import decode as decode_module
 from fieldmark.data.decode import ReducedPhoto, decode, decode_reduced, read_size
 from fieldmark.errors import PhotoError
 
@@ -251,3 +253,89 @@ def test_links_and_devices(tmp_path: Path) -> None:
     assert outcome(tmp_path / "dangling.jpg") == "has vanished"
     assert outcome(tmp_path / "loop.jpg").startswith("cannot be read")
     assert outcome(Path(os.devnull)) == "is empty (0 bytes)"
+
+
+def odd_tags(count: int) -> bytes:
+    """A TIFF of 8 x 8 black pixels with tags that libtiff complains about, a line for each."""
+    pixels = zlib.compress(bytes(64))
+    start = 8 + 2 + 12 * (8 + count) + 4
+    plain = [(256, 3, 8), (257, 3, 8), (258, 3, 8), (259, 3, 8), (262, 3, 1), (273, 4, start), (278, 3, 8)]
+    tags = [struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in (*plain, (279, 4, len(pixels)))]
+    tags += [struct.pack("<HHII", 1000 + number, 16, 1, start) for number in range(count)]
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(tags) + bytes(4) + pixels
+
+
+def test_libtiff_writes_nothing_on_its_own(capfd):
+    pixels = decode(odd_tags(50), background=(0, 0, 0), max_pixels=LIMIT)
+    assert pixels.shape == (8, 8, 3)
+    assert capfd.readouterr().err == ""
+
+
+def icon(content: bytes) -> bytes:
+    return b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(content), 22) + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [png(13000, 13000, 8, 2, bytes(100)), struct.pack("<IiiHHIIIIII", 40, 13000, 26000, 1, 8, 1, 0, 0, 0, 0, 0)],
+)
+def test_what_lies_in_an_icon_is_held_to_the_limit_before_it_is_decoded(content):
+    with pytest.raises(PhotoError, match=r"has \d+ pixels, more than the limit 10000000"):
+        decode(icon(content), background=(0, 0, 0), max_pixels=LIMIT)
+
+
+def test_a_small_file_cannot_become_a_large_picture():
+    with pytest.raises(PhotoError, match="has 169000000 pixels in 172 bytes, which no photo has"):
+        decode(png(13000, 13000, 8, 2, bytes(100)).ljust(172, b"\0"), background=(0, 0, 0), max_pixels=200_000_000)
+    assert (
+        decode(png(7000, 7000, 1, 0, bytes(7000 * 876)), background=(0, 0, 0), max_pixels=49_000_000).shape[0] == 7000
+    )
+
+
+def test_the_users_limit_holds_for_every_format(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit is twice this
+    for kind in KINDS:
+        assert decode(make(kind), background=(0, 0, 0), max_pixels=3072).shape == (48, 64, 3)
+        with pytest.raises(PhotoError, match="has 3072 pixels, more than the limit 3071"):
+            decode(make(kind), background=(0, 0, 0), max_pixels=3071)
+
+
+def test_heic_is_read_upright_where_its_package_is_installed_and_else_names_it(monkeypatch):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # does not count: HEIC says its orientation itself
+    smooth = Image.fromarray(NOISE[:4, :4]).resize((64, 48), Image.Resampling.BICUBIC)
+    data = make("HEIF", smooth, exif=exif, quality=95)
+    pixels = decode(data, background=(0, 0, 0), max_pixels=LIMIT)
+    assert read_size(data, max_pixels=LIMIT) == (64, 48)
+    expected = np.asarray(smooth).astype(int)
+    assert np.abs(pixels - expected).mean() < 4
+    with pytest.raises(PhotoError, match=r"is truncated|is corrupt"):
+        decode(data[: len(data) // 2], background=(0, 0, 0), max_pixels=LIMIT)
+    monkeypatch.setattr(decode_module, "_register_heif", lambda: False)
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    with pytest.raises(PhotoError, match=r"is HEIC, which needs a package: pip install 'fieldmark\[heic\]'"):
+        decode(data, background=(0, 0, 0), max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (make("TIFF", tiffinfo={254: 1, 330: 8}), "is a camera's raw file"),
+        (make("TIFF", tiffinfo={50706: b"\1\4\0\0"}), "is a camera's raw file"),
+        (b"\0\0\0\x18ftypcrx " + bytes(500), "is a camera's raw file"),
+        (b"\xff\x0a" + bytes(500), "is JPEG XL, which cannot be read: convert it"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(500), "is JPEG XL"),
+        (b"PK\3\4" + bytes(500), "is a ZIP archive, not an image"),
+        (b"%PDF-1.7" + bytes(500), "is a PDF, not an image"),
+    ],
+)
+def test_what_looks_like_a_photo_and_cannot_be_read_says_what_it_is(data, expected):
+    with pytest.raises(PhotoError, match=expected):
+        decode(data, background=(0, 0, 0), max_pixels=LIMIT)
+
+
+def test_a_raw_file_is_never_taken_for_its_thumbnail(tmp_path):
+    (tmp_path / "a.NEF").write_bytes(make("TIFF"))
+    with pytest.raises(PhotoError, match="is a camera's raw file"):
+        decode(tmp_path / "a.NEF", background=(0, 0, 0), max_pixels=LIMIT)

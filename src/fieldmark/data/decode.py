@@ -1,6 +1,6 @@
 """Files to upright RGB photos: libjpeg-turbo for JPEG, Pillow for everything else and as the fallback.
 
-A photo either comes out whole or raises `PhotoError`: never half grey, never a warning on the side. Nothing here keeps
+A photo either comes out whole or raises `PhotoError`: never half gray, never a warning on the side. Nothing here keeps
 state between calls, so any number of threads may decode at once; the decoders release the interpreter lock.
 
 Shape letters: H, W height and width of the upright photo, in pixels.
@@ -8,11 +8,18 @@ Shape letters: H, W height and width of the upright photo, in pixels.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import functools
 import io
 import logging
+import os
 import re
+import struct
+import threading
 import warnings
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Union
@@ -20,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from fieldmark.data.folders import RAW_EXTENSIONS
 from fieldmark.errors import DataError, PhotoError
 
 if TYPE_CHECKING:
@@ -95,7 +103,7 @@ class _JpegHeader(NamedTuple):
 def decode(source: Path | bytes, *, background: RGB, max_pixels: int, name: str = "<bytes>") -> Pixels:
     """Decode one photo of any format that Pillow reads.
 
-    Grey of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB,
+    Gray of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB,
     of an animation the first frame counts.
 
     Args:
@@ -142,11 +150,11 @@ def decode_reduced(
         raise PhotoError(path, "is empty (0 bytes)")
     header = _read_jpeg_header(data)
     if header is not None:
-        check_pixels(path, header.width * header.height, max_pixels)
+        check_pixels(path, header.width * header.height, max_pixels, num_bytes=len(data))
         reduced = _decode_jpeg(path, data, header, min_short_side)
         if reduced is not None:
             return reduced
-    pixels = _decode_with_pillow(path, io.BytesIO(data), background, max_pixels)
+    pixels = _decode_with_pillow(path, data, background, max_pixels)
     return ReducedPhoto(pixels, pixels.shape[1], pixels.shape[0], 1.0)
 
 
@@ -202,7 +210,7 @@ def _reading_problem(error: OSError | ValueError) -> str:
 
 
 def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
-    """Size, colours and orientation; None for what simplejpeg cannot turn into RGB just as Pillow would."""
+    """Size, colors and orientation; None for what simplejpeg cannot turn into RGB just as Pillow would."""
     if not data.startswith(JPEG_START):
         return None
     import simplejpeg
@@ -256,7 +264,7 @@ def _decode_jpeg(path: str, data: bytes, header: _JpegHeader, min_short_side: fl
     try:
         pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width, strict=True)
     except ValueError as error:
-        # A scan that ends early inside a closed file: Pillow would pass it with the rest in grey.
+        # A scan that ends early inside a closed file: Pillow would pass it with the rest in gray.
         if "premature end of data segment" in str(error):
             raise PhotoError(path, "is truncated") from None
         return None
@@ -275,14 +283,24 @@ _TRUNCATED = re.compile(r"truncat|premature end|not enough|unexpected end|end of
 _NOT_PHOTOS = frozenset({"EPS", "WMF", "EMF"})
 _MAGIC = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _PILLOW_MODULES = r"PIL\."
+# A photo takes at least a bit or so for a pixel; only larger ones than this are held to it.
+_EMPTY_PIXELS, _PIXELS_PER_BYTE = 50_000_000, 100
+_PILLOW_LOCK = threading.RLock()
+_ICONS = (b"\0\0\1\0", b"icns")
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
+_RAW_PROBLEM = "is a camera's raw file, which cannot be read: convert it to JPEG or TIFF"
+_NESTED = re.compile(rb"(?:\x89PNG\r\n\x1a\n.{4}IHDR|\xff\x4f\xff\x51.{4})(.{4})(.{4})", re.DOTALL)  # PNG, JPEG 2000
+_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 254, 330, 50706
 # Pillow logs what is wrong with a file and then raises it: without a handler Python would print it, nameless.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-def check_pixels(path: str, num_pixels: int, limit: int) -> None:
-    """Refuse a decompression bomb by what its header says."""
+def check_pixels(path: str, num_pixels: int, limit: int, *, num_bytes: int = 0) -> None:
+    """Refuse a decompression bomb by what its header says, and by the size of its file where that is given."""
     if num_pixels > limit:
         raise PhotoError(path, f"has {num_pixels} pixels, more than the limit {limit}")
+    if num_bytes and num_pixels > max(_EMPTY_PIXELS, num_bytes * _PIXELS_PER_BYTE):
+        raise PhotoError(path, f"has {num_pixels} pixels in {num_bytes} bytes, which no photo has")
 
 
 def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
@@ -313,25 +331,90 @@ def _open(path: str, file: BinaryIO, max_pixels: int) -> Image.Image:
     from PIL import Image
 
     _silence_pillow()
+    _silence_libtiff()
+    has_heif = _register_heif()
+    if os.path.splitext(path)[1].lower() in RAW_EXTENSIONS:  # noqa: PTH122
+        raise PhotoError(path, _RAW_PROBLEM)
+    start = file.read(4)
+    file.seek(0)
+    if start in _ICONS:  # Pillow decodes what is in them when it opens them
+        content = file.read()
+        check_pixels(path, _nested_pixels(content), max_pixels, num_bytes=len(content))
+        file.seek(0)
     try:
-        image = Image.open(file)
+        with _pillow_limit(max_pixels):
+            image = Image.open(file)
     except Image.DecompressionBombError as error:
         raise PhotoError(path, _bomb_problem(error, max_pixels)) from None
     except Exception as error:
-        raise PhotoError(path, _opening_problem(file, error)) from None
+        raise PhotoError(path, _opening_problem(file, error, has_heif=has_heif)) from None
     check_pixels(path, image.width * image.height, max_pixels)
     if image.format in _NOT_PHOTOS:
         raise PhotoError(path, f"is {image.format}, a drawing that needs another program to read")
+    # What Pillow sees of such a file is its thumbnail.
+    tags = getattr(image, "tag_v2", {})
+    if _DNG_VERSION in tags or (_SUB_IFDS in tags and tags.get(_SUBFILE_TYPE) == 1):
+        raise PhotoError(path, _RAW_PROBLEM)
     return image
 
 
-def _opening_problem(file: BinaryIO, error: Exception) -> str:
+@functools.cache
+def _register_heif() -> bool:
+    """Let Pillow read HEIC where the package for it is installed."""
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+    except (ImportError, OSError):
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing a line per odd tag to stderr, without the photo's name; Pillow raises what matters."""
+    import PIL._imaging
+
+    # The library that Pillow is linked to; where it is part of Pillow itself (Windows), its handlers are not to be had.
+    with contextlib.suppress(OSError, AttributeError):
+        libtiff = ctypes.CDLL(PIL._imaging.__file__)
+        for handler in (libtiff.TIFFSetErrorHandler, libtiff.TIFFSetWarningHandler):
+            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            handler(None)
+
+
+@contextlib.contextmanager
+def _pillow_limit(max_pixels: int) -> Generator[None]:
+    """Let Pillow open what the user's limit allows, meanwhile: its own is one for all of the process."""
+    from PIL import Image
+
+    if Image.MAX_IMAGE_PIXELS is None or max_pixels <= 2 * Image.MAX_IMAGE_PIXELS:
+        yield
+        return
+    with _PILLOW_LOCK:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _opening_problem(file: BinaryIO, error: Exception, *, has_heif: bool) -> str:
     try:
         file.seek(0)
         start = file.read(16)
     except (OSError, ValueError):
         start = b""
-    if not start.startswith(_MAGIC):
+    kind = start[8:12] if start[4:8] == b"ftyp" else b""
+    if kind in _HEIF_BRANDS and not has_heif:
+        return "is HEIC, which needs a package: pip install 'fieldmark[heic]'"
+    if kind == b"crx " or start.startswith((b"FUJIFILMCCD-RAW", b"FOVb", b"IIU\0", b"IIRO", b"IIRS")):
+        return _RAW_PROBLEM
+    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "is JPEG XL, which cannot be read: convert it to JPEG or PNG"
+    if start.startswith((b"PK\3\4", b"%PDF")):
+        return f"is a {'PDF' if start.startswith(b'%') else 'ZIP archive'}, not an image"
+    if not start.startswith(_MAGIC) and kind not in _HEIF_BRANDS:
         return "is not an image"
     return "is truncated" if _TRUNCATED.search(str(error)) else "is corrupt"
 
@@ -361,9 +444,22 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _decode_with_pillow(path: str, file: BinaryIO, background: RGB, max_pixels: int) -> Pixels:
-    """Decode with Pillow to (H, W, 3) upright. `path` is for errors; arguments and errors are those of data.decode."""
-    return from_image(path, _open(path, file, max_pixels), background, max_pixels)
+def _decode_with_pillow(path: str, data: bytes, background: RGB, max_pixels: int) -> Pixels:
+    image = _open(path, io.BytesIO(data), max_pixels)
+    check_pixels(path, image.width * image.height, max_pixels, num_bytes=len(data))
+    return from_image(path, image, background, max_pixels)
+
+
+def _nested_pixels(data: bytes) -> int:
+    """Pixels of the largest picture within an icon, whose own header may say anything."""
+    sizes = [(int.from_bytes(m[1], "big"), int.from_bytes(m[2], "big")) for m in _NESTED.finditer(data)]
+    if data.startswith(_ICONS[0]):  # ICO: bitmaps without a signature, their offsets in a directory
+        for entry in range(6, min(6 + 16 * int.from_bytes(data[4:6], "little"), len(data)), 16):
+            start = int.from_bytes(data[entry + 12 : entry + 16], "little")
+            if data[start : start + 4] == b"\x28\0\0\0":
+                width, height = struct.unpack("<ii", data[start + 4 : start + 12].ljust(8, b"\0"))
+                sizes.append((abs(width), abs(height)))
+    return max((width * height for width, height in sizes), default=0)
 
 
 def from_image(path: str, image: Image.Image, background: RGB, max_pixels: int) -> Pixels:
@@ -372,7 +468,8 @@ def from_image(path: str, image: Image.Image, background: RGB, max_pixels: int) 
 
     check_pixels(path, image.width * image.height, max_pixels)
     try:
-        image.load()
+        with _pillow_limit(max_pixels):
+            image.load()
         # After load(), as Pillow turns TIFF itself and then takes the tag away.
         return turn_upright(_to_rgb(image, background), _orientation(image))
     except Image.DecompressionBombError as error:
@@ -402,7 +499,7 @@ def _to_rgb(image: Image.Image, background: RGB) -> Pixels:
 
 
 def _to_8_bit(image: Image.Image) -> Pixels:
-    """Grey of 16 or 32 bits or float, to 0..255 by its value range.
+    """Gray of 16 or 32 bits or float, to 0..255 by its value range.
 
     16-bit formats have the range of 65535 (12-bit TIFF of 4095). 32-bit and float say nothing of theirs: the smallest
     of 1 (float), 255 and 65535 that holds all values is taken; what is outside (or negative) is stretched from its
