@@ -88,6 +88,7 @@ def export_run(
         max_accuracy_loss=max_accuracy_loss,
         is_plain=not run.model_info["create"].get("stride_in_1x1", False),
         card=lambda written: model_card(run, written),
+        run=run,
     )
 
 
@@ -101,6 +102,7 @@ def export_model(
     max_accuracy_loss: float,
     is_plain: bool,
     card: Callable[[ModelMetadata], str],
+    run: Run | None = None,
 ) -> ModelMetadata:
     """Export a classifier and prove it on photos; see `export_run`.
 
@@ -113,6 +115,7 @@ def export_model(
         max_accuracy_loss: See `export_run`.
         is_plain: Whether timm's architecture is unchanged.
         card: Model card from the final metadata.
+        run: The model's run, to say how far the answers of `predict` differ where it computes in less than 32 bit.
     """
     _check(metadata.kind, out, photos, is_int8=is_int8)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +123,8 @@ def export_model(
     try:
         metadata = _write(model, metadata, part, photos, is_int8=is_int8, is_plain=is_plain)
         metadata = _prove(model, metadata, part, photos, is_int8=is_int8, max_accuracy_loss=max_accuracy_loss)
+        if run is not None and (gap := compare_answers(run, part, photos)):
+            metadata = replace(metadata, evidence=metadata.evidence | {"predict": gap})
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         (part / "README.md").write_text(card(metadata), encoding="utf-8")
         # mkdtemp makes private folders and safetensors private files; an export is for others.
@@ -268,6 +273,23 @@ def _prove(
         return replace(metadata, evidence={"int8": loss.to_dict()})
     parity = require_parity(reference, measured, limit=LIMITS[metadata.precision])
     return replace(metadata, evidence={"parity": parity.to_dict()})
+
+
+def compare_answers(run: Run, folder: Path, photos: Photos) -> dict[str, Any] | None:
+    """How far `predict` of the export is from `predict` of the run; None where the run too answers in 32 bit."""
+    from fieldmark.inference.predictor import Device, Predictor
+
+    precision = Device.choose(str(run.model_info["precision"])).precision
+    if precision == "32-true":
+        return None
+    predictor, exported = Predictor.load(run), ExportedModel.load(folder, threads=0)
+    same, largest, count = 0, 0.0, len(photos.labels)
+    for start in range(0, count, _CHUNK):
+        images = photos.load(range(start, min(start + _CHUNK, count)))
+        ours, theirs = predictor.probabilities(images), exported.probabilities(images)
+        same += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+        largest = max(largest, float(np.abs(ours - theirs).max()))
+    return {"precision": precision, "photos": count, "same_answer": same / count, "largest_difference": largest}
 
 
 def _halves(photos: Photos) -> tuple[list[int], list[int]]:

@@ -127,13 +127,25 @@ def _results(summary: dict[str, Any], data: dict[str, Any], calibration: Calibra
 
 
 def evidence_text(evidence: dict[str, Any]) -> str:
-    """What was measured when the model was exported, in one or two sentences."""
+    """What was measured when the model was exported, in one to three sentences."""
+    text = _describe_proof(evidence)
+    if "predict" in evidence:
+        row = evidence["predict"]
+        text += (
+            f" The run itself answers in {row['precision']} on the machine that exported it: `fieldmark predict` names "
+            f"{row['same_answer']:.1%} of {row['photos']} photos alike by both, and a probability differs by at most "
+            f"{row['largest_difference']:.3f}."
+        )
+    return text
+
+
+def _describe_proof(evidence: dict[str, Any]) -> str:
     if "int8" in evidence:
         row = evidence["int8"]
         points = 100 * row["loss"]
         change = "no loss" if points == 0 else f"a {'loss' if points > 0 else 'gain'} of {abs(points):.2f} points"
         return (
-            f"int8, calibrated on {row['calibration_photos']} validation photos and judged on {row['photos']} others: "
+            f"int8, calibrated on {row['calibration_photos']} validation photos, evaluated on {row['photos']} others: "
             f"accuracy {row['reference']:.2%} before, {row['quantized']:.2%} after, {change} (a loss of "
             f"{100 * row['limit']:.2f} was allowed). Right only before: {row['worse']} photos; only after: "
             f"{row['better']}."
