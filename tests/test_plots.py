@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import io
 import sys
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fieldmark.errors import PhotoError
 from fieldmark.plots import (
+    Tip,
     confusion_figure,
+    confusion_tips,
     draw_lambda,
     draw_rate,
     figure_png,
+    figure_svg,
     new_figure,
     photo_grid,
     plain_text,
+    thumbnail,
     training_figure,
 )
 
@@ -36,11 +42,57 @@ def test_a_dollar_name_is_shown_literally():
 
 
 def test_the_confusion_matrix_has_true_classes_in_rows():
-    figure = confusion_figure(np.array([[0, 3], [0, 1]]), ["a", "b"])
+    confusion = np.array([[0, 3], [0, 1]])
+    figure = confusion_figure(confusion, ["a", "b"])
     axes = figure.axes[0]
     assert axes.get_ylabel() == "true class"
-    assert np.array_equal(axes.images[0].get_array(), [[0, 1], [0, 1]])
+    colors = axes.images[0].get_array()
+    assert np.array_equal(colors[..., 3], [[0, 1], [0, 1]])  # full color: the whole row is there
+    assert np.array_equal(colors[0, 1, :3] * 255, [0xD5, 0x5E, 0x00])
+    assert np.array_equal(colors[1, 1, :3] * 255, [0x00, 0x72, 0xB2])
     assert sorted((text.get_position(), text.get_text()) for text in axes.texts) == [((1, 0), "3"), ((1, 1), "1")]
+    assert [tip.text for tip in confusion_tips(figure, confusion, ["a", "b"])] == ["a → b: 3 of 3", "b → b: 1 of 1"]
+
+
+def test_a_matrix_of_very_many_classes_shows_those_with_the_most_mistakes():
+    confusion = np.diag(np.full(500, 5))
+    confusion[7, 400] = 2
+    names = [
+        label.get_text()
+        for label in confusion_figure(confusion, [str(n) for n in range(500)]).axes[0].get_yticklabels()
+    ]
+    assert len(names) == 120
+    assert {"7", "400"} <= set(names)
+
+
+def test_a_picture_in_a_page_has_text_and_tooltips_and_no_markup_of_names():
+    figure = new_figure(3, 2)
+    axes = figure.subplots()
+    axes.plot([0, 10], [0, 10], label="x")
+    axes.set_title(plain_text("<b>&"))
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 10)
+    svg = figure_svg(figure, [Tip(axes, (0, 10), (0, 10), "<i>whole\udcff\nchart")], key="k")
+    root = ET.fromstring(svg)
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "<b>&" in texts
+    (tip,) = root.iter("{http://www.w3.org/2000/svg}title")
+    assert tip.text == "<i>whole�\nchart"
+    box = root.findall(".//{http://www.w3.org/2000/svg}rect")[-1].attrib
+    place = axes.get_position()
+    assert float(box["width"]) == pytest.approx(place.width * 216, abs=0.1)
+    assert float(box["y"]) == pytest.approx((1 - place.y1) * 144, abs=0.1)
+
+
+def test_a_thumbnail_is_as_small_as_asked(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    limits = {"background": (255, 255, 255), "max_pixels": 10**8}
+    content = thumbnail(tmp_path / "noise.png", 140, **limits, max_bytes=5000)
+    assert len(content) <= 5000
+    assert Image.open(io.BytesIO(content)).size == (140, 105)
+    with pytest.raises(PhotoError):
+        thumbnail(tmp_path / "gone.png", 140, **limits)
 
 
 def test_missing_figures_of_an_epoch_leave_a_gap_not_a_zero():

@@ -1,27 +1,48 @@
-"""Numbers become matplotlib figures. Nothing here opens files, shows windows or touches pyplot's global state.
+"""Numbers become matplotlib figures, and figures become PNG or SVG. No window is shown, and pyplot is not touched.
 
 Shape letters: K classes, N values.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 INK = "#22303c"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers too (Okabe and Ito, 2008)
+# Okabe and Ito's colors, which color-blind readers distinguish too, and a few more; each line has a dash of its own.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
+DASHES = ("-", "--", ":", "-.")
 LONGEST_NAME = 32
+MOST_CLASSES = 120
+"""A confusion matrix of more classes shows those with the most mistakes."""
+
+
+@dataclass(frozen=True)
+class Tip:
+    """Text that a page shows while the pointer is in a rectangle, given in data coordinates of `axes`."""
+
+    axes: Axes
+    x: tuple[float, float]
+    y: tuple[float, float]
+    text: str
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:
@@ -31,49 +52,130 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
     return Figure(figsize=(width_inches, height_inches), layout="constrained", facecolor="white")
 
 
+@contextmanager
+def _any_script() -> Generator[None]:
+    """Class names may be in any script: a glyph that the font lacks is drawn as a box, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from", category=UserWarning)
+        warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support .* natively")
+        yield
+
+
 def figure_png(figure: Figure, *, dpi: int = 120) -> bytes:
     """The figure as a PNG file's content."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # Class names may be in any script; a glyph that the font lacks is drawn as a box, and that is all.
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from", category=UserWarning)
-        warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support .* natively")
+    with _any_script():
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
-def plain_text(name: str) -> str:
+def figure_svg(figure: Figure, tips: Sequence[Tip] = (), *, key: str) -> str:
+    """The figure as an inline picture for a page: real text, the page's own ink and paper, and tooltips.
+
+    Args:
+        figure: It is changed: dots per inch, and no background.
+        tips: What to show where the pointer is.
+        key: A name that no other picture of the page has.
+    """
+    import matplotlib as mpl
+
+    figure.set_dpi(72)  # the unit of an SVG is a point
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+    buffer = io.StringIO()
+    with _any_script(), mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"#000000|#22303c", "currentColor", text).replace(" xmlns:xlink=", " data-xlink=")
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r"font(-family)?: ([\d.]+px )?['\"]?DejaVu Sans[^;\"]*", _page_font, text)
+    used = set(re.findall(r"#([\w-]+)[\")]", text))
+    text = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", text)
+    overlay = "".join(_overlay(tip, figure.bbox.height) for tip in tips)
+    return text[: text.rindex("</svg>")] + f'<g class="tips">{overlay}</g></svg>'
+
+
+def _page_font(found: re.Match[str]) -> str:
+    return f"font-size: {found[2].strip()}" if found[2] else "font-family: inherit"
+
+
+def _overlay(tip: Tip, height: float) -> str:
+    corners = tip.axes.transData.transform(list(zip(tip.x, tip.y, strict=True)))
+    (left, right), (low, high) = sorted(corners[:, 0]), sorted(corners[:, 1])
+    place = f'x="{left:.1f}" y="{height - high:.1f}" width="{right - left:.1f}" height="{high - low:.1f}"'
+    return f"<rect {place}><title>{html.escape(printable(tip.text))}</title></rect>"
+
+
+def printable(text: str) -> str:
+    """The text without what no page can hold, such as half a character; line breaks stay."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
+
+
+def plain_text(name: str, *, longest: int = LONGEST_NAME) -> str:
     """A user's name as matplotlib shows it literally: no mathematics, no line breaks, not too long."""
-    shown = "".join(letter if letter.isprintable() else "�" for letter in name)
-    shown = shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 1] + "…"
+    shown = printable(name).replace("\n", "�")
+    shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     return shown.replace("$", r"\$")
 
 
+def shown_classes(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of the classes that a confusion matrix shows: all, or the `MOST_CLASSES` with the most mistakes."""
+    mistakes = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * np.diag(confusion)
+    return np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES])
+
+
 def confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """Confusion matrix as a heat map: rows are the true classes, colours the share of the row.
+    """Confusion matrix: rows are the true classes, and the strength of the color is the share of the row.
 
     Args:
         confusion: (K, K) counts; row: the true class, column: the predicted one.
         classes: K names.
     """
-    num_classes = len(classes)
-    side = float(np.clip(2.5 + 0.16 * num_classes, 4.5, 24.0))
-    figure = new_figure(side + 0.8, side)
+    shown = shown_classes(confusion)
+    counts, names = confusion[np.ix_(shown, shown)], [plain_text(classes[int(index)]) for index in shown]
+    shares = counts / np.maximum(confusion.sum(axis=1, keepdims=True)[shown], 1)
+    has_counts = len(names) <= 25
+    cell, size = (19.0, 8.0) if has_counts else (7.6, 6.4)  # in points: 100 classes are legible, and fit a page
+    labels = 12 + 0.55 * size * max(map(len, names), default=0)
+    side = (max(cell * len(names), 150) + labels + 40) / 72
+    figure = new_figure(side, side)
     axes = figure.subplots()
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    size = float(np.clip(72 * side / (num_classes + 8), 3.0, 10.0))
-    names = [plain_text(name) for name in classes]
-    axes.set_xticks(range(num_classes), names, rotation=90, fontsize=size)
-    axes.set_yticks(range(num_classes), names, fontsize=size)
+    colors = np.zeros((*counts.shape, 4))
+    colors[..., :3] = _rgb(COLORS[1])
+    colors[np.arange(len(names)), np.arange(len(names)), :3] = _rgb(COLORS[0])
+    colors[..., 3] = np.where(counts > 0, 0.2 + 0.8 * shares, 0.0)
+    axes.imshow(colors, interpolation="none")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    if num_classes <= 25:
-        for row, column in zip(*np.nonzero(confusion), strict=True):
-            color = "white" if shares[row, column] > 0.5 else INK
-            axes.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=size, color=color)
-    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
+    few = "" if len(shown) == len(classes) else f"the {len(shown)} of {len(classes)} classes with the most mistakes\n"
+    axes.set_title(f"{few}blue: right, orange: mistakes", fontsize=9, loc="left")
+    if not has_counts:
+        axes.set_xticks(np.arange(len(names)) + 0.5, minor=True)
+        axes.set_yticks(np.arange(len(names)) + 0.5, minor=True)
+        axes.grid(which="minor", linewidth=0.3, alpha=0.4)
+        axes.tick_params(which="minor", length=0)
+    for row, column in zip(*np.nonzero(counts), strict=True) if has_counts else ():
+        color = "white" if shares[row, column] > 0.5 else INK
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=size, color=color)
     return figure
+
+
+def confusion_tips(figure: Figure, confusion: NDArray[np.int64], classes: Sequence[str]) -> list[Tip]:
+    """A tooltip for each cell of `confusion_figure` that holds a photo."""
+    shown, totals = shown_classes(confusion), confusion.sum(axis=1)
+    tips: list[Tip] = []
+    for row, column in zip(*np.nonzero(confusion[np.ix_(shown, shown)]), strict=True):
+        true, predicted = int(shown[row]), int(shown[column])
+        text = f"{classes[true]} → {classes[predicted]}: {confusion[true, predicted]} of {totals[true]}"
+        tips.append(Tip(figure.axes[0], (column - 0.5, column + 0.5), (row - 0.5, row + 0.5), text))
+    return tips
+
+
+def _rgb(color: str) -> tuple[float, ...]:
+    return tuple(int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
 
 
 def training_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
@@ -84,26 +186,50 @@ def training_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """
     figure = new_figure(11, 3.4)
     loss, accuracy, rate = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in metrics]
-    _draw_line(loss, epochs, [row.get("train_loss") for row in metrics], "training", COLORS[0])
-    _draw_line(loss, epochs, [row["val"].get("log_loss") for row in metrics], "validation", COLORS[1])
-    _draw_line(accuracy, epochs, [row.get("train_top1_clean") for row in metrics], "training, clean batches", COLORS[0])
-    _draw_line(accuracy, epochs, [row.get("train_top1_mixed") for row in metrics], "training, mixed", COLORS[2])
-    _draw_line(accuracy, epochs, [row["val"].get("top1") for row in metrics], "validation", COLORS[1])
+    val = [row.get("val") or {} for row in metrics]
     # The probe's rate is of another scale, and not of this schedule.
-    _draw_line(rate, epochs, [None if row.get("is_probe") else row.get("lr") for row in metrics], "head", COLORS[3])
+    tuned = [{} if row.get("is_probe") else row for row in metrics]
+    curves: tuple[tuple[Axes, Sequence[Mapping[str, Any]], str, str, int], ...] = (
+        (loss, metrics, "train_loss", "training", 0),
+        (loss, val, "log_loss", "validation", 1),
+        (accuracy, metrics, "train_top1_clean", "training, clean batches", 0),
+        (accuracy, metrics, "train_top1_mixed", "training, mixed", 2),
+        (accuracy, val, "top1", "validation", 1),
+        (rate, tuned, "lr", "head", 3),
+    )
+    for axes, rows, key, label, index in curves:
+        points = [(row["epoch"], found[key]) for row, found in zip(metrics, rows, strict=True)
+                  if found.get(key) is not None]  # fmt: skip
+        if points:
+            draw_line(axes, *zip(*points, strict=True), index=index, label=label)
     for axes, title in ((loss, "loss"), (accuracy, "top-1 accuracy"), (rate, "learning rate")):
-        _dress(axes, title, "epoch")
+        dress(axes, title, "epoch")
         axes.locator_params(axis="x", integer=True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _draw_line(axes: Axes, epochs: Sequence[int], values: Sequence[float | None], label: str, color: str) -> None:
-    points = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if value is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=color)
+def draw_line(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    index: int,
+    label: str,
+    band: tuple[Sequence[float], Sequence[float]] | None = None,
+    trend: Sequence[float] | None = None,
+) -> None:
+    """One line, in the color and dash of its index; a band around it, and a bold trend over a fainter line."""
+    color, dash = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
+    label = plain_text(label)
+    if band is not None and list(band[0]) != list(band[1]):
+        axes.fill_between(x, band[0], band[1], color=color, alpha=0.15, linewidth=0)
+    if trend is None:
+        axes.plot(x, y, dash, color=color, marker="o", markersize=3, linewidth=1.6, label=label)
+    else:
+        axes.plot(x, y, dash, color=color, linewidth=0.8, alpha=0.6)
+        axes.plot(x, trend, dash, color=color, linewidth=2, label=label)
 
 
 def draw_lambda(axes: Axes, values: NDArray[np.float64], alpha: tuple[float, float], title: str) -> None:
@@ -120,7 +246,7 @@ def draw_lambda(axes: Axes, values: NDArray[np.float64], alpha: tuple[float, flo
     axes.hist(values, bins=40, range=(0, 1), density=True, color=COLORS[0], alpha=0.35)
     grid = np.linspace(0, 1, 201)
     if np.ptp(values) > 0:
-        # Mirrored at both ends: a plain kernel estimate would sink where most of the mass lies.
+        # Mirrored at both ends: a plain kernel estimate would sink where most of the mass is.
         mirrored = np.concatenate([-values, values, 2 - values])
         axes.plot(grid, 3 * gaussian_kde(mirrored, bw_method=0.03)(grid), color=COLORS[0], label="density of λ")
     inside = grid[1:-1]
@@ -128,7 +254,7 @@ def draw_lambda(axes: Axes, values: NDArray[np.float64], alpha: tuple[float, flo
     axes.plot(inside, drawn, "--", color=COLORS[1], linewidth=1, label="Beta(α, α) drawn from")
     axes.set_ylim(0, 4)
     axes.legend(frameon=False, fontsize=8)
-    _dress(axes, title, "λ")
+    dress(axes, title, "λ")
 
 
 def draw_rate(axes: Axes, epochs: NDArray[np.float64], rates: Mapping[str, NDArray[np.float64]], title: str) -> None:
@@ -139,7 +265,7 @@ def draw_rate(axes: Axes, epochs: NDArray[np.float64], rates: Mapping[str, NDArr
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     if len(rates) > 1:
         axes.legend(frameon=False, fontsize=8)
-    _dress(axes, title, "epoch")
+    dress(axes, title, "epoch")
 
 
 def draw_photo(axes: Axes, pixels: NDArray[np.uint8], caption: str, *, color: str = INK) -> None:
@@ -154,7 +280,7 @@ def draw_photo(axes: Axes, pixels: NDArray[np.uint8], caption: str, *, color: st
 
 
 def photo_grid(photos: Sequence[NDArray[np.uint8]], captions: Sequence[str], colors: Sequence[str]) -> Figure:
-    """Photos in rows of at most six, each with its caption in its colour."""
+    """Photos in rows of at most six, each with its caption in its color."""
     columns = min(len(photos), 6)
     rows = math.ceil(len(photos) / columns)
     figure = new_figure(2.1 * columns, 2.55 * rows)
@@ -166,9 +292,37 @@ def photo_grid(photos: Sequence[NDArray[np.uint8]], captions: Sequence[str], col
     return figure
 
 
-def _dress(axes: Axes, title: str, x_label: str) -> None:
+def dress(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
+    """The look that all charts share: a small title, a faint grid, no box."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True, alpha=0.2)
+
+
+def thumbnail(
+    photo: Path, side: int, *, background: tuple[int, int, int], max_pixels: int, max_bytes: int | None = None
+) -> bytes:
+    """JPEG of a photo, its long side at most `side` pixels, and of at most `max_bytes` where that is possible.
+
+    Raises:
+        PhotoError: The photo is gone or broken.
+    """
+    from PIL import Image
+
+    from fieldmark.data.decode import decode_reduced
+
+    image = Image.fromarray(
+        decode_reduced(photo, min_short_side=side, background=background, max_pixels=max_pixels).pixels
+    )
+    image.thumbnail((side, side), Image.Resampling.BICUBIC)
+    content = b""
+    for quality in (82, 65, 45, 25, 10):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        content = buffer.getvalue()
+        if max_bytes is None or len(content) <= max_bytes:
+            break
+    return content

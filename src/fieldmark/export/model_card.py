@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fieldmark.inference.exported import ModelMetadata
 from fieldmark.models.provenance import describe_pretraining
+from fieldmark.study.report import markdown_text
 
 if TYPE_CHECKING:
     from fieldmark.inference.calibration import Calibration
@@ -40,14 +41,14 @@ def write_card(
     """Markdown from plain values; see `model_card`."""
     sections = [
         _front_matter(metadata),
-        f"# {_inline(metadata.run)}: {len(metadata.classes)} classes of photographs",
+        f"# {markdown_text(metadata.run)}: {len(metadata.classes)} classes of photographs",
         _facts(metadata),
         "## Results\n\n" + _results(summary, data, calibration),
         "## Agreement with the run\n\n" + evidence_text(metadata.evidence),
         "## Data\n\n" + _data(data),
         "## Weights\n\n" + _weights(metadata),
         "## Limits\n\n" + _limits(metadata),
-        f"## Classes\n\n{', '.join(_inline(name) for name in metadata.classes)}",
+        f"## Classes\n\n{', '.join(markdown_text(name) for name in metadata.classes)}",
         f"## Recipe\n\n<details>\n<summary>All settings</summary>\n\n{_fenced(without_folders(recipe))}\n\n</details>",
         _use(metadata),
     ]
@@ -122,7 +123,7 @@ def _results(summary: dict[str, Any], data: dict[str, Any], calibration: Calibra
     )
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)
     crossed = " Calibrated figures are cross-fitted." if calibration else ""
-    note = f"\n\n{_inline(str(summary['note']))}" if "note" in summary else ""  # of a soup
+    note = f"\n\n{markdown_text(str(summary['note']))}" if "note" in summary else ""  # of a soup
     return f"On {photos}, {chosen}.{crossed}\n\n| Figure | Value |\n|---|---|\n{table}{note}"
 
 
@@ -172,15 +173,15 @@ def _data(data: dict[str, Any]) -> str:
     listed = ", ".join(f"{count} {split or 'without split'}" for split, count in totals.items())
     smallest = min(counts, key=lambda name: sum(counts[name].values()))
     return (
-        f"{len(counts)} classes; photos: {listed}. The smallest class is {_inline(smallest)} with "
+        f"{len(counts)} classes; photos: {listed}. The smallest class is {markdown_text(smallest)} with "
         f"{sum(counts[smallest].values())} photos. Fingerprint `{data.get('fingerprint', 'unknown')}`."
     )
 
 
 def _weights(metadata: ModelMetadata) -> str:
-    text = f"Training started from weights under the licence **{_inline(metadata.licence)}**"
+    text = f"Training started from weights under the licence **{markdown_text(metadata.licence)}**"
     described = describe_pretraining(metadata.pretraining)
-    text += f", pre-trained on: {_inline(metadata.pretraining if described == 'unknown' else described)}."
+    text += f", pre-trained on: {markdown_text(metadata.pretraining if described == 'unknown' else described)}."
     if "nc" in metadata.licence.lower().replace("_", "-").split("-"):
         text += " That licence forbids commercial use, of this model too."
     return text
@@ -228,12 +229,6 @@ def without_folders(recipe: str) -> str:
 
 def _figure(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _inline(text: str) -> str:
-    """Text that Markdown and HTML leave alone, on one line."""
-    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{letter}" if letter in "\\`*_[]|#" else letter for letter in flat)
 
 
 def _cell(text: str) -> str:

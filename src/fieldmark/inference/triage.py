@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fieldmark.errors import DataError, MissingExtraError
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
+from fieldmark.training import metrics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,14 +103,12 @@ def join_judged(runs: Sequence[Run]) -> Judged:
 
 def confused_pairs(judged: Judged) -> list[ConfusedPair]:
     """Pairs of classes by the number of photos mistaken for each other, most first."""
-    guesses = judged.guesses
-    wrong = np.flatnonzero(guesses != judged.labels)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for place in wrong[np.argsort(-judged.probabilities[wrong].max(axis=1), kind="stable")]:
-        first, second = sorted((int(judged.labels[place]), int(guesses[place])))
-        groups.setdefault((first, second), []).append(int(place))
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [ConfusedPair(first, second, tuple(places)) for (first, second), places in ordered]
+    low, high = np.minimum(judged.labels, judged.guesses), np.maximum(judged.labels, judged.guesses)
+    surest_first = np.argsort(np.argsort(-judged.probabilities.max(axis=1), kind="stable"))
+    return [
+        ConfusedPair(first, second, tuple(sorted(map(int, places), key=surest_first.__getitem__)))
+        for first, second, places in metrics.confused_pairs(low, high)
+    ]
 
 
 def highest_losses(judged: Judged) -> Places:

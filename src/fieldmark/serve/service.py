@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -396,13 +395,8 @@ class Problem(BaseModel):
 
 def thumbnail(file: Path, side: int) -> bytes:
     """JPEG of a photo, its long side at most `side` pixels; raises PhotoError."""
-    from PIL import Image
+    from fieldmark.config import DataConfig
+    from fieldmark.plots import thumbnail
 
-    from fieldmark.data.decode import decode_reduced
-
-    photo = decode_reduced(file, min_short_side=side, background=(255, 255, 255), max_pixels=178_956_970).pixels
-    image = Image.fromarray(photo)
-    image.thumbnail((side, side), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()
+    limits = DataConfig()
+    return thumbnail(file, side, background=limits.background, max_pixels=limits.max_pixels)

@@ -341,17 +341,18 @@ def _notes(variants: Sequence[Variant], metric: Metric) -> tuple[str, ...]:
         notes.append(f"Only {photos} photos: accuracies and intervals are rough, and small differences cannot be seen.")
     single = [variant.name for variant in variants if len(variant.seeds) == 1]
     if single:
-        names = ", ".join(single) if len(single) < len(variants) else "Every variant"
+        names = "Every variant: one" if len(single) == len(variants) else f"{', '.join(single)}: one"
         notes.append(
-            f"{names}: one run only. Intervals cover the choice of photos, not the chance of training; "
-            "train with more seeds (sweep --seeds 3) to include it."
+            f"{names if len(variants) > 1 else 'One'} run only. Intervals cover the choice of photos, not the chance "
+            "of training; train with more seeds (sweep --seeds 3) to include it."
         )
     worst = max(variants, key=lambda variant: variant.optimism.points)
     if worst.optimism.points >= 0.0005:
+        largest = f" (largest: {worst.name})" if len(variants) > 1 else ""
         bound = "at most about" if worst.optimism.source == "history" else "about"
         notes.append(
             f"The best epoch was chosen on these photos: an optimistic bias of {bound} "
-            f"{100 * worst.optimism.points:.1f} points of accuracy (largest: {worst.name})."
+            f"{100 * worst.optimism.points:.1f} points of accuracy{largest}."
         )
     return (*notes, *filter(None, (probe_note(run) for variant in variants for run in variant.runs)))
 

@@ -64,6 +64,15 @@ def confusion_matrix(predicted: Ints, labels: Ints, *, num_classes: int) -> NDAr
     return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+def confused_pairs(labels: Ints, predicted: Ints) -> list[tuple[int, int, NDArray[np.int64]]]:
+    """(true class, predicted class, indices of the photos) for every pair that was confused, most photos first."""
+    labels, predicted = np.asarray(labels, np.int64), np.asarray(predicted, np.int64)
+    wrong = np.flatnonzero(labels != predicted)
+    pairs, group = np.unique(np.stack([labels[wrong], predicted[wrong]], axis=1), axis=0, return_inverse=True)
+    found = [(int(true), int(other), wrong[group.ravel() == index]) for index, (true, other) in enumerate(pairs)]
+    return sorted(found, key=lambda pair: -len(pair[2]))
+
+
 def class_recalls(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
     """(K,) share of each class's photos that were found; NaN where a class has no photo."""
     counts = confusion.sum(axis=1)
