@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fieldmark.config import Config, load_config
     from fieldmark.errors import FieldmarkError
+    from fieldmark.estimator import Classifier, fit
     from fieldmark.export.export import export_run
     from fieldmark.inference.calibration import calibrate_run
     from fieldmark.inference.combine import combine
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fieldmark.study.sweep import run_sweep, sweep
 
 _HOMES = {
+    "Classifier": "estimator",
     "Config": "config",
     "Evaluation": "inference.evaluation",
     "FieldmarkError": "errors",
@@ -36,6 +38,7 @@ _HOMES = {
     "compare_runs": "study.compare",
     "evaluate": "inference.evaluation",
     "export_run": "export.export",
+    "fit": "estimator",
     "load_config": "config",
     "log_uniform": "study.grid",
     "resume": "runs.train",
@@ -47,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Classifier",
     "Config",
     "Evaluation",
     "FieldmarkError",
@@ -59,6 +63,7 @@ __all__ = [
     "compare_runs",
     "evaluate",
     "export_run",
+    "fit",
     "load_config",
     "log_uniform",
     "resume",

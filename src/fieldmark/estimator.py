@@ -1,0 +1,175 @@
+"""Train from Python in one call: `fit` for a folder of photos, `Classifier` for lists of files and labels.
+
+`Classifier` follows scikit-learn's conventions, so that `cross_val_score` and pipelines take it.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.validation import check_is_fitted
+
+from fieldmark.errors import DataError, PhotoError
+
+if TYPE_CHECKING:
+    from fieldmark.progress import Progress
+    from fieldmark.runs.folder import Run
+
+
+def fit(
+    photos: str | Path,
+    *,
+    minutes: float | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a classifier and return its run.
+
+    Args:
+        photos: A folder of class folders, or a table with the columns `path` and `label`.
+        minutes: Make the best model that this time can make. Without minutes and recipe, a time that suits the machine.
+        recipe: A shipped recipe or a TOML file; without minutes, it is trained to its own end.
+        out: The run folder; None makes a new one in `runs/`.
+        progress: Where to report; None is a bar or lines on stderr.
+        settings: As with `--set`: `epochs=5`, or a section as a mapping, `optim={"lr": 1e-4}`.
+
+    Returns:
+        The finished run: `run.summary`, `fieldmark.Predictor.load(run)`.
+
+    Raises:
+        FieldmarkError: Settings, data, weights or machine do not allow it.
+
+    Example:
+        >>> import fieldmark
+        >>> run = fieldmark.fit("photos", minutes=10)  # doctest: +SKIP
+        >>> run.summary["val"]["top1"]  # doctest: +SKIP
+    """
+    from fieldmark.budget.run import machine_minutes, train_within
+    from fieldmark.config import apply_overrides, parse_config, read_recipe
+    from fieldmark.progress import open_progress
+    from fieldmark.runs.folder import Run
+    from fieldmark.runs.train import new_run_folder, train
+
+    name, tree = read_recipe(recipe)
+    apply_overrides(tree, _dotted(settings))
+    tree["data"] = {**tree.get("data", {}), "path": str(photos)}
+    config = parse_config(tree, name)
+    folder = Path(out) if out is not None else new_run_folder(config, str(recipe or "minutes"))
+    if progress is None:
+        with open_progress("train") as shown:
+            return fit(photos, minutes=minutes, recipe=recipe, out=folder, progress=shown, **settings)
+    if minutes is None and recipe is not None:
+        for _ in train(config, folder, progress=progress):
+            pass
+        return Run(folder)
+    return train_within(config, folder, minutes=minutes or machine_minutes(config), progress=progress)
+
+
+class Classifier(ClassifierMixin, BaseEstimator):
+    """A photo classifier with scikit-learn's interface: photos are paths, labels are anything that sorts.
+
+    Args:
+        minutes: As in `fit`.
+        recipe: As in `fit`.
+        out: The run folder; None keeps it in a temporary folder that goes with the estimator.
+        settings: As in `fit`, such as `{"epochs": 5}`.
+
+    Attributes:
+        classes_: (K,) labels, sorted.
+        run_: The finished run.
+
+    Example:
+        >>> import fieldmark
+        >>> model = fieldmark.Classifier(minutes=5)
+        >>> model.fit(paths, labels).score(test_paths, test_labels)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        minutes: float | None = None,
+        recipe: str | None = None,
+        out: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.minutes = minutes
+        self.recipe = recipe
+        self.out = out
+        self.settings = settings
+
+    def fit(self, X: Sequence[str | Path], y: Sequence[Any]) -> Self:  # noqa: N803
+        """Train on files and their labels.
+
+        Args:
+            X: (N,) paths of photos.
+            y: (N,) labels of at least two classes.
+
+        Raises:
+            DataError: Not as many labels as photos, or fewer than two classes.
+        """
+        files, labels = _paths(X), np.asarray(y)
+        if labels.shape != (len(files),):
+            raise DataError(f"fit needs one label for each photo; got {len(files)} photos and labels {labels.shape}")
+        self.classes_, numbers = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise DataError(f"fit needs at least two classes; got {self.classes_.tolist()}")
+        self._folder = None if self.out else tempfile.TemporaryDirectory(prefix="fieldmark-")
+        out = Path(self.out) if self._folder is None else Path(self._folder.name) / "run"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        table = out.with_name(out.name + "-photos.csv")
+        with table.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "label"])
+            writer.writerows(zip(files, numbers.tolist(), strict=True))
+        self.run_ = fit(table, minutes=self.minutes, recipe=self.recipe, out=out, **(self.settings or {}))
+        self.n_features_in_ = 1
+        return self
+
+    def predict_proba(self, X: Sequence[str | Path]) -> NDArray[np.float32]:  # noqa: N803
+        """Return (N, K) probabilities, in the order of `classes_`.
+
+        Raises:
+            PhotoError: A photo cannot be read.
+        """
+        from fieldmark.inference.predictor import Predictor
+
+        check_is_fitted(self, "run_")
+        predictor = Predictor.load(self.run_)
+        answers = list(predictor.predict(_paths(X)))
+        for answer in answers:
+            if answer.problem:
+                raise PhotoError(answer.path, answer.problem)
+        order = [predictor.classes.index(str(number)) for number in range(len(self.classes_))]
+        return np.stack([answer.probabilities for answer in answers])[:, order]
+
+    def predict(self, X: Sequence[str | Path]) -> NDArray[Any]:  # noqa: N803
+        """Return (N,) labels.
+
+        Raises:
+            PhotoError: A photo cannot be read.
+        """
+        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+
+
+def _paths(photos: Sequence[str | Path]) -> list[str]:
+    files = [str(Path(photo).resolve()) for photo in np.asarray(photos, dtype=object).reshape(-1)]
+    if not files:
+        raise DataError("there are no photos: give a list of at least one path")
+    return files
+
+
+def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with sections spelled out: `optim={"lr": 1e-4}` is `optim.lr`."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
