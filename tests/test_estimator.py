@@ -43,8 +43,8 @@ def test_fit_trains_at_once_and_returns_the_finished_run(photos, tmp_path):
 
 
 def test_a_setting_that_is_none_is_answered_with_the_right_one(photos, tmp_path):
-    with pytest.raises(ConfigError, match="epochs"):
-        fieldmark.fit(photos, recipe="laptop", out=tmp_path / "run", train={"epoch": 1})
+    with pytest.raises(ConfigError, match=r"no such setting.*epochs"):
+        fieldmark.fit(photos, recipe="laptop", out=tmp_path / "run", train={"epocks": 1})
     assert not (tmp_path / "run").exists()
 
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -122,9 +124,13 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self.classes_, numbers = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
             raise DataError(f"fit needs at least two classes; got {self.classes_.tolist()}")
-        self._folder = None if self.out else tempfile.TemporaryDirectory(prefix="fieldmark-")
-        out = Path(self.out) if self._folder is None else Path(self._folder.name) / "run"
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if self.out:
+            out = Path(self.out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            temporary = tempfile.mkdtemp(prefix="fieldmark-")
+            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            out = Path(temporary) / "run"
         table = out.with_name(out.name + "-photos.csv")
         with table.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file)
@@ -157,7 +163,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
         Raises:
             PhotoError: A photo cannot be read.
         """
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]
 
 
 def _paths(photos: Sequence[str | Path]) -> list[str]:
