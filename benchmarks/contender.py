@@ -87,25 +87,26 @@ def ours(setup: Setup, folder: Path, stage: Stage) -> None:
 def ours_model(setup: Setup, folder: Path, stage: Stage) -> None:
     """Fieldmark's own loop on one batch that is ready: the ceiling."""
     from fieldmark.progress import Quiet
-    from fieldmark.runs.session import begin, open_session
+    from fieldmark.runs.session import open_session
+    from fieldmark.training.evaluate import Validation
     from fieldmark.training.loop import UpdateOptions, train_epochs
 
-    session = open_session(_settings(setup), folder / "run", start="new", progress=Quiet())
-    begin(session)
-    batch = next(iter(session.train_batches(0, 0)))
-    steps = setup.steps or session.steps_per_epoch
-    reports = train_epochs(
-        session.fabric,
-        session.state,
-        epochs=ENDLESS,
-        steps_per_epoch=steps,
-        batches=lambda epoch, first: itertools.repeat(batch, steps),
-        evaluate=lambda model: {},
-        options=UpdateOptions(),
-    )
-    while stage.wait():
-        report = next(reports)
-        stage.tell(report.seconds, report.images)
+    with open_session(_settings(setup), folder / "run", start="new", progress=Quiet()) as session:
+        state = session.start_training()
+        batch = next(iter(session.train_batches(0, 0)))
+        steps = setup.steps or session.plan.steps_per_epoch
+        reports = train_epochs(
+            session.fabric,
+            state,
+            epochs=ENDLESS,
+            steps_per_epoch=steps,
+            batches=lambda epoch, first: itertools.repeat(batch, steps),
+            evaluate=lambda model: Validation(),
+            options=UpdateOptions(),
+        )
+        while stage.wait():
+            report = next(reports)
+            stage.tell(report.seconds, report.images)
 
 
 def timm_script(setup: Setup, folder: Path, stage: Stage) -> None:

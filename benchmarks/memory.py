@@ -115,7 +115,7 @@ def train_some(data: str, out: str, updates: int, home: str) -> None:
     """Open a run with everything that a user's has, and end it after some updates; 0 trains one epoch to the end."""
     from fieldmark.config import load_config
     from fieldmark.progress import Quiet
-    from fieldmark.runs.session import begin, open_session
+    from fieldmark.runs.session import open_session
     from fieldmark.runs.train import train
 
     settings = ["augment.size=96", "model.name=tf_efficientnet_lite0", "model.weights=random", "train.batch_size=8"]
@@ -132,24 +132,23 @@ def train_some(data: str, out: str, updates: int, home: str) -> None:
         for _ in train(config, out):
             pass
         return
-    session = open_session(config, Path(out), start="new", progress=Quiet())
-    begin(session)
-    batches: Any = islice(session.train_batches(0, 0), updates)
-    _update_all(session, batches)
-    session.save()
-    session.loader.close()
+    with open_session(config, Path(out), start="new", progress=Quiet()) as session:
+        state = session.start_training()
+        _update_all(session, state, islice(session.train_batches(0, 0), updates))
+        session.writer.save(state)
 
 
-def _update_all(session: Any, batches: Any) -> None:
+def _update_all(session: Any, state: Any, batches: Any) -> None:
+    from fieldmark.training.evaluate import Validation
     from fieldmark.training.loop import UpdateOptions, train_epochs
 
     reports = train_epochs(
         session.fabric,
-        session.state,
+        state,
         epochs=1,
-        steps_per_epoch=session.steps_per_epoch,
+        steps_per_epoch=session.plan.steps_per_epoch,
         batches=lambda epoch, first: batches,
-        evaluate=lambda model: {},
+        evaluate=lambda model: Validation(),
         options=UpdateOptions(),
     )
     for _ in reports:

@@ -149,12 +149,13 @@ def first_batch(data: str, out: str) -> None:
     """From the settings to the first batch of training images."""
     from fieldmark.config import load_config
     from fieldmark.progress import Quiet
-    from fieldmark.runs.session import begin, open_session
+    from fieldmark.runs.session import open_session
 
-    session = open_session(load_config(None, _settings(data, ENDLESS)), Path(out), start="new", progress=Quiet())
-    begin(session)
-    next(iter(session.train_batches(0, 0)))
-    os._exit(0)
+    config = load_config(None, _settings(data, ENDLESS))
+    with open_session(config, Path(out), start="new", progress=Quiet()) as session:
+        session.start_training()
+        next(iter(session.train_batches(0, 0)))
+        os._exit(0)
 
 
 def first_update(data: str, out: str) -> None:

@@ -8,6 +8,7 @@
     ├── ResourceError        not enough memory, disk or time
     ├── TrainingError        training cannot go on (a non-finite loss, say)
     ├── InterruptedRunError  training was asked to stop, and saved everything
+    ├── ReportedElsewhereError  another process of the same training raises the error
     ├── RunError             a run folder is missing something or was made by another version
     ├── PredictionError      a prediction file cannot be written as asked
     ├── ExportError          an exported model disagrees with the run, or cannot be made
@@ -77,6 +78,18 @@ class ResourceError(FieldmarkError):
 
 class TrainingError(FieldmarkError):
     """Training cannot go on."""
+
+
+class ReportedElsewhereError(FieldmarkError):
+    """Another process of the same training raises the error; the command line leaves the word to it.
+
+    Args:
+        rank: Of that process, where it is known.
+    """
+
+    def __init__(self, rank: int | None) -> None:
+        name = "another process" if rank is None else f"process {rank}"
+        super().__init__(f"{name} of this training has failed; its own message says why")
 
 
 class RunError(FieldmarkError):

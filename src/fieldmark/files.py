@@ -30,7 +30,7 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
         # safetensors makes files that only their owner may read.
         part.chmod(0o666 & ~_umask())
         # Without the sync a power cut may leave a renamed but empty file.
-        with part.open("rb") as file:
+        with part.open("rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         part.replace(path)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
@@ -76,19 +76,30 @@ def require_path(path: Path) -> Path:
 
 
 @contextmanager
-def alone(lock: Path, *, busy: str) -> Generator[None]:
-    """Hold a lock to the end of the block; the system lets go of a dead process's.
+def exclusive_lock(
+    lock: Path, *, busy: str, wait_seconds: float = 0.0, on_wait: Callable[[], None] | None = None
+) -> Generator[None]:
+    """Hold a lock to the end of the block; the system takes it back from a process that dies.
 
     Args:
         lock: File of the lock, in a folder that exists.
         busy: What to say if another process holds it.
+        wait_seconds: How long to wait for that process.
+        on_wait: Called once before waiting.
 
     Raises:
-        RunError: Another process holds it.
+        RunError: Another process holds it, and goes on holding it.
     """
-    held = FileLock(lock, timeout=0)
+    held = FileLock(lock, thread_local=False)
     try:
-        held.acquire()
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            if not wait_seconds:
+                raise
+            if on_wait is not None:
+                on_wait()
+            held.acquire(timeout=wait_seconds)
     except Timeout:
         raise RunError(busy) from None
     try:
@@ -114,3 +125,18 @@ def read_values(kind: type[Value], values: Any) -> Value:
             raise ValueError(f"lacks {', '.join(missing)}") from None
         key, found = ".".join(map(str, problems[0]["loc"])), repr(problems[0]["input"])[:80]
         raise ValueError(f"has {key} = {found}: {problems[0]['msg']}") from None
+
+
+def remove_dead_parts(folder: Path) -> None:
+    """Remove the unfinished files that killed processes left below a folder; those of living ones stay."""
+    for part in folder.rglob("*.part"):
+        number = part.name.split(".")[-2]
+        if number.isdecimal() and not _is_alive(int(number)):
+            with suppress(OSError):
+                part.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(process)

@@ -21,10 +21,10 @@ from PIL import Image
 from fieldmark.config import load_config
 from fieldmark.errors import ConfigError, DataError, InterruptedRunError, ResourceError, RunError, TrainingError
 from fieldmark.inference.evaluation import evaluate
-from fieldmark.runs.build import global_batches
 from fieldmark.runs.folder import Run
-from fieldmark.runs.session import Session
+from fieldmark.runs.plan import cut_updates
 from fieldmark.runs.train import resume, train
+from fieldmark.runs.writer import RunWriter
 from fieldmark.training.checkpoint import load_checkpoint, load_saved_weights
 from fieldmark.training.metrics import summarize
 
@@ -179,7 +179,7 @@ def test_odd_batches_and_a_last_batch_of_one_are_trained_on(photos, tmp_path):
 
 def test_no_photo_is_dropped_and_none_is_alone_in_a_batch():
     for total, size, processes in ((36, 5, 1), (9, 4, 2), (1, 4, 1), (10, 10, 3), (11, 10, 1)):
-        cuts = global_batches(range(total), size, processes=processes)
+        cuts = cut_updates(range(total), size, processes=processes)
         assert [number for cut in cuts for number in cut] == list(range(total))
         assert all(len(cut) >= 2 * processes for cut in cuts) or len(cuts) == 1
 
@@ -256,14 +256,14 @@ def test_a_run_killed_right_after_a_save_equals_an_unbroken_one(photos, tmp_path
     """The first save comes between the probe and the first update, where no epoch ends."""
     config = tiny(photos, "probe.epochs=2")
     list(train(config, tmp_path / "unbroken"))
-    save, left = Session.save, iter(range(saves))
+    save, left = RunWriter.save, iter(range(saves))
 
-    def save_and_die(session):
-        save(session)
+    def save_and_die(writer, state):
+        save(writer, state)
         if next(left) == saves - 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "save", save_and_die)
+    monkeypatch.setattr(RunWriter, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         list(train(config, tmp_path / "broken"))
     monkeypatch.undo()
@@ -501,7 +501,7 @@ def test_the_command_line_tells_each_epoch_once_for_two_processes(photos, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_on_the_same_global_batches(photos, tmp_path):
+def test_two_processes_equal_one_on_the_same_cut_updates(photos, tmp_path):
     """Without BatchNorm and mixing, whose statistics and partners are each process's own."""
     overrides = [
         f"data.path={photos}",

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fieldmark.augment.mixing import Mix, apply_mix, one_hot
 from fieldmark.training.checkpoint import RunningAverage
+from fieldmark.training.evaluate import Validation
 from fieldmark.training.loop import (
     EpochTally,
     MemoryExhaustedError,
@@ -70,7 +71,7 @@ def batches(epoch: int, first: int):
         yield make_batch(100 * epoch + step, is_mixed=step % 2 == 1)
 
 
-def run(fabric, state, *, epochs=4, source=batches, evaluate=lambda model: {"top1": 0.5}, fit_memory=False):
+def run(fabric, state, *, epochs=4, source=batches, evaluate=lambda model: Validation({"top1": 0.5}), fit_memory=False):
     return list(
         train_epochs(
             fabric,
@@ -247,7 +248,7 @@ def test_a_weight_that_the_last_update_ruined_stops_before_it_is_evaluated(fabri
 
     evaluated = []
     with pytest.raises(NonFiniteError, match=f"a weight after update {STEPS - 1} is not finite"):
-        run(fabric, state, source=ruining, evaluate=lambda model: evaluated.append(model) or {})
+        run(fabric, state, source=ruining, evaluate=lambda model: evaluated.append(model) or Validation())
     assert not evaluated
 
 
@@ -297,5 +298,5 @@ def test_frozen_weights_and_their_statistics_do_not_move(fabric):
 def test_the_average_is_what_is_evaluated(fabric):
     state = make_state(fabric, make_model(), ema=0.9)
     seen = []
-    run(fabric, state, epochs=1, evaluate=lambda model: seen.append(model) or {})
+    run(fabric, state, epochs=1, evaluate=lambda model: seen.append(model) or Validation())
     assert seen == [state.average.model]

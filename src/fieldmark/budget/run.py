@@ -29,8 +29,8 @@ from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import Dataset, prepare_dataset
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import Run
-from fieldmark.runs.session import make_folder
 from fieldmark.runs.train import StopRequest, format_accuracy, stop_requests
+from fieldmark.runs.writer import claim_folder
 from fieldmark.training.evaluate import softmax
 
 FEATURES = "features"
@@ -75,10 +75,10 @@ def train_within(
     path = Path(out)
     plan = Plan(path / PLAN, 60 * minutes, clock)
     candidates.find_backbones(config)  # before the folder is made: without weights there is nothing to make
-    make_folder(path)
-    plan.begin()
-    settings = plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
-    return _follow(parse_config(settings), path, plan, progress or Quiet())
+    with claim_folder(path, is_new=True):
+        plan.begin()
+        settings = plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
+        return _follow(parse_config(settings), path, plan, progress or Quiet())
 
 
 def resume_within(
@@ -94,8 +94,9 @@ def resume_within(
     status = folder.run_status(path)
     if minutes is None and status == "finished":
         raise RunError(f"{path} is finished. Give it more time with: fieldmark train --resume {path} --minutes N")
-    settings = plan.decide("settings", dict)
-    return _follow(parse_config(settings), path, plan, progress or Quiet())
+    with claim_folder(path, is_new=False):
+        settings = plan.decide("settings", dict)
+        return _follow(parse_config(settings), path, plan, progress or Quiet())
 
 
 def is_budgeted(out: str | Path) -> bool:

@@ -18,7 +18,7 @@ import typer
 
 from fieldmark.cli import study, use
 from fieldmark.cli.options import BareRay
-from fieldmark.errors import FieldmarkError, InterruptedRunError
+from fieldmark.errors import FieldmarkError, InterruptedRunError, ReportedElsewhereError
 from fieldmark.progress import open_progress
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def main() -> None:
             typer.echo(str(error), err=True)
         sys.exit(130)
     except FieldmarkError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(_report(error))
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
@@ -85,6 +84,13 @@ def main() -> None:
         if stop.code == 130:  # typer's answer to Ctrl-C
             typer.echo("stopped by Ctrl-C", err=True)
         raise
+
+
+def _report(error: FieldmarkError) -> int:
+    """Print an error that no other process of the same training prints; give the exit code."""
+    if not isinstance(error, ReportedElsewhereError):
+        typer.echo(f"error: {error}", err=True)
+    return 2
 
 
 @app.command()
@@ -127,8 +133,8 @@ def cache(data: Data, recipe: Recipe = DEFAULT_RECIPE, set_: Overrides = None) -
 
     The first epoch is then as fast as the others; `train` does the same by itself.
     """
+    from fieldmark.runs.build import fill_cache
     from fieldmark.runs.dataset import prepare_dataset
-    from fieldmark.runs.session import fill_cache
 
     config = _config(recipe, data, set_)
     with open_progress("cache") as progress:

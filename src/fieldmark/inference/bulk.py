@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, PredictionError, ResourceError, RunError
-from fieldmark.files import alone, whole_or_absent
+from fieldmark.files import exclusive_lock, whole_or_absent
 from fieldmark.inference import calibration
 from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
@@ -117,7 +117,7 @@ def _lock(folder: Path) -> Generator[None]:
         (folder / BOOKS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PredictionError(f"{folder} cannot be written: {error.strerror}") from None
-    with alone(
+    with exclusive_lock(
         folder / BOOKS / "lock", busy=f"another predict is at work in {folder}: wait for it, or give another --out"
     ):
         yield

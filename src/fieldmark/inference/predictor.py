@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,10 +226,8 @@ class Predictor:
         """
         from fieldmark.inference.writers import long_table
 
-        try:
-            import pandas as pd  # noqa: F401, pyarrow's error without it says less
-        except ImportError:
-            raise MissingExtraError("pandas", "review") from None
+        if find_spec("pandas") is None:  # pyarrow's error without it says less
+            raise MissingExtraError("pandas", "review")
         table = long_table(list(self.predict(photos)), self.classes, has_groups=self.fallback is not None)
         return table.to_pandas()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +19,17 @@ from fieldmark.augment.sample import AugmentSpec
 from fieldmark.config import Config
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
+from fieldmark.data.loader import Loader, auto_workers
 from fieldmark.errors import ConfigError
 from fieldmark.models.classifier import Classifier, check_parameter_budget, count_parameters, create_classifier
 from fieldmark.models.names import resolve_name
 from fieldmark.models.provenance import InputConfig
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
-from fieldmark.runs.dataset import PhotoReader, TrainPhotos
+from fieldmark.progress import Progress
+from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, user_folder
 from fieldmark.runs.environment import keep_freed_memory, quiet_fabric, usable_cores
+from fieldmark.runs.plan import PhaseRules, TrainPlan
+from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import create_optimizer, parameter_groups
 from fieldmark.training.schedule import Schedule, ScheduleSpec
 
@@ -33,32 +37,39 @@ if TYPE_CHECKING:
     from fieldmark.data.cache import PhotoCache
 
 
+Value = TypeVar("Value", str, int)
+
+
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[Value]):
     """A setting that was `auto`, what it became, and why."""
 
-    value: Any
+    value: Value
     reason: str
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What holds during one epoch.
+class ProbeSpec:
+    """How the head is fitted before fine-tuning; see `training.probe.train_head`."""
 
-    Attributes:
-        size: Side of the training images, in pixels.
-        freeze: Frozen stages from the input, or `all`.
-        is_fixres: Head and norms alone learn, on the evaluation picture.
-        is_mixing: Whether batches may be mixed.
-    """
-
-    size: int
-    freeze: int | Literal["all"]
-    is_fixres: bool
-    is_mixing: bool
+    epochs: int
+    lr: float
+    weight_decay: float
+    batch_size: int
 
 
-def choose_device(config: Config) -> Choice:
+@dataclass(frozen=True)
+class RunRules:
+    """When a run saves and stops; the names are those of the settings."""
+
+    metric: str
+    select: str
+    patience_epochs: int
+    save_minutes: float
+    trackers: tuple[str, ...]
+
+
+def choose_device(config: Config) -> Choice[str]:
     """Where to compute: `cuda`, `mps` or `cpu`.
 
     Raises:
@@ -76,7 +87,7 @@ def choose_device(config: Config) -> Choice:
     return Choice("cpu", "there is no GPU")
 
 
-def choose_precision(config: Config, device: str) -> Choice:
+def choose_precision(config: Config, device: str) -> Choice[str]:
     """Number format of the computation."""
     if config.train.precision != "auto":
         return Choice(config.train.precision, "as asked")
@@ -89,7 +100,7 @@ def choose_precision(config: Config, device: str) -> Choice:
     return Choice("32-true", f"this {device} has no fast bf16")
 
 
-def choose_threads(config: Config, *, workers: int) -> Choice:
+def choose_threads(config: Config, *, workers: int) -> Choice[int]:
     """Compute threads of a CPU run: more threads than cores, workers included, would collapse."""
     if config.train.threads:
         return Choice(config.train.threads, "as asked")
@@ -97,7 +108,70 @@ def choose_threads(config: Config, *, workers: int) -> Choice:
     return Choice(max(cores - workers, 1), f"{cores} cores, {workers} of them for the loader")
 
 
-def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice]]:
+def choose_workers(config: Config, *, is_cached: bool, device: torch.device) -> tuple[int, str]:
+    """Choose how many processes prepare batches, and say why in a line."""
+    if config.loader.workers != "auto":
+        return config.loader.workers, f"loader: {config.loader.workers} workers, as asked"
+    cores = usable_cores() // config.train.devices
+    workers, reason = auto_workers(cores=cores, is_cached=is_cached, has_gpu=device.type != "cpu")
+    return workers, f"loader: {workers} workers ({reason})"
+
+
+def build_loader(workers: int) -> Loader:
+    """Prepare batches in that many processes, or here with all cores."""
+    return Loader(workers=workers, threads=1 if workers else usable_cores())
+
+
+def fill_cache(config: Config, dataset: Dataset, *, progress: Progress) -> tuple[PhotoCache | None, str]:
+    """Open the cache of reduced photos, write what it lacks, and say in a line what was done."""
+    settings = config.cache
+    if settings.mode == "off":
+        return None, "cache: off (asked for)"
+    if config.augment.executor == "reference":
+        return None, "cache: off (the reference executor works on whole photos)"
+
+    from fieldmark.data.cache import open_cache
+
+    cache, report = open_cache(
+        dataset.index.files(),
+        sizes=dataset.sizes,
+        mode=settings.mode,
+        short_side=settings.short_side,
+        folder=Path(settings.folder) if settings.folder else user_folder("photos"),
+        disk_gigabytes=settings.disk_gigabytes,
+        background=config.data.background,
+        max_pixels=config.data.max_pixels,
+        threads=usable_cores(),
+        progress=progress,
+    )
+    return cache, str(report)
+
+
+def is_channels_last(config: Config) -> bool:
+    """Whether images and convolutions are laid out channels last."""
+    return config.train.channels_last != "off"
+
+
+def augments_on_device(config: Config, device: torch.device) -> bool:
+    """Whether workers hand over uint8 photos, and the random parameters are executed where the model is."""
+    executor = config.augment.executor
+    return executor == "device" or (executor == "fast" and device.type == "cuda")
+
+
+def first_micro_batch(config: Config, *, processes: int) -> int:
+    """Photos per forward pass in each process, before memory runs out."""
+    per_process = -(-config.train.batch_size // processes)
+    return min(config.train.micro_batch_size or per_process, per_process)
+
+
+def compile_model(config: Config, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Compile the model where that pays: on the CPU it takes a minute and gains nothing, nor does it in short runs."""
+    is_worth_it = device.type == "cuda" and config.train.epochs >= 10
+    wanted = config.train.compile == "on" or (config.train.compile == "auto" and is_worth_it)
+    return torch.compile(model) if wanted else model  # type: ignore[return-value]
+
+
+def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice[str]]]:
     """Device, precision and processes, and what was chosen for `auto`."""
     device = choose_device(config)
     if device.value == "cpu":
@@ -110,7 +184,7 @@ def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice]]:
         devices=config.train.devices,
         num_nodes=config.train.nodes,
         strategy="ddp" if is_distributed else "auto",
-        precision=precision.value,
+        precision=precision.value,  # type: ignore[arg-type]
     )
     return fabric, {"device": device, "precision": precision}
 
@@ -251,31 +325,47 @@ def build_mix_spec(config: Config) -> MixSpec:
     return MixSpec(**config.mix.model_dump(exclude={"off_epochs"}))
 
 
-def phase_at(config: Config, epoch: int, *, size: int, eval_size: int, num_stages: int) -> Phase:
-    """What holds during an epoch.
+def build_probe(config: Config) -> ProbeSpec | None:
+    """Give how the head is fitted before fine-tuning; None where it is not."""
+    return ProbeSpec(**config.probe.model_dump()) if config.probe.epochs else None
 
-    Args:
-        config: The settings.
-        epoch: 0-based.
-        size: Training size where `train.resolution_steps` says nothing.
-        eval_size: Evaluation size, for FixRes.
-        num_stages: Stages of the backbone.
-    """
+
+def build_rules(config: Config) -> RunRules:
+    """Give when a run saves and stops."""
     train = config.train
-    is_fixres = train.epochs - train.fixres_epochs <= epoch < train.epochs
-    for start, side in train.resolution_steps:
-        size = side if epoch >= start * train.epochs else size
-    freeze = config.model.freeze
-    if config.model.unfreeze_every_epochs:
-        frozen = num_stages if freeze == "all" else int(freeze)
-        freeze = max(frozen - epoch // config.model.unfreeze_every_epochs, 0)
-        freeze = "all" if freeze == num_stages else freeze
-    return Phase(
-        size=eval_size if is_fixres else size,
-        freeze=freeze,
-        is_fixres=is_fixres,
-        is_mixing=epoch < train.epochs - config.mix.off_epochs,
+    return RunRules(train.metric, train.select, train.patience_epochs, train.save_minutes, train.trackers)
+
+
+def build_plan(
+    config: Config, index: PhotoIndex, built: BuiltModel, evaluation: EvalSpec, *, processes: int
+) -> TrainPlan:
+    """Give the order of the photos, and what holds in which epoch."""
+    train = config.train
+    rules = PhaseRules(
+        epochs=train.epochs,
+        size=train_size(config, built.data),
+        eval_size=evaluation.size,
+        num_stages=len(built.model.stages()) - 1,
+        resolution_steps=train.resolution_steps,
+        fixres_epochs=train.fixres_epochs,
+        mix_off_epochs=config.mix.off_epochs,
+        freeze=config.model.freeze,
+        unfreeze_every_epochs=config.model.unfreeze_every_epochs,
     )
+    return TrainPlan(
+        rules=rules,
+        train_numbers=_list_numbers(index, "train"),
+        val_numbers=_list_numbers(index, "val"),
+        seed=train.seed,
+        batch_size=train.batch_size,
+        eval_batch_size=config.eval.batch_size,
+        processes=processes,
+    )
+
+
+def _list_numbers(index: PhotoIndex, split: str) -> NDArray[np.int64]:
+    numbers = [number for number, photo in enumerate(index.photos) if photo.split == split and photo.label is not None]
+    return np.asarray(numbers, np.int64)
 
 
 def build_optimizer(config: Config, model: Classifier, *, precision: Precision) -> torch.optim.Optimizer:
@@ -310,6 +400,21 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, steps_pe
     return Schedule(optimizer, build_schedule_spec(config), steps_per_epoch=steps_per_epoch)
 
 
+def warn_of_schedule(config: Config) -> list[str]:
+    """List what is likely to disappoint about the schedule, where there is one."""
+    return build_schedule_spec(config).warnings() if config.train.epochs else []
+
+
+def build_update_options(config: Config, prior: NDArray[np.float64], device: torch.device) -> UpdateOptions:
+    """Give how each update is done; class weights come from the classes' (K,) shares of the training photos."""
+    weights = build_class_weights(config, prior)
+    return UpdateOptions(
+        class_weights=None if weights is None else weights.to(device),
+        clip_norm=config.optim.clip_norm,
+        fit_memory=config.train.fit_memory,
+    )
+
+
 def build_class_weights(config: Config, prior: NDArray[np.float64]) -> Tensor | None:
     """(K,) float32 weights of the loss, whose mean over the training photos is 1, or None."""
     if config.train.class_weights == "none":
@@ -320,7 +425,7 @@ def build_class_weights(config: Config, prior: NDArray[np.float64]) -> Tensor | 
 
 
 def describe_model(built: BuiltModel, evaluation: EvalSpec, *, precision: str, channels_last: bool) -> dict[str, Any]:
-    """model.json: all that is needed to predict, and what a reader wants to know of the weights."""
+    """Give model.json: all that is needed to predict, and what a reader wants to know of the weights."""
     return {
         "create": built.create,
         "eval": asdict(evaluation),
@@ -330,15 +435,3 @@ def describe_model(built: BuiltModel, evaluation: EvalSpec, *, precision: str, c
         "parameters": count_parameters(built.model),
         "weights": asdict(built.weights),
     }
-
-
-def global_batches(order: Sequence[int], batch_size: int, *, processes: int) -> list[Sequence[int]]:
-    """Cut an epoch's order into updates; no photo is dropped.
-
-    A last batch that would leave a process with fewer than two photos joins the one before: BatchNorm has no variance
-    of one value, which is what a single photo comes to at the end of a network on small images.
-    """
-    cuts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if len(cuts) > 1 and len(cuts[-1]) < 2 * processes:
-        cuts[-2:] = [order[(len(cuts) - 2) * batch_size :]]
-    return cuts

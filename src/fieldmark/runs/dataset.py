@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,12 @@ class Dataset:
     facts: tuple[PhotoFacts, ...]
     broken: tuple[tuple[str, str], ...]
 
-    @property
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) class numbers of all photos."""
+        return self.index.label_numbers()
+
+    @cached_property
     def sizes(self) -> NDArray[np.int64]:
         """(N, 2) upright width and height in pixels."""
         return np.asarray([(fact.width, fact.height) for fact in self.facts], np.int64).reshape(-1, 2)
@@ -95,7 +101,8 @@ def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
     facts = inspect(found, config, progress=progress)
     broken = [(photo.path, fact.problem) for photo, fact in zip(found.photos, facts, strict=True) if fact.problem]
     if broken and config.broken == "refuse":
-        raise DataError(refusal(broken, len(found.photos)))
+        way_out = "Fix or remove them, or train without them: --set data.broken=skip"
+        raise DataError(f"{list_broken(broken, len(found.photos))}\n{way_out}")
     usable = [place for place, fact in enumerate(facts) if not fact.problem]
     index = replace(found, photos=tuple(found.photos[place] for place in usable))
     kept = [facts[place] for place in usable]
@@ -146,12 +153,11 @@ def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -
     return index
 
 
-def refusal(broken: Sequence[tuple[str, str]], total: int, *, most: int = 10) -> str:
-    """What to tell a user whose photos are broken."""
+def list_broken(broken: Sequence[tuple[str, str]], total: int, *, most: int = 10) -> str:
+    """List the photos that cannot be used, a line each."""
     lines = [f"  {path!r} {reason}" for path, reason in broken[:most]]
     more = [f"  ... and {len(broken) - most} more (`fieldmark check` lists all)"] if len(broken) > most else []
-    way_out = "Mend or remove them, or train without them: --set data.broken=skip"
-    return "\n".join([f"{len(broken)} of {total} photos cannot be used:", *lines, *more, way_out])
+    return "\n".join([f"{len(broken)} of {total} photos cannot be used:", *lines, *more])
 
 
 def _groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> list[str] | None:

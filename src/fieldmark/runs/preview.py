@@ -29,7 +29,7 @@ from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.check import LintInput, lint_recipe
 from fieldmark.runs.dataset import find_photos, known_sizes
-from fieldmark.runs.session import Session, begin, open_session
+from fieldmark.runs.session import Session, open_session
 from fieldmark.training.loop import soft_cross_entropy
 from fieldmark.training.lr_finder import LrSweep, find_lr
 
@@ -238,23 +238,24 @@ def search_lr(config: Config, *, progress: Progress) -> LrSweep:
     Raises:
         FieldmarkError: As for training.
     """
-    with tempfile.TemporaryDirectory(prefix="fieldmark-") as folder:
-        session = open_session(config, Path(folder) / "run", start="new", progress=progress)
-        begin(session)
+    with (
+        tempfile.TemporaryDirectory(prefix="fieldmark-") as scratch,
+        open_session(config, Path(scratch) / "run", start="new", progress=progress) as session,
+    ):
+        state = session.start_training()
         progress.start(UPDATES, 0)
-        with session.loader:
-            return find_lr(
-                session.state.network,
-                session.state.optimizer,
-                _batches(session, progress),
-                lambda logits, targets: soft_cross_entropy(logits, targets, None) / len(targets),
-                backward=session.fabric.backward,
-                min_lr=LOWEST,
-                max_lr=HIGHEST,
-                num_steps=UPDATES,
-                smoothing=SMOOTHING,
-                stop_ratio=EXPLOSION,
-            )
+        return find_lr(
+            state.network,
+            state.optimizer,
+            _batches(session, progress),
+            lambda logits, targets: soft_cross_entropy(logits, targets, None) / len(targets),
+            backward=session.fabric.backward,
+            min_lr=LOWEST,
+            max_lr=HIGHEST,
+            num_steps=UPDATES,
+            smoothing=SMOOTHING,
+            stop_ratio=EXPLOSION,
+        )
 
 
 def save_sweep(sweep: LrSweep, path: Path) -> None:
@@ -273,7 +274,7 @@ def save_sweep(sweep: LrSweep, path: Path) -> None:
 
 
 def _batches(session: Session, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
-    for epoch in cycle(range(max(session.config.train.epochs, 1))):
+    for epoch in cycle(range(max(session.plan.epochs, 1))):
         for batch in session.train_batches(epoch, 0):
             yield batch.images, batch.targets
             progress.advance(1)

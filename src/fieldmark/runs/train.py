@@ -1,35 +1,32 @@
-"""Train, resume, evaluate: what happens to a run folder."""
+"""Train and resume: what happens to a run folder, and what is said of it."""
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
-from fieldmark.augment.mixing import one_hot
 from fieldmark.config import Config
-from fieldmark.errors import InterruptedRunError, RunError, TrainingError
-from fieldmark.progress import Progress, Quiet
+from fieldmark.errors import InterruptedRunError, ReportedElsewhereError, RunError, TrainingError
+from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.folder import Run
-from fieldmark.runs.session import Session, begin, open_session
+from fieldmark.runs.session import Session, Start, open_session
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
-from fieldmark.training.loop import EpochReport, NonFiniteError, TrainBatch, UpdateOptions, train_epochs
+from fieldmark.training.evaluate import Validation
+from fieldmark.training.loop import EpochReport, NonFiniteError, TrainBatch, TrainState, train_epochs
 from fieldmark.training.probe import compute_features, train_head
-
-if TYPE_CHECKING:
-    from fieldmark.config import Config
-    from fieldmark.runs.folder import Run
-    from fieldmark.training.loop import EpochReport
 
 
 @dataclass
@@ -46,26 +43,40 @@ class StopRequest:
 def stop_requests() -> Generator[StopRequest]:
     """Catch SIGINT and SIGTERM inside the block; what handled them before does so again afterwards."""
     request = StopRequest()
-    # Only the main thread may set handlers: a training in another thread is stopped by its own caller.
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before: dict[signal.Signals, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         request.signal_name = signal.Signals(number).name
-        restore()
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, on_signal)
-    try:
+    with _handle_signals(on_signal, signal.SIGINT, signal.SIGTERM) as before:
         yield request
+
+
+@contextmanager
+def _stop_at_once(path: Path) -> Generator[None]:
+    """Turn SIGTERM into an error: before the first update there is nothing to save."""
+
+    def on_signal(number: int, frame: FrameType | None) -> NoReturn:
+        begins_again = (path / folder.RECIPE).is_file()
+        way_on = f"Begin again with: fieldmark train --resume {path}" if begins_again else "Nothing was written"
+        raise InterruptedRunError(f"stopped by {signal.Signals(number).name} before the first update. {way_on}")
+
+    with _handle_signals(on_signal, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handle_signals(handler: Any, *numbers: signal.Signals) -> Generator[dict[signal.Signals, Any]]:
+    before: dict[signal.Signals, Any] = {}
+    # Only the main thread may set handlers: a training in another thread is stopped by its own caller.
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield before
     finally:
-        restore()
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def train(config: Config, out: str | Path, *, progress: Progress | None = None) -> Iterator[EpochReport]:
@@ -74,7 +85,7 @@ def train(config: Config, out: str | Path, *, progress: Progress | None = None) 
     Args:
         config: The settings; `data.path` says which photos.
         out: The run folder; must not exist, or be empty.
-        progress: Where to tell how far the work is.
+        progress: Where to report how far the work is.
 
     Yields:
         A report after each epoch; epoch 0 is the probe, where the settings ask for one. Leave the `for` to stop.
@@ -83,8 +94,7 @@ def train(config: Config, out: str | Path, *, progress: Progress | None = None) 
         FieldmarkError: Settings, data, weights or machine don't allow it. What was saved stays.
         InterruptedRunError: Ctrl-C or SIGTERM came; everything is saved.
     """
-    session = open_session(config, Path(out), start="new", progress=progress or Quiet())
-    yield from _from_start(session)
+    yield from _run(config, Path(out), "new", progress)
 
 
 def resume(out: str | Path, *, progress: Progress | None = None) -> Iterator[EpochReport]:
@@ -97,124 +107,122 @@ def resume(out: str | Path, *, progress: Progress | None = None) -> Iterator[Epo
     run = Run(out)
     if run.summary["status"] == "finished":
         raise RunError(f"{out} is finished: there is nothing to resume")
-    if not (run.path / folder.STATE).is_file():
-        yield from _from_start(open_session(run.config, run.path, start="again", progress=progress or Quiet()))
-        return
-    session = open_session(run.config, run.path, start="resumed", progress=progress or Quiet())
-    begin(session)
-    session.restore()
-    with stop_requests() as stop:
-        yield from _learn(session, stop)
+    has_state = (run.path / folder.STATE).is_file()
+    yield from _run(run.config, run.path, "resumed" if has_state else "again", progress)
 
 
-def _from_start(session: Session) -> Iterator[EpochReport]:
-    with stop_requests() as stop:
-        if session.config.probe.epochs:
-            yield _probe(session)
-        begin(session)
-        session.save()
-        yield from _learn(session, stop)
+def _run(config: Config, path: Path, start: Start, progress: Progress | None) -> Iterator[EpochReport]:
+    with ExitStack() as stack:
+        with _stop_at_once(path):
+            session = stack.enter_context(open_session(config, path, start=start, progress=progress or Quiet()))
+            probe = build.build_probe(config) if start != "resumed" else None
+            report = _fit_probe(session, probe) if probe else None
+        if report is not None:
+            yield report
+        state = session.start_training()
+        if start == "resumed":
+            session.writer.restore(state)
+        else:
+            session.writer.save(state)
+        with stop_requests() as stop:
+            yield from _train_on(session, state, stop)
 
 
-def _probe(session: Session) -> EpochReport:
-    """Fit the head on frozen features, and judge it: epoch 0."""
+def _fit_probe(session: Session, probe: build.ProbeSpec) -> EpochReport:
+    """Fit the head on frozen features, and score it: epoch 0."""
     started = time.perf_counter()
-    config, settings = session.config, session.config.probe
-    model = session.built.model
-    session.fabric.to_device(model)
-    numbers = session.train_numbers
+    fabric, model, numbers = session.fabric, session.built.model, session.plan.train_numbers
+    fabric.to_device(model)
     session.progress.message(f"probe: features of {len(numbers)} photos")
-    features, order = compute_features(
-        session.fabric, model, session.eval_batches(numbers), channels_last=session.channels_last
-    )
-    labels = torch.from_numpy(session.labels)[order]
-    targets = one_hot(labels, len(session.dataset.index.classes), config.train.label_smoothing)
+    channels_last = build.is_channels_last(session.config)
+    features, order = compute_features(fabric, model, session.eval_batches(numbers), channels_last=channels_last)
+    labels = torch.from_numpy(session.dataset.labels)[order]
     head = model.head.cpu()
-    generator = torch.Generator().manual_seed(config.train.seed)
-    losses = list(
-        train_head(
-            head,
-            features,
-            targets,
-            epochs=settings.epochs,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            batch_size=settings.batch_size,
-            generator=generator,
-        )
-    )
-    session.fabric.to_device(model)
-    figures = session.evaluate(model.eval())
+    generator = torch.Generator().manual_seed(session.plan.seed)
+    losses = list(train_head(head, features, session.make_targets(labels), generator=generator, **vars(probe)))
+    fabric.to_device(model)
+    validation = session.validate(model.eval(), step=0)
     with torch.inference_mode():
         hits = (head.cpu()(features).argmax(1) == labels).double().mean().item()
-    session.fabric.to_device(model)
-    seconds = time.perf_counter() - started
-    report = EpochReport(0, 0, True, settings.lr, losses[-1], hits, None, 1.0, len(numbers), seconds, figures)
-    _keep(session, report, model)
+    fabric.to_device(model)
+    report = EpochReport(
+        epoch=0,
+        step=0,
+        is_complete=True,
+        lr=probe.lr,
+        train_loss=losses[-1],
+        train_top1_clean=hits,
+        train_top1_mixed=None,
+        clean_fraction=1.0,
+        images=len(numbers),
+        seconds=time.perf_counter() - started,
+        metrics=validation.metrics,
+        predictions=validation.predictions,
+    )
+    _record_epoch(session, report, model)
     return report
 
 
-def _learn(session: Session, stop: StopRequest) -> Iterator[EpochReport]:
-    config, state, path = session.config, session.state, session.path
-    epochs, steps = config.train.epochs, session.steps_per_epoch
-    names = config.train.trackers if session.fabric.is_global_zero else ()
-    trackers = Trackers(names, path, config.model_dump(), warn=session.progress.message)
-    session.enter_phase()
-    session.progress.start(epochs * steps, state.epoch * steps + state.step_in_epoch)
-    class_weights = build.build_class_weights(config, session.prior)
+def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterator[EpochReport]:
+    """Train to the last epoch; between two epochs record, save and report."""
+    config, plan, rules, writer = session.config, session.plan, session.rules, session.writer
+    names = rules.trackers if session.fabric.is_global_zero else ()
+    trackers = Trackers(names, writer.path, config.model_dump(), warn=session.progress.message)
+    session.enter_phase(state.epoch)
+    session.progress.start(plan.epochs * plan.steps_per_epoch, state.epoch * plan.steps_per_epoch + state.step_in_epoch)
     reports = train_epochs(
         session.fabric,
         state,
-        epochs=epochs,
-        steps_per_epoch=steps,
-        batches=lambda epoch, first: _watched(session, stop, epoch, first),
-        evaluate=session.evaluate,
-        options=UpdateOptions(
-            class_weights=None if class_weights is None else session.fabric.to_device(class_weights),
-            clip_norm=config.optim.clip_norm,
-            fit_memory=config.train.fit_memory,
-        ),
+        epochs=plan.epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        batches=lambda epoch, first: _iterate_with_stop(session, state, stop, epoch, first),
+        evaluate=lambda model: session.validate(model, step=state.step),
+        options=build.build_update_options(config, session.prior, session.fabric.device),
     )
     try:
         for report in reports:
             if not report.is_complete:
-                session.save()
-                _interrupted(session, stop)
-            row = _keep(session, report, state.average.model if state.average else state.model)
+                writer.save(state)
+                _raise_interrupted(session, state, stop)
+            row = _record_epoch(session, report, state.average.model if state.average else state.model)
             trackers.log(flatten(row), epoch=report.epoch)
-            is_over = state.epoch == epochs or _is_patience_over(session, report.epoch)
+            is_over = state.epoch == plan.epochs or _is_patience_over(session, report.epoch)
             if not is_over:
-                session.enter_phase()
-            session.save()
+                session.enter_phase(state.epoch)
+            writer.save(state)
             yield report
             if is_over:
                 break
-            if _agreed(session, stop, 0):
-                _interrupted(session, stop)
+            if _all_ranks_want_stop(session, stop, 0):
+                _raise_interrupted(session, state, stop)
     except NonFiniteError as error:
-        raise _named(session, error) from error
+        raise _with_photo_names(session, state, error) from error
+    except RuntimeError as error:
+        raise _explain_lost_process(session, error) from error
     finally:
         trackers.close()
-    _finish(session)
+    _write_summary(session, state)
 
 
-def _watched(session: Session, stop: StopRequest, epoch: int, first: int) -> Iterable[TrainBatch]:
-    """Batches that tell how far they are, save now and then, and end early when asked to."""
-    minutes = session.config.train.save_minutes
+def _iterate_with_stop(
+    session: Session, state: TrainState, stop: StopRequest, epoch: int, first: int
+) -> Iterable[TrainBatch]:
+    """Yield batches, report progress, save now and then, and end early when asked to."""
+    minutes = session.rules.save_minutes
     saved = time.monotonic()
     for number, batch in enumerate(session.train_batches(epoch, first)):
         # Between two updates: the state is whole here.
-        if number and _agreed(session, stop, number):
+        if number and _all_ranks_want_stop(session, stop, number):
             return
         if number and minutes and session.fabric.world_size == 1 and time.monotonic() - saved > minutes * 60:
-            session.state.check_finite()
-            session.save()
+            state.check_finite()
+            session.writer.save(state)
             saved = time.monotonic()
         yield batch
         session.progress.advance(1)
 
 
-def _agreed(session: Session, stop: StopRequest, number: int) -> bool:
+def _all_ranks_want_stop(session: Session, stop: StopRequest, number: int) -> bool:
     """Whether all processes stop here: they ask each tenth time, as a signal may reach but one."""
     if session.fabric.world_size == 1:
         return bool(stop)
@@ -225,74 +233,107 @@ def _agreed(session: Session, stop: StopRequest, number: int) -> bool:
     return bool(wishes > 0)
 
 
-def _keep(session: Session, report: EpochReport, model: torch.nn.Module) -> dict[str, Any]:
-    """Store what an epoch came to; give its row of metrics.jsonl."""
-    is_best = session.keep_if_best(report.epoch, report.metrics, model)
-    row = {key: value for key, value in asdict(report).items() if key not in ("metrics", "is_complete", "images")}
-    row["images_per_second"] = report.images / report.seconds if report.seconds else None
-    row |= {"val": report.metrics, "is_best": is_best, "is_probe": report.step == 0}
-    session.append_history(row)
-    if session.log is not None:
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
-        session.log.write(f"epoch {report.epoch}: train loss {report.train_loss:.4f}; val {figures or 'none'}")
+def _record_epoch(session: Session, report: EpochReport, model: nn.Module) -> dict[str, Any]:
+    """Store an epoch's result; give its row of metrics.jsonl."""
+    row: dict[str, Any] = {
+        "epoch": report.epoch,
+        "step": report.step,
+        "lr": report.lr,
+        "train_loss": report.train_loss,
+        "train_top1_clean": report.train_top1_clean,
+        "train_top1_mixed": report.train_top1_mixed,
+        "clean_fraction": report.clean_fraction,
+        "seconds": report.seconds,
+        "images_per_second": report.images / report.seconds if report.seconds else None,
+        "val": report.metrics,
+        "is_probe": report.step == 0,
+    }
+    row = session.writer.record_epoch(row, Validation(report.metrics, report.predictions), model)
+    if isinstance(session.progress, Logged):
+        values = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+        session.progress.write(f"epoch {report.epoch}: train loss {report.train_loss:.4f}; val {values or 'none'}")
     return row
 
 
 def _is_patience_over(session: Session, epoch: int) -> bool:
-    patience = session.config.train.patience_epochs
-    if not patience or epoch - max(session.best.epoch, 0) < patience:
+    patience = session.rules.patience_epochs
+    if not patience or epoch - max(session.writer.history.best.epoch, 0) < patience:
         return False
-    session.progress.message(f"stopped early: no better {session.config.train.metric} for {patience} epochs")
+    session.progress.message(f"stopped early: no better {session.rules.metric} for {patience} epochs")
     return True
 
 
-def _finish(session: Session) -> None:
+def _write_summary(session: Session, state: TrainState) -> None:
     if not session.fabric.is_global_zero:
         return
+    history, rules = session.writer.history, session.rules
     summary: dict[str, Any] = {
         "status": "finished",
-        "epochs": session.state.epoch,
-        "seconds": session.seconds + time.perf_counter() - session.started,
-        "select": session.config.train.select,
-        "metric": session.config.train.metric,
-        "best_epoch": session.best.epoch if session.best.epoch >= 0 else None,
+        "epochs": state.epoch,
+        "seconds": history.seconds,
+        "select": rules.select,
+        "metric": rules.metric,
+        "best_epoch": history.best.epoch if history.best.epoch >= 0 else None,
     }
-    if (session.path / "predictions" / "val.parquet").is_file():
-        run = Run(session.path)
-        predictions = run.predictions("val")
-        figures, total = (
-            metrics.summarize(predictions.probabilities, predictions.labels, run.prior),
-            len(predictions.labels),
-        )
-        interval = metrics.wilson_interval(round(figures["top1"] * total), total)
-        summary["val"] = {**figures, "top1_interval": list(interval)}
-    folder.write_json(session.path / folder.SUMMARY, summary)
+    run = Run(session.writer.path)
+    if (run.path / "predictions" / "val.parquet").is_file():
+        stored = run.predictions("val")
+        scores, total = metrics.summarize(stored.probabilities, stored.labels, run.prior), len(stored.labels)
+        interval = metrics.wilson_interval(round(scores["top1"] * total), total)
+        summary["val"] = {**scores, "top1_interval": list(interval)}
+    finding = compare_with_probe(history.rows, metric=rules.metric, select=rules.select)
+    if finding:
+        summary["probe"] = finding
+    session.writer.write_summary(summary)
 
 
-def _interrupted(session: Session, stop: StopRequest) -> None:
-    path, state = session.path, session.state
-    if session.fabric.is_global_zero:
-        folder.write_json(path / folder.SUMMARY, {"status": "interrupted", "epochs": state.epoch, "step": state.step})
+def compare_with_probe(rows: Sequence[Mapping[str, Any]], *, metric: str, select: str) -> dict[str, Any] | None:
+    """Find whether the probe beats every epoch of fine-tuning; None where it does not, or one of them is missing.
+
+    Args:
+        rows: Of metrics.jsonl.
+        metric: What "better" means.
+        select: Whose weights the run keeps: `best` keeps the probe's.
+    """
+    probe = next((row["val"].get(metric) for row in rows if row["is_probe"]), None)
+    values = [row["val"][metric] for row in rows if not row["is_probe"] and metric in row["val"]]
+    if probe is None or not values:
+        return None
+    best = min(values) if metric in metrics.LOWER_IS_BETTER else max(values)
+    if not metrics.is_better(metric, probe, best):
+        return None
+    return {"value": probe, "best_fine_tuned": best, "is_kept": select == "best"}
+
+
+def _raise_interrupted(session: Session, state: TrainState, stop: StopRequest) -> NoReturn:
+    path = session.writer.path
+    session.writer.write_summary({"status": "interrupted", "epochs": state.epoch, "step": state.step})
     raise InterruptedRunError(
         f"stopped by {stop.signal_name or 'another process'} after update {state.step}, everything is saved. "
         f"Continue with: fieldmark train --resume {path}"
     )
 
 
-def _named(session: Session, error: NonFiniteError) -> TrainingError:
+def _with_photo_names(session: Session, state: TrainState, error: NonFiniteError) -> TrainingError:
     """The same error, with the names of the photos."""
     names = [session.dataset.index.photos[number].path for number in error.numbers]
     shown = ", ".join(repr(name) for name in names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
-    lr = session.state.lr
     photos = f" The photos of that update: {shown}." if names else ""
     return TrainingError(
-        f"{error}.{photos} Learning rate {lr:g}. The last good weights are kept in "
-        f"{session.path}. Lower optim.lr, set optim.clip_norm=1, or train with train.precision=32-true"
+        f"{error}.{photos} Learning rate {state.lr:g}. The last good weights are kept in {session.writer.path}. "
+        "Lower optim.lr, set optim.clip_norm=1, or train with train.precision=32-true"
     )
 
 
+def _explain_lost_process(session: Session, error: RuntimeError) -> Exception:
+    """What a broken connection means: another process of this training failed, and its message says why."""
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "DistBackendError")
+    is_lost = session.fabric.world_size > 1 and any(word in f"{type(error).__name__} {error}" for word in words)
+    return ReportedElsewhereError(None) if is_lost else error
+
+
 def format_epoch(report: EpochReport) -> str:
-    """One line; the accuracy on clean training batches is kept apart from the one on mixed batches."""
+    """Format an epoch in one line; accuracy on clean training batches is kept apart from that on mixed ones."""
     name = "probe   " if report.step == 0 else f"epoch {report.epoch:3d}"
     parts = [f"{name}  loss {report.train_loss:.4f}"]
     if report.train_top1_clean is not None:
@@ -305,17 +346,27 @@ def format_epoch(report: EpochReport) -> str:
 
 
 def format_result(run: Run) -> str:
-    """What a finished run came to, and what to do with it."""
-    summary = run.summary
+    """Say what a finished run reached, and what to do with it."""
+    summary, path = run.summary, shlex.quote(str(run.path))
     lines = [f"run: {run.path}"]
     if "val" in summary:
-        lines.append(f"validation: {format_accuracy(summary['val'])}  ({_kept(summary)})")
-    lines += [
-        "next:",
-        f"  fieldmark evaluate {_quoted(run.path)}",
-        f"  fieldmark predict {_quoted(run.path)} PHOTOS --out prediction.csv",
-    ]
-    return "\n".join(lines)
+        lines.append(f"validation: {format_accuracy(summary['val'])}  ({_describe_kept(summary)})")
+    if "probe" in summary:
+        lines.append(_describe_probe(summary))
+    return "\n".join(
+        [*lines, "next:", f"  fieldmark evaluate {path}", f"  fieldmark predict {path} PHOTOS --out prediction.csv"]
+    )
+
+
+def _describe_probe(summary: Mapping[str, Any]) -> str:
+    found, metric = summary["probe"], summary["metric"]
+    text = (
+        f"fine-tuning did not help: {metric} {found['value']:.4f} after the probe, "
+        f"at best {found['best_fine_tuned']:.4f} in the epochs after it"
+    )
+    if found["is_kept"]:
+        return f"{text}. The probe's weights are kept"
+    return f"{text}. The last epoch's weights are kept, as train.select=last asks; train.select=best keeps the probe's"
 
 
 def format_accuracy(figures: dict[str, Any]) -> str:
@@ -338,15 +389,9 @@ def free_folder(folder: Path) -> Path:
     return free
 
 
-def _kept(summary: dict[str, Any]) -> str:
+def _describe_kept(summary: dict[str, Any]) -> str:
     if summary["select"] == "last":
         return "weights of the last epoch"
     if summary["best_epoch"] == 0:
         return f"weights of the probe, the best by {summary['metric']}"
     return f"weights of epoch {summary['best_epoch']}, the best by {summary['metric']}: biased upward by the choice"
-
-
-def _quoted(path: Path) -> str:
-    import shlex
-
-    return shlex.quote(str(path))

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from fieldmark.config import Config, load_config
 from fieldmark.errors import ConfigError, ResourceError, RunError
-from fieldmark.files import alone
+from fieldmark.files import exclusive_lock
 from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_json_lines, run_status
 from fieldmark.study.cell import BOOKS, Job, Outcome, load_outcome
 from fieldmark.study.grid import Cell, Grid, ListedCells, Range, SearchedCells, base_settings, load_grid, parse_grid
@@ -129,7 +129,7 @@ def run_sweep(
     except OSError as error:
         raise ResourceError(f"{out} cannot be created: {error.strerror}") from None
     busy = f"another sweep is at work in {out}: wait for it, or give another folder"
-    with alone(out / BOOKS / "sweep.lock", busy=busy):
+    with exclusive_lock(out / BOOKS / "sweep.lock", busy=busy):
         executor = _open_executor(base, jobs=jobs, ray=ray, ray_cpus=ray_cpus)
         work = _Work(grid, out, plan, executor, trainer, on_status or _ignore)
         try:

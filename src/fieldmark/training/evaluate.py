@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,6 +67,19 @@ class Predictions:
     def probabilities(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
         """(N, K) softmax of the logits over `temperature`."""
         return softmax(self.logits, temperature=temperature)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a model scores on the validation photos; both are empty without any.
+
+    Attributes:
+        metrics: Name to value, as `metrics.summarize` gives them.
+        predictions: Of the validation photos.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    predictions: Predictions | None = None
 
 
 def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> NDArray[np.float32]:

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from fieldmark.errors import ResourceError, TrainingError
 from fieldmark.training.checkpoint import RunningAverage
+from fieldmark.training.evaluate import Predictions, Validation
 from fieldmark.training.schedule import Schedule
 
 
@@ -251,6 +252,7 @@ class EpochReport:
         images: Photos trained on in this epoch by this process since it started.
         seconds: Wall time of the epoch's training part since this process started.
         metrics: Validation metrics, as `evaluate` returned them.
+        predictions: Of the validation photos, as `evaluate` returned them.
     """
 
     epoch: int
@@ -264,6 +266,7 @@ class EpochReport:
     images: int
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict[str, float])
+    predictions: Predictions | None = field(default=None, repr=False, compare=False)
 
 
 class MemoryExhaustedError(ResourceError):
@@ -359,7 +362,7 @@ def train_epochs(
     epochs: int,
     steps_per_epoch: int,
     batches: Callable[[int, int], Iterable[TrainBatch]],
-    evaluate: Callable[[nn.Module], dict[str, float]],
+    evaluate: Callable[[nn.Module], Validation],
     options: UpdateOptions,
 ) -> Iterator[EpochReport]:
     """Train from where `state` is until `epochs` epochs are complete.
@@ -370,7 +373,7 @@ def train_epochs(
         epochs: Epochs of the whole run.
         steps_per_epoch: Updates of one epoch.
         batches: (epoch, first step in it) to this process's batches from there on. To stop, it ends early.
-        evaluate: Model in evaluation mode to validation metrics; called after each complete epoch.
+        evaluate: Model in evaluation mode to its validation; called after each complete epoch.
         options: How each update is done.
 
     Yields:
@@ -392,11 +395,11 @@ def train_epochs(
         sums = state.tally.reduce(fabric)
         seconds = time.perf_counter() - started
         images = round(state.tally.photos - photos_before)
-        metrics: dict[str, float] = {}
+        validation = Validation()
         if is_complete:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
             state.tally = EpochTally.zeros(fabric.device)
-            metrics = evaluate((state.average.model if state.average else state.model).eval())
+            validation = evaluate((state.average.model if state.average else state.model).eval())
         yield EpochReport(
             epoch=state.epoch,
             step=state.step,
@@ -408,7 +411,8 @@ def train_epochs(
             clean_fraction=sums.clean_photos / max(sums.photos, 1),
             images=images,
             seconds=seconds,
-            metrics=metrics,
+            metrics=validation.metrics,
+            predictions=validation.predictions,
         )
         if not is_complete:
             return

@@ -1,0 +1,299 @@
+"""The run folder while it is written: claimed by one training at a time, and whole after every step.
+
+Shape letters: N photos, K classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fieldmark.data.index import save_split_table
+from fieldmark.errors import ResourceError, RunError
+from fieldmark.files import exclusive_lock, remove_dead_parts, whole_or_absent
+from fieldmark.runs import folder
+from fieldmark.runs.dataset import Dataset
+from fieldmark.runs.environment import describe_environment
+from fieldmark.training import metrics
+from fieldmark.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from fieldmark.training.evaluate import Validation
+from fieldmark.training.loop import EpochTally, TrainState
+
+LOCK = ".lock"
+_COUNTS = ("epoch", "step", "step_in_epoch", "micro_batch_size")
+
+
+@dataclass
+class Best:
+    """The best validation so far: never forgotten, not even by a resume."""
+
+    value: float | None = None
+    epoch: int = -1
+
+
+@dataclass
+class History:
+    """What a run has written so far.
+
+    Attributes:
+        best: The best epoch.
+        rows: One per epoch, as in metrics.jsonl.
+        val_by_epoch: (M,) predicted classes of each epoch.
+        seconds_before: Training time of earlier processes of this run.
+        started: When this process began, by `time.perf_counter`.
+    """
+
+    best: Best = field(default_factory=Best)
+    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    val_by_epoch: list[NDArray[np.int32]] = field(default_factory=list[NDArray[np.int32]])
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Training time of the run so far."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+
+@contextmanager
+def claim_folder(path: Path, *, is_new: bool) -> Generator[None]:
+    """Hold a run folder for one training; a new one that was refused before it had a recipe is removed again.
+
+    Raises:
+        RunError: Another training holds it, or a new one is not empty.
+        ResourceError: It cannot be created.
+    """
+    busy = f"{path} is being trained by another process: wait until that ends, or stop it"
+    with ExitStack() as stack:
+        try:
+            if is_new:
+                _refuse_used_folder(path)
+                path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive_lock(path / LOCK, busy=busy))
+            if is_new:
+                _refuse_used_folder(path)  # another training may have come first
+        except OSError as error:
+            raise ResourceError(f"{path} cannot be used as a run folder: {error.strerror}") from None
+        remove_dead_parts(path)
+        try:
+            yield
+        except BaseException:
+            if is_new and not (path / folder.RECIPE).exists():
+                _remove_beginning(path)
+            raise
+
+
+def _refuse_used_folder(path: Path) -> None:
+    if not path.exists() or (path.is_dir() and all(entry.name == LOCK for entry in path.iterdir())):
+        return
+    hint = "Choose another --out"
+    if (path / folder.RECIPE).is_file():
+        finished = folder.run_status(path) == "finished"
+        hint = f"It holds a finished run: use it (fieldmark evaluate {path}), or choose another --out"
+        hint = hint if finished else f"Continue it with `fieldmark train --resume {path}`, or choose another --out"
+    raise RunError(f"{path} exists and is not empty. {hint}")
+
+
+def _remove_beginning(path: Path) -> None:
+    """Remove a folder that a refused training made, unless it holds anything else."""
+    names = {LOCK, folder.LOG, folder.SPLIT, folder.CLASSES, folder.MODEL, folder.DATA, folder.ENVIRONMENT}
+    with suppress(OSError):
+        entries = list(path.iterdir())
+        if {entry.name for entry in entries} <= names | {folder.BROKEN}:
+            for entry in entries:
+                entry.unlink()
+            path.rmdir()
+
+
+class RunWriter:
+    """Writes the files of a run; on all processes but the first it keeps the history and writes nothing.
+
+    Args:
+        path: The run folder.
+        fabric: The process, and the others.
+        dataset: Photos and classes.
+        select: "best" keeps the weights of the best epoch, "last" those of the last.
+        metric: What "best" means.
+    """
+
+    def __init__(self, path: Path, fabric: Fabric, dataset: Dataset, *, select: str, metric: str) -> None:
+        self.path = path
+        self.history = History()
+        self._fabric = fabric
+        self._index = dataset.index
+        self._labels = dataset.labels
+        self._select = select
+        self._metric = metric
+
+    def write_beginning(self, recipe: str, model: Mapping[str, Any], dataset: Dataset, prior: Sequence[float]) -> None:
+        """Write what does not change; the recipe last, so that a folder that has one can begin again."""
+        path, index = self.path, dataset.index
+        save_split_table(index, path / folder.SPLIT)
+        folder.write_json(path / folder.CLASSES, list(index.classes))
+        folder.write_json(path / folder.MODEL, model)
+        data = {
+            "root": str(index.root.resolve()),
+            "fingerprint": index.fingerprint(),
+            "counts": index.counts(),
+            "prior": list(prior),
+            "ignored": dict(index.ignored),
+            "num_broken": len(dataset.broken),
+        }
+        folder.write_json(path / folder.DATA, data)
+        folder.write_json(path / folder.ENVIRONMENT, describe_environment())
+        if dataset.broken:
+            table = io.StringIO(newline="")
+            csv.writer(table).writerows([("path", "reason"), *dataset.broken])
+            _write_text(path / folder.BROKEN, table.getvalue())
+        _write_text(path / folder.RECIPE, recipe)
+
+    def remove_metrics(self) -> None:
+        """Remove the epochs of a run that begins again."""
+        for name in (folder.METRICS, folder.EPOCHS):
+            (self.path / name).unlink(missing_ok=True)
+
+    def record_epoch(self, row: dict[str, Any], validation: Validation, model: nn.Module) -> dict[str, Any]:
+        """Store an epoch: its weights and predictions if they are to be kept, and its row of metrics.jsonl.
+
+        Returns:
+            The row, with `is_best`.
+        """
+        history, predictions = self.history, validation.predictions
+        value = validation.metrics.get(self._metric)
+        is_best = value is not None and metrics.is_better(self._metric, value, history.best.value)
+        if is_best:
+            history.best = Best(value, int(row["epoch"]))
+        row = {**row, "is_best": is_best or self._select == "last"}
+        history.rows.append(row)
+        if not self._fabric.is_global_zero:
+            return row
+        with _continuable(self.path):
+            if row["is_best"]:
+                save_weights(self.path / folder.WEIGHTS, model.state_dict())
+                if predictions is not None:
+                    folder.write_predictions(
+                        self.path / "predictions" / "val.parquet",
+                        paths=[self._index.photos[number].path for number in predictions.numbers],
+                        labels=self._labels[predictions.numbers],
+                        probabilities=predictions.probabilities(),
+                        classes=self._index.classes,
+                    )
+            with (self.path / folder.METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if predictions is not None:
+                history.val_by_epoch.append(predictions.logits.argmax(axis=1).astype(np.int32))
+                self._write_epochs(self._labels[predictions.numbers])
+        return row
+
+    def save(self, state: TrainState) -> None:
+        """Write `last.pt`: the run can be continued from here."""
+        fabric = self._fabric
+        random_states: Any = fabric.all_gather(_random_state(fabric.device))
+        if not fabric.is_global_zero:
+            return
+        content = {
+            "model": state.model.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "precision": fabric.strategy.precision.state_dict(),
+            "average": state.average.model.state_dict() if state.average else None,
+            "tally": state.tally.sums,
+            "counts": {name: getattr(state, name) for name in _COUNTS},
+            "random": random_states.reshape(fabric.world_size, -1).cpu(),
+            "best": asdict(self.history.best),
+            "seconds": self.history.seconds,
+            "history": json.dumps(self.history.rows),
+        }
+        with _continuable(self.path):
+            save_checkpoint(self.path / folder.STATE, content)
+
+    def restore(self, state: TrainState) -> None:
+        """Continue from `last.pt`, and drop what was written after it."""
+        fabric, path = self._fabric, self.path / folder.STATE
+        saved = load_checkpoint(path)
+        try:
+            state.model.load_state_dict(saved["model"])
+            state.optimizer.load_state_dict(saved["optimizer"])
+            fabric.strategy.precision.load_state_dict(saved["precision"])
+            if state.average is not None:
+                state.average.model.load_state_dict(saved["average"])
+            state.tally = EpochTally(saved["tally"].to(fabric.device))
+            for name in _COUNTS:
+                setattr(state, name, saved["counts"][name])
+            _set_random_state(saved["random"][fabric.global_rank], fabric.device)
+            best, rows, seconds = Best(**saved["best"]), json.loads(saved["history"]), float(saved["seconds"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise RunError(
+                f"{path} does not belong to this run: {(str(error).splitlines() or [type(error).__name__])[0]}. "
+                "Delete it, and `fieldmark train --resume` trains the run again from its beginning, to the same result"
+            ) from error
+        state.schedule.load_state_dict({"step": state.step})
+        self.history = History(best, rows, seconds_before=seconds)
+        if fabric.is_global_zero:
+            self._rewrite_history()
+
+    def write_summary(self, content: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        if self._fabric.is_global_zero:
+            with _continuable(self.path):
+                folder.write_json(self.path / folder.SUMMARY, content)
+
+    def _write_epochs(self, labels: NDArray[np.int64]) -> None:
+        """Write the predicted classes of every epoch, from which the optimistic bias of "best" is estimated."""
+        stacked, path = np.stack(self.history.val_by_epoch), self.path / folder.EPOCHS
+        path.parent.mkdir(exist_ok=True)
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:
+                np.savez_compressed(file, predicted=stacked, labels=labels.astype(np.int32))
+
+        whole_or_absent(path, write)
+
+    def _rewrite_history(self) -> None:
+        _write_text(self.path / folder.METRICS, "".join(json.dumps(row) + "\n" for row in self.history.rows))
+        path = self.path / folder.EPOCHS
+        if path.is_file():
+            with np.load(path) as stored:
+                self.history.val_by_epoch = list(stored["predicted"][: len(self.history.rows)])
+
+
+@contextmanager
+def _continuable(path: Path) -> Generator[None]:
+    """Add to the error of a run folder that cannot be written how the run continues once it can."""
+    try:
+        yield
+    except ResourceError as error:
+        raise ResourceError(f"{error}, then continue with: fieldmark train --resume {path}") from error
+    except OSError as error:
+        reason = f"{error.filename or path} could not be written: {error.strerror}"
+        raise ResourceError(f"{reason}. Fix that, then continue with: fieldmark train --resume {path}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    data = text.encode("utf-8", "surrogateescape")
+    whole_or_absent(path, lambda part: part.write_bytes(data))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Give the state of the generators that dropout and drop-path draw from, as bytes on the device."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states).to(device)
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].clone(), device)
