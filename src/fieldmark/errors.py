@@ -6,7 +6,8 @@
     │   └── PhotoError       one photo cannot be used: carries its path and the reason
     ├── WeightsError         weights cannot be had or do not fit the model
     ├── ResourceError        not enough memory, disk or time
-    ├── TrainingError        training cannot go on (a non-finite loss, say)
+    ├── TrainingError        training cannot go on
+    │   └── NonFiniteError   a loss, a gradient or an output is not finite
     ├── InterruptedRunError  training was asked to stop, and saved everything
     ├── ReportedElsewhereError  another process of the same training raises the error
     ├── RunError             a run folder is missing something or was made by another version
@@ -78,6 +79,21 @@ class ResourceError(FieldmarkError):
 
 class TrainingError(FieldmarkError):
     """Training cannot go on."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss, gradient, weight or output is not finite.
+
+    Args:
+        step: Number of the update, 0-based.
+        numbers: Photos of its batch; [] where they are not to blame.
+        what: Begins the message.
+    """
+
+    def __init__(self, step: int, numbers: list[int], *, what: str = "loss or gradient of") -> None:
+        super().__init__(f"{what} update {step} is not finite")
+        self.step = step
+        self.numbers = numbers
 
 
 class ReportedElsewhereError(FieldmarkError):

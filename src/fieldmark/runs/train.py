@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fieldmark.config import Config
-from fieldmark.errors import InterruptedRunError, ReportedElsewhereError, RunError, TrainingError
+from fieldmark.errors import InterruptedRunError, NonFiniteError, ReportedElsewhereError, RunError, TrainingError
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.folder import Run
@@ -25,7 +25,7 @@ from fieldmark.runs.session import Session, Start, open_session
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
 from fieldmark.training.evaluate import Validation
-from fieldmark.training.loop import EpochReport, NonFiniteError, TrainBatch, TrainState, train_epochs
+from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs
 from fieldmark.training.probe import compute_features, train_head
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fieldmark.data.workers import Batch
-from fieldmark.training.loop import NonFiniteError
+from fieldmark.errors import NonFiniteError
 
 
 class Compute(Protocol):

@@ -22,25 +22,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fieldmark.errors import ResourceError, TrainingError
+from fieldmark.errors import NonFiniteError, ResourceError
 from fieldmark.training.checkpoint import RunningAverage
 from fieldmark.training.evaluate import Predictions, Validation
 from fieldmark.training.schedule import Schedule
-
-
-class NonFiniteError(TrainingError):
-    """A loss, gradient, weight or output is not finite.
-
-    Args:
-        step: Number of the update, 0-based.
-        numbers: Photos of its batch; [] where they are not to blame.
-        what: Begins the message.
-    """
-
-    def __init__(self, step: int, numbers: list[int], *, what: str = "loss or gradient of") -> None:
-        super().__init__(f"{what} update {step} is not finite")
-        self.step = step
-        self.numbers = numbers
 
 
 class FiniteWatch:
