@@ -346,3 +346,18 @@ def test_missing_credentials_and_a_missing_bucket_end_the_work_with_one_message(
         open_source("s3://no-such-bucket/new")
     with pytest.raises(DataError, match=r"The specified bucket does not exist"):
         contents(open_source(str(tmp_path / "list.csv")))
+
+
+def test_a_member_that_unpacks_to_more_than_any_photo_is_named_unread_and_the_rest_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("fieldmark.inference.sources.MAX_MEMBER_BYTES", 10_000)
+    sizes = {"a.png": 9_000, "bomb.png": 5_000_000, "c.png": 10_000}
+    with tarfile.open(tmp_path / "s.tgz", "w:gz") as archive:
+        for name, size in sizes.items():
+            info = tarfile.TarInfo(name)
+            info.size = size
+            archive.addfile(info, io.BytesIO(bytes(size)))
+    assert (tmp_path / "s.tgz").stat().st_size < 10_000
+    found = dict(open_source(str(tmp_path / "s.tgz")).read(2))
+    assert [len(found[f"s.tgz/{name}"]) for name in ("a.png", "c.png")] == [9_000, 10_000]
+    assert isinstance(found["s.tgz/bomb.png"], PhotoError)
+    assert found["s.tgz/bomb.png"].reason == "takes 5 MB in s.tgz, more than the 0 MB of a photo"

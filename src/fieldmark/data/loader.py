@@ -110,7 +110,8 @@ class Loader:
                 yield self._prepare_here(prepare, numbers, epoch)
             return
         if self._pool is None:
-            preload = [prepare.__module__]
+            owner = getattr(prepare, "__self__", prepare)
+            preload = [prepare.__module__, *getattr(owner, "preload", ())]  # once, not in every worker
             self._pool = WorkerPool(self._workers, start_method=self._start_method, preload=preload)
         try:
             yield from self._pool.batches(prepare, plan, epoch=epoch)

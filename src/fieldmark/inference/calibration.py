@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, InstanceOf
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from scipy.stats import beta
 
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import read_values, whole_or_absent
@@ -227,6 +225,8 @@ def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
     Source:
         Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, section 4.2.
     """
+    from scipy.optimize import minimize_scalar
+
     logits, labels = _checked(logits, labels)
     rows = np.arange(len(labels))
 
@@ -364,6 +364,8 @@ def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, assurance: 
     Raises:
         DataError: No threshold reaches it, or the photos are too few to show it.
     """
+    from scipy.stats import beta  # a second that a prediction need not wait for
+
     _check_share("accuracy", accuracy)
     if not 0 <= assurance < 1:
         raise DataError(f"the confidence level (assurance) is a share from 0 to below 1; got {assurance}")

@@ -33,6 +33,8 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_b
 KEY_COLUMNS = ("path", "__key__", "key", "file_name", "filename", "name", "id")
 _SHARD_ROWS_AT_ONCE = 32
 _READ_AHEAD_BYTES = 2**20
+# More than any photo within the limit of pixels: a packed archive of a few megabytes may claim members of any size.
+MAX_MEMBER_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def _open_tar(file: IO[bytes]) -> _WatchedTar:
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> bytes | PhotoError:
+    if member.size > MAX_MEMBER_BYTES:
+        size = f"{member.size / 2**20:,.0f} MB"
+        return PhotoError(member.name, f"takes {size} in {shard}, more than the {MAX_MEMBER_BYTES >> 20} MB of a photo")
     try:
         content = archive.extractfile(member)
         return content.read() if content is not None else b""

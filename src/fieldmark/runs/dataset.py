@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fieldmark.augment.device import augment_device
-from fieldmark.augment.fast import augment_fast
 from fieldmark.augment.reference import RGB, EvalSpec, Views, augment_reference, eval_picture, picture_shape
 from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.config import DataConfig
@@ -218,6 +216,7 @@ class TrainPhotos:
     std: RGB
     seed: int
     is_fast: bool
+    preload: ClassVar[tuple[str, ...]] = ("fieldmark.augment.fast",)
 
     def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
         """(B, 3, S, S) float32, normalised and erased; the same whoever calls, in whatever company.
@@ -225,6 +224,8 @@ class TrainPhotos:
         Raises:
             PhotoError: A photo broke or vanished since it was inspected.
         """
+        from fieldmark.augment.fast import augment_fast  # compiles, which a prediction need not wait for
+
         rows = np.asarray(numbers, np.int64)
         params = self.params(rows, epoch)
         if self.is_fast:
@@ -254,6 +255,8 @@ class TrainPhotos:
 
     def finish(self, batch: Batch, epoch: int, device: torch.device) -> Tensor:
         """(B, 3, S, S) float32 on the device: the photos of `raw`, augmented there as `__call__` would have."""
+        from fieldmark.augment.device import augment_device
+
         assert batch.sizes is not None
         rows = batch.numbers.numpy()
         photos = batch.images.to(device, non_blocking=True)

@@ -15,10 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +25,9 @@ from fieldmark.errors import NonFiniteError, ResourceError
 from fieldmark.training.checkpoint import RunningAverage
 from fieldmark.training.evaluate import Predictions, Validation
 from fieldmark.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 class FiniteWatch:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fieldmark.data.workers import Batch
 from fieldmark.models.classifier import Classifier
 from fieldmark.training.evaluate import predict_batches
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def compute_features(
