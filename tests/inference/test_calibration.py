@@ -17,7 +17,6 @@ from fieldmark.inference.calibration import (
     apply_temperature,
     calibrate,
     calibrate_run,
-    coverage_curve,
     cross_fitted,
     describe_calibration,
     estimate_prior,
@@ -26,9 +25,8 @@ from fieldmark.inference.calibration import (
     log_probabilities,
     reliability_bins,
     save_calibration_figure,
-    threshold_for_accuracy,
-    threshold_for_coverage,
 )
+from fieldmark.inference.coverage import coverage_curve, threshold_for_accuracy, threshold_for_coverage
 from fieldmark.inference.taxonomy import taxonomy_scores
 from fieldmark.runs.folder import Run, write_predictions
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fieldmark.errors import DataError
-from fieldmark.inference.calibration import calibrate_run, fit_fallback, load_calibration
+from fieldmark.inference.calibration import calibrate_run, load_calibration
 from fieldmark.inference.predictor import Prediction
-from fieldmark.inference.taxonomy import Fallback, build_taxonomy, describe_fallback
+from fieldmark.inference.taxonomy import Fallback, build_taxonomy, describe_fallback, fit_fallback
 from fieldmark.runs.folder import Run, write_predictions
 
 CLASSES = ("crow", "raven", "gull", "tern")

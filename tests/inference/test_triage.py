@@ -12,10 +12,10 @@ from PIL import Image
 from fieldmark.data.index import list_photos
 from fieldmark.errors import DataError
 from fieldmark.inference.triage import (
-    Judged,
+    HeldOut,
     confused_pairs,
     highest_losses,
-    join_judged,
+    join_held_out,
     label_suspects,
     near_duplicates,
 )
@@ -31,7 +31,7 @@ def make_judged(n=300, k=4, flips=12, seed=0):
     labels = truth.copy()
     labels[:flips] = (labels[:flips] + 1) % k
     names = tuple("abcdefgh"[:k])
-    return Judged(tuple(f"{i}.jpg" for i in range(n)), labels, probabilities.astype(np.float32), names)
+    return HeldOut(tuple(f"{i}.jpg" for i in range(n)), labels, probabilities.astype(np.float32), names)
 
 
 def test_wrong_labels_are_suspected_and_few_right_ones():
@@ -45,9 +45,9 @@ def test_a_class_that_nobody_was_judged_on_does_not_upset_the_search():
     wider = np.concatenate(
         [judged.probabilities[:, :1], judged.probabilities[:, :1] * 0, judged.probabilities[:, 1:]], 1
     )
-    gapped = Judged(judged.paths, np.array([0, 2, 3])[judged.labels], wider, ("a", "none", "b", "c"))
+    gapped = HeldOut(judged.paths, np.array([0, 2, 3])[judged.labels], wider, ("a", "none", "b", "c"))
     assert list(label_suspects(gapped)) == list(label_suspects(judged))
-    single = Judged(("a.jpg",), np.array([0]), np.ones((1, 1), np.float32), ("a",))
+    single = HeldOut(("a.jpg",), np.array([0]), np.ones((1, 1), np.float32), ("a",))
     assert len(label_suspects(single)) == 0
 
 
@@ -60,7 +60,7 @@ def test_losses_fall_and_hold_every_photo_once():
 
 def test_pairs_hold_every_mistake_once_whichever_way_it_went():
     probabilities = np.array([[0.1, 0.9, 0], [0.8, 0.2, 0], [0.6, 0.4, 0], [0, 0.1, 0.9], [0, 0.3, 0.7]], np.float32)
-    judged = Judged(tuple("vwxyz"), np.array([0, 1, 1, 2, 1]), probabilities, ("a", "b", "c"))
+    judged = HeldOut(tuple("vwxyz"), np.array([0, 1, 1, 2, 1]), probabilities, ("a", "b", "c"))
     pairs = confused_pairs(judged)
     assert [(pair.first, pair.second, pair.places) for pair in pairs] == [(0, 1, (0, 1, 2)), (1, 2, (4,))]
 
@@ -71,11 +71,11 @@ def test_folds_are_joined_and_doubles_and_strangers_refused():
         stored = SimpleNamespace(paths=paths, labels=np.zeros(n, int), probabilities=np.full((n, 2), 0.5, np.float32))
         return SimpleNamespace(path=Path(paths[0]), classes=classes, predictions=lambda split: stored)
 
-    assert join_judged([run(("1", "2")), run(("3",))]).paths == ("1", "2", "3")
-    with pytest.raises(DataError, match="1 photos are judged by more than one"):
-        join_judged([run(("1", "2")), run(("2",))])
+    assert join_held_out([run(("1", "2")), run(("3",))]).paths == ("1", "2", "3")
+    with pytest.raises(DataError, match="1 photos are validated by more than one"):
+        join_held_out([run(("1", "2")), run(("2",))])
     with pytest.raises(DataError, match="knows other classes"):
-        join_judged([run(("1",)), run(("2",), ("a", "c"))])
+        join_held_out([run(("1",)), run(("2",), ("a", "c"))])
 
 
 def test_the_same_photo_in_another_size_is_a_near_duplicate(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fieldmark.data.index import Photo, PhotoIndex, apply_corrections, load_index
 from fieldmark.errors import DataError
-from fieldmark.inference.triage import Judged
+from fieldmark.inference.triage import HeldOut
 from fieldmark.serve.review import Corrections, ReviewViews, create_review_app
 
 COLOURS = {"crow": (20, 20, 20), "gull": (230, 230, 230), "owl <b>": (140, 90, 40)}
@@ -46,7 +46,7 @@ def make_views(photos, table, duplicates=lambda: [(0, 1, 2)]):
     probabilities[np.arange(len(labels)), labels] = 0.9
     probabilities[1] = (0.04, 0.95, 0.01)  # crow/1.jpg looks like a gull
     probabilities[9] = (0.80, 0.15, 0.05)  # gull/1.jpg looks like a crow
-    judged = Judged(tuple(photo.path for photo in index.photos), labels, probabilities, index.classes)
+    judged = HeldOut(tuple(photo.path for photo in index.photos), labels, probabilities, index.classes)
     views = ReviewViews(index, judged, Corrections(table), find_duplicates=duplicates)
     views._search.join()
     return views
@@ -262,7 +262,7 @@ def test_a_page_of_a_hundred_thousand_photos_is_quick(tmp_path):
     index = PhotoIndex(tmp_path, photos, classes, {})
     probabilities = np.full((count, 50), 0.01, np.float32)
     probabilities[np.arange(count), labels] = 0.51
-    judged = Judged(tuple(photo.path for photo in photos), labels, probabilities, classes)
+    judged = HeldOut(tuple(photo.path for photo in photos), labels, probabilities, classes)
     views = ReviewViews(index, judged, Corrections(tmp_path / "c.csv"), find_duplicates=list)
     start = time.perf_counter()
     page = views.page("losses", which=0, offset=99_000, limit=60)

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from fieldmark.data.tables import read_table
 from fieldmark.errors import DataError
+from fieldmark.inference.coverage import coverage_curve, threshold_for_accuracy
 
 if TYPE_CHECKING:
     from fieldmark.runs.folder import Run
 
 _NEVER = 2.0  # no probability reaches it
+_ROUNDING = 1e-6  # of summed float32 probabilities
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,50 @@ class Fallback:
             return cls(build_taxonomy(levels, rows), thresholds, tuple(LevelScore(**row) for row in values["scores"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the taxonomy of the calibration lacks {error}: calibrate again") from None
+
+
+def fit_fallback(
+    probabilities: NDArray[np.floating[Any]],
+    labels: NDArray[np.integer[Any]],
+    taxonomy: Taxonomy,
+    *,
+    threshold: float,
+    accuracy: float,
+    assurance: float,
+) -> Fallback:
+    """Thresholds from fine to coarse, each chosen on the photos that no finer level answers.
+
+    So the answers of every level are as accurate as wanted, and not only those of all levels together.
+
+    Args:
+        probabilities: (N, K), cross-fitted: of photos that no temperature was fitted on.
+        labels: (N,) class indices.
+        taxonomy: Over the same K classes.
+        threshold: Of the class itself.
+        accuracy: Wanted of the answers of each coarser level, in (0, 1].
+        assurance: Confidence level, as in `threshold_for_accuracy`.
+    """
+    thresholds: list[float | None] = [threshold]
+    is_open = probabilities.max(axis=1) < threshold
+    for level in range(1, len(taxonomy.levels)):
+        sums = taxonomy.at_level(probabilities, level)
+        confidence, is_right = sums.max(axis=1), sums.argmax(axis=1) == taxonomy.members[level][labels]
+        found = None
+        if is_open.any():
+            try:
+                curve = coverage_curve(confidence[is_open], is_right[is_open])
+                found = max(0.0, threshold_for_accuracy(curve, accuracy, assurance=assurance) - _ROUNDING)
+                is_open &= confidence < found
+            except DataError:
+                pass  # never right often enough, or too few to show it: the next level may be
+        thresholds.append(found)
+    answers = find_answers(probabilities, taxonomy, thresholds=thresholds)
+    scores: list[LevelScore] = []
+    for level, name in enumerate(taxonomy.levels):
+        true = [taxonomy.nodes[level][group] for group in taxonomy.members[level][labels]]
+        right = [answer.name == want for answer, want in zip(answers, true, strict=True) if answer.level == name]
+        scores.append(LevelScore(name, len(right) / len(answers), float(np.mean(right)) if right else None))
+    return Fallback(taxonomy, tuple(thresholds), tuple(scores))
 
 
 def describe_fallback(found: Fallback) -> str:

@@ -30,12 +30,12 @@ Places = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Judged:
+class HeldOut:
     """Predictions of photos that the model was not trained on: of validation, or out of fold.
 
     Attributes:
         paths: N paths relative to the data root.
-        labels: (N,) class numbers, as the folders say.
+        labels: (N,) class indices, as the folders say.
         probabilities: (N, K) float32.
         classes: K names.
     """
@@ -62,8 +62,8 @@ class ConfusedPair:
     """Two classes that are taken for each other.
 
     Attributes:
-        first: Class number, the smaller.
-        second: Class number.
+        first: Class index, the smaller.
+        second: Class index.
         places: Photos of either that were called the other, the surest mistake first.
     """
 
@@ -72,13 +72,13 @@ class ConfusedPair:
     places: tuple[int, ...]
 
 
-def join_judged(runs: Sequence[Run]) -> Judged:
-    """Validation predictions of one run, or of the folds of one data set: then each photo is judged out of fold.
+def join_held_out(runs: Sequence[Run]) -> HeldOut:
+    """Join the validation predictions of one run, or of the folds of one data set: each photo is predicted out of fold.
 
     Probabilities are calibrated where the run is.
 
     Raises:
-        DataError: The runs know different classes, or judge the same photo twice.
+        DataError: The runs know different classes, or validate on the same photo twice.
         RunError: A run stored no predictions.
     """
     classes = runs[0].classes
@@ -95,28 +95,28 @@ def join_judged(runs: Sequence[Run]) -> Judged:
         probabilities.append(apply_temperature(log_probabilities(stored.probabilities), temperature).astype(np.float32))
     if len(set(paths)) != len(paths):
         raise DataError(
-            f"{len(paths) - len(set(paths))} photos are judged by more than one of the runs: give the folds of one "
+            f"{len(paths) - len(set(paths))} photos are validated by more than one of the runs: give the folds of one "
             "cross-validation, each once"
         )
-    return Judged(tuple(paths), np.concatenate(labels), np.concatenate(probabilities), classes)
+    return HeldOut(tuple(paths), np.concatenate(labels), np.concatenate(probabilities), classes)
 
 
-def confused_pairs(judged: Judged) -> list[ConfusedPair]:
+def confused_pairs(found: HeldOut) -> list[ConfusedPair]:
     """Pairs of classes by the number of photos mistaken for each other, most first."""
-    low, high = np.minimum(judged.labels, judged.guesses), np.maximum(judged.labels, judged.guesses)
-    surest_first = np.argsort(np.argsort(-judged.probabilities.max(axis=1), kind="stable"))
+    low, high = np.minimum(found.labels, found.guesses), np.maximum(found.labels, found.guesses)
+    surest_first = np.argsort(np.argsort(-found.probabilities.max(axis=1), kind="stable"))
     return [
         ConfusedPair(first, second, tuple(sorted(map(int, places), key=surest_first.__getitem__)))
         for first, second, places in metrics.confused_pairs(low, high)
     ]
 
 
-def highest_losses(judged: Judged) -> Places:
+def highest_losses(found: HeldOut) -> Places:
     """All N places, the photo that surprised the model most first."""
-    return np.argsort(-judged.losses, kind="stable")
+    return np.argsort(-found.losses, kind="stable")
 
 
-def label_suspects(judged: Judged) -> Places:
+def label_suspects(found: HeldOut) -> Places:
     """Places of photos whose label is probably wrong, the surest first.
 
     Raises:
@@ -130,13 +130,13 @@ def label_suspects(judged: Judged) -> Places:
         from cleanlab.filter import find_label_issues
     except ImportError:
         raise MissingExtraError("cleanlab", "review") from None
-    # cleanlab takes class numbers without gaps: a class that no judged photo has is left out.
-    present = np.unique(judged.labels)
+    # cleanlab takes class numbers without gaps: a class that no photo here has is skipped.
+    present = np.unique(found.labels)
     if len(present) < 2:
         return np.zeros(0, np.int64)
-    rows = judged.probabilities[:, present].astype(np.float64) + 1e-12
+    rows = found.probabilities[:, present].astype(np.float64) + 1e-12
     found = find_label_issues(
-        np.searchsorted(present, judged.labels),
+        np.searchsorted(present, found.labels),
         rows / rows.sum(axis=1, keepdims=True),
         return_indices_ranked_by="self_confidence",
         n_jobs=1,
@@ -148,7 +148,7 @@ def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memor
     """Pairs of photos that look the same: (number, number, bits that differ), the likest first.
 
     Args:
-        index: Photos; those that cannot be read are left aside.
+        index: Photos; those that cannot be read are skipped.
         max_distance: Largest Hamming distance of the 64-bit perceptual hashes.
         threads: Photos read at once.
         memory: Folder where what was seen of the photos is remembered.
@@ -212,7 +212,7 @@ class AttentionMaps:
         return self._cam is not None
 
     def __call__(self, images: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np.float32]:
-        """(B, 28, 28) maps in [0, 1] for one class of each normalised image (B, 3, S, S)."""
+        """(B, 28, 28) maps in [0, 1] for one class of each normalized image (B, 3, S, S)."""
         import torch
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
         from torch.nn import functional

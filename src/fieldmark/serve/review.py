@@ -18,10 +18,10 @@ from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, Photo
 from fieldmark.files import whole_or_absent
 from fieldmark.inference.triage import (
     ConfusedPair,
-    Judged,
+    HeldOut,
     confused_pairs,
     highest_losses,
-    join_judged,
+    join_held_out,
     label_suspects,
     near_duplicates,
 )
@@ -148,7 +148,7 @@ class ReviewViews:
     """
 
     def __init__(
-        self, index: PhotoIndex, judged: Judged, corrections: Corrections, *, find_duplicates: DuplicateSearch
+        self, index: PhotoIndex, judged: HeldOut, corrections: Corrections, *, find_duplicates: DuplicateSearch
     ) -> None:
         self.index = index
         self.judged = judged
@@ -327,7 +327,7 @@ def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int
         )
     views = ReviewViews(
         index,
-        join_judged(runs),
+        join_held_out(runs),
         Corrections(table),
         find_duplicates=lambda: near_duplicates(index, max_distance=max_distance, threads=threads, memory=memory),
     )
