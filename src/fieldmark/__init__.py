@@ -76,6 +76,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fieldmark")
     if name not in _HOMES:
         raise AttributeError(f"module 'fieldmark' has no attribute {name!r}")
     return getattr(import_module(f"fieldmark.{_HOMES[name]}"), name)

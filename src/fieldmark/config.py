@@ -7,6 +7,7 @@ turns them into plain values.
 from __future__ import annotations
 
 import re
+import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -555,11 +556,36 @@ def parse_config(settings: Mapping[str, Any], name: str = "settings") -> Config:
         raise ConfigError(f"{name} is not a valid recipe:\n  " + "\n  ".join(lines)) from None
 
 
-def dump_config(config: Config) -> str:
-    """The whole tree as TOML, every default filled in; `load_config` reads it back to an equal Config."""
-    import tomli_w
+def dump_config(config: Config, *, with_comments: bool = False) -> str:
+    """The whole tree as TOML, every default filled in; `load_config` reads it back to an equal Config.
 
-    return tomli_w.dumps(_written_none(config.model_dump(mode="json")))
+    Args:
+        config: The settings.
+        with_comments: Whether the meaning of each setting stands above it.
+    """
+    import tomlkit
+
+    document = tomlkit.document()
+    tree = config.model_dump(mode="json")
+    for name, field in Config.model_fields.items():
+        if not isinstance(tree[name], dict):
+            _add_setting(document, name, tree[name], field.description if with_comments else None)
+            continue
+        table, section = tomlkit.table(), type(getattr(config, name))
+        for key, inner in section.model_fields.items():
+            _add_setting(table, key, tree[name][key], inner.description if with_comments else None)
+        document.add(name, table)
+    return tomlkit.dumps(document)
+
+
+def _add_setting(table: Any, name: str, value: Any, meaning: str | None) -> None:
+    import tomlkit
+
+    for line in textwrap.wrap(" ".join((meaning or "").split()), 100):
+        table.add(tomlkit.comment(line))
+    table.add(name, "none" if value is None else value)
+    if meaning:
+        table.add(tomlkit.nl())
 
 
 def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
@@ -591,9 +617,3 @@ def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
 
 def _recipes() -> Any:
     return resources.files("fieldmark") / "recipes"
-
-
-def _written_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _written_none(item) for key, item in value.items()}
-    return "none" if value is None else value

@@ -7,7 +7,7 @@ import logging
 import tomllib
 from collections.abc import Callable, Mapping
 from functools import cache
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -69,6 +69,20 @@ def setting_keys(model: type[BaseModel]) -> list[str]:
         inner = _section(field.annotation)
         keys += [f"{name}.{key}" for key in inner.model_fields] if inner else [name]
     return keys
+
+
+def setting_words(model: type[BaseModel], key: str) -> list[str]:
+    """List the words that a setting takes, for completion; none for numbers and free text."""
+    try:
+        section, _, name = find_setting(model, key).rpartition(".")
+    except ConfigError:
+        return []
+    kinds = _kinds(_annotation(model, section, name))
+    if bool in kinds:
+        return ["true", "false"]
+    inner = [kind for outer in kinds for kind in (get_args(outer) if get_origin(outer) is tuple else (outer,))]
+    words = [word for kind in inner if get_origin(kind) is Literal for word in get_args(kind)]
+    return [*map(str, words), *(["none"] if NoneType in kinds else [])]
 
 
 def find_setting(model: type[BaseModel], key: str) -> str:

@@ -251,7 +251,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for verb in ("check", "split", "cache", "preview", "models", "find-lr", "train", "evaluate", "predict", "demo"):
+    for verb in ("check", "models", "train", "evaluate", "predict", "demo"):
         assert f"\n  {verb} " in done.stdout
 
 

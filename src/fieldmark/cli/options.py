@@ -1,10 +1,46 @@
-"""`--ray` with an address or without: an option whose value may be left out, which typer has none of."""
+"""Options that several verbs share, how they are completed in a shell, and how verbs print."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from typer.core import TyperCommand
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from fieldmark.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fieldmark.config import Config
+
+DEFAULT_RECIPE = "strong"
+PREPARE, TRAIN, USE, COMPARE = "Prepare", "Train", "Use a model", "Compare and improve"
+
+
+class GroupedHelp(TyperGroup):
+    """The list of verbs in groups, in the order in which a newcomer needs them; hidden verbs by name alone."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each panel. Typer itself would need rich, which slows every call."""
+        panels: dict[str, list[tuple[str, str]]] = {PREPARE: [], TRAIN: [], USE: [], COMPARE: []}
+        hidden: list[str] = []
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            if command.hidden:
+                hidden.append(name)
+                continue
+            panel = getattr(command, "rich_help_panel", None)
+            rows = panels.setdefault(panel if isinstance(panel, str) else "Commands", [])
+            rows.append((name, command.get_short_help_str(80)))
+        for title, rows in panels.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        if hidden:
+            with formatter.section("More"):
+                formatter.write_text(f"{', '.join(hidden)}: fieldmark VERB -h")
 
 
 class BareRay(TyperCommand):
@@ -16,3 +52,114 @@ class BareRay(TyperCommand):
         bare = [word == "--ray" and after.startswith("-") for word, after in zip(args, following, strict=True)]
         words = ["--ray=" if is_bare else word for word, is_bare in zip(args, bare, strict=True)]
         return super().parse_args(ctx, words)
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes, and TOML files here."""
+    from fieldmark.config import recipe_names
+
+    return _starting(incomplete, [*recipe_names(), *map(str, Path().glob("*.toml"))])
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Keys of settings; after the `=`, the words that a setting takes."""
+    from fieldmark.config import Config
+    from fieldmark.overrides import setting_keys, setting_words
+
+    key, equals, _ = incomplete.partition("=")
+    if equals:
+        return _starting(incomplete, [f"{key}={word}" for word in setting_words(Config, key)])
+    return _starting(incomplete, [f"{name}=" for name in setting_keys(Config)])
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Run folders below the folder that is being typed, or below runs/ and sweeps/."""
+    parent = Path(incomplete).parent if "/" in incomplete else None
+    roots = [parent] if parent else [Path(), Path("runs"), Path("sweeps")]
+    found = [path for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir()]
+    runs = [str(path) for path in found if (path / "recipe.toml").is_file()]
+    return _starting(incomplete, runs or [f"{path}/" for path in found])
+
+
+def _starting(incomplete: str, words: Iterable[str]) -> list[str]:
+    return sorted(word for word in words if word.startswith(incomplete))
+
+
+Data = Annotated[Path, typer.Argument(help="Folder of class folders, or a table.")]
+Recipe = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
+RecipeArgument = Annotated[str, typer.Argument(help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
+RecipeOrTime = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="Shipped recipe or TOML file; without one the time decides.",
+        autocompletion=complete_recipe,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.", autocompletion=complete_setting
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+RunFolder = Annotated[
+    Path, typer.Argument(help="Run folder that `fieldmark train` wrote.", autocompletion=complete_run)
+]
+Model = Annotated[Path, typer.Argument(help="Run folder, or an exported model.", autocompletion=complete_run)]
+RunFolders = Annotated[
+    list[Path], typer.Argument(help="Run folders, sweeps, or folders of them.", autocompletion=complete_run)
+]
+NewRun = Annotated[Path | None, typer.Option("--out", help="Run folder to make; default: a new one in runs/.")]
+Ray = Annotated[str | None, typer.Option("--ray", help="Share the work on a Ray cluster; alone, start one here.")]
+
+# Short forms of --set.
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Short for --set train.epochs=N.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="Short for --set model.name=NAME.")]
+Size = Annotated[int | None, typer.Option("--size", help="Side of the training images (augment.size), in pixels.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Short for --set train.batch_size=N.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Short for --set optim.lr=RATE.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Short for --set train.seed=N.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps (train.device).")]
+Track = Annotated[
+    list[str] | None, typer.Option("--track", help="tensorboard, wandb or mlflow (train.trackers); may be repeated.")
+]
+
+
+def flag_overrides(recipe: str | None, *, track: list[str] | None, **flags: float | str | None) -> list[str]:
+    """Short options as `key=value` pairs.
+
+    Args:
+        recipe: What they change. Where it fixes the size of evaluation, `size` changes that too.
+        track: Names of trackers.
+        flags: Key by its short name, to value; None where the option was not given.
+    """
+    pairs = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    if flags.get("size") is not None and recipe is not None:
+        from fieldmark.config import read_recipe
+
+        if "size" in read_recipe(recipe)[1].get("eval", {}):
+            pairs.append(f"eval.size={flags['size']}")
+    return [*pairs, f"train.trackers={','.join(track)}"] if track else pairs
+
+
+def read_settings(recipe: str | None, data: Path | None, overrides: list[str] | None) -> Config:
+    """A recipe with overrides, of photos that the command line names.
+
+    Raises:
+        ConfigError: No such recipe, or a setting that is not valid.
+    """
+    from fieldmark.config import load_config
+
+    if recipe is not None and Path(recipe).is_dir():
+        raise ConfigError(f"--recipe {recipe} is a folder; give a shipped recipe or a TOML file")
+    config = load_config(recipe, overrides or ())
+    if data is None:
+        return config
+    # Not an override: a folder named "1" or "true" must stay text.
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
+
+
+def print_result(content: Any, text: str, *, as_json: bool) -> None:
+    """Print a result to stdout: as JSON for machines, or as text for people."""
+    typer.echo(json.dumps(content, indent=2) if as_json else text)

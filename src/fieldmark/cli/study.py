@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fieldmark.cli.options import BareRay
+from fieldmark.cli.options import COMPARE, TRAIN, BareRay
 from fieldmark.errors import RunError
 from fieldmark.progress import format_seconds, open_progress
 
@@ -28,8 +28,8 @@ Against = Annotated[
 def add_verbs(app: typer.Typer) -> None:
     """Add the three verbs to the command line."""
     for verb in (compare, report):
-        app.command()(verb)
-    app.command(cls=BareRay)(sweep)
+        app.command(rich_help_panel=COMPARE)(verb)
+    app.command(cls=BareRay, rich_help_panel=TRAIN)(sweep)
 
 
 def sweep(

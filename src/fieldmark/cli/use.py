@@ -1,8 +1,7 @@
-"""The verbs that put a trained model to use: combine, calibrate, export, serve, review. `cli` adds them to its own."""
+"""The verbs that put a trained model to use: evaluate, predict, calibrate, combine, export, serve, review."""
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -10,16 +9,103 @@ from typing import Annotated, Literal
 
 import typer
 
-from fieldmark.cli.options import BareRay
-
-Run = Annotated[Path, typer.Argument(help="Run folder that `fieldmark train` wrote.")]
+from fieldmark.cli.options import (
+    COMPARE,
+    USE,
+    BareRay,
+    Json,
+    Model,
+    Ray,
+    RunFolder,
+    print_result,
+)
+from fieldmark.progress import open_progress
 
 
 def add_verbs(app: typer.Typer) -> None:
-    """Add the five verbs to the command line."""
-    for verb in (combine, calibrate, export, review):
-        app.command()(verb)
-    app.command(cls=BareRay)(serve)
+    """Add these verbs to the command line."""
+    app.command(rich_help_panel=USE)(evaluate)
+    app.command(cls=BareRay, rich_help_panel=USE)(predict)
+    for verb in (calibrate, combine, export):
+        app.command(rich_help_panel=USE)(verb)
+    app.command(cls=BareRay, rich_help_panel=USE)(serve)
+    app.command(rich_help_panel=COMPARE)(review)
+
+
+def evaluate(
+    run: RunFolder,
+    split: Annotated[str, typer.Option("--split", help="val, test or train.")] = "val",
+    data: Annotated[Path | None, typer.Option("--data", help="Where the photos are now, if they moved.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for tables and pictures.")] = None,
+    flips: Annotated[bool, typer.Option("--flips", help="As predict --flips would, and what that changes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a run on a labeled split.
+
+    Accuracy with its interval, each class, confusion, calibration. Tables and pictures go to RUN/evaluation.
+    """
+    from fieldmark.inference.evaluation import evaluate_run, format_evaluation, make_output_folder, save_evaluation
+
+    if out is not None:
+        make_output_folder(out)
+    with open_progress("evaluate") as progress:
+        found = evaluate_run(run, split=split, data=data, flips=flips, progress=progress)
+    paths = save_evaluation(found, out or run / "evaluation" / (f"{split}-flips" if flips else split))
+    print_result(found.as_dict(), format_evaluation(found), as_json=as_json)
+    typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
+
+
+def predict(
+    model: Model,
+    photos: Annotated[str, typer.Argument(help="Folder of photos, one photo, a list or shards; path or URL.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write: .csv, .zip, .json or .parquet.")] = None,
+    form: Annotated[
+        Literal["short", "long", "leaderboard"] | None,
+        typer.Option(
+            "--form",
+            help="short: label and top 3; long: all probabilities; leaderboard: image_name,pred_label. "
+            "Default: short; leaderboard with --sample or for .zip.",
+        ),
+    ] = None,
+    sample: Annotated[Path | None, typer.Option("--sample", help="Sample submission to hold the rows against.")] = None,
+    sample_order: Annotated[bool, typer.Option("--sample-order", help="Write the rows in the sample's order.")] = False,
+    flips: Annotated[bool, typer.Option("--flips", help="Average over each photo and its mirror image.")] = False,
+    path_column: Annotated[str, typer.Option("--path-column", help="Column of a list that holds the paths.")] = "path",
+    prior: Annotated[
+        Literal["training", "estimate"],
+        typer.Option("--prior", help="estimate: correct for other class shares than in training."),
+    ] = "training",
+    ray: Ray = None,
+    as_json: Json = False,
+) -> None:
+    """Name photos and write a prediction file.
+
+    Every photo has exactly one row. One that cannot be read has an empty label, is named on stderr, and makes the exit
+    code 2. With --ray the work is shared out in parts, and a second call computes only what is missing.
+    """
+    from fieldmark.inference.predict import predict_photos
+
+    with open_progress("predict") as progress:
+        done = predict_photos(
+            model,
+            photos,
+            out,
+            form=form,
+            sample=sample,
+            sample_order=sample_order,
+            flips=flips,
+            progress=progress,
+            ray=ray,
+            path_column=path_column,
+            estimates_prior=prior == "estimate",
+        )
+    content = done.rows() if out is None else done.as_dict()
+    print_result(content, done.table() if out is None else f"wrote {done.count} rows to {out}", as_json=as_json)
+    if done.prior:
+        typer.echo(done.prior_message(), err=True)
+    if done.failed:
+        typer.echo(done.failure_message(), err=True)
+        raise typer.Exit(2)
 
 
 def combine(
@@ -31,7 +117,7 @@ def combine(
     max_parameters_millions: Annotated[
         float | None, typer.Option(help="Budget for all parameters; default: the smallest in the runs' recipes.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make one predictor of several runs.
 
@@ -39,22 +125,21 @@ def combine(
     """
     from fieldmark.inference.combine import combine as combine_runs
     from fieldmark.inference.combine import format_combined
-    from fieldmark.progress import open_progress
 
     with open_progress("combine") as progress:
         run = combine_runs(runs, out, method=method, max_parameters_millions=max_parameters_millions, progress=progress)
-    typer.echo(json.dumps({"run": str(run.path), **run.summary}, indent=2) if as_json else format_combined(run))
+    print_result({"run": str(run.path), **run.summary}, format_combined(run), as_json=as_json)
 
 
 def calibrate(
-    run: Run,
+    run: RunFolder,
     accuracy: Annotated[float | None, typer.Option(help="Wanted accuracy of the answers, such as 0.95.")] = None,
     coverage: Annotated[float | None, typer.Option(help="Wanted share of photos that are answered.")] = None,
     assurance: Annotated[float, typer.Option(help="How sure the accuracy must be, below 1; 0 takes it as seen.")] = 0.0,
     taxonomy: Annotated[
         Path | None, typer.Option(help="Table of class,genus,family: answer with the group that is sure.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make probabilities honest, and choose when to say "unknown".
 
@@ -63,30 +148,26 @@ def calibrate(
     """
     from fieldmark.inference.calibration import calibrate_run, describe_calibration, save_calibration_figure
     from fieldmark.inference.taxonomy import describe_fallback, describe_scores, taxonomy_scores
-    from fieldmark.runs.folder import Run as RunFolder
+    from fieldmark.runs.folder import Run
 
     if accuracy is not None and coverage is not None:
         raise typer.BadParameter("give --accuracy or --coverage, not both")
     wanted = "accuracy" if accuracy is not None else "coverage" if coverage is not None else "none"
     value = next((share for share in (accuracy, coverage) if share is not None), 1.0)
-    opened = RunFolder(run)
+    opened = Run(run)
     found = calibrate_run(
         opened, wanted=wanted, wanted_value=value, assurance=assurance, folds=5, seed=0, taxonomy=taxonomy
     )
     levels = taxonomy_scores(opened, taxonomy) if taxonomy else {}
-    if as_json:
-        typer.echo(json.dumps(found.to_dict() | ({"levels": levels} if levels else {}), indent=2))
-    else:
-        typer.echo(describe_calibration(found))
-        if levels:
-            typer.echo(f"\n{describe_scores(levels)}")
-        if found.fallback:
-            typer.echo(f"\n{describe_fallback(found.fallback)}")
+    parts = [describe_calibration(found), describe_scores(levels) if levels else ""]
+    parts.append(describe_fallback(found.fallback) if found.fallback else "")
+    content = found.to_dict() | ({"levels": levels} if levels else {})
+    print_result(content, "\n\n".join(filter(None, parts)), as_json=as_json)
     typer.echo(f"wrote {save_calibration_figure(opened, found)}", err=True)
 
 
 def export(
-    run: Run,
+    run: RunFolder,
     to: Annotated[Literal["onnx", "openvino", "torch", "timm"], typer.Option(help="Form of the model.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="Folder to create; RUN-FORM if not given.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise (onnx, openvino): smaller and faster.")] = False,
@@ -96,17 +177,15 @@ def export(
     """Write the model for elsewhere, if it is proven on validation photos to be the same."""
     from fieldmark.export.export import export_run
     from fieldmark.export.model_card import evidence_text
-    from fieldmark.runs.folder import Run as RunFolder
+    from fieldmark.runs.folder import Run
 
     folder = out or run.with_name(f"{run.resolve().name}-{to}{'-int8' if int8 else ''}")
-    written = export_run(
-        RunFolder(run), folder, to=to, is_int8=int8, max_accuracy_loss=max_accuracy_loss, max_photos=photos
-    )
+    written = export_run(Run(run), folder, to=to, is_int8=int8, max_accuracy_loss=max_accuracy_loss, max_photos=photos)
     typer.echo(f"wrote {folder}\n{evidence_text(written.evidence)}")
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="Run folder, or an exported model.")],
+    model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     api_key: Annotated[
@@ -122,7 +201,7 @@ def serve(
     queue: Annotated[int, typer.Option(help="Most photos in hand; more are told to come back.", min=1)] = 256,
     batch: Annotated[int, typer.Option(help="Most photos in one pass of the model.", min=1)] = 16,
     timeout: Annotated[float, typer.Option(help="Longest time for a request, in seconds.", min=0.1)] = 30.0,
-    ray: Annotated[str | None, typer.Option("--ray", help="Serve from a Ray cluster; alone, start one.")] = None,
+    ray: Ray = None,
     replicas: Annotated[
         int | None, typer.Option(help="With --ray: copies of the server; default one per GPU or machine.", min=1)
     ] = None,
@@ -184,13 +263,13 @@ def review(
     """
     from fieldmark.runs.dataset import user_folder
     from fieldmark.runs.environment import usable_cores
-    from fieldmark.runs.folder import Run as RunFolder
+    from fieldmark.runs.folder import Run
     from fieldmark.serve.review import open_review
     from fieldmark.serve.server import run_server
 
     table = out or runs[0].resolve().with_name("corrections.csv")
     app = open_review(
-        [RunFolder(run) for run in runs],
+        [Run(run) for run in runs],
         table,
         max_distance=near,
         threads=usable_cores(),
