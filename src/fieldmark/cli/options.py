@@ -74,7 +74,7 @@ def complete_setting(incomplete: str) -> list[str]:
 
 def complete_run(incomplete: str) -> list[str]:
     """Run folders below the folder that is being typed, or below runs/ and sweeps/."""
-    parent = Path(incomplete).parent if "/" in incomplete else None
+    parent = Path(incomplete[: incomplete.rindex("/") + 1]) if "/" in incomplete else None
     roots = [parent] if parent else [Path(), Path("runs"), Path("sweeps")]
     found = [path for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir()]
     runs = [str(path) for path in found if (path / "recipe.toml").is_file()]
