@@ -74,9 +74,7 @@ def main() -> None:
             typer.echo(str(error), err=True)
         sys.exit(130)
     except FieldmarkError as error:
-        if not isinstance(error, ReportedElsewhereError):  # by another process of the same training
-            typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(_report(error))
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
@@ -87,3 +85,10 @@ def main() -> None:
         if stop.code == 130:  # typer's answer to Ctrl-C
             typer.echo("stopped by Ctrl-C", err=True)
         raise
+
+
+def _report(error: FieldmarkError) -> int:
+    """Print an error that no other process of the same training prints; give the exit code."""
+    if not isinstance(error, ReportedElsewhereError):
+        typer.echo(f"error: {error}", err=True)
+    return 2
