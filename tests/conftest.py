@@ -117,6 +117,13 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(autouse=True)
+def _no_trials(request, monkeypatch):
+    """Leave out the trial of each model in a process of its own, some seconds each, but where it is tested."""
+    if "trial" not in request.node.name:
+        monkeypatch.setattr("fieldmark.runs.build.choose_computation", lambda model, wanted, memory: (wanted, ""))
+
+
 @pytest.fixture
 def make_run(tmp_path) -> MakeRun:
     """Make a run folder under `tmp_path` by name; keywords as for `make_synthetic_run`."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -289,3 +290,17 @@ def test_the_budget_counts_frozen_parameters_too():
     freeze_stages(model, "all")
     assert count_parameters(model) == before
     assert isinstance(model, Classifier)
+
+
+def test_a_vision_transformer_takes_any_multiple_of_its_patch_and_is_unchanged_at_its_own_size():
+    model = make_classifier("test_vit").eval()
+    plain = timm.create_model("test_vit", num_classes=0).eval()
+    plain.load_state_dict(model.backbone.state_dict())
+    images = torch.randn(2, 3, 160, 160)
+    assert torch.equal(model.features(images), plain(images))
+    assert model.features(torch.randn(2, 3, 96, 96)).shape == (2, model.num_features)
+
+
+def test_a_size_that_an_architecture_does_not_take_is_one_sentence():
+    with pytest.raises(ConfigError, match=r"takes images of 224 pixels; got 96 .*eval.size"):
+        make_classifier("swin_tiny_patch4_window7_224").features(torch.randn(1, 3, 96, 96))

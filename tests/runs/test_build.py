@@ -35,3 +35,12 @@ def test_the_fused_kernel_is_given_up_only_where_fabric_could_not_clip(
     if clip_norm:
         plugin.unscale_gradients(optimizer)  # what Fabric does before it clips
     plugin.optimizer_step(optimizer)
+
+
+def test_fp16_on_a_processor_is_recorded_as_the_bf16_that_it_is():
+    from fieldmark.config import load_config
+    from fieldmark.runs.build import choose_precision
+
+    choice = choose_precision(load_config(None, ["train.precision=16-mixed"]), "cpu")
+    assert choice.value == "bf16-mixed"
+    assert "needs a GPU" in choice.reason

@@ -10,6 +10,7 @@ import torch
 
 from fieldmark.errors import ResourceError, RunError
 from fieldmark.training import checkpoint
+from fieldmark.training.checkpoint import load_checkpoint, load_saved_weights, save_checkpoint, save_weights
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -107,3 +108,41 @@ def test_who_reads_while_a_checkpoint_is_saved_reads_the_old_one_whole(tmp_path)
         checkpoint.save_checkpoint(path, {"epoch": 2})
         assert torch.load(reader, weights_only=True)["epoch"] == 1
     assert checkpoint.load_checkpoint(path)["epoch"] == 2
+
+
+def _flipped(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    damaged = path.with_name("damaged" + path.suffix)
+    damaged.write_bytes(content)
+    return damaged
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, suffix):
+    path = tmp_path / f"state{suffix}"
+    tensors = {"a": torch.arange(300.0), "b": torch.tensor(3), "c": torch.ones(4, 5, dtype=torch.bfloat16)}
+    if suffix == ".pt":
+        save_checkpoint(path, {"tensors": tensors})
+    else:
+        save_weights(path, tensors)
+    refusals = []
+    size = path.stat().st_size
+    for position in range(0, size, max(size // 300, 1)):
+        damaged = _flipped(path, position)
+        try:
+            found = load_checkpoint(damaged)["tensors"] if suffix == ".pt" else load_saved_weights(damaged)
+        except RunError as error:
+            refusals.append(str(error))
+            continue
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert all(len(refusal.splitlines()) == 1 for refusal in refusals)
+    assert sum("is damaged: its checksum does not fit" in refusal for refusal in refusals) > 50
+
+
+def test_weights_of_before_without_a_checksum_still_load(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(3)}, tmp_path / "old.safetensors")
+    assert torch.equal(load_saved_weights(tmp_path / "old.safetensors")["a"], torch.ones(3))

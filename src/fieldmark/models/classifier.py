@@ -48,13 +48,24 @@ class Classifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, F) of normalised images (B, 3, H, W), before any dropout."""
         with _fast_gradients(is_wanted=self.training and images.device.type == "cpu"):
-            features: Tensor = self.backbone(images)
+            features = self._compute_features(images)
         if features.ndim != 2:
             raise ConfigError(
                 f"model.name: {self.name} gives features of shape {tuple(features.shape)} rather than one vector for "
                 "each photo, as an encoder of a larger system does. Choose a model that classifies"
             )
         return features
+
+    def _compute_features(self, images: Tensor) -> Tensor:
+        try:
+            return self.backbone(images)
+        except AssertionError as error:  # timm's word for a size that an architecture does not take
+            settings: Any = getattr(self.backbone, "pretrained_cfg", {})
+            side = (settings.get("input_size") or (0,))[-1]
+            raise ConfigError(
+                f"model.name: {self.name} takes images of {side} pixels; got {images.shape[-1]} ({error}). "
+                f"Set augment.size={side} and eval.size={side} without train.resolution_steps, or choose another model"
+            ) from None
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (B, K) of pooled features (B, F)."""
@@ -226,14 +237,21 @@ def check_parameter_budget(counts: Sequence[tuple[str, int]], *, max_millions: f
     )
 
 
+_ANY_SIZE = ("vision_transformer", "deit", "eva")
+"""timm's modules whose transformers take images of any multiple of their patch, when told so."""
+
+
 def _create_backbone(name: str, drop_path: float) -> nn.Module:
     import timm
+    from timm.models import is_model_in_modules
 
     from fieldmark.models.names import check_hub_model
 
     check_name(name)
     check_hub_model(name)
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if is_model_in_modules(name.partition(".")[0], _ANY_SIZE):
+        options["dynamic_img_size"] = True  # position embeddings are resized where the size differs, and only there
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
     except TypeError as error:

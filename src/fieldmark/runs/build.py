@@ -20,7 +20,7 @@ from fieldmark.config import Config
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Loader, auto_workers
-from fieldmark.errors import ConfigError
+from fieldmark.errors import ConfigError, FieldmarkError
 from fieldmark.models.classifier import Classifier, check_parameter_budget, count_parameters, create_classifier
 from fieldmark.models.names import resolve_name
 from fieldmark.models.provenance import InputConfig
@@ -32,6 +32,7 @@ from fieldmark.runs.plan import PhaseRules, TrainPlan
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import create_optimizer, parameter_groups
 from fieldmark.training.schedule import Schedule, ScheduleSpec
+from fieldmark.training.trial import Computation, choose_computation
 
 if TYPE_CHECKING:
     from fieldmark.data.cache import PhotoCache
@@ -89,6 +90,8 @@ def choose_device(config: Config) -> Choice[str]:
 
 def choose_precision(config: Config, device: str) -> Choice[str]:
     """Number format of the computation."""
+    if config.train.precision == "16-mixed" and device == "cpu":
+        return Choice("bf16-mixed", "16-mixed was asked for, which needs a GPU: processors compute in bf16")
     if config.train.precision != "auto":
         return Choice(config.train.precision, "as asked")
     if device == "cuda":
@@ -169,6 +172,29 @@ def compile_model(config: Config, model: torch.nn.Module, device: torch.device) 
     is_worth_it = device.type == "cuda" and config.train.epochs >= 10
     wanted = config.train.compile == "on" or (config.train.compile == "auto" and is_worth_it)
     return torch.compile(model) if wanted else model  # type: ignore[return-value]
+
+
+def guard_computation(config: Config) -> tuple[Config, str]:
+    """Replace a layout or precision that would kill this process; also a warning for the user, or "".
+
+    What is chosen is written into the settings, so that a resumed run computes as the run began.
+
+    Raises:
+        TrainingError: The model crashes in every layout and precision.
+    """
+    if choose_device(config).value != "cpu":
+        return config, ""
+    try:
+        model = create_arguments(config, num_classes=2)
+    except FieldmarkError:  # raised again, in its turn, by those who need the model
+        return config, ""
+    wanted = Computation(is_channels_last(config), choose_precision(config, "cpu").value)
+    chosen, reason = choose_computation(model, wanted, memory=user_folder("trials"))
+    if not reason:
+        return config, ""
+    changes = {"channels_last": "on" if chosen.channels_last else "off", "precision": chosen.precision}
+    settings = config.train.model_copy(update=changes)
+    return config.model_copy(update={"train": settings}), f"warning: {reason}"
 
 
 def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice[str]]]:

@@ -79,6 +79,7 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
     Raises:
         ConfigError: No such model, or no such device.
     """
+    config, _ = build.guard_computation(config)
     fabric, _ = build.build_fabric(config)
     if fabric.device.type == "cpu":
         torch.set_num_threads(build.choose_threads(config, workers=0).value)

@@ -200,6 +200,8 @@ def open_session(config: Config, path: Path, *, start: Start, progress: Progress
         FieldmarkError: One of these is not what it should be; a new folder is then removed again.
     """
     require_trackers(config.train.trackers)
+    # A resumed run has computed in its layout and precision before.
+    config, warning = build.guard_computation(config) if start != "resumed" else (config, "")
     fabric, choices = setup_fabric(config)
     with ExitStack() as stack:
         if fabric.is_global_zero:
@@ -238,7 +240,7 @@ def open_session(config: Config, path: Path, *, start: Start, progress: Progress
         )
         if fabric.is_global_zero:
             lines = _describe_start(session, choices, threads)
-            for line in [*lines, cache_note, workers_note]:
+            for line in [*lines, *([warning] if warning else []), cache_note, workers_note]:
                 progress.message(line)
             if start == "again":
                 session.writer.remove_metrics()

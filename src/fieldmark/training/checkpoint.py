@@ -7,8 +7,11 @@ Weights are safetensors; the state of a training is a torch file of tensors, num
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +38,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, on the CPU.
 
     Raises:
-        RunError: No such file, not a checkpoint, or of another format.
+        RunError: No such file, not a checkpoint, damaged, or of another format.
     """
     if not path.is_file():
         raise RunError(f"{path} does not exist: there is nothing to resume")
+    if _has_damaged_record(path):
+        raise RunError(
+            f"{path} is damaged: its checksum does not fit what it holds. Bring back a copy, or delete it and resume: "
+            "the run then starts again, to the same result"
+        )
     try:
         with warnings.catch_warnings():
             # torch warns of pickles that it did not write, before it refuses them.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except pickle.UnpicklingError:  # torch would advise to load it all the same, which can run code
+        raise RunError(
+            f"{path} is not a checkpoint of Fieldmark, or is torn: it holds more than plain values"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise RunError(f"{path} is not a checkpoint of Fieldmark, or is torn: {reason}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -52,6 +64,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has another format than this version's ({FORMAT}): resume with the version that made it"
         )
     return content
+
+
+def _has_damaged_record(path: Path) -> bool:
+    """Whether a torch file's records differ from the CRC-32 that torch stored with each and never checks itself."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError):
+        return zipfile.is_zipfile(path)  # a torn file is no archive; torch says so
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -63,26 +84,38 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    whole_or_absent(path, lambda part: save_file(tensors, part))
+    whole_or_absent(path, lambda part: save_file(tensors, part, metadata={"sha256": _digest(tensors)}))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_saved_weights(path: Path) -> dict[str, Tensor]:
     """Read what `save_weights` wrote, on the CPU.
 
     Raises:
-        RunError: No such file, or it is torn.
+        RunError: No such file, torn, or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise RunError(f"{path} does not exist: the run has no weights yet")
     try:
         path.open("rb").close()  # safetensors says of a forbidden file that there is none
-        return load_file(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path} cannot be read: {reason}") from None
+    if stored and stored != _digest(tensors):  # files of before have none
+        raise RunError(f"{path} is damaged: its checksum does not fit what it holds. Bring back a copy, or train again")
+    return tensors
 
 
 Weights = Mapping[str, Tensor]
