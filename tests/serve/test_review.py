@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -304,7 +305,7 @@ def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
     with opened_page(app, width=390) as (page, problems):
         page.get_by_text("That was all: 2.").wait_for()
         page.keyboard.press("r")
-        page.get_by_text("Relabelled as gull.").wait_for()
+        page.get_by_text("Relabeled as gull.").wait_for()
         page.keyboard.press("ArrowRight")
         page.keyboard.press("d")
         page.get_by_text("Dropped.").wait_for()
@@ -312,7 +313,10 @@ def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
         page.locator(".item canvas:visible").wait_for()
         page.reload()
         page.get_by_text("2 decided").wait_for()
-        assert page.locator('button[data-action="drop"][aria-pressed="true"]').count() == 1
+        page.get_by_text("That was all: 2, 2 of them decided and hidden.").wait_for()
+        page.get_by_label("Hide decided").uncheck()
+        page.locator('button[data-action="drop"][aria-pressed="true"]').wait_for()
+        assert "--set data.corrections=" in page.locator("#next code").inner_text()
         page.keyboard.press("u")
         page.get_by_text("Taken back: gull/1.jpg").wait_for()
         page.select_option("#view", "pair")
@@ -334,7 +338,7 @@ def test_a_finger_is_enough_to_name_any_class_and_long_names_fit_a_phone(photos,
         first.get_by_role("button", name="Other …").click()
         page.get_by_label("Relabel as").fill("OWL <b>")
         page.get_by_role("dialog").get_by_role("button", name="Relabel").click()
-        page.get_by_text("Relabelled as owl <b>.").wait_for()
+        page.get_by_text("Relabeled as owl <b>.").wait_for()
         page.select_option("#view", "pair")
         page.get_by_text("taken for the other").first.wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -345,3 +349,24 @@ def test_a_finger_is_enough_to_name_any_class_and_long_names_fit_a_phone(photos,
             page.get_by_role("status").evaluate("element => element.textContent = ''")
         assert problems == []
     assert table.read_text().splitlines()[1:] == [f"{names[0]}/1.jpg,relabel,owl <b>"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser")
+def test_the_page_opens_where_there_is_something_to_see_and_columns_are_only_where_both_err(photos, tmp_path):
+    views = make_views(photos, tmp_path / "c.csv")
+    views._suspects = []
+    with opened_page(make_app(views), width=1280) as (page, problems):
+        page.get_by_text("That was all: 24.").wait_for()
+        assert page.locator("#view").input_value() == "losses"
+        first = page.locator(".item").first
+        assert first.locator(".primary").inner_text() == "Relabel as gull"
+        assert page.locator(".item").last.locator(".primary").inner_text() == "Keep"
+        heights = [first.locator(it).bounding_box()["height"] for it in ("[data-action=keep]", ".other")]
+        assert max(heights) < 44  # one line each
+        page.select_option("#view", "pair")
+        page.locator("#photos.pair").wait_for()
+        views.pairs[0] = replace(views.pairs[0], places=views.pairs[0].places[:1])
+        page.reload()
+        page.get_by_text("crow, taken for the other").wait_for()
+        assert page.locator("#photos.pair").count() == 0
+        assert problems == []

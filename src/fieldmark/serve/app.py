@@ -238,6 +238,7 @@ STATIC = {
     "app.js": "text/javascript",
     "attention.js": "text/javascript",
     "docs.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
 }
 _COUNTED = {"/predict", "/health", "/classes", "/metrics", "/"}
 _LOG = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 # Without `from __future__ import annotations`: FastAPI reads the annotations of functions that are defined in others.
 
 import csv
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -186,7 +187,12 @@ class ReviewViews:
             "duplicates_state": self.duplicates_state,
             "marked": len(self.corrections.paths()),
             "table": self.corrections.file.name,
+            "command": self._next_command().encode("utf-8", "replace").decode(),
         }
+
+    def _next_command(self) -> str:
+        table = shlex.quote(f"data.corrections={self.corrections.file}")
+        return f"fieldmark train {shlex.quote(str(self.index.root))} --set {table}"
 
     def page(self, view: str, *, which: int, offset: int, limit: int) -> dict[str, Any]:
         """Photos of one view from `offset` on.
@@ -282,6 +288,7 @@ _FILES = {
     "app.css": "text/css",
     "review.js": "text/javascript",
     "attention.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
 }
 _THUMBNAILS_KEPT = 4000  # about 15 KB each
 # A request here is a decision of some hundred bytes.

@@ -26,13 +26,20 @@ async function reasonOf(response) {
 async function open() {
   try {
     model = await (await fetch("health")).json();
-    byId("about").textContent = `${model.model} knows ${model.classes} classes.`;
+    byId("about").textContent = describe(model);
     showExamples(model.examples);
     document.title = `${model.model} – Fieldmark`;
     await loadClasses();
   } catch {
     byId("about").textContent = "The server does not answer. Is it still running?";
   }
+}
+
+function describe({ model, classes, accuracy, is_calibrated, version }) {
+  const right = accuracy ? `, ${percent(accuracy.value)} right on validation photos `
+    + `(95\u00a0% interval ${percent(accuracy.low)} to ${percent(accuracy.high)})` : "";
+  const sure = is_calibrated ? "" : " Its probabilities are not calibrated: they may claim too much.";
+  return `Model ${model}: ${classes} classes${right}.${sure} Fieldmark ${version}.`;
 }
 
 async function loadClasses() {
@@ -84,21 +91,29 @@ function newCard(file) {
 
 function fail(card, reason) {
   card.classList.add("failed");
+  card.reason = reason;
   card.querySelector("h2").textContent = "Not answered";
   // The picture of a file that is none is gone, so its name says which it was.
   card.querySelector(".note").textContent = `${card.file.name || "This photo"}: ${reason}`;
 }
 
+// How sure an answer is, in words: below one half, the other names together are likelier.
+const hedge = (share) => (share < 0.5 ? "Perhaps " : "");
+
 function show(card, answer, threshold) {
+  card.answer = answer;
   if (answer.problem) return fail(card, `it ${answer.problem}.`);
   card.classList.toggle("unknown", answer.is_unknown);
   const { group } = answer;
-  card.querySelector("h2").textContent = group ? readable(group.name) : answer.is_unknown ? "Unknown" : readable(answer.label);
+  const best = answer.top[0].probability;
+  card.classList.toggle("doubtful", best < 0.5);
+  card.querySelector("h2").textContent = group ? readable(group.name)
+    : answer.is_unknown ? "Unknown" : hedge(best) + readable(answer.label);
   card.querySelector(".note").textContent = group
     ? `${percent(group.probability)} sure of the ${group.level}, not of the class. The likeliest names:`
     : answer.is_unknown
     ? `Nothing reaches ${percent(threshold)}, what this model needs to answer. The likeliest names:`
-    : `${percent(answer.top[0].probability)} sure`;
+    : `${percent(best)} sure${model.is_calibrated ? "" : " by its own account (not calibrated)"}`;
   card.querySelector(".bars").replaceChildren(...answer.top.map(({ label, probability }) => {
     const row = document.createElement("li");
     row.style.setProperty("--share", percent(probability).replace("\u00a0", ""));
@@ -135,6 +150,7 @@ function addOverlay(card, answer) {
     canvas.hidden = !canvas.hidden;
     button.setAttribute("aria-pressed", String(!canvas.hidden));
     button.textContent = canvas.hidden ? "Show where it looked" : "Hide where it looked";
+    card.querySelector("figcaption").hidden = canvas.hidden || answer.seen[2] * answer.seen[3] > 0.99;
     place();
   });
   addEventListener("resize", place);
@@ -143,6 +159,9 @@ function addOverlay(card, answer) {
 async function send(files) {
   const cards = files.map(newCard);
   results.prepend(...cards);
+  document.body.classList.add("answered");
+  byId("tools").hidden = false;
+  if (results.children.length > 12 && !wasChosen) showList(true);
   const form = new FormData();
   files.forEach((file) => form.append("photos", file));
   byId("status").className = "";
@@ -166,6 +185,7 @@ async function send(files) {
   }
   const answers = await response.json();
   answers.photos.forEach((answer, place) => show(cards[place], answer, answers.threshold));
+  cards[0].scrollIntoView({ block: "nearest" });
   // Read out, not shown: the cards say it already.
   byId("status").className = "quiet";
   byId("status").textContent = answers.photos
@@ -173,6 +193,40 @@ async function send(files) {
       : answer.group ? `unknown, but ${answer.group.level} ${readable(answer.group.name)}`
       : answer.is_unknown ? "unknown" : `${readable(answer.label)}, ${percent(answer.top[0].probability)}`))
     .join("; ");
+}
+
+let wasChosen = false;
+function showList(isList) {
+  results.classList.toggle("list", isList);
+  byId("list").setAttribute("aria-pressed", String(isList));
+}
+
+// The columns of `fieldmark predict --out`.
+function csv() {
+  const cell = (value) => (/[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+  const heads = ["path", "label", "probability", "unknown", ...[1, 2, 3].flatMap((n) => [`top${n}`, `top${n}_probability`]), "problem"];
+  const rows = [...results.children].map(({ file, answer, reason }) => {
+    const top = answer?.top || [];
+    return [file.name, answer?.label ?? "", top[0]?.probability ?? "", answer && !answer.problem ? answer.is_unknown : "",
+      ...[0, 1, 2].flatMap((n) => [top[n]?.label ?? "", top[n]?.probability ?? ""]), reason ?? ""];
+  });
+  return [heads, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
+}
+
+function download() {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([csv()], { type: "text/csv" }));
+  link.download = "answers.csv";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+function clear() {
+  for (const image of results.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  results.replaceChildren();
+  byId("tools").hidden = true;
+  byId("status").textContent = "";
+  document.body.classList.remove("answered");
 }
 
 async function take(list) {
@@ -197,6 +251,12 @@ addEventListener("drop", (event) => {
   take(event.dataTransfer.files);
 });
 addEventListener("paste", (event) => take(event.clipboardData.files));
+byId("list").addEventListener("click", () => {
+  wasChosen = true;
+  showList(!results.classList.contains("list"));
+});
+byId("csv").addEventListener("click", download);
+byId("clear").addEventListener("click", clear);
 byId("search").addEventListener("input", showClasses);
 byId("key").addEventListener("change", () => {
   sessionStorage.setItem("key", byId("key").value);

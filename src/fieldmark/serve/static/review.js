@@ -9,7 +9,7 @@ const EXPLAIN = {
   suspects: "Photos whose label the predictions contradict so clearly that the label is probably wrong (confident learning).",
   losses: "Photos that surprised the model most: wrong labels, rare views, or several subjects.",
   pair: "Photos of each class that were taken for the other. The same number of mistakes both ways hints at look-alikes, one way at labels.",
-  duplicates: "Pairs that look the same. Across splits they flatter the result; under two labels one of them is wrong.",
+  duplicates: "Pairs that look the same. Across splits they make the result too optimistic; under two labels one of them is wrong.",
   class: "All photos of the class, with what the model says where it was asked.",
   marked: "Your decisions, the newest first.",
 };
@@ -19,6 +19,7 @@ let next = 0;
 let isLoading = false;
 let isDone = false;
 let generation = 0;
+let hidden = 0; // decided photos of this view that are not shown
 
 async function ask(path, body) {
   const options = body === undefined ? {} : {
@@ -58,7 +59,9 @@ async function start() {
   overview = await ask("api/overview");
   byId("labels").replaceChildren(...overview.classes.map(({ name }) => option(readable(name), name)));
   const [view, which] = location.hash.slice(1).split("/");
-  if (view in EXPLAIN) state = { view, which: Number(which) || 0 };
+  // Without a wish, the first view that has something to look at.
+  const filled = ["suspects", "losses", "pair", "duplicates"].find((name) => counts()[name]) || "class";
+  state = view in EXPLAIN ? { view, which: Number(which) || 0 } : { view: filled, which: 0 };
   byId("view").value = state.view;
   choices();
   describe();
@@ -77,17 +80,23 @@ async function refresh() {
   else if (state.view === "duplicates") restart();
 }
 
-function describe() {
-  const judged = overview.judged === overview.photos ? "all judged" : `${overview.judged} judged`;
-  byId("about").textContent =
-    `${overview.photos} photos, ${judged}. ${overview.marked} decided, kept in ${overview.table}; your photos are not changed.`;
-  const counts = { suspects: overview.suspects, losses: overview.losses, pair: overview.pairs.length,
+function counts() {
+  return { suspects: overview.suspects, losses: overview.losses, pair: overview.pairs.length,
     duplicates: overview.duplicates, class: overview.classes.length, marked: overview.marked };
+}
+
+function describe() {
+  const scored = overview.judged === overview.photos ? "all with a prediction"
+    : `${overview.judged} with a prediction (those it was not trained on; give the runs of all folds to have all)`;
+  byId("about").textContent =
+    `${overview.photos} photos, ${scored}. ${overview.marked} decided, kept in ${overview.table}; your photos are not changed.`;
   const titles = { suspects: "Likely label errors", losses: "Highest losses", pair: "Confused classes",
     duplicates: "Near-duplicates", class: "All photos of a class", marked: "Decided" };
-  for (const item of byId("view").options) item.textContent = `${titles[item.value]} (${counts[item.value]})`;
+  for (const item of byId("view").options) item.textContent = `${titles[item.value]} (${counts()[item.value]})`;
   byId("explain").textContent = state.view === "duplicates" && overview.duplicates_state !== "done"
     ? `The search is ${overview.duplicates_state} …` : EXPLAIN[state.view];
+  byId("next").hidden = !overview.marked;
+  byId("next").querySelector("code").textContent = overview.command;
 }
 
 function choices() {
@@ -106,6 +115,7 @@ async function restart() {
   next = 0;
   isDone = isLoading = false;
   list.className = state.view;
+  hidden = 0;
   list.replaceChildren();
   location.replace(`#${state.view}/${state.which}`);
   describe();
@@ -121,11 +131,16 @@ async function loadMore() {
   try {
     const page = await ask(`api/photos?view=${state.view}&which=${state.which}&offset=${next}&limit=60`);
     if (mine !== generation) return;
-    list.append(...page.photos.map(newItem));
+    const isHiding = byId("hide").checked && state.view !== "marked";
+    const photos = page.photos.filter((photo) => !isHiding || !photo.action);
+    hidden += page.photos.length - photos.length;
+    list.append(...photos.map(newItem));
     if (state.view === "pair") sortPair();
     next = page.next;
     isDone = next >= page.total;
-    byId("more").textContent = isDone ? (page.total ? `That was all: ${page.total}.` : "Nothing here.") : "More below …";
+    const rest = hidden ? `, ${hidden} of them decided and hidden` : "";
+    byId("more").textContent = isDone ? (page.total ? `That was all: ${page.total}${rest}.` : "Nothing here.") : "More below …";
+    if (!photos.length && !isDone) setTimeout(loadMore);
   } catch (error) {
     byId("more").textContent = error.message;
   } finally {
@@ -133,27 +148,25 @@ async function loadMore() {
   }
 }
 
+// A column for each class as labeled, so that look-alikes stand side by side; where mistakes go one way, one list.
 function sortPair() {
-  // Two columns, one for each class as labelled, so that the look-alikes stand side by side.
   const pair = overview.pairs[state.which];
   if (!pair) return;
-  const columns = { [pair.first]: 1, [pair.second]: 2 };
-  const rows = { 1: 1, 2: 1 };
-  if (!list.querySelector(".column-head")) {
-    for (const name of [pair.first, pair.second]) {
-      const head = document.createElement("li");
-      head.className = "column-head";
-      head.textContent = `${readable(name)}, taken for the other`;
-      head.style.gridColumn = columns[name];
-      head.style.gridRow = 1;
-      list.prepend(head);
-    }
-  }
-  for (const item of list.querySelectorAll(".item")) {
-    const column = columns[item.photo.label] || 1;
-    item.style.gridColumn = column;
-    item.style.gridRow = (rows[column] += 1);
-  }
+  const items = [...list.querySelectorAll(".item")];
+  const columns = [pair.first, pair.second].map((name) => [name, items.filter((item) => item.photo.label === name)])
+    .filter(([, found]) => found.length);
+  list.className = columns.length > 1 ? "pair" : "losses";
+  list.replaceChildren(...columns.flatMap(([name, found], column) => {
+    const head = document.createElement("li");
+    head.className = "column-head";
+    head.textContent = `${readable(name)}, taken for the other`;
+    const cells = [head, ...found];
+    cells.forEach((cell, row) => {
+      cell.style.setProperty("--column", column + 1);
+      cell.style.setProperty("--row", row + 1);
+    });
+    return cells;
+  }));
 }
 
 function newItem(photo) {
@@ -174,13 +187,19 @@ function show(item) {
   const says = item.querySelector(".says");
   const label = document.createElement("strong");
   label.textContent = readable(photo.label);
-  says.replaceChildren("Labelled ", label);
+  says.replaceChildren("Labeled ", label);
   if (photo.action === "relabel") says.append(" → ", readable(photo.new_label));
-  item.querySelector(".guess").textContent = photo.guess === null ? "Not judged: it was trained on."
+  const isOther = photo.guess !== null && photo.guess !== photo.label;
+  const relabel = item.querySelector("[data-action=relabel]");
+  relabel.hidden = !isOther && photo.action !== "relabel";
+  relabel.textContent = `Relabel as ${readable(photo.action === "relabel" ? photo.new_label : photo.guess)}`;
+  relabel.classList.toggle("primary", !relabel.hidden);
+  item.querySelector("[data-action=keep]").classList.toggle("primary", relabel.hidden);
+  item.querySelector(".guess").textContent = photo.guess === null ? "No prediction: it was trained on."
     : photo.guess === photo.label ? `Guessed right, ${percent(photo.probability)}`
       : `Guessed ${readable(photo.guess)}, ${percent(photo.probability)}`;
   const bits = photo.bits === undefined ? "" : ` – pair ${photo.near + 1}, ${photo.bits} bits apart`;
-  item.querySelector(".path").textContent = `${photo.path} (${photo.split})${bits}`;
+  item.querySelector(".path").textContent = `${photo.path}${photo.split && ` (${photo.split})`}${bits}`;
   item.classList.toggle("drop", photo.action === "drop");
   for (const button of item.querySelectorAll("[data-action]")) {
     button.setAttribute("aria-pressed", String(button.dataset.action === photo.action));
@@ -197,7 +216,7 @@ async function decide(item, action, label = "") {
     update(await ask("api/decide", { number: item.photo.number, action, label }));
     overview.marked = (await ask("api/overview")).marked;
     describe();
-    say(action === "relabel" ? `Relabelled as ${readable(label)}.` : action === "drop" ? "Dropped." : "Kept.");
+    say(action === "relabel" ? `Relabeled as ${readable(label)}.` : action === "drop" ? "Dropped." : "Kept.");
   } catch (error) {
     fail(error);
   }
@@ -306,7 +325,7 @@ list.addEventListener("click", (event) => {
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-  if (/^(SELECT|INPUT)$/.test(event.target.tagName)) return;
+  if (event.target.matches?.("select, input:not([type=checkbox])")) return;
   if (event.key === "u") return void undo();
   const item = event.target.closest?.(".item") || (/^[krlda]$|^Arrow/.test(event.key) && list.querySelector(".item"));
   if (!item) return;
@@ -333,6 +352,7 @@ byId("which").addEventListener("change", (event) => {
   restart();
 });
 byId("undo").addEventListener("click", undo);
+byId("hide").addEventListener("change", restart);
 new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) loadMore(); },
   { rootMargin: "800px" }).observe(byId("more"));
 start().catch(fail);
