@@ -94,6 +94,19 @@ def test_a_correction_for_other_class_shares_is_asked_for_and_said(fieldmark, tr
     assert not (tmp_path / "plain.csv.prior.json").exists()
 
 
+def test_every_file_that_looks_like_a_photo_has_a_row_and_the_rest_is_named(fieldmark, trained, photos, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    shutil.copy(photos / "2" / "0.png", folder / "a.png")
+    (folder / "b.CR2").write_bytes(b"II*\0" + bytes(200))
+    (folder / "notes.txt").write_text("x")
+    done = fieldmark("predict", trained, folder, "--out", tmp_path / "p.csv")
+    assert done.code == 2
+    assert [row[0] for row in read_csv(tmp_path / "p.csv")[1:]] == ["a.png", "b.CR2"]
+    assert "'b.CR2' is a camera's raw file" in done.err
+    assert f"skipped in {folder}: " in done.err
+
+
 def test_a_list_may_call_its_column_otherwise(fieldmark, trained, photos, tmp_path):
     (tmp_path / "list.csv").write_text("file;site\n" + f"{photos / '2' / '0.png'};a\n")
     refused = fieldmark("predict", trained, tmp_path / "list.csv")

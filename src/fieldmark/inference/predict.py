@@ -72,6 +72,9 @@ def predict_photos(
     if sample_order and sample is None:
         raise PredictionError("--sample-order follows a sample submission: give it with --sample FILE")
     source = open_source(str(photos), path_column=path_column)
+    if source.skipped:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in source.skipped.items())
+        progress.message(f"skipped in {source.name}: {reasons}")
     if out is not None and (out.suffix or ray is None) and not (ray is not None and out.is_dir()):
         form = choose_form(out, form, has_sample=sample is not None)
     prior = _training_prior(model) if estimates_prior else None

@@ -1,4 +1,4 @@
-"""Photos to be predicted, wherever they lie: folders, lists and shards, on this machine or behind a URL.
+"""Photos to be predicted, wherever they are: folders, lists and shards, on this machine or behind a URL.
 
 A source is cut into pieces that are read one after another here, or each on another machine. A piece is plain data: it
 can be sent, and remembered, and its digest changes with the photos that it names.
@@ -10,9 +10,9 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from glob import glob
 from itertools import chain, islice
@@ -80,7 +80,7 @@ class TarShard:
 
 
 class _WatchedInfo(tarfile.TarInfo):
-    """Tells the archive when its closing mark was read: `tarfile` itself takes any nonsense for the end."""
+    """Reports to the archive that its closing mark was read: `tarfile` itself takes any nonsense for the end."""
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> Any:
@@ -243,7 +243,7 @@ class FileList:
     Attributes:
         root: Folder or URL that relative paths begin at.
         paths: The photos, as tables name them: relative to the root, absolute, or URLs. "" is a gap in a list.
-        versions: `storage.Found.version` of each where a listing told it, else none at all.
+        versions: `storage.Found.version` of each where a listing has it, else none at all.
     """
 
     root: str
@@ -356,12 +356,14 @@ class PhotoSource:
         cut: Called with a number of photos, yields the pieces from the first. Only lists of files are cut to this
             size; a tar file or a row group is a piece, whatever it holds.
         root: Folder of this machine that all names are relative to; None where they are not all files in one.
+        skipped: Files of a folder that are not photos: how many for each reason.
     """
 
     name: str
     count: int | None
     cut: Callable[[int], Iterator[Piece]]
     root: str | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def names(self) -> Iterator[str]:
         """Names of all photos, as tables will have them."""
@@ -387,7 +389,7 @@ def open_source(text: str, *, path_column: str = PATH_COLUMN) -> PhotoSource:
     """
     given = text
     if not is_url(text):
-        text = str(Path(text).absolute())  # for whoever reads a piece elsewhere
+        text = str(Path(text).absolute())  # a piece may be read elsewhere
         if Path(text).exists():
             return _of_local(Path(text), path_column)
     if _WILD.search(text) and not text.startswith("http"):
@@ -463,7 +465,7 @@ def _of_local(path: Path, path_column: str) -> PhotoSource:
             return _of_files(str(path), str(path), found, path_column)
         require_photos(path, names, ignored)
     # Looked up piece by piece: the state of a million files takes a while, and only those who remember need it.
-    return PhotoSource(str(path), len(names), partial(_cut_local, str(path), names), str(path))
+    return PhotoSource(str(path), len(names), partial(_cut_local, str(path), names), str(path), ignored)
 
 
 def _cut_local(root: str, names: Sequence[str], size: int) -> Iterator[FileList]:

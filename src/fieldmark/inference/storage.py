@@ -32,7 +32,7 @@ class Found(NamedTuple):
     """Relative to what was listed, with "/"."""
 
     version: str
-    """Changes when the file does, as far as its storage tells without reading it."""
+    """Changes when the file does, as far as its storage shows without reading it."""
 
 
 def is_url(text: str) -> bool:
@@ -72,7 +72,7 @@ def opened(location: str) -> Generator[IO[bytes]]:
         try:
             yield file
         except Exception as error:
-            if _is_unreachable(error):  # while reading; what else goes wrong there is the reader's to judge
+            if _is_unreachable(error):  # while reading; other errors there are the reader's
                 raise _unreachable(location, error) from None
             raise
 
