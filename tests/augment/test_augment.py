@@ -129,7 +129,7 @@ def test_the_weights_crop_is_the_evaluation_picture(scenes, psnr, interpolation)
         assert psnr(ours, eval_reference(photo, judged), peak=1 / 0.226) > 50
 
 
-def test_erasing_with_zero_is_the_mean_colour(scenes):
+def test_erasing_with_zero_is_the_mean_color(scenes):
     spec = replace(PLAIN, erase=1.0, erase_value="zero")
     params = params_for(scenes[:1], spec)
     x, y, w, h = params.erase[0]

@@ -48,16 +48,16 @@ def photos(birds, scenes):
     return [*birds[:4], *(scene[100:340, 50:380] for scene in scenes)]
 
 
-def both(photos, spec, normalisation=BYTES, enlarged=1, compiled=False):
+def both(photos, spec, normalization=BYTES, enlarged=1, compiled=False):
     """Pictures of this executor and of the fast one; photos stand in slots with rubbish around them."""
     sizes = np.array([(photo.shape[1], photo.shape[0]) for photo in photos])
     params = sample_params(spec, sizes * enlarged, seed=0, epoch=0, numbers=np.arange(len(photos)))
     slots = torch.full((len(photos), 3, 350, 360), 255, dtype=torch.uint8)
     for slot, photo in zip(slots, photos, strict=True):
         slot[:, : photo.shape[0], : photo.shape[1]] = torch.from_numpy(photo.transpose(2, 0, 1).copy())
-    device = augment_device(slots, sizes, sizes * enlarged, params, spec, *normalisation, compiled=compiled)
+    device = augment_device(slots, sizes, sizes * enlarged, params, spec, *normalization, compiled=compiled)
     assert device.dtype == torch.float32
-    return device.numpy(), augment_fast(photos, sizes * enlarged, params, spec, *normalisation)
+    return device.numpy(), augment_fast(photos, sizes * enlarged, params, spec, *normalization)
 
 
 def least_psnr(psnr, ours, theirs):
@@ -88,7 +88,7 @@ def test_without_rescaling_the_two_agree_closely(photos, psnr):
 
 
 @pytest.mark.parametrize("channel", ["brightness", "contrast", "saturation", "hue"])
-def test_colour_agrees_closely(photos, psnr, channel):
+def test_color_agrees_closely(photos, psnr, channel):
     close = [photo[:150, :150] for photo in photos]
     ours, theirs = both(close, replace(PLAIN, **{channel: 0.3}))
     assert np.abs(ours - theirs).mean() < 0.3

@@ -11,7 +11,7 @@ from fieldmark.augment import kernels
 
 def test_hue_turns_as_in_the_standard_library():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 200)).astype(np.float32)
-    pixels[:, :20] = pixels[0, :20]  # greys, whose hue is undefined, stay
+    pixels[:, :20] = pixels[0, :20]  # grays, whose hue is undefined, stay
     for shift in (-0.5, -0.1, 0.0, 0.3, 0.5):
         red, green, blue = pixels.copy()
         kernels.turn_hue(red, green, blue, np.float32(shift))

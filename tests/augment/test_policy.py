@@ -79,7 +79,7 @@ def test_the_matrix_is_what_the_operation_does(scenes, op, sign):
     assert np.mean(np.any(ours != np.asarray(theirs), axis=2)) < 0.01
 
 
-def test_colours_move_nothing():
+def test_colors_move_nothing():
     assert operation_matrix(OPERATIONS.index("Solarize"), 3.0, 8).tolist() == [[1, 0, 0], [0, 1, 0]]
 
 

@@ -67,7 +67,7 @@ def test_crops_follow_random_resized_crop(width, height):
         assert same_law(ours[:, column], theirs[:, place])
 
 
-def test_the_fallback_is_torchvisions_centre_crop():
+def test_the_fallback_is_torchvisions_center_crop():
     impossible = replace(REPORT, crop_scale=(1.5, 2.0))
     for width, height in [(500, 375), (501, 200), (200, 501), (64, 64)]:
         params = draw(impossible, width, height, count=2)
@@ -113,7 +113,7 @@ def test_fixed_crops():
     squash = draw(replace(REPORT, crop="squash"), count=2)
     assert squash.box.tolist() == [[0, 0, 500, 375]] * 2
     weights = draw(replace(REPORT, crop="weights"), count=1)
-    # 500×375 becomes 341×256; the centre 224 starts at 58.5, rounded to 58, and 16.
+    # 500×375 becomes 341×256; the center 224 starts at 58.5, rounded to 58, and 16.
     scale_x, scale_y = 500 / 341, 375 / 256
     assert weights.box[0] == pytest.approx([58 * scale_x, 16 * scale_y, 224 * scale_x, 224 * scale_y])
 
@@ -130,7 +130,7 @@ def test_affine_follows_random_affine():
     assert np.array_equal(ours.shift, np.rint(ours.shift))
 
 
-def test_colour_follows_color_jitter():
+def test_color_follows_color_jitter():
     jitter = transforms.ColorJitter(0.2, 0.2, 0.2, 0.1)
     theirs = [
         transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)

@@ -304,3 +304,61 @@ def test_a_vision_transformer_takes_any_multiple_of_its_patch_and_is_unchanged_a
 def test_a_size_that_an_architecture_does_not_take_is_one_sentence():
     with pytest.raises(ConfigError, match=r"takes images of 224 pixels; got 96 .*eval.size"):
         make_classifier("swin_tiny_patch4_window7_224").features(torch.randn(1, 3, 96, 96))
+
+
+def _saved_bytes(model, images):
+    """Bytes that autograd keeps of one forward pass, apart from weights; each memory once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(images)
+    return sum(kept.values()), logits
+
+
+def test_a_frozen_prefix_keeps_no_activations():
+    model = make_classifier("resnet50")
+    images = torch.randn(1, 3, 224, 224)
+    freeze_stages(model, 0, freeze_batchnorm=True)
+    model.train()
+    plain, _ = _saved_bytes(model, images)
+    freeze_stages(model, 2, freeze_batchnorm=True)
+    frozen, _ = _saved_bytes(model, images)
+    assert frozen <= 0.6 * plain
+    freeze_stages(model, "all", freeze_batchnorm=True)
+    nothing, _ = _saved_bytes(model, images)
+    assert nothing <= 0.01 * plain  # the head's own input
+
+
+def test_a_frozen_prefix_changes_no_gradient_of_what_learns():
+    model = make_classifier()
+    freeze_stages(model, 3, freeze_batchnorm=True)
+    model.train()
+    images = torch.randn(4, 3, 64, 64)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = torch.autograd.grad(model(images).square().sum(), learning)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    whole = torch.autograd.grad(model(images).square().sum(), learning)
+    assert len(learning) > 3
+    assert all(torch.equal(one, other) for one, other in zip(frozen, whole, strict=True))
+
+
+def test_timms_private_grouping_still_groups_as_the_stages_need():
+    from timm.models._manipulate import group_with_matcher
+
+    matcher = {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)"}
+    names = ["conv1.weight", "bn1.bias", "layer1.0.weight", "layer2.0.weight", "fc.weight"]
+    groups = group_with_matcher(iter([(name, name) for name in names]), matcher)
+    assert list(groups.values()) == [
+        ["conv1.weight", "bn1.bias"],
+        ["layer1.0.weight"],
+        ["layer2.0.weight"],
+        ["fc.weight"],
+    ]

@@ -1,4 +1,4 @@
-"""The executor for accelerators: uint8 photos that already lie on the device to normalised images, as one batch.
+"""The executor for accelerators: uint8 photos that already lie on the device to normalized images, as one batch.
 
 It executes the same parameters as the other two and runs on every device that torch has, so it is tested on the CPU.
 All that is random or of varying shape is decided from the parameters on the host: nothing here waits for the device.
@@ -54,7 +54,7 @@ def augment_device(
         spec: What they were drawn from. With `crop = "weights"` the filter is bilinear whatever the weights' own.
         mean: Per-channel mean, for values in [0, 1].
         std: Per-channel standard deviation, for values in [0, 1].
-        compiled: Compile colour, normalisation and erasing with `torch.compile`; pays on a GPU only.
+        compiled: Compile color, normalization and erasing with `torch.compile`; pays on a GPU only.
 
     Returns:
         (B, 3, S, S) float32 on the same device.
@@ -150,7 +150,7 @@ def _points(matrices: Tensor, size: int, across: int, down: int) -> Tensor:
 
 
 def _apply_policy_colors(images: Tensor, params: BatchParams, spec: AugmentSpec) -> Tensor:
-    """The policy's colour operations, by torchvision on uint8, after all geometry."""
+    """The policy's color operations, by torchvision on uint8, after all geometry."""
     from torchvision.transforms import InterpolationMode
 
     nearest = InterpolationMode.NEAREST
@@ -174,7 +174,7 @@ def _finish(
     noise_offset: Tensor,
     bank: Tensor | None,
 ) -> Tensor:
-    """Colour in each photo's own order, normalise, erase.
+    """Color in each photo's own order, normalize, erase.
 
     Every operation runs at every place of the order, neutral for the photos whose turn it isn't: choosing rows would
     cost a wait for the device, and compiled it is one pass over memory.
@@ -200,16 +200,16 @@ def _finish(
 
 
 def _recolor(images: Tensor, kind: int, strength: Tensor) -> Tensor:
-    """One colour operation; `strength` is (B, 1, 1)."""
+    """One color operation; `strength` is (B, 1, 1)."""
     red, green, blue = images.unbind(dim=1)
     if kind == BRIGHTNESS:
         return (images * strength[:, None]).clamp(0, 255)
     if kind not in (CONTRAST, SATURATION):
         return _turn_hue(red, green, blue, strength)
-    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    gray = 0.299 * red + 0.587 * green + 0.114 * blue
     if kind == CONTRAST:  # Pillow rounds the mean
-        grey = (grey.mean(dim=(1, 2), keepdim=True) + 0.5).floor()
-    return torch.lerp(grey[:, None].expand_as(images), images, strength[:, None]).clamp(0, 255)
+        gray = (gray.mean(dim=(1, 2), keepdim=True) + 0.5).floor()
+    return torch.lerp(gray[:, None].expand_as(images), images, strength[:, None]).clamp(0, 255)
 
 
 def _turn_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fast executor on the CPU: reduce, soften, warp once, then colour, normalise and erase in compiled loops.
+"""The fast executor on the CPU: reduce, soften, warp once, then color, normalize and erase in compiled loops.
 
 It executes the same parameters as `augment.augment_reference`, on photos that may have been decoded or cached at a
 smaller size. It resamples once where the reference does so twice, so its pictures are sharper where there is an affine.
@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fieldmark.augment.kernels import finish, look_up, soften, warp
+from fieldmark.augment.kernels import finish, soften, warp
 from fieldmark.augment.policy import apply_operation, is_geometric, operation_matrix
-from fieldmark.augment.reference import RGB, EvalSpec, eval_crop, resize_box, to_pil
+from fieldmark.augment.reference import RGB, resize_box, to_pil
 from fieldmark.augment.sample import AugmentSpec, BatchParams, noise_bank
 from fieldmark.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 Matrix = NDArray[np.float64]
 
@@ -37,7 +31,7 @@ def compose(outer: Matrix, inner: Matrix) -> Matrix:
 
 
 def affine_matrices(params: BatchParams, size: int) -> Matrix:
-    """(B, 2, 3) inverse affine matrices of torchvision: rotation and x-shear about the centre, shift in pixels."""
+    """(B, 2, 3) inverse affine matrices of torchvision: rotation and x-shear about the center, shift in pixels."""
     turn, tangent, half = np.radians(params.angle), np.tan(np.radians(params.shear)), size / 2
     cos, sin = np.cos(turn), np.sin(turn)
     linear = np.stack([cos - sin * tangent, cos * tangent + sin, -sin, cos], axis=1).reshape(-1, 2, 2)
@@ -160,41 +154,8 @@ def augment_fast(
     return out
 
 
-def eval_fast(photo: NDArray[np.uint8], spec: EvalSpec) -> Tensor:
-    """`augment.eval_reference`, the same numbers to the bit, with a table instead of arithmetic.
-
-    The resize stays Pillow's: an evaluation that another resize would change is none.
-
-    Args:
-        photo: (H, W, 3) uint8, upright.
-        spec: Which picture.
-
-    Returns:
-        (3, S, S) float32.
-
-    Raises:
-        DataError: The photo is not (H, W, 3) uint8.
-    """
-    import torch
-
-    pixels = np.asarray(eval_crop(to_pil(photo), spec))
-    out = np.empty((3, spec.size, spec.size), dtype=np.float32)
-    look_up(pixels, _table(spec.mean, spec.std), out)
-    return torch.from_numpy(out)
-
-
-@lru_cache(maxsize=8)
-def _table(mean: RGB, std: RGB) -> NDArray[np.float32]:
-    """(3, 256) normalised value of each byte, computed as torchvision does."""
-    import torch
-    from torchvision.transforms import functional
-
-    values = torch.arange(256, dtype=torch.float32).div(255).expand(3, 1, 256).clone()
-    return np.ascontiguousarray(functional.normalize(values, list(mean), list(std)).numpy()[:, 0])
-
-
 def _normalization(mean: RGB, std: RGB) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Factor and summand that normalise values of 0 to 255."""
+    """Factor and summand that normalize values of 0 to 255."""
     deviation = np.asarray(std, dtype=np.float64)
     return (1 / (255 * deviation)).astype(np.float32), (-np.asarray(mean) / deviation).astype(np.float32)
 
@@ -295,10 +256,10 @@ def _reduce(part: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[np.uint8]
 
 
 def _apply_policy_colors(picture: NDArray[np.float32], params: BatchParams, row: int, spec: AugmentSpec) -> None:
-    """The policy's colour operations, by torchvision on uint8, in place.
+    """The policy's color operations, by torchvision on uint8, in place.
 
     They come after all geometry, where the reference mixes both: the same picture, except that the fill of an earlier
-    geometric step keeps its colour in the reference's order only.
+    geometric step keeps its color in the reference's order only.
     """
     steps = [
         (op, strength)

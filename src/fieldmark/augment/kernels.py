@@ -1,13 +1,13 @@
-"""Compiled inner loops of the fast executor: one warp, and colour, normalisation and erasing after it.
+"""Compiled inner loops of the fast executor: one warp, and color, normalization and erasing after it.
 
 Compiled by Numba on first use and kept on disk, in __pycache__ or, where that is not writable, in the user's cache
 folder; where neither is, each process compiles for itself. They hold no interpreter lock.
 
 Written by hand because no library does it in one pass: OpenCV's warp rounds to uint8 and knows no per-stage borders,
-and its colour conversion, a table and a transpose after it cost more than the warp.
+and its color conversion, a table and a transpose after it cost more than the warp.
 
 Pixels are blended in whole numbers, with weights in 1/256: a register holds twice as many of them, and the loops are
-written so that each is vectorised: addresses, reads and arithmetic apart, counted from 0, and casts that keep 16 and
+written so that each is vectorized: addresses, reads and arithmetic apart, counted from 0, and casts that keep 16 and
 32 bits from growing to 64.
 
 Shape letters: H, W height and width of the photo; S side of the output; K stages.
@@ -23,7 +23,6 @@ import numba
 import numpy as np
 from numba import float32, float64, int64, types, uint8, uint16, uint32, void
 
-PHOTO = types.Array(uint8, 3, "C", readonly=True)
 BYTES = types.Array(uint8, 1, "C", readonly=True)
 WORDS = types.Array(uint32, 2, "C")
 PICTURE = types.Array(float32, 3, "C")
@@ -193,14 +192,14 @@ def brighten(r: Any, g: Any, b: Any, factor: Any) -> None:
 
 
 @compiled()
-def grey(r: Any, g: Any, b: Any) -> Any:
+def gray(r: Any, g: Any, b: Any) -> Any:
     """Luma of ITU-R BT.601, as in Pillow."""
     return np.float32(0.299) * r + np.float32(0.587) * g + np.float32(0.114) * b
 
 
 @compiled()
 def contrast(r: Any, g: Any, b: Any, factor: Any, mean: Any) -> None:
-    """Blend with the picture's mean grey, in place."""
+    """Blend with the picture's mean gray, in place."""
     low, high = np.float32(0), np.float32(255)
     for i in range(len(r)):
         r[i] = min(max(mean + factor * (r[i] - mean), low), high)
@@ -210,10 +209,10 @@ def contrast(r: Any, g: Any, b: Any, factor: Any, mean: Any) -> None:
 
 @compiled()
 def saturate(r: Any, g: Any, b: Any, factor: Any) -> None:
-    """Blend with each pixel's own grey, in place."""
+    """Blend with each pixel's own gray, in place."""
     low, high = np.float32(0), np.float32(255)
     for i in range(len(r)):
-        level = grey(r[i], g[i], b[i])
+        level = gray(r[i], g[i], b[i])
         r[i] = min(max(level + factor * (r[i] - level), low), high)
         g[i] = min(max(level + factor * (g[i] - level), low), high)
         b[i] = min(max(level + factor * (b[i] - level), low), high)
@@ -224,13 +223,13 @@ def sixth(hue: Any, offset: Any) -> Any:
     """How far from its maximum a channel is, 0 to 1, at a hue in sixths of the circle."""
     six = np.float32(6)
     k = hue + offset
-    k -= six * np.floor(k * np.float32(1 / 6))  # not math.floor, which makes integers and stops vectorisation
+    k -= six * np.floor(k * np.float32(1 / 6))  # not math.floor, which makes integers and stops vectorization
     return max(min(min(k, np.float32(4) - k), np.float32(1)), np.float32(0))
 
 
 @compiled()
 def turn_hue(r: Any, g: Any, b: Any, shift: Any) -> None:
-    """True HSV hue turned by `shift` of the circle, in place, without branches so that it is vectorised.
+    """True HSV hue turned by `shift` of the circle, in place, without branches so that it is vectorized.
 
     Source:
         Smith, "Color gamut transform pairs", SIGGRAPH 1978 (the hexcone model).
@@ -254,7 +253,7 @@ def turn_hue(r: Any, g: Any, b: Any, shift: Any) -> None:
 
 @compiled()
 def recolor(r: Any, g: Any, b: Any, kind: int, factor: Any, mean: Any) -> None:
-    """One colour operation on a row of pixels: `kind` as in `sample.BRIGHTNESS` and its neighbours."""
+    """One color operation on a row of pixels: `kind` as in `sample.BRIGHTNESS` and its neighbours."""
     if kind == 0:
         brighten(r, g, b, factor)
     elif kind == 1:
@@ -266,8 +265,8 @@ def recolor(r: Any, g: Any, b: Any, kind: int, factor: Any, mean: Any) -> None:
 
 
 @compiled()
-def grey_mean(out: Any, kinds: Any, factors: Any) -> Any:
-    """Apply operations in place, then the mean grey of the picture, rounded as Pillow does."""
+def gray_mean(out: Any, kinds: Any, factors: Any) -> Any:
+    """Apply operations in place, then the mean gray of the picture, rounded as Pillow does."""
     size = out.shape[1]
     total = 0.0
     for row in range(size):
@@ -276,7 +275,7 @@ def grey_mean(out: Any, kinds: Any, factors: Any) -> Any:
             recolor(r, g, b, kinds[place], factors[place], np.float32(0))
         part = np.float32(0)
         for i in range(size):
-            part += grey(r[i], g[i], b[i])
+            part += gray(r[i], g[i], b[i])
         total += part
     return np.float32(floor(total / (size * size) + 0.5))
 
@@ -297,11 +296,11 @@ def cover(out: Any, erase: Any, bank: Any, noise_offset: int) -> None:
 def finish(
     out: Any, kinds: Any, factors: Any, scale: Any, offset: Any, erase: Any, bank: Any, noise_offset: int
 ) -> None:
-    """Colour in the drawn order, normalise and erase, in place, row by row so that it stays in the nearest cache.
+    """Color in the drawn order, normalize and erase, in place, row by row so that it stays in the nearest cache.
 
     Args:
-        out: (3, S, S) float32 0 to 255; normalised afterwards.
-        kinds: (n,) int64 operations of colour, in order; at most one of them is contrast.
+        out: (3, S, S) float32 0 to 255; normalized afterwards.
+        kinds: (n,) int64 operations of color, in order; at most one of them is contrast.
         factors: (n,) float32 their strengths.
         scale: (3,) float32; a value v becomes v · scale + offset.
         offset: (3,) float32.
@@ -315,7 +314,7 @@ def finish(
         before += 1
     mean = np.float32(0)
     if before < count:
-        mean = grey_mean(out, kinds[:before], factors[:before])
+        mean = gray_mean(out, kinds[:before], factors[:before])
     else:
         before = 0
     for row in range(size):
@@ -328,18 +327,3 @@ def finish(
                 line[i] = line[i] * times + plus
     if erase[2]:
         cover(out, erase, bank, noise_offset)
-
-
-@compiled(void(PHOTO, types.Array(float32, 2, "C"), PICTURE))
-def look_up(pixels: Any, table: Any, out: Any) -> None:
-    """Write table[c, pixels[y, x, c]] to out[c, y, x].
-
-    Args:
-        pixels: (S, S, 3) uint8.
-        table: (3, 256) float32.
-        out: (3, S, S) float32: written.
-    """
-    for row in range(pixels.shape[0]):
-        for column in range(pixels.shape[1]):
-            for channel in range(3):
-                out[channel, row, column] = table[channel, pixels[row, column, channel]]

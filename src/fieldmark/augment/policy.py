@@ -47,7 +47,7 @@ Policy = Literal["none", "trivial", "rand"]
 
 
 def is_geometric(op: int) -> bool:
-    """Whether operation number `op` moves pixels rather than changing their colour."""
+    """Whether operation number `op` moves pixels rather than changing their color."""
     return 1 <= op <= 5
 
 
@@ -101,7 +101,7 @@ def operation_matrix(op: int, magnitude: float, size: int) -> NDArray[np.float64
     """Where an operation takes each output point from.
 
     Args:
-        op: Number in `OPERATIONS`; one that changes colours leaves points where they are.
+        op: Number in `OPERATIONS`; one that changes colors leaves points where they are.
         magnitude: Its signed strength.
         size: Side of the image in pixels.
 
@@ -118,7 +118,7 @@ def operation_matrix(op: int, magnitude: float, size: int) -> NDArray[np.float64
             return np.array([[1.0, 0.0, -int(magnitude)], [0.0, 1.0, 0.0]])
         case "TranslateY":
             return np.array([[1.0, 0.0, 0.0], [0.0, 1.0, -int(magnitude)]])
-        case "Rotate":  # counter-clockwise, about the centre
+        case "Rotate":  # counter-clockwise, about the center
             c, s = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
             return np.array([[c, -s, half - c * half + s * half], [s, c, half - s * half - c * half]])
         case _:

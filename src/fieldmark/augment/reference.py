@@ -33,13 +33,13 @@ class EvalSpec:
     """The picture that a photo is judged on.
 
     Args:
-        transform: `weights`: resize the short side to `size / crop_fraction`, cut the centre. `squash`: resize to a
+        transform: `weights`: resize the short side to `size / crop_fraction`, cut the center. `squash`: resize to a
             square, aspect lost.
         size: Side of the output, in pixels.
         crop_fraction: `size` over the resized short side, in (0, 1]; unused by `squash`.
         interpolation: Filter of the resize, always antialiased.
-        mean: Per-channel mean of normalisation, for values in [0, 1].
-        std: Per-channel standard deviation of normalisation, for values in [0, 1].
+        mean: Per-channel mean of normalization, for values in [0, 1].
+        std: Per-channel standard deviation of normalization, for values in [0, 1].
     """
 
     transform: Literal["weights", "squash"]
@@ -55,7 +55,7 @@ def augment_reference(
 ) -> Tensor:
     """Execute one row of the parameters as torchvision would.
 
-    The order is the report's: crop and resize, flips, policy, affine, colour, normalise, erase.
+    The order is the report's: crop and resize, flips, policy, affine, color, normalize, erase.
 
     Args:
         photo: (H, W, 3) uint8, upright, at the full size for which the parameters were drawn.

@@ -84,14 +84,14 @@ class BatchParams:
         numbers: (B,) int64 photo numbers that the rows belong to.
         box: (B, 4) float64 x, y, width, height of the crop in upright source pixels. May reach outside the photo
             with `crop = "zoom"`.
-        is_fallback: (B,) bool, ten attempts failed and the crop is the fixed centre one.
+        is_fallback: (B,) bool, ten attempts failed and the crop is the fixed center one.
         flip_x: (B,) bool, mirrored.
         flip_y: (B,) bool, upside down.
         angle: (B,) float64 rotation in degrees, clockwise positive as in torchvision.
         shear: (B,) float64 degrees along x.
         shift: (B, 2) float64 x, y in whole output pixels.
         factors: (B, 4) float64 factors of brightness, contrast and saturation (1 = as is) and shift of hue in turns
-            of the colour circle (0 = as is).
+            of the color circle (0 = as is).
         color_order: (B, 4) int64 permutation of `BRIGHTNESS`, `CONTRAST`, `SATURATION`, `HUE`: first applied first.
         ops: (B, n) int64 numbers in `policy.OPERATIONS`.
         magnitudes: (B, n) float64 signed strength of each, in the operation's own unit.
@@ -185,7 +185,7 @@ def sample_params(spec: AugmentSpec, sizes: ArrayLike, *, seed: int, epoch: int,
 
 
 def crop_fallback_rate(spec: AugmentSpec, sizes: ArrayLike, *, draws: int) -> float:
-    """Share of crops that RandomResizedCrop gives up on and replaces by a fixed centre crop.
+    """Share of crops that RandomResizedCrop gives up on and replaces by a fixed center crop.
 
     Args:
         spec: Whose `crop`, `crop_scale` and `crop_ratio` are used; 0.0 unless `crop` is `random_resized`.
@@ -237,7 +237,7 @@ def _crop_boxes(
 def _weights_boxes(spec: AugmentSpec, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
     """What the evaluation transform sees of each photo, in source pixels.
 
-    It resizes the short side to size / crop_fraction and cuts the centre; both round to whole pixels as torchvision's
+    It resizes the short side to size / crop_fraction and cuts the center; both round to whole pixels as torchvision's
     Resize and CenterCrop do, because half a pixel more or less is a visibly different picture.
     """
     short = sizes.min(axis=1, keepdims=True)
@@ -271,7 +271,7 @@ def _first_fit(
 
 
 def _center_boxes(sizes: NDArray[np.float64], ratio: tuple[float, float]) -> NDArray[np.float64]:
-    """The fallback of torchvision: as much of the photo's centre as the range of ratios lets in."""
+    """The fallback of torchvision: as much of the photo's center as the range of ratios lets in."""
     width, height = sizes[:, 0], sizes[:, 1]
     w = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
     h = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)

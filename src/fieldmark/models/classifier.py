@@ -42,11 +42,11 @@ class Classifier(nn.Module):
         self.has_frozen_batchnorm = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of normalised images (B, 3, H, W)."""
+        """Logits (B, K) of normalized images (B, 3, H, W)."""
         return self.classify(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """Pooled features (B, F) of normalised images (B, 3, H, W), before any dropout."""
+        """Pooled features (B, F) of normalized images (B, 3, H, W), before any dropout."""
         with _fast_gradients(is_wanted=self.training and images.device.type == "cpu"):
             features = self._compute_features(images)
         if features.ndim != 2:
@@ -134,7 +134,7 @@ def create_classifier(
     drop_path: float,
     stride_in_1x1: bool,
 ) -> Classifier:
-    """A randomly initialised classifier; torch's global generator decides the weights.
+    """A randomly initialized classifier; torch's global generator decides the weights.
 
     Args:
         name: A timm name; see `names.resolve_name` for aliases.
@@ -197,7 +197,7 @@ def freeze_stages(model: Classifier, count: int | Literal["all"], *, freeze_batc
 
 
 def train_only_head_and_norms(model: Classifier) -> None:
-    """Leave only the head and the normalisation layers learning, for the last epochs at test resolution.
+    """Leave only the head and the normalization layers learning, for the last epochs at test resolution.
 
     Norms of frozen stages stay frozen. The others also follow the statistics of the new resolution.
 

@@ -2,7 +2,7 @@
 
 oneDNN, which computes torch's convolutions on x86, falls back to plain loops for two gradients of depthwise
 convolutions: that of the weights of kernels wider than 3, and, in bf16 above all, that of the input at a stride. For
-EfficientNet-Lite0 at 160 pixels they were four fifths of an update. The same sums, vectorised over the channels, which
+EfficientNet-Lite0 at 160 pixels they were four fifths of an update. The same sums, vectorized over the channels, which
 lie side by side in channels_last, are about ten times faster.
 
 Written by hand because no library has them: torch's inductor calls the same kernels of oneDNN.

@@ -75,11 +75,11 @@ def check_name(name: str) -> None:
 def _did_you_mean(name: str) -> str:
     import timm
 
-    mended = name
+    fixed = name
     for wrong, right in _MISSPELT.items():
-        mended = mended.replace(wrong, right)
+        fixed = fixed.replace(wrong, right)
     candidates = list(dict.fromkeys([*ALIASES, *ALIASES.values(), *timm.list_models(), *timm.list_pretrained()]))
-    return did_you_mean(mended, candidates, most=1 if mended in candidates else 3, cutoff=0.75) or "."
+    return did_you_mean(fixed, candidates, most=1 if fixed in candidates else 3, cutoff=0.75) or "."
 
 
 def list_models(pattern: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class InputConfig:
         test_size: Side that is best for evaluation, in pixels.
         crop_fraction: `test_size` over the resized short side, in (0, 1].
         interpolation: "bilinear" or "bicubic".
-        mean: Per-channel mean of the normalisation, for values in [0, 1].
+        mean: Per-channel mean of the normalization, for values in [0, 1].
         std: Per-channel standard deviation, for values in [0, 1].
         is_size_fixed: The network takes pictures of `train_size` alone.
     """

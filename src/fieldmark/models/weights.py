@@ -117,7 +117,7 @@ def load_weights(model: Classifier, source: str) -> WeightsReport:
 
 
 def data_config(name: str, source: str) -> InputConfig:
-    """Size, crop, interpolation and normalisation that the weights expect.
+    """Size, crop, interpolation and normalization that the weights expect.
 
     A file or random weights under a bare architecture name get that architecture's configuration at its training
     size. A name with a tag (`resnet101.a1h_in1k`) says that the file holds those weights; a folder says it itself.

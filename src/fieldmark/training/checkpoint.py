@@ -72,7 +72,11 @@ def _has_damaged_record(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is not None
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError):
+        pass
+    try:
         return zipfile.is_zipfile(path)  # a torn file is no archive; torch says so
+    except zipfile.BadZipFile:
+        return True
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -145,7 +149,7 @@ class RunningAverage:
         keep = min(self.decay, (1 + step) / (10 + step))
         own, new = self.model.state_dict(), model.state_dict()
         floats = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        # One kernel for all tensors; torch's own optimisers use it under this name too.
+        # One kernel for all tensors; torch's own optimizers use it under this name too.
         torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], 1 - keep)  # pyright: ignore[reportPrivateUsage]
         for name in own.keys() - set(floats):
             own[name].copy_(new[name])

@@ -356,7 +356,7 @@ def train_epochs(
 
     Args:
         fabric: Device, precision and the other processes.
-        state: Changed in place; taken up in the middle of an epoch if it was saved there.
+        state: Changed in place; resumed in the middle of an epoch if it was saved there.
         epochs: Epochs of the whole run.
         steps_per_epoch: Updates of one epoch.
         batches: (epoch, first step in it) to this process's batches from there on. To stop, it ends early.

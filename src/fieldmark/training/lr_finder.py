@@ -26,8 +26,7 @@ class LrSweep:
         lrs: Rate of the group with the highest rate, at each update.
         losses: Loss before that update.
         smoothed: The same, exponentially smoothed.
-        suggestion: The rate to train with; `valley`.
-        valley: Rate half way down the longest fall of the smoothed loss.
+        suggestion: The rate to train with, half way down the longest fall of the smoothed loss.
         steepest: Rate at which the smoothed loss falls fastest over log rate.
         stopped_early: The loss exploded before the highest rate.
     """
@@ -36,7 +35,6 @@ class LrSweep:
     losses: tuple[float, ...]
     smoothed: tuple[float, ...]
     suggestion: float
-    valley: float
     steepest: float
     stopped_early: bool
 
@@ -56,7 +54,7 @@ def find_lr(
 ) -> LrSweep:
     """Train for a moment with rising rates, note the losses, and undo it all.
 
-    Model (parameters, buffers, mode), optimiser (state and rates) and torch's random state are afterwards as before;
+    Model (parameters, buffers, mode), optimizer (state and rates) and torch's random state are afterwards as before;
     gradients are cleared.
 
     Args:
@@ -107,13 +105,11 @@ def find_lr(
         )
     # As fastai: the first tenth is noise of the start, the last few points are the explosion.
     window = slice(len(lrs) // 10, max(len(lrs) - 5, len(lrs) // 10 + 3))
-    valley = valley_point(lrs[window], smoothed[window])
     return LrSweep(
         tuple(lrs),
         tuple(losses),
         tuple(smoothed),
-        suggestion=valley,
-        valley=valley,
+        suggestion=valley_point(lrs[window], smoothed[window]),
         steepest=steepest_point(lrs[window], smoothed[window]),
         stopped_early=len(lrs) < num_steps,
     )

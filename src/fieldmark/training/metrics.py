@@ -90,7 +90,7 @@ def macro_recall(probabilities: Floats, labels: Ints) -> float:
 def prior_top1(probabilities: Floats, labels: Ints, prior: Floats) -> float:
     """Accuracy to expect where the classes come as often as `prior` says.
 
-    Recall of each class weighted by its prior; classes without photos here are left out and the rest renormalised.
+    Recall of each class weighted by its prior; classes without photos here are left out and the rest renormalized.
     """
     if not len(labels):
         return math.nan
@@ -140,10 +140,10 @@ def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95
         return 0.0, 1.0
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = successes / trials
-    centre = share + z * z / (2 * trials)
+    center = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
 def _confusion(probabilities: Floats, labels: Ints) -> NDArray[np.int64]:

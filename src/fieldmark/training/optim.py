@@ -1,4 +1,4 @@
-"""Which parameter learns at what rate and with what decay, and the optimiser that does it."""
+"""Which parameter learns at what rate and with what decay, and the optimizer that does it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fieldmark.errors import ConfigError, did_you_mean
 
 _NOT_OURS = ("adahessian", "bnb", "fused")
-"""timm's optimisers that need second derivatives in the loop, or a package for CUDA."""
+"""timm's optimizers that need second derivatives in the loop, or a package for CUDA."""
 
 _MOMENTUM = 0.9
 
@@ -28,7 +28,7 @@ def parameter_groups(
     no_weight_decay: Collection[str],
     include_frozen: bool,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser: one or two (with and without decay) for each stage.
+    """Parameter groups for an optimizer: one or two (with and without decay) for each stage.
 
     Args:
         stages: (name, parameter) by stage from the input outwards, the head last.
@@ -39,7 +39,7 @@ def parameter_groups(
         decay_norms_and_biases: Decay every parameter. If not, those of one dimension or none (biases, norms, layer
             scales) are exempt, and so is `no_weight_decay`.
         no_weight_decay: Names of further parameters to exempt, such as position embeddings.
-        include_frozen: Keep parameters that do not require gradients, for stages that are thawed later. An optimiser
+        include_frozen: Keep parameters that do not require gradients, for stages that are thawed later. An optimizer
             passes over them as long as they have no gradient, decay included.
 
     Returns:
@@ -83,7 +83,7 @@ def parameter_groups(
 
 
 def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool) -> Optimizer:
-    """An optimiser over parameter groups.
+    """An optimizer over parameter groups.
 
     Args:
         name: "adamw" (betas 0.9 and 0.999, eps 1e-8, as torch), "sgd" (Nesterov momentum 0.9) or a name of timm.optim.
@@ -93,7 +93,7 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool
             would unscale by itself (Fabric refuses).
 
     Raises:
-        ConfigError: Unknown name, with close matches, or an optimiser that cannot be used here.
+        ConfigError: Unknown name, with close matches, or an optimizer that cannot be used here.
     """
     settings: dict[str, Any] = {"lr": groups[-1]["lr"], "weight_decay": 0.0}  # each group brings its own
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
