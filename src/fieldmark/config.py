@@ -129,7 +129,8 @@ class CacheConfig(Section):
 
     mode: Literal["auto", "uint8", "jpeg", "off"] = "auto"
     """`uint8`: pixels at `short_side`, fastest. `jpeg`: JPEG of quality 90 at `short_side`, nine times smaller.
-    `auto`: the first of the two that fits `disk_gigabytes`, else off."""
+    `auto`: the first of the two that fits `disk_gigabytes`, else off.
+    Of the shipped recipes, only `competition` uses it."""
 
     short_side: Literal[256, 320, 384, 448] = 320
     """Pixels of the short side of a cached photo; photos are never enlarged."""
@@ -156,7 +157,8 @@ class AugmentConfig(Section):
 
     executor: Literal["fast", "reference", "device"] = "fast"
     """`reference` runs torchvision's transforms one after another. `fast` runs the same random numbers in one warp, on
-    the CPU, or as one batch on a CUDA GPU. `device` is the batch form wherever the model is."""
+    the CPU, or as one batch on a CUDA GPU. `device` is the batch form wherever the model is.
+    Of the shipped recipes, only `competition` uses it."""
 
     crop: Literal["random_resized", "zoom", "squash", "pretrained"] = "random_resized"
     """`random_resized`: torchvision's RandomResizedCrop, including its fallback to a centre crop. `zoom`: the same
@@ -176,19 +178,21 @@ class AugmentConfig(Section):
     """Probability of an upside-down image."""
 
     degrees: NonNegativeFloat = 0.0
-    """Rotation is drawn from ± this many degrees."""
+    """Rotation is drawn from ± this many degrees. Of the shipped recipes, only `competition` uses it."""
 
     translate: tuple[Fraction, Fraction] = (0.0, 0.0)
-    """Shift is drawn from ± this share of width and height."""
+    """Shift is drawn from ± this share of width and height. Of the shipped recipes, only `competition` uses it."""
 
     shear: NonNegativeFloat = 0.0
-    """Shear along x is drawn from ± this many degrees."""
+    """Shear along x is drawn from ± this many degrees. Of the shipped recipes, only `competition` uses it."""
 
     affine_interpolation: Literal["nearest", "bilinear"] = "bilinear"
-    """How the reference executor resamples the affine stage. The fast executor always filters."""
+    """How the reference executor resamples the affine stage. The fast executor always filters.
+    Of the shipped recipes, only `competition` uses it."""
 
     fill: tuple[int, int, int] = (124, 116, 104)
-    """RGB outside the photo, 0 to 255. The default is ImageNet's mean."""
+    """RGB outside the photo, 0 to 255. The default is ImageNet's mean.
+    Of the shipped recipes, only `competition` uses it."""
 
     brightness: NonNegativeFloat = 0.0
     """Factor is drawn from 1 ± this."""
@@ -200,7 +204,7 @@ class AugmentConfig(Section):
     """Factor is drawn from 1 ± this."""
 
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Shift is drawn from ± this share of the colour circle."""
+    """Shift is drawn from ± this share of the colour circle. Of the shipped recipes, only `competition` uses it."""
 
     policy: Literal["none", "trivial", "rand"] = "none"
     """TrivialAugmentWide (arXiv:2103.10158) or RandAugment (arXiv:1909.13719) after crop and flips."""
@@ -221,7 +225,8 @@ class AugmentConfig(Section):
     """Height over width of the erased rectangle."""
 
     erase_value: Literal["random", "zero"] = "random"
-    """`random`: normal noise per pixel, after normalisation. `zero`: the mean colour."""
+    """`random`: normal noise per pixel, after normalisation. `zero`: the mean colour.
+    Of the shipped recipes, only `competition` uses it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -289,13 +294,14 @@ class ModelConfig(Section):
     """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0` (to lite2)."""
 
     head: Literal["linear", "mlp"] = "linear"
-    """`mlp` is the report's Linear-Dropout-ReLU-Linear."""
+    """`mlp` is the report's Linear-Dropout-ReLU-Linear. Of the shipped recipes, only `competition` uses it."""
 
     head_hidden: PositiveInt = 1024
-    """Width of the `mlp` head."""
+    """Width of the `mlp` head. Of the shipped recipes, only `competition` uses it."""
 
     head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Dropout of the `mlp` head, before its ReLU; of the features, before a `linear` head: see `feature_dropout`."""
+    """Dropout of the `mlp` head, before its ReLU; of the features, before a `linear` head: see `feature_dropout`.
+    Of the shipped recipes, only `competition` uses it."""
 
     feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the pooled features before the head."""
@@ -339,7 +345,8 @@ class OptimConfig(Section):
     """Decoupled decay per update (AdamW, arXiv:1711.05101)."""
 
     decay_norms_and_biases: bool = False
-    """Also decay normalisation weights and biases, as plain AdamW over all parameters does."""
+    """Also decay normalisation weights and biases, as plain AdamW over all parameters does.
+    Of the shipped recipes, only `competition` uses it."""
 
     clip_norm: NonNegativeFloat = 0.0
     """Largest global gradient norm; 0 is off."""
@@ -350,16 +357,17 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "warm_restarts", "constant"] = "cosine"
     """`cosine`: linear warm-up, then a cosine to zero, per update. `warm_restarts`: the report's, per epoch.
-    `constant`: warm-up, then level."""
+    `constant`: warm-up, then level. Of the shipped recipes, only `competition` uses it."""
 
     warmup_epochs: NonNegativeFloat = 1.0
     """Length of the linear warm-up, for `cosine` and `constant`."""
 
     restart_epochs: PositiveInt | None = None
-    """T_0 of `warm_restarts`, in epochs; None is all of `train.epochs`: one cycle."""
+    """T_0 of `warm_restarts`, in epochs; None is all of `train.epochs`: one cycle.
+    Of the shipped recipes, only `competition` uses it."""
 
     restart_factor: PositiveInt = 2
-    """T_mult of `warm_restarts`."""
+    """T_mult of `warm_restarts`. Of the shipped recipes, only `competition` uses it."""
 
     min_factor: Fraction = 0.0
     """Lowest learning rate over the peak."""
@@ -434,7 +442,8 @@ class TrainConfig(Section):
     """Machines; start the same command on each with torchrun."""
 
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """`auto`: bf16 where the hardware computes in it, else 32 bit."""
+    """`auto`: bf16 where the hardware computes in it, else 32 bit.
+    Of the shipped recipes, only `competition` uses it."""
 
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory layout of convolutions; `auto` is on."""
