@@ -129,8 +129,7 @@ class CacheConfig(Section):
 
     mode: Literal["auto", "uint8", "jpeg", "off"] = "auto"
     """`uint8`: pixels at `short_side`, fastest. `jpeg`: JPEG of quality 90 at `short_side`, nine times smaller.
-    `auto`: the first of the two that fits `disk_gigabytes`, else off.
-    Of the shipped recipes, only `competition` uses it."""
+    `auto`: the first of the two that fits `disk_gigabytes`, else off."""
 
     short_side: Literal[256, 320, 384, 448] = 320
     """Pixels of the short side of a cached photo; photos are never enlarged."""
@@ -157,8 +156,7 @@ class AugmentConfig(Section):
 
     executor: Literal["fast", "reference", "device"] = "fast"
     """`reference` runs torchvision's transforms one after another. `fast` runs the same random numbers in one warp, on
-    the CPU, or as one batch on a CUDA GPU. `device` is the batch form wherever the model is.
-    Of the shipped recipes, only `competition` uses it."""
+    the CPU, or as one batch on a CUDA GPU. `device` is the batch form wherever the model is."""
 
     crop: Literal["random_resized", "zoom", "squash", "pretrained"] = "random_resized"
     """`random_resized`: torchvision's RandomResizedCrop, including its fallback to a centre crop. `zoom`: the same
@@ -294,7 +292,7 @@ class ModelConfig(Section):
     """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0` (to lite2)."""
 
     head: Literal["linear", "mlp"] = "linear"
-    """`mlp` is the report's Linear-Dropout-ReLU-Linear. Of the shipped recipes, only `competition` uses it."""
+    """`mlp` is the report's Linear-Dropout-ReLU-Linear."""
 
     head_hidden: PositiveInt = 1024
     """Width of the `mlp` head. Of the shipped recipes, only `competition` uses it."""
@@ -357,7 +355,7 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "warm_restarts", "constant"] = "cosine"
     """`cosine`: linear warm-up, then a cosine to zero, per update. `warm_restarts`: the report's, per epoch.
-    `constant`: warm-up, then level. Of the shipped recipes, only `competition` uses it."""
+    `constant`: warm-up, then level."""
 
     warmup_epochs: NonNegativeFloat = 1.0
     """Length of the linear warm-up, for `cosine` and `constant`."""
@@ -442,8 +440,7 @@ class TrainConfig(Section):
     """Machines; start the same command on each with torchrun."""
 
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """`auto`: bf16 where the hardware computes in it, else 32 bit.
-    Of the shipped recipes, only `competition` uses it."""
+    """`auto`: bf16 where the hardware computes in it, else 32 bit."""
 
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory layout of convolutions; `auto` is on."""

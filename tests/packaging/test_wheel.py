@@ -19,8 +19,10 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-TINY = ["model.name=test_resnet", "model.weights=random", "augment.size=32", "eval.size=32", "train.epochs=1",
-        "mix.off_epochs=0", "probe.epochs=2", "schedule.warmup_epochs=0", "loader.workers=0", "train.threads=1"]  # fmt: skip
+TINY = [
+    *("model.name=test_resnet", "model.weights=random", "augment.size=32", "eval.size=32", "train.epochs=1"),
+    *("mix.off_epochs=0", "probe.epochs=2", "schedule.warmup_epochs=0", "loader.workers=0", "train.threads=1"),
+]
 
 
 def test_extras_that_all_names_exist_and_former_names_still_install():
