@@ -5,7 +5,6 @@ Shape letters: N photos, F features, R rank of the features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +14,10 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
-STRENGTHS = tuple(10.0 ** (power / 2) for power in range(0, -10, -1))
+STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-1, -10, -1))
 """L2 penalties that are tried, from the strongest: of the mean loss in nats, on standardized features."""
 
-CURVATURE = 0.02
+CURVATURE = 1e-3
 """Assumed second derivative of the loss along a feature of variance 1, which scales the search and not its result."""
 
 COARSE, FINE = 40, 300
@@ -67,13 +66,12 @@ def fit_head(
     *,
     num_classes: int,
     strengths: tuple[float, ...] = STRENGTHS,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> Head:
     """Multinomial logistic regression on standardized features, the bias unpenalized.
 
     The features are rotated onto their principal axes, of which there are at most N: exact under an L2 penalty, and it
     makes the search well conditioned. Strengths are tried from strong to weak, each fold from its own previous
-    solution, until the out-of-fold loss has risen twice.
+    solution, until the out-of-fold loss rises.
 
     Args:
         features: (N, F).
@@ -81,14 +79,12 @@ def fit_head(
         folds: (N,) fold of each photo, at least two different.
         num_classes: K.
         strengths: Falling.
-        should_stop: Asked between two fits of the search; the best strength so far is then taken.
     """
     basis = _Basis.of(torch.from_numpy(features))
     targets = torch.from_numpy(labels)
     parts = [torch.from_numpy(folds == fold) for fold in np.unique(folds)]
     weights = [basis.zeros(num_classes) for _ in parts]
     best: tuple[float, float, Tensor] | None = None
-    rises = 0
     for l2 in strengths:
         probabilities = torch.empty(len(labels), num_classes)
         for number, held_out in enumerate(parts):
@@ -97,16 +93,12 @@ def fit_head(
             weights[number] = _minimize(basis, inside, targets[kept], l2, weights[number], COARSE)
             probabilities[held_out] = basis.logits(basis.rotated[held_out], weights[number]).softmax(1)
         loss = mean_log_loss(probabilities.numpy(), labels)
-        if best is None or loss < best[0]:
-            best, rises = (loss, l2, probabilities), 0
-        else:
-            rises += 1
-        if rises == 2 or should_stop():
+        if best is not None and loss >= best[0]:
             break
+        best = (loss, l2, probabilities)
     assert best is not None
     _, l2, out_of_fold = best
-    start = basis.zeros(num_classes)
-    solution = _minimize(basis, basis.rotated, targets, l2, start, FINE)
+    solution = _minimize(basis, basis.rotated, targets, l2, basis.zeros(num_classes), FINE)
     weight, bias = basis.fold_into_raw(solution)
     return Head(weight, bias, l2, out_of_fold.numpy())
 

@@ -31,6 +31,9 @@ from fieldmark.training.probe import compute_features
 CHUNK = 64
 """Photos between two looks at the clock."""
 
+FEW_PHOTOS, MANY_FOLDS, FEW_FOLDS = 1000, 5, 3
+"""Below so many photos heads are compared on more folds, since each photo counts."""
+
 MIN_PER_CLASS = 8
 """Photos of a class below which a comparison of candidates says nothing."""
 
@@ -191,6 +194,7 @@ class Entry:
         log_loss: Out of fold, in nats.
         top1: Out of fold, in [0, 1].
         seconds_per_photo: Of its features.
+        fit_seconds: Of the head.
     """
 
     candidate: Candidate
@@ -199,6 +203,7 @@ class Entry:
     log_loss: float
     top1: float
     seconds_per_photo: float
+    fit_seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +215,6 @@ class Course:
         plan: The clock.
         order: (N,) training photos, stratified.
         val: (M,) validation photos.
-        folds: Number of folds of the comparisons.
         seed: Of the run.
     """
 
@@ -218,7 +222,6 @@ class Course:
     plan: Plan
     order: Numbers
     val: Numbers
-    folds: int
     seed: int
 
     @property
@@ -252,10 +255,13 @@ class Course:
         features = self.store.get(candidate, numbers, until=lambda: False)
         labels = self.store.index.label_numbers()[numbers]
         groups = [self.store.index.photos[number].group for number in numbers]
-        folds = make_folds(labels, groups, folds=min(self.folds, len(numbers)), seed=self.seed)
+        count = min(MANY_FOLDS if len(numbers) < FEW_PHOTOS else FEW_FOLDS, len(numbers))
+        folds = make_folds(labels, groups, folds=count, seed=self.seed)
+        began = time.perf_counter()
         head = fit_head(features.of(numbers), labels, folds, num_classes=self.num_classes)
+        seconds = time.perf_counter() - began
         top1 = float((head.out_of_fold.argmax(1) == labels).mean())
-        return Entry(candidate, numbers, head, head.log_loss(labels), top1, features.seconds_per_photo)
+        return Entry(candidate, numbers, head, head.log_loss(labels), top1, features.seconds_per_photo, seconds)
 
 
 def rungs(num_photos: int, num_classes: int) -> list[int]:

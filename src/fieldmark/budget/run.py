@@ -171,7 +171,7 @@ class _Work:
         own = candidates.list_candidates(self.config, [cheapest])
         key = plan.decide("floor", lambda: self._choose_floor(own).key)
         candidate = next(one for one in own if one.key == key)
-        least = min(len(course.order), max(2 * course.num_classes, 4 * course.folds))
+        least = min(len(course.order), max(2 * course.num_classes, 20))
         first = np.concatenate([course.order[:least], course.val])
         course.store.get(candidate, first, until=lambda: False)
         self._check()
@@ -224,10 +224,13 @@ class _Work:
         for candidate in running:
             if not self.plan.decide(f"try {candidate.key}", lambda: self.plan.elapsed < deadline):
                 break
-            entry = self.course.enter(candidate, count, deadline=deadline)
+            entry = self.entries.get(candidate.key)
+            if entry is None or len(entry.numbers) < count:
+                entry = self.course.enter(candidate, count, deadline=deadline)
+                if entry is not None:
+                    self._note(entry)
             self._check()
             if entry is not None:
-                self._note(entry)
                 entries.append(entry)
         return entries
 
@@ -245,7 +248,8 @@ class _Work:
         entry = self.entries.get(candidate.key)
         missing = len(self.course.order) + len(self.course.val) - (len(entry.numbers) if entry else 0)
         seconds = entry.seconds_per_photo if entry else self._guess_seconds(candidate)
-        return self.plan.elapsed + missing * seconds < end
+        fit = max(one.fit_seconds * len(self.course.order) / len(one.numbers) for one in self.entries.values())
+        return self.plan.elapsed + missing * seconds + fit < end
 
     def _guess_seconds(self, candidate: Candidate) -> float:
         """Seconds per photo of a candidate that was not tried, from those that were."""
@@ -383,7 +387,7 @@ def _assemble(
     shelf.open(config, broken=len(dataset.broken))
     store = FeatureStore(config, index, fabric, path / FEATURES, log, lambda: bool(stop))
     order = train[stratified_order(labels[train], seed=config.train.seed)]
-    course = Course(store, plan, order, val, folds=5, seed=config.train.seed)
+    course = Course(store, plan, order, val, seed=config.train.seed)
     return _Work(config, path, plan, log, stop, dataset, backbones, course, shelf, precision)
 
 
