@@ -154,8 +154,13 @@ def _sizes(backbone: Backbone) -> list[int]:
     picture = backbone.picture
     if picture.is_size_fixed:
         return [picture.test_size]
-    near = [round(picture.test_size * factor / SIZE_STEP) * SIZE_STEP for factor in (LARGER, SMALLER)]
+    near = [round_size(picture.test_size * factor) for factor in (LARGER, SMALLER)]
     return list(dict.fromkeys([picture.test_size, *near]))
+
+
+def round_size(pixels: float) -> int:
+    """The nearest side that networks divide without rest, at least one step."""
+    return max(round(pixels / SIZE_STEP), 1) * SIZE_STEP
 
 
 def _describe(name: str, weights: str, *, stride_in_1x1: bool = False) -> Backbone:

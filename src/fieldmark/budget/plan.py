@@ -112,6 +112,15 @@ class Plan:
         self._append({"at": round(self.elapsed, 3), "what": what, "value": value})
         return value
 
+    def take(self, what: str) -> list[Any]:
+        """The values of the recorded decisions of this name that come next, each as a tuple if it is a list."""
+        found: list[Any] = []
+        while self.is_repeating and self._recorded[self._position]["what"] == what:
+            value = self._recorded[self._position]["value"]
+            found.append(tuple(cast("list[Any]", value)) if isinstance(value, list) else value)
+            self._position += 1
+        return found
+
     def records(self) -> list[dict[str, Any]]:
         """Everything decided so far, in order."""
         return _read(self.path)

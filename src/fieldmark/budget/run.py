@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fieldmark.budget import candidates
 from fieldmark.budget.candidates import Backbone, Candidate
 from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
 from fieldmark.budget.race import Course, Entry, FeatureStore, best_average, rungs, stratified_order
 from fieldmark.budget.shelf import Answer, Model, Shelf, temperature_of
+from fieldmark.budget.tune import ENOUGH_EPOCHS, LEAST_EPOCHS, Option, Tuned, Tuner, choose_option, list_options
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import InterruptedRunError, RunError
 from fieldmark.progress import Logged, Progress, Quiet
@@ -29,14 +31,21 @@ from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import Dataset, prepare_dataset
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import Run
+from fieldmark.runs.session import make_folder
 from fieldmark.runs.train import StopRequest, format_accuracy, stop_requests
-from fieldmark.runs.writer import claim_folder
+from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.evaluate import softmax
+from fieldmark.training.loop import EpochReport
 
 FEATURES = "features"
 
 FLOOR_SHARE, RACE_SHARE, PROBE_SHARE = 0.15, 0.40, 0.90
 """Shares of the budget by which the floor stands, the race ends where fine-tuning follows, and where none does."""
+
+TUNE_SHARE = 0.5
+"""Of the budget, for fine-tuning."""
+
+TUNING = "tuning"
 
 MEMBERS = 3
 """The most networks that answer together."""
@@ -75,10 +84,10 @@ def train_within(
     path = Path(out)
     plan = Plan(path / PLAN, 60 * minutes, clock)
     candidates.find_backbones(config)  # before the folder is made: without weights there is nothing to make
-    with claim_folder(path, is_new=True):
-        plan.begin()
-        settings = plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
-        return _follow(parse_config(settings), path, plan, progress or Quiet())
+    make_folder(path)
+    plan.begin()
+    settings = plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
+    return _follow(parse_config(settings), path, plan, progress or Quiet())
 
 
 def resume_within(
@@ -94,9 +103,8 @@ def resume_within(
     status = folder.run_status(path)
     if minutes is None and status == "finished":
         raise RunError(f"{path} is finished. Give it more time with: fieldmark train --resume {path} --minutes N")
-    with claim_folder(path, is_new=False):
-        settings = plan.decide("settings", dict)
-        return _follow(parse_config(settings), path, plan, progress or Quiet())
+    settings = plan.decide("settings", dict)
+    return _follow(parse_config(settings), path, plan, progress or Quiet())
 
 
 def is_budgeted(out: str | Path) -> bool:
@@ -110,7 +118,9 @@ def _follow(config: Config, path: Path, plan: Plan, progress: Progress) -> Run:
         work = _open(config, path, plan, log, stop)
         try:
             work.floor()
+            work.consider_tuning()
             work.race()
+            work.tune()
         except _StoppedError:
             work.end("interrupted")
             raise InterruptedRunError(
@@ -137,7 +147,9 @@ class _Work:
         shelf: The run folder's keeper.
         entries: By candidate, the one on most photos.
         tried: What summary.json says of each thing tried.
-        answer: The best so far.
+        history: Seconds spent and the answer that was the best from then on.
+        may_tune: Whether the time seems to allow fine-tuning.
+        choices: What the validation photos chose from; empty where they chose nothing.
     """
 
     config: Config
@@ -153,6 +165,8 @@ class _Work:
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
     tried: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     history: list[tuple[float, Answer]] = field(default_factory=list[tuple[float, Answer]])
+    may_tune: bool = False
+    choices: list[Answer] = field(default_factory=list[Answer])
 
     @property
     def best(self) -> Answer:
@@ -202,10 +216,30 @@ class _Work:
                 return next(one for one in own if one.size == size)
         return first
 
+    def consider_tuning(self) -> None:
+        """Measure an update of the cheapest backbone: without time for some epochs, the race has all of it."""
+        course = self.course
+        if not len(course.val):
+            self.log.message("no fine-tuning: without validation photos nothing could tell whether it helped")
+            return
+        entry = next(iter(self.entries.values()))
+
+        def count_epochs() -> float:
+            seconds = TUNE_SHARE * self.plan.seconds
+            options = list_options(course.store, entry.candidate, num_photos=len(course.order), seconds=seconds,
+                                   size=self.config.augment.size, depths=1)  # fmt: skip
+            return max(option.epochs for option in options)
+
+        epochs = self.plan.decide("epochs of fine-tuning that half of the time allows", count_epochs)
+        self.may_tune = epochs >= LEAST_EPOCHS
+        what = "about half of the time goes to it" if self.may_tune else "too few to pay, so all time goes to the race"
+        self.log.message(f"fine-tuning: {TUNE_SHARE:.0%} of the time would allow {epochs:.1f} epochs; {what}")
+        self._check()
+
     def race(self) -> None:
         """Candidates on growing shares of the photos; then the best, and their average, on all."""
         course, plan = self.course, self.plan
-        end = PROBE_SHARE * plan.seconds
+        end = (RACE_SHARE if self.may_tune else PROBE_SHARE) * plan.seconds
         running = candidates.list_candidates(self.config, self.backbones)
         counts = rungs(len(course.order), course.num_classes)
         for place, count in enumerate(counts[:-1]):
@@ -294,14 +328,112 @@ class _Work:
 
     def _promote(self, name: str, entries: Sequence[Entry]) -> None:
         answer = Answer(name, tuple(self._model(entry) for entry in entries))
+        self._put(answer)
+
+    def _put(self, answer: Answer) -> None:
+        """Let an answer stand in the folder from now on, and say so."""
         if self.history and [m.key for m in answer.members] == [m.key for m in self.best.members]:
             return
         self.shelf.put(answer)
         self.history.append((self.plan.elapsed, answer))
         figures = self.shelf.figures(answer)
         shown = f", validation top-1 {figures['top1']:.4f}" if figures else ""
-        self.log.message(f"{max(self.plan.left, 0):.0f} s left; kept if it ended now: {name}{shown}")
-        folder.write_json(self.path / folder.SUMMARY, {"status": "running", "kept": name})
+        self.log.message(f"{max(self.plan.left, 0):.0f} s left; kept if it ended now: {answer.name}{shown}")
+        folder.write_json(self.path / folder.SUMMARY, {"status": "running", "kept": answer.name})
+
+    def tune(self) -> None:
+        """Fine-tune the best backbone that the time left allows, and choose among all that answers."""
+        if not self.may_tune:
+            return
+        ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
+        reserve = self._reserve(ranked[0])
+        record = self.plan.decide("fine-tune", lambda: self._choose_tuning(ranked, reserve))
+        self._check()
+        if not record:
+            self.log.message("fine-tuning: the time left allows too few epochs to pay")
+            return
+        key, *values = record
+        entry, option = self.entries[key], Option(*values)
+        self.log.message(
+            f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, about {option.epochs:.1f} epochs"
+        )
+        path = self.path / TUNING
+        tuner = Tuner(self.course.store, self.dataset, self.plan, path, progress=self.log, reserve=reserve)
+        probed = self.best
+        tuned = tuner.tune(entry, option, on_epoch=lambda *args: self._keep_epoch(entry, *args))
+        if tuned is None:
+            raise _StoppedError
+        self.tried.append({"what": f"fine-tuning of {key}", "updates": tuned.updates, "seconds": tuned.seconds})
+        self._choose(entry, tuned, probed)
+
+    def _reserve(self, entry: Entry) -> float:
+        """Seconds for what follows fine-tuning: its evaluations, and the folder."""
+        return 5 * 1.3 * entry.seconds_per_photo * len(self.course.val) + 5 + 0.01 * self.plan.seconds
+
+    def _choose_tuning(self, ranked: Sequence[Entry], reserve: float) -> list[Any]:
+        """Key and option of the best entry whose network can be fine-tuned for long enough; [] for none."""
+        seen: set[str] = set()
+        fallback: list[Any] = []
+        for entry in ranked:
+            if entry.candidate.backbone.name in seen:
+                continue
+            seen.add(entry.candidate.backbone.name)
+            options = list_options(
+                self.course.store,
+                entry.candidate,
+                num_photos=len(self.course.order),
+                seconds=self.plan.left - reserve,
+                size=self.config.augment.size,
+            )
+            option = choose_option(options)
+            if option is None:
+                continue
+            found = [entry.candidate.key, option.size, option.freeze, option.seconds_per_photo, option.epochs]
+            if option.epochs >= ENOUGH_EPOCHS:
+                return found
+            fallback = fallback or found
+        return fallback
+
+    def _keep_epoch(self, entry: Entry, report: EpochReport, config: Config, weights: Mapping[str, Tensor]) -> None:
+        """Let the network of an epoch answer if it is better than what answers."""
+        predictions = report.predictions
+        if predictions is None:
+            return
+        model = self._tuned_model(entry, f"epoch {report.epoch}", config, weights, predictions.probabilities())
+        self.log.message(f"fine-tuning, epoch {report.epoch}: validation top-1 {report.metrics['top1']:.4f}")
+        answer = Answer(f"{entry.candidate.key}, fine-tuned for {report.epoch} epochs", (model,))
+        if self._loss(answer) < self._loss(self.best):
+            self._put(answer)
+
+    def _choose(self, entry: Entry, tuned: Tuned, probed: Answer) -> None:
+        """Choose by validation loss among probes, fine-tuned weights, interpolations, and their averages."""
+        models = [
+            self._tuned_model(entry, name, tuned.config, tuned.weights[name], tuned.val[name]) for name in tuned.val
+        ]
+        key = entry.candidate.key
+        answers = [probed, *(Answer(f"{key}, fine-tuned ({model.key})", (model,)) for model in models)]
+        if len(probed.members) < self._most_members() + 1:
+            answers += [
+                Answer(f"the average of {probed.name} and {answer.name}", (*probed.members, *answer.members))
+                for answer in answers[1:]
+            ]
+        self.choices = answers
+        for answer in answers:
+            self.tried.append({"what": answer.name, **self.shelf.figures(answer)})
+        self._put(min(answers, key=self._loss))
+
+    def _loss(self, answer: Answer) -> float:
+        return float(self.shelf.figures(answer)["log_loss"])
+
+    def _tuned_model(
+        self, entry: Entry, name: str, config: Config, weights: Mapping[str, Tensor], val: NDArray[np.float32]
+    ) -> Model:
+        built = self.course.store.model(entry.candidate)
+        evaluation = build.build_eval_spec(config, built.data)
+        description = build.describe_model(config, built, evaluation, precision=self.precision)
+        temperature = temperature_of(val, self.labels[self.course.val])
+        key = f"{entry.candidate.key}-tuned-{name.replace(' ', '-').replace('%', '')}"
+        return Model(key, config, description, dict(weights), val, temperature)
 
     def _model(self, entry: Entry) -> Model:
         """The network of an entry, with its answers on the validation photos."""
@@ -317,7 +449,7 @@ class _Work:
         weights = {f"backbone.{name}": tensor for name, tensor in built.model.backbone.state_dict().items()}
         weights |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         evaluation = build.build_eval_spec(config, built.data)
-        description = build.describe_model(built, evaluation, precision=self.precision, channels_last=True)
+        description = build.describe_model(config, built, evaluation, precision=self.precision)
         temperature = temperature_of(entry.head.out_of_fold, self.labels[entry.numbers])
         key = f"{candidate.key}-{len(entry.numbers)}"
         return Model(key, config, description, weights, softmax(logits), temperature)
@@ -337,8 +469,11 @@ class _Work:
         self.shelf.settle(answer)
         if status == "finished":
             self.shelf.clear(answer)
-            shutil.rmtree(self.path / FEATURES, ignore_errors=True)
+            for name in (FEATURES, TUNING):
+                shutil.rmtree(self.path / name, ignore_errors=True)
         figures = self.shelf.figures(answer)
+        if figures:
+            figures |= {"optimistic_bias": self._optimistic_bias(), "more_time": self._more_time()}
         summary: dict[str, Any] = {
             "status": status,
             "kept": answer.name,
@@ -351,6 +486,23 @@ class _Work:
             "best_epoch": 0,
         }
         folder.write_json(self.path / folder.SUMMARY, summary | ({"val": figures} if figures else {}))
+
+    def _optimistic_bias(self) -> float:
+        """Expected excess of the accuracy on the photos that chose the answer, in [0, 1]."""
+        labels = self.labels[self.course.val]
+        if len(self.choices) < 2:
+            return 0.0
+        correct = np.stack([answer.val.argmax(1) == labels for answer in self.choices])
+        return optimism_from_photos(correct, draws=2000, rng=np.random.default_rng(0)).points
+
+    def _more_time(self) -> dict[str, float]:
+        """What the second half of the time earned in accuracy, with its 95 % interval: more would earn less."""
+        labels = self.labels[self.course.val]
+        half = self.plan.elapsed / 2
+        before = next((answer for at, answer in reversed(self.history) if at <= half), self.history[0][1])
+        hits = [(answer.val.argmax(1) == labels).astype(np.float64)[None] for answer in (before, self.best)]
+        found = paired_difference(*hits, level=0.95, draws=2000, rng=np.random.default_rng(0)).interval
+        return {"second_half_earned": found.estimate, "low": found.low, "high": found.high}
 
 
 def _open(config: Config, path: Path, plan: Plan, log: Progress, stop: StopRequest) -> _Work:
@@ -402,6 +554,14 @@ def format_result(run: Run) -> str:
     for name, row in sorted(best.items(), key=lambda item: item[1]["log_loss"])[:8]:
         lines.append(f"  {name:44} top-1 {row['top1']:.4f} on {row['photos']} photos, cross-validated")
     if "val" in summary:
-        lines.append(f"validation: {format_accuracy(summary['val'])}")
+        val = summary["val"]
+        lines.append(f"validation: {format_accuracy(val)}")
+        if val["optimistic_bias"]:
+            lines.append(f"  these photos chose among the last models: expect {val['optimistic_bias']:.4f} less")
+        more = val["more_time"]
+        lines.append(
+            f"more time: the second half earned {more['second_half_earned']:+.4f} (95 % interval {more['low']:+.4f} to "
+            f"{more['high']:+.4f}); as much time again would probably earn no more than that"
+        )
     return "\n".join([*lines, "next:", f"  fieldmark evaluate {run.path}",
                       f"  fieldmark predict {run.path} PHOTOS --out prediction.csv"])  # fmt: skip
