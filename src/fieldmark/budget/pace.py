@@ -64,11 +64,13 @@ class Pace:
         shape: The plan in force.
         left: Seconds until the training must have ended.
         overhead: Seconds per update that are not spent in it (validation after each epoch).
+        most: Updates after which more would earn nothing.
     """
 
     shape: Shape
     left: Callable[[], float]
     overhead: float = 0.0
+    most: int = 10**9
     _seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=20))
     _before: float | None = None
 
@@ -91,6 +93,7 @@ class Pace:
         seconds = max(median(latest), sum(self._seconds) / len(self._seconds)) + self.overhead
         end = step + max(int(self.left() / seconds), 0)
         is_late = end < self.shape.end
+        end = min(end, self.most)
         is_early = step < self.shape.start and end > self.shape.end * (1 + 2 * TOLERANCE)
         if self.left() <= 0 or is_early or (is_late and self.shape.end - end > TOLERANCE * (self.shape.end - step)):
             return end

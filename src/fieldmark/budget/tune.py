@@ -37,6 +37,9 @@ ENOUGH_EPOCHS, LEAST_EPOCHS, MANY_EPOCHS = 5.0, 3.0, 10.0
 """Epochs that are wanted of a depth and size, those below which fine-tuning earns nothing, and those from which
 batches are mixed: with fewer, regularizers cost more than they earn."""
 
+MOST_EPOCHS = 30.0
+"""Epochs after which a probed network has learned what a small data set can teach it."""
+
 MOVES = "end of fine-tuning"
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -122,7 +125,7 @@ def list_options(
         measured = measure_update(store, candidate, size=small, freeze=freeze)
         for side in dict.fromkeys((large, small)):
             each = measured * (side / small) ** 2
-            found.append(Option(side, freeze, each, seconds / (num_photos * each)))
+            found.append(Option(side, freeze, each, min(seconds / (num_photos * each), MOST_EPOCHS)))
     # All stages at a small size before fewer at a large one: sizes cost more than they earn until epochs are plenty.
     return sorted(found, key=lambda option: (option.freeze, -option.size if option.epochs >= MANY_EPOCHS else 0))
 
@@ -199,7 +202,9 @@ class Tuner:
             probe = {name: tensor.clone() for name, tensor in session.built.model.state_dict().items()}
             state = session.start_training()
             updates = max(round(option.epochs * session.plan.steps_per_epoch), 1)
-            pace = Pace(Shape.of(updates), lambda: self._plan.left - self._reserve)
+            steps = session.plan.steps_per_epoch
+            overhead = entry.seconds_per_photo * len(session.plan.val_numbers) / steps
+            pace = Pace(Shape.of(updates), lambda: self._plan.left - self._reserve, overhead, round(MOST_EPOCHS * steps))
             if not self._train(session, state, pace, on_epoch):
                 return None
             return self._compare(session, state, probe, started)

@@ -1,0 +1,212 @@
+"""A budget from the first photo to the run folder, with a network so small that the clock may be invented."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fieldmark.budget import run as budget
+from fieldmark.budget.plan import Plan
+from fieldmark.config import Config, load_config
+from fieldmark.errors import ConfigError, InterruptedRunError, RunError
+from fieldmark.inference.predictor import Predictor
+from fieldmark.runs.folder import Run
+from fieldmark.runs.train import StopRequest
+
+COLORS = {"red": (200, 60, 50), "green": (50, 170, 70), "blue": (60, 70, 200)}
+TINY = ["model.name=test_resnet", "model.weights=random", "eval.size=32", "augment.size=32", "cache.mode=off",
+        "loader.workers=0", "train.threads=1", "train.batch_size=8"]  # fmt: skip
+
+
+class TickClock:
+    """A clock that goes on by a fixed step whenever it is read."""
+
+    def __init__(self, step: float = 0.02) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+class Lines:
+    """Progress that keeps its messages."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, total: int, done: int) -> None:
+        pass
+
+    def advance(self, n: int) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_user_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for number, (name, color) in enumerate(COLORS.items()):
+        for place in range(8):
+            path = root / name / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(100 * number + place).normal(color, 60, (36, 48, 3)).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings(photos) -> Config:
+    return load_config(None, [f'data.path="{photos.as_posix()}"', *TINY])
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    budget.train_within(settings, out, minutes=1, clock=TickClock())
+    return out
+
+
+def find_weights(run: Path) -> dict[str, dict[str, np.ndarray]]:
+    return {str(path.relative_to(run)): load_file(path) for path in sorted(run.rglob("best.safetensors"))}
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    ours, theirs = find_weights(first), find_weights(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        for tensor in ours[name]:
+            np.testing.assert_array_equal(ours[name][tensor], theirs[name][tensor], err_msg=f"{name} {tensor}")
+
+
+def test_the_folder_answers_as_an_ordinary_run_and_says_what_was_tried(finished, photos):
+    run = Run(finished)
+    assert run.summary["status"] == "finished"
+    assert Predictor.load(run)(photos / "red" / "0.png").label == "red"
+    tried = [row["what"] for row in run.summary["tried"]]
+    assert any("fine-tuning" in what for what in tried)
+    assert any(what.startswith("test_resnet-32-whole") for what in tried)
+    assert {"top1", "top1_interval", "optimistic_bias", "more_time"} <= run.summary["val"].keys()
+    assert not (finished / "features").exists()
+    assert not (finished / "tuning").exists()
+    assert "validation: top-1" in budget.format_result(run)
+
+
+def test_a_plan_that_is_repeated_gives_the_same_weights(finished, tmp_path):
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copyfile(finished / "plan.jsonl", again / "plan.jsonl")
+    # Another machine: every reading of its clock takes five times as long.
+    budget.resume_within(again, minutes=None, clock=TickClock(0.1))
+    assert_same_weights(finished, again)
+    assert (again / "plan.jsonl").read_text() == (finished / "plan.jsonl").read_text()
+
+
+class _KilledError(BaseException):
+    """The process ends here."""
+
+
+def count_decisions(run: Path) -> int:
+    return len((run / "plan.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8, 0.95])
+def test_a_run_that_is_killed_answers_and_resumes_to_the_same_weights(share, settings, finished, tmp_path, monkeypatch):
+    out = tmp_path / "killed"
+    last = int(share * count_decisions(finished))
+    append = Plan._append
+
+    def append_or_die(plan: Plan, record: dict) -> None:
+        if len(plan._recorded) == last:
+            raise _KilledError
+        append(plan, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "_append", append_or_die)
+        with pytest.raises(_KilledError):
+            budget.train_within(settings, out, minutes=1, clock=TickClock())
+    if (out / "ensemble.json").is_file():
+        assert Predictor.load(out).classes == ("blue", "green", "red")
+
+    # What is left of the record is the whole run's: repeat that, so that the clock decides alike.
+    shutil.copyfile(finished / "plan.jsonl", out / "plan.jsonl")
+    budget.resume_within(out, minutes=None, clock=TickClock())
+    assert_same_weights(finished, out)
+
+
+@pytest.mark.parametrize("after", [60, 150, 400])
+def test_a_signal_leaves_the_best_so_far_and_says_what_it_is(after, settings, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+
+    class LateStop(StopRequest):
+        asked = 0
+
+        def __bool__(self) -> bool:
+            self.asked += 1
+            return self.asked > after
+
+    @budget.contextmanager
+    def stop_late():
+        yield LateStop("SIGINT")
+
+    monkeypatch.setattr(budget, "stop_requests", stop_late)
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT: .* holds .*, which answers. Go on with"):
+        budget.train_within(settings, out, minutes=1, clock=TickClock(0.001))
+    assert Run(out).summary["status"] == "interrupted"
+    assert Predictor.load(out).classes == ("blue", "green", "red")
+
+    monkeypatch.undo()
+    assert budget.resume_within(out, minutes=0.2, clock=TickClock()).summary["status"] == "finished"
+
+
+def test_a_deadline_shorter_than_the_floor_gives_the_floor_and_says_so(settings, tmp_path):
+    progress = Lines()
+    run = budget.train_within(settings, tmp_path / "short", minutes=0.001, progress=progress)
+    assert run.summary["status"] == "finished"
+    assert any("were over before the least that answers was made" in line for line in progress.lines)
+    assert Predictor.load(run).classes == ("blue", "green", "red")
+
+
+def test_a_finished_run_goes_on_with_new_minutes_and_not_without(finished, tmp_path):
+    copy = tmp_path / "more"
+    shutil.copytree(finished, copy)
+    with pytest.raises(RunError, match=r"is finished. Give it more time with: .*--minutes N"):
+        budget.resume_within(copy, minutes=None)
+    assert budget.resume_within(copy, minutes=1, clock=TickClock()).summary["status"] == "finished"
+
+
+def test_a_budget_takes_a_linear_head_and_a_model_within_the_limit(photos, tmp_path):
+    path = f'data.path="{photos.as_posix()}"'
+    cases: list[tuple[list[str], str]] = [
+        (["model.head=mlp"], "fits a linear head; got model.head = 'mlp'"),
+        (["model.max_parameters_millions=0.1"], r"the limit is 0.1 M; test_resnet has .* Raise it"),
+    ]
+    for overrides, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            budget.train_within(load_config(None, [path, *TINY, *overrides]), tmp_path / "no", minutes=1)
+        assert not (tmp_path / "no").exists()
+
+
+def test_decisions_are_plain_json_lines_with_the_time_spent(finished):
+    records = [json.loads(line) for line in (finished / "plan.jsonl").read_text().splitlines()]
+    assert records[0]["what"] == "budget"
+    assert records[0]["value"] == 60
+    times: list[float] = [record["at"] for record in records]
+    assert times == sorted(times)
+
+
