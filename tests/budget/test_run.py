@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def settings(photos) -> Config:
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    budget.train_within(settings, out, minutes=1, clock=TickClock())
+    budget.train_within(settings, out, minutes=0.2, clock=TickClock())
     return out
 
 
@@ -139,7 +140,7 @@ def test_a_run_that_is_killed_answers_and_resumes_to_the_same_weights(share, set
     with monkeypatch.context() as patch:
         patch.setattr(Plan, "_append", append_or_die)
         with pytest.raises(_KilledError):
-            budget.train_within(settings, out, minutes=1, clock=TickClock())
+            budget.train_within(settings, out, minutes=0.2, clock=TickClock())
     if (out / "ensemble.json").is_file():
         assert Predictor.load(out).classes == ("blue", "green", "red")
 
@@ -160,7 +161,7 @@ def test_a_signal_leaves_the_best_so_far_and_says_what_it_is(after, settings, tm
             self.asked += 1
             return self.asked > after
 
-    @budget.contextmanager
+    @contextmanager
     def stop_late():
         yield LateStop("SIGINT")
 
@@ -187,7 +188,7 @@ def test_a_finished_run_goes_on_with_new_minutes_and_not_without(finished, tmp_p
     shutil.copytree(finished, copy)
     with pytest.raises(RunError, match=r"is finished. Give it more time with: .*--minutes N"):
         budget.resume_within(copy, minutes=None)
-    assert budget.resume_within(copy, minutes=1, clock=TickClock()).summary["status"] == "finished"
+    assert budget.resume_within(copy, minutes=0.2, clock=TickClock()).summary["status"] == "finished"
 
 
 def test_a_budget_takes_a_linear_head_and_a_model_within_the_limit(photos, tmp_path):
@@ -205,7 +206,7 @@ def test_a_budget_takes_a_linear_head_and_a_model_within_the_limit(photos, tmp_p
 def test_decisions_are_plain_json_lines_with_the_time_spent(finished):
     records = [json.loads(line) for line in (finished / "plan.jsonl").read_text().splitlines()]
     assert records[0]["what"] == "budget"
-    assert records[0]["value"] == 60
+    assert records[0]["value"] == 12
     times: list[float] = [record["at"] for record in records]
     assert times == sorted(times)
 

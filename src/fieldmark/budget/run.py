@@ -31,8 +31,9 @@ from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import Dataset, prepare_dataset
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import Run
-from fieldmark.runs.session import make_folder
+from fieldmark.runs.session import setup_fabric
 from fieldmark.runs.train import StopRequest, format_accuracy, stop_requests
+from fieldmark.runs.writer import claim_folder
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import EpochReport
@@ -46,6 +47,8 @@ TUNE_SHARE = 0.5
 """Of the budget, for fine-tuning."""
 
 TUNING = "tuning"
+
+SHOWN = 8
 
 MEMBERS = 3
 """The most networks that answer together."""
@@ -83,11 +86,12 @@ def train_within(
     """
     path = Path(out)
     plan = Plan(path / PLAN, 60 * minutes, clock)
-    candidates.find_backbones(config)  # before the folder is made: without weights there is nothing to make
-    make_folder(path)
-    plan.begin()
-    settings = plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
-    return _follow(parse_config(settings), path, plan, progress or Quiet())
+    with claim_folder(path, is_new=True), stop_requests() as stop:
+        log = Logged(progress or Quiet(), path / folder.LOG)
+        parts = _gather(config, plan, log)
+        plan.begin()
+        plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
+        return _follow(config, path, plan, log, stop, parts)
 
 
 def resume_within(
@@ -103,8 +107,10 @@ def resume_within(
     status = folder.run_status(path)
     if minutes is None and status == "finished":
         raise RunError(f"{path} is finished. Give it more time with: fieldmark train --resume {path} --minutes N")
-    settings = plan.decide("settings", dict)
-    return _follow(parse_config(settings), path, plan, progress or Quiet())
+    config = parse_config(plan.decide("settings", dict), PLAN)
+    with claim_folder(path, is_new=False), stop_requests() as stop:
+        log = Logged(progress or Quiet(), path / folder.LOG)
+        return _follow(config, path, plan, log, stop, _gather(config, plan, log))
 
 
 def is_budgeted(out: str | Path) -> bool:
@@ -112,23 +118,38 @@ def is_budgeted(out: str | Path) -> bool:
     return (Path(out) / PLAN).is_file()
 
 
-def _follow(config: Config, path: Path, plan: Plan, progress: Progress) -> Run:
-    log = Logged(progress, path / folder.LOG)
-    with stop_requests() as stop:
-        work = _open(config, path, plan, log, stop)
-        try:
-            work.floor()
-            work.consider_tuning()
-            work.race()
-            work.tune()
-        except _StoppedError:
-            work.end("interrupted")
-            raise InterruptedRunError(
-                f"stopped by {stop.signal_name}: {path} holds {work.best.name}, which answers. Go on with: "
-                f"fieldmark train --resume {path}"
-            ) from None
-        work.end("finished")
+def _follow(config: Config, path: Path, plan: Plan, log: Progress, stop: StopRequest, parts: _Parts) -> Run:
+    work = _assemble(config, path, plan, log, stop, parts)
+    try:
+        work.floor()
+        work.consider_tuning()
+        work.race()
+        work.tune()
+    except _StoppedError:
+        work.end("interrupted")
+        raise InterruptedRunError(
+            f"stopped by {stop.signal_name}: {path} holds {work.best.name}, which answers. Go on with: "
+            f"fieldmark train --resume {path}"
+        ) from None
+    work.end("finished")
     return Run(path)
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What must be there before a folder is written: photos, weights and a device.
+
+    Attributes:
+        dataset: The photos.
+        backbones: Cheapest first.
+        fabric: Device and precision.
+        precision: Its name.
+    """
+
+    dataset: Dataset
+    backbones: Sequence[Backbone]
+    fabric: Fabric
+    precision: str
 
 
 @dataclass(eq=False)
@@ -319,6 +340,7 @@ class _Work:
             self.entries[entry.candidate.key] = entry
         row = {"what": entry.candidate.key, "photos": len(entry.numbers), "top1": entry.top1,
                "log_loss": entry.log_loss, "l2": entry.head.l2,
+               "seconds": entry.seconds_per_photo * len(entry.numbers) + entry.fit_seconds,
                "milliseconds_per_photo": 1000 * entry.seconds_per_photo}  # fmt: skip
         self.tried.append(row)
         self.log.message(
@@ -407,15 +429,15 @@ class _Work:
 
     def _choose(self, entry: Entry, tuned: Tuned, probed: Answer) -> None:
         """Choose by validation loss among probes, fine-tuned weights, interpolations, and their averages."""
-        models = [
-            self._tuned_model(entry, name, tuned.config, tuned.weights[name], tuned.val[name]) for name in tuned.val
-        ]
-        key = entry.candidate.key
-        answers = [probed, *(Answer(f"{key}, fine-tuned ({model.key})", (model,)) for model in models)]
+        alone: list[Answer] = []
+        for name, val in tuned.val.items():
+            model = self._tuned_model(entry, name, tuned.config, tuned.weights[name], val)
+            alone.append(Answer(f"{entry.candidate.key} fine-tuned ({name})", (model,)))
+        answers = [probed, *alone]
         if len(probed.members) < self._most_members() + 1:
             answers += [
                 Answer(f"the average of {probed.name} and {answer.name}", (*probed.members, *answer.members))
-                for answer in answers[1:]
+                for answer in alone
             ]
         self.choices = answers
         for answer in answers:
@@ -430,7 +452,7 @@ class _Work:
     ) -> Model:
         built = self.course.store.model(entry.candidate)
         evaluation = build.build_eval_spec(config, built.data)
-        description = build.describe_model(config, built, evaluation, precision=self.precision)
+        description = build.describe_model(built, evaluation, precision=self.precision, channels_last=True)
         temperature = temperature_of(val, self.labels[self.course.val])
         key = f"{entry.candidate.key}-tuned-{name.replace(' ', '-').replace('%', '')}"
         return Model(key, config, description, dict(weights), val, temperature)
@@ -449,7 +471,7 @@ class _Work:
         weights = {f"backbone.{name}": tensor for name, tensor in built.model.backbone.state_dict().items()}
         weights |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         evaluation = build.build_eval_spec(config, built.data)
-        description = build.describe_model(config, built, evaluation, precision=self.precision)
+        description = build.describe_model(built, evaluation, precision=self.precision, channels_last=True)
         temperature = temperature_of(entry.head.out_of_fold, self.labels[entry.numbers])
         key = f"{candidate.key}-{len(entry.numbers)}"
         return Model(key, config, description, weights, softmax(logits), temperature)
@@ -505,31 +527,19 @@ class _Work:
         return {"second_half_earned": found.estimate, "low": found.low, "high": found.high}
 
 
-def _open(config: Config, path: Path, plan: Plan, log: Progress, stop: StopRequest) -> _Work:
+def _gather(config: Config, plan: Plan, log: Progress) -> _Parts:
     log.message(f"budget: {plan.left / 60:.1f} minutes, on {usable_cores()} cores")
-    fabric, choices = build.build_fabric(config)
-    fabric.launch()
-    torch.manual_seed(config.train.seed)
-    if fabric.device.type == "cpu":
-        torch.set_num_threads(build.choose_threads(config, workers=0).value)
     backbones = candidates.find_backbones(config)
     log.message("weights at hand: " + ", ".join(f"{one.name} ({one.parameters / 1e6:.1f} M)" for one in backbones))
+    fabric, choices = setup_fabric(config)
+    if fabric.device.type == "cpu":
+        torch.set_num_threads(build.choose_threads(config, workers=0).value)
     dataset = prepare_dataset(config.data, progress=log)
-    return _assemble(config, path, plan, log, stop, dataset, backbones, fabric, str(choices["precision"].value))
+    return _Parts(dataset, backbones, fabric, str(choices["precision"].value))
 
 
-def _assemble(
-    config: Config,
-    path: Path,
-    plan: Plan,
-    log: Progress,
-    stop: StopRequest,
-    dataset: Dataset,
-    backbones: Sequence[Backbone],
-    fabric: Fabric,
-    precision: str,
-) -> _Work:
-    index = dataset.index
+def _assemble(config: Config, path: Path, plan: Plan, log: Progress, stop: StopRequest, parts: _Parts) -> _Work:
+    dataset, index = parts.dataset, parts.dataset.index
     labels = index.label_numbers()
     split = np.asarray([photo.split for photo in index.photos])
     train, val = (np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", "val"))
@@ -537,10 +547,10 @@ def _assemble(
     log.message(f"data: {len(train)} photos of {len(index.classes)} classes to learn from, {len(val)} to validate on")
     shelf = Shelf(path, index, val, counts / counts.sum())
     shelf.open(config, broken=len(dataset.broken))
-    store = FeatureStore(config, index, fabric, path / FEATURES, log, lambda: bool(stop))
+    store = FeatureStore(config, index, parts.fabric, path / FEATURES, log, lambda: bool(stop))
     order = train[stratified_order(labels[train], seed=config.train.seed)]
     course = Course(store, plan, order, val, seed=config.train.seed)
-    return _Work(config, path, plan, log, stop, dataset, backbones, course, shelf, precision)
+    return _Work(config, path, plan, log, stop, dataset, parts.backbones, course, shelf, parts.precision)
 
 
 def format_result(run: Run) -> str:
@@ -548,11 +558,16 @@ def format_result(run: Run) -> str:
     summary = run.summary
     minutes, budget = summary["seconds"] / 60, summary["budget_seconds"] / 60
     lines = [f"run: {run.path}, {minutes:.1f} of {budget:g} minutes", f"kept: {summary['kept']}"]
-    best: dict[str, dict[str, Any]] = {}
+    raced = {row["what"]: row for row in summary["tried"] if "photos" in row}
+    for name, row in sorted(raced.items(), key=lambda item: item[1]["log_loss"])[:SHOWN]:
+        lines.append(
+            f"  {name:36} {row['seconds']:5.0f} s  top-1 {row['top1']:.4f}, cross-validated on {row['photos']} photos"
+        )
     for row in summary["tried"]:
-        best[row["what"]] = row
-    for name, row in sorted(best.items(), key=lambda item: item[1]["log_loss"])[:8]:
-        lines.append(f"  {name:44} top-1 {row['top1']:.4f} on {row['photos']} photos, cross-validated")
+        if "updates" in row:
+            lines.append(f"  {row['what']}: {row['updates']} updates in {row['seconds']:.0f} s")
+        elif "photos" not in row:
+            lines.append(f"  {row['what']}: validation top-1 {row['top1']:.4f}, log loss {row['log_loss']:.3f}")
     if "val" in summary:
         val = summary["val"]
         lines.append(f"validation: {format_accuracy(val)}")

@@ -262,7 +262,7 @@ class Tuner:
             epochs=10**6,
             steps_per_epoch=session.plan.steps_per_epoch,
             batches=lambda epoch, first: self._watch(session, state, pace, moves, epoch, first),
-            evaluate=session.validate,
+            evaluate=lambda model: session.validate(model, step=state.step),
             options=UpdateOptions(
                 class_weights=None if class_weights is None else session.fabric.to_device(class_weights),
                 clip_norm=session.config.optim.clip_norm,
@@ -304,7 +304,8 @@ class Tuner:
             if moves[0][0] == state.step:
                 pace.shape = pace.shape.moved(*moves.pop(0))
             return
-        end = pace.propose(state.step)
+        # A record that goes on after the moves says that there were no others.
+        end = None if self._plan.is_repeating else pace.propose(state.step)
         if end is None:
             return
         self._plan.decide(MOVES, lambda: [state.step, end])
@@ -334,7 +335,7 @@ class Tuner:
                 continue
             began = self._plan.elapsed
             state.model.load_state_dict(weights[name])
-            found = session.validate(state.model.eval()).predictions
+            found = session.validate(state.model.eval(), step=state.step).predictions
             assert found is not None
             val[name] = found.probabilities()
             seconds = self._plan.elapsed - began
