@@ -1,4 +1,4 @@
-"""A training that ends on time: its learning rate by share of the plan done, replanned when the clock runs otherwise."""
+"""A training that ends on time: its rate by share of the plan done, replanned when the clock runs otherwise."""
 
 from __future__ import annotations
 

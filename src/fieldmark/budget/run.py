@@ -204,7 +204,8 @@ class _Work:
         cheapest = self.backbones[0]
         course, plan = self.course, self.plan
         own = candidates.list_candidates(self.config, [cheapest])
-        key = plan.decide("floor", lambda: self._choose_floor(own).key)
+        seconds = self._time_photos(own[0])  # computed also where the choice is on record: batches must be the same
+        key = plan.decide("floor", lambda: self._choose_floor(own, seconds).key)
         candidate = next(one for one in own if one.key == key)
         least = min(len(course.order), max(2 * course.num_classes, 20))
         first = np.concatenate([course.order[:least], course.val])
@@ -220,15 +221,17 @@ class _Work:
                 f"this took {plan.elapsed:.0f} s"
             )
 
-    def _choose_floor(self, own: Sequence[Candidate]) -> Candidate:
-        """The first picture whose features fit the floor's time, by the time of a few; else the smallest."""
-        course = self.course
-        sample = course.order[:16]
-        first = own[0]
-        course.store.get(first, sample[:8], until=lambda: False)
-        warm = time.perf_counter()
-        course.store.get(first, sample, until=lambda: False)
-        seconds = (time.perf_counter() - warm) / max(len(sample) - 8, 1)
+    def _time_photos(self, candidate: Candidate) -> float:
+        """Seconds per photo of a few; those before them warm up."""
+        sample = self.course.order[:16]
+        self.course.store.get(candidate, sample[:8], until=lambda: False)
+        began = time.perf_counter()
+        self.course.store.get(candidate, sample, until=lambda: False)
+        return (time.perf_counter() - began) / max(len(sample) - 8, 1)
+
+    def _choose_floor(self, own: Sequence[Candidate], seconds: float) -> Candidate:
+        """The first picture whose features fit the floor's time, by the time of a few photos; else the smallest."""
+        course, first = self.course, own[0]
         count = len(course.order) + len(course.val)
         left = FLOOR_SHARE * self.plan.seconds - self.plan.elapsed
         sizes = sorted({one.size for one in own if one.size <= first.size}, reverse=True)
@@ -377,7 +380,7 @@ class _Work:
         key, *values = record
         entry, option = self.entries[key], Option(*values)
         self.log.message(
-            f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, about {option.epochs:.1f} epochs"
+            f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, {option.epochs:.1f} epochs"
         )
         path = self.path / TUNING
         tuner = Tuner(self.course.store, self.dataset, self.plan, path, progress=self.log, reserve=reserve)

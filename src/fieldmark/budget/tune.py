@@ -29,7 +29,7 @@ from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import Dataset
 from fieldmark.runs.session import Session
 from fieldmark.runs.writer import RunWriter
-from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, UpdateOptions, train_epochs
+from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs
 
 MEASURED_PHOTOS = 8
 
@@ -73,8 +73,7 @@ def measure_update(store: FeatureStore, candidate: Candidate, *, size: int, free
     """Seconds per photo of an update of a copy of the candidate's network; the first one warms up."""
     built = store.model(candidate)
     model = copy.deepcopy(built.model).train()
-    model.has_frozen_batchnorm = True
-    freeze_stages(model, freeze)
+    freeze_stages(model, freeze, freeze_batchnorm=True)
     plain = build.build_optimizer(store.config, model, precision=store.fabric.strategy.precision)
     network, optimizer = store.fabric.setup(model, plain)
     device = store.fabric.device
@@ -204,7 +203,8 @@ class Tuner:
             updates = max(round(option.epochs * session.plan.steps_per_epoch), 1)
             steps = session.plan.steps_per_epoch
             overhead = entry.seconds_per_photo * len(session.plan.val_numbers) / steps
-            pace = Pace(Shape.of(updates), lambda: self._plan.left - self._reserve, overhead, round(MOST_EPOCHS * steps))
+            most = round(MOST_EPOCHS * steps)
+            pace = Pace(Shape.of(updates), lambda: self._plan.left - self._reserve, overhead, most)
             if not self._train(session, state, pace, on_epoch):
                 return None
             return self._compare(session, state, probe, started)
@@ -255,7 +255,6 @@ class Tuner:
             pace.shape = pace.shape.moved(*moves.pop(0))
         schedule.load_state_dict({"step": state.step})
         session.enter_phase(state.epoch)
-        class_weights = build.build_class_weights(session.config, session.prior)
         reports = train_epochs(
             session.fabric,
             state,
@@ -263,11 +262,7 @@ class Tuner:
             steps_per_epoch=session.plan.steps_per_epoch,
             batches=lambda epoch, first: self._watch(session, state, pace, moves, epoch, first),
             evaluate=lambda model: session.validate(model, step=state.step),
-            options=UpdateOptions(
-                class_weights=None if class_weights is None else session.fabric.to_device(class_weights),
-                clip_norm=session.config.optim.clip_norm,
-                fit_memory=session.config.train.fit_memory,
-            ),
+            options=build.build_update_options(session.config, session.prior, session.fabric.device),
         )
         for report in reports:
             session.writer.save(state)
@@ -348,5 +343,3 @@ def interpolate(first: Mapping[str, Tensor], second: Mapping[str, Tensor], share
         name: torch.lerp(first[name].to(tensor.device), tensor, share) if tensor.is_floating_point() else tensor
         for name, tensor in second.items()
     }
-
-
