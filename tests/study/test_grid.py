@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fieldmark.config import load_config
 from fieldmark.errors import ConfigError
-from fieldmark.study.grid import base_settings, grid_cells, grid_names, load_grid, parse_grid, safe_name
+from fieldmark.study.grid import base_settings, grid_cells, grid_names, load_grid, parse_grid, safe_name, vary_recipe
 
 
 def _cells(content, overrides=()):
@@ -130,3 +130,33 @@ def test_the_reports_experiments_are_shipped():
 def _shipped(name):
     grid = load_grid(name)
     return grid_cells(grid, base_settings(grid, ()))
+
+
+def test_a_recipe_is_varied_without_a_file():
+    grid = vary_recipe("laptop", ["optim.lr=1e-4,1e-3", 'train.trackers=[],["tensorboard"]'], seeds=3)
+    cells = grid_cells(grid, base_settings(grid, ()))
+    assert len(cells) == 12
+    assert {cell.config.optim.lr for cell in cells} == {1e-4, 1e-3}
+    assert {cell.config.train.trackers for cell in cells} == {(), ("tensorboard",)}
+    assert {cell.seed for cell in cells} == {0, 1, 2}
+    assert cells[0].config.model == load_config("laptop").model
+    words = vary_recipe("laptop", ["augment.policy=none,trivial"], seeds=1)
+    assert words.grid == {"augment.policy": ["none", "trivial"]}
+
+
+def test_seeds_alone_repeat_a_recipe():
+    grid = vary_recipe("laptop", [], seeds=2)
+    assert [cell.name for cell in grid_cells(grid, base_settings(grid, ()))] == ["base,seed=0", "base,seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        (["optim.lr"], r"--vary takes key=value,value, such as optim\.lr=1e-4,1e-3; got 'optim\.lr'"),
+        (["optim.lr="], "--vary takes key=value,value"),
+        (["optim.lr=1", "optim.lr=2"], r"--vary optim\.lr is given twice"),
+    ],
+)
+def test_a_variation_that_cannot_be_read_is_named(vary, message):
+    with pytest.raises(ConfigError, match=message):
+        vary_recipe("laptop", vary, seeds=1)

@@ -33,11 +33,16 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def sweep(
-    grid: Annotated[str, typer.Argument(help="Grid file, or the name of a shipped one.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the runs; the same again to go on.")],
+    grid: Annotated[str, typer.Argument(help="Grid file or name of a shipped one; a recipe with --vary or --seeds.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs (sweeps/NAME); again to go on.")] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="KEY=VALUE,VALUE", help="Try each value; several: all combinations."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Train each combination this many times.", min=1)] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Photos of all cells.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a variant of all cells.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of all cells.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Cells at a time; default: one per device.", min=1)] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster; '' starts one here.")] = None,
@@ -46,8 +51,11 @@ def sweep(
 
     Finished cells are left alone, half-done ones resumed, missing ones trained. Exit code 2 if a cell failed.
     """
+    from fieldmark.study.grid import vary_recipe
     from fieldmark.study.sweep import run_sweep
 
+    plan = vary_recipe(grid, vary or (), seeds=seeds or 1) if vary or seeds else grid
+    out = out or Path("sweeps") / Path(grid).stem
     with open_progress("sweep") as progress:
         shown = ""
 
@@ -57,7 +65,7 @@ def sweep(
                 progress.message(line)
             shown = line
 
-        status = run_sweep(grid, out, data=data, overrides=set_ or (), jobs=jobs, ray=ray, on_status=show)
+        status = run_sweep(plan, out, data=data, overrides=set_ or (), jobs=jobs, ray=ray, on_status=show)
     for cell in status.cells:
         typer.echo(f"{cell.state:9} {cell.name}" + (f": {cell.error}" if cell.error else ""))
     if status.failed:
@@ -97,7 +105,7 @@ def report(
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
     photos: Annotated[bool, typer.Option("--photos/--no-photos", help="Show the most confused photos.")] = True,
 ) -> None:
-    """Write one page that shows what runs came to."""
+    """Write one page that shows the results of runs."""
     from fieldmark.study.report import write_report
 
     for path in write_report(runs, out, metric=metric, split=split, title=title, with_photos=photos):

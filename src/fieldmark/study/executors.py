@@ -72,7 +72,7 @@ class LocalCells:
         return ended
 
     def stop(self) -> None:
-        """Ask all cells to save and end, and wait for it; what does not heed within two minutes is killed."""
+        """Ask all cells to save and end, and wait for it; a cell that takes longer than two minutes is killed."""
         for child in self._children.values():
             child.process.terminate()
         for child in self._children.values():

@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from fieldmark.config import Config, Section, apply_overrides, load_config, parse_config
 from fieldmark.errors import ConfigError, MissingExtraError
+from fieldmark.overrides import parse_value
 from fieldmark.runs.folder import flatten, format_value
 from fieldmark.study.cell import BOOKS
 
@@ -159,13 +160,38 @@ def load_grid(grid: str | Path) -> Grid:
             text = (_shipped() / f"{grid}.toml").read_text(encoding="utf-8")
         else:
             names = ", ".join(grid_names())
-            raise ConfigError(f"no grid {str(grid)!r}: it is neither a file nor a shipped grid ({names})")
+            raise ConfigError(
+                f"no grid {str(grid)!r}: it is neither a file nor a shipped grid ({names}). To vary a recipe "
+                "without a file: fieldmark sweep RECIPE --vary optim.lr=1e-4,1e-3 --seeds 3"
+            )
         loaded = parse_grid(tomllib.loads(text), path.name)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     if loaded.recipe and (path.parent / loaded.recipe).is_file():
         return loaded.model_copy(update={"recipe": str(path.parent / loaded.recipe)})
     return loaded
+
+
+def vary_recipe(recipe: str, vary: Iterable[str], *, seeds: int) -> Grid:
+    """A grid without a file: a recipe, all combinations of `key=value,value` pairs, and the seeds 0 to `seeds` - 1.
+
+    Raises:
+        ConfigError: No such recipe, a key twice, or a pair without values.
+    """
+    load_config(recipe)
+    axes: dict[str, list[Any]] = {}
+    for pair in vary:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip() or not text.strip():
+            raise ConfigError(f"--vary takes key=value,value, such as optim.lr=1e-4,1e-3; got {pair!r}")
+        if key.strip() in axes:
+            raise ConfigError(f"--vary {key.strip()} is given twice: list all its values in one")
+        several = parse_value(f"[{text}]")  # lists as values have commas of their own
+        axes[key.strip()] = (
+            several if isinstance(several, list) else [parse_value(part.strip()) for part in text.split(",")]
+        )
+    content: dict[str, Any] = {"grid": axes} if axes else {"cells": [{"name": "base"}]}
+    return parse_grid({"recipe": recipe, "seeds": list(range(seeds)), **content}, "the sweep")
 
 
 def parse_grid(content: Mapping[str, Any], name: str) -> Grid:

@@ -225,7 +225,7 @@ class _Work:
     def _end(self, cell: Cell, trouble: str) -> None:
         outcome = load_outcome(self._out, cell.name)
         if trouble or outcome is None:
-            outcome = Outcome("failed", trouble or "its process ended without a word", 0.0)
+            outcome = Outcome("failed", trouble or "its process ended without reporting a result", 0.0)
             outcome.save(self._out, cell.name)
         if outcome.state == "interrupted":
             # Not by us, or we would not be here: a machine is shutting down, say. It goes on elsewhere.
