@@ -135,13 +135,13 @@ def label_suspects(found: HeldOut) -> Places:
     if len(present) < 2:
         return np.zeros(0, np.int64)
     rows = found.probabilities[:, present].astype(np.float64) + 1e-12
-    found = find_label_issues(
+    issues = find_label_issues(
         np.searchsorted(present, found.labels),
         rows / rows.sum(axis=1, keepdims=True),
         return_indices_ranked_by="self_confidence",
         n_jobs=1,
     )
-    return np.asarray(found, np.int64)
+    return np.asarray(issues, np.int64)
 
 
 def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memory: Path) -> list[tuple[int, int, int]]:
