@@ -91,7 +91,10 @@ class Run:
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Class names; a class's number is its place."""
-        return tuple(self._json(CLASSES))
+        names = self._json(CLASSES, list)
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise RunError(f"{self.path / CLASSES} should be a list of different class names; got {str(names)[:80]}")
+        return tuple(names)
 
     @cached_property
     def split(self) -> PhotoIndex:
@@ -105,12 +108,12 @@ class Run:
     @cached_property
     def model_info(self) -> dict[str, Any]:
         """Backbone, head, evaluation transform, parameters, licence and pre-training of the weights."""
-        return self._json(MODEL)
+        return _Record(self.path / MODEL, self._json(MODEL, dict))
 
     @cached_property
     def data_info(self) -> dict[str, Any]:
         """Root, fingerprint, counts and the classes' prior in training."""
-        return self._json(DATA)
+        return _Record(self.path / DATA, self._json(DATA, dict))
 
     @property
     def is_ensemble(self) -> bool:
@@ -120,17 +123,19 @@ class Run:
     @cached_property
     def ensemble_info(self) -> dict[str, Any]:
         """Names, temperatures and parameters of an ensemble's members; see `experiment.ensemble`."""
-        return self._json(ENSEMBLE)
+        return _Record(self.path / ENSEMBLE, self._json(ENSEMBLE, dict))
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, hardware and command line."""
-        return self._json(ENVIRONMENT)
+        return _Record(self.path / ENVIRONMENT, self._json(ENVIRONMENT, dict))
 
     @property
     def summary(self) -> dict[str, Any]:
         """Status, best epoch and its figures; `{"status": "running"}` while there is none."""
-        return self._json(SUMMARY) if (self.path / SUMMARY).is_file() else {"status": "running"}
+        if not (self.path / SUMMARY).is_file():
+            return {"status": "running"}
+        return _Record(self.path / SUMMARY, self._json(SUMMARY, dict))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -151,6 +156,11 @@ class Run:
         """
         path = self.path / "predictions" / f"{split}.parquet"
         if not path.is_file():
+            if split == "val" and self.config.data.train_on == "train+val":
+                raise RunError(
+                    f"{self.path} holds no predictions of 'val': it was trained on train+val, which leaves no "
+                    "validation photos. Train one with data.train_on=train for this"
+                )
             raise RunError(f"{self.path} holds no predictions of {split!r}: run `fieldmark evaluate` on it first")
         return read_predictions(path, self.classes)
 
@@ -192,11 +202,27 @@ class Run:
             raise RunError(f"{self.path} has no {name}: the run did not get that far, or the file was removed")
         return path
 
-    def _json(self, name: str) -> Any:
+    def _json(self, name: str, kind: type[list[Any]] | type[dict[str, Any]]) -> Any:
+        path = self._file(name)
         try:
-            return json.loads(self._file(name).read_text(encoding="utf-8", errors="surrogateescape"))
-        except json.JSONDecodeError as error:
-            raise RunError(f"{self.path / name} is not JSON: {error}") from None
+            content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{path} is not JSON: {error}") from None
+        if not isinstance(content, kind):
+            expected = "an object" if kind is dict else "a list"
+            raise RunError(f"{path} should hold {expected}; got {str(content)[:80]}")
+        return content
+
+
+class _Record(dict[str, Any]):
+    """A JSON object of a run folder, which names its file where a key is missing."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise RunError(f"{self._path} lacks {key!r}: it is damaged, or another version wrote it")
 
 
 def write_json(path: Path, content: object) -> None:
