@@ -37,18 +37,23 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
         # In a folder that is not there, or is a file, there is nothing to take away either.
         with suppress(OSError):
             part.unlink()
-        # torch and safetensors report a full disk by errors of their own.
-        if isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            hint = "Free some space" if _is_full(error) else "Make the folder writable, or choose another"
-            raise ResourceError(
-                f"{path} could not be written: {reason}. What was there before is intact. {hint}"
-            ) from error
+        if failure := explain_disk_error(path, error):
+            raise failure from error
         raise
 
 
+def explain_disk_error(path: Path, error: BaseException) -> ResourceError | None:
+    """What to raise where writing `path` failed for the disk's sake; None if the disk is not the reason."""
+    # torch, safetensors and OpenVINO report a full disk by errors of their own.
+    if not isinstance(error, OSError) and not any(sign in str(error) for sign in _DISK_SIGNS):
+        return None
+    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    hint = "Free some space" if _is_full(error) else "Make the folder writable, or choose another"
+    return ResourceError(f"{path} could not be written: {reason}. What was there before is intact. {hint}")
+
+
 def _is_full(error: BaseException) -> bool:
-    return not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, None)
+    return not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 
 
 def _umask() -> int:

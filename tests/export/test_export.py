@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fieldmark.augment.reference import EvalSpec
-from fieldmark.errors import ExportError
+from fieldmark.errors import ExportError, ResourceError
 from fieldmark.export.export import Photos, export_model, require_parity, require_small_loss
 from fieldmark.export.model_card import evidence_text, write_card
 from fieldmark.inference.calibration import calibrate
@@ -213,6 +213,20 @@ def test_what_a_form_cannot_hold_is_refused(settings, message, tmp_path):
         photos = Photos(labels=np.zeros(0, np.int64), load=photos.load)
     with pytest.raises(ExportError, match=message):
         export(settings.pop("kind"), tmp_path / "out", model=model, photos=photos, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["onnx", pytest.param("openvino", marks=pytest.mark.slow), "torch", "timm"])
+@pytest.mark.parametrize("room", [0, 20_000, 200_000])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(kind, room, tmp_path):
+    resource = pytest.importorskip("resource", reason="not on this system")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # what is written beyond it fails as on a full disk
+    try:
+        with pytest.raises(ResourceError, match=r"out could not be written: .*Free some space"):
+            export(kind, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

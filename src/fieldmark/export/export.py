@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.errors import ExportError
+from fieldmark.files import explain_disk_error
 from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ def export_model(
         run: The model's run, to say how far the answers of `predict` differ where it computes in less than 32 bit.
     """
     _check(metadata.kind, out, photos, is_int8=is_int8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    part: Path | None = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
         metadata = _write(model, metadata, part, photos, is_int8=is_int8, is_plain=is_plain)
         metadata = _prove(model, metadata, part, photos, is_int8=is_int8, max_accuracy_loss=max_accuracy_loss)
         if run is not None and (gap := compare_answers(run, part, photos)):
@@ -132,8 +134,13 @@ def export_model(
         for file in part.iterdir():
             file.chmod(0o644)
         part.rename(out)
+    except Exception as error:
+        if failure := explain_disk_error(out, error):
+            raise failure from error
+        raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
     return metadata
 
 
@@ -226,7 +233,7 @@ def _write(
             is_plain=is_plain,
         )
     else:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             plain = Path(scratch) / "model.onnx"
             formats.write_onnx(model, plain, size=spec.size, metadata=text)
             if is_int8:

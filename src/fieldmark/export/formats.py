@@ -6,6 +6,7 @@ Letters: B batch, K classes, S side in pixels.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import tempfile
@@ -99,7 +100,7 @@ def quantize_onnx(source: Path, path: Path, *, calibration: NDArray[np.float32],
     level = root.level
     root.setLevel(logging.ERROR)  # quantization advises through the root logger on what is done here already
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             prepared = Path(folder) / "prepared.onnx"
             shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
             quantization.quantize_static(
@@ -210,7 +211,10 @@ def write_torch(model: nn.Module, path: Path, *, size: int, metadata: str) -> No
         raise ExportError(f"the model cannot be written by torch.export: {line}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # folders of this machine
-    torch.export.save(program, path, extra_files={FILE: metadata})
+    # By way of memory: on a full disk torch's own writer would abort the process.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={FILE: metadata})
+    path.write_bytes(buffer.getbuffer())
 
 
 def write_timm(
