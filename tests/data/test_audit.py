@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fieldmark.data.audit import MOST_NEAR_DUPLICATES, Audit, audit
+from fieldmark.data.audit import MOST_NEAR_DUPLICATES, Audit, audit, find_doubts
 from fieldmark.data.index import Photo, PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 
@@ -204,7 +204,16 @@ def test_names_that_differ_only_in_form_are_pointed_out():
     assert judge(photos, facts, classes=classes).similar_names == [["a", "A "], ["é", "e\u0301"]]
     photos = [replace(photo, label="A " if photo.label == "b" else "a") for photo in photos]
     found = judge(photos, facts, classes=("a", "A "))
-    assert "Classes with nearly the same name: 'a', 'A '" in only(found.warnings)
+    assert "classes with nearly the same name: 'a', 'A '" in only(found.warnings)
+
+
+def test_a_training_is_told_of_similar_names_and_of_one_photo_under_two_labels():
+    photos, facts = make_data()
+    assert find_doubts(PhotoIndex(Path("/data"), tuple(photos), ("a", "b"), {}), facts) == []
+    facts[-1] = replace(facts[-1], sha256=facts[0].sha256)
+    similar, conflict = find_doubts(PhotoIndex(Path("/data"), tuple(photos), ("a", "b", "A "), {}), facts)
+    assert similar == "classes with nearly the same name: 'a', 'A '. Are they one?"
+    assert f"1 photo has more than one label, such as {photos[0].path!r}, {photos[-1].path!r}" in conflict
 
 
 def test_a_high_crop_fallback_rate_is_pointed_out():

@@ -304,7 +304,7 @@ def test_heic_is_read_upright_where_its_package_is_installed_and_else_names_it(m
     pytest.importorskip("pillow_heif").register_heif_opener()
     exif = Image.Exif()
     exif[0x0112] = 6  # does not count: HEIC says its orientation itself
-    smooth = Image.fromarray(NOISE[:4, :4]).resize((64, 48), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(NOISE[:4, :4, 0]).convert("RGB").resize((64, 48), Image.Resampling.BICUBIC)
     data = make("HEIF", smooth, exif=exif, quality=95)
     pixels = decode(data, background=(0, 0, 0), max_pixels=LIMIT)
     assert read_size(data, max_pixels=LIMIT) == (64, 48)

@@ -223,6 +223,12 @@ def test_a_split_that_cannot_be_kept_says_so(tmp_path):
         remember(make_index(5, 5), tmp_path / "file" / "folder")
 
 
+def test_data_that_say_their_splits_need_no_folder_to_keep_them(tmp_path):
+    (tmp_path / "file").write_text("")
+    index = divide(make_index(5, 5))
+    assert remember(index, tmp_path / "file" / "folder").photos == index.photos
+
+
 def test_groups_by_pattern_are_the_text_in_parentheses():
     index = make_index(2, 2)
     assert splits.groups_by_pattern(index, r"/(\d)") == ["0", "1", "0", "1"]

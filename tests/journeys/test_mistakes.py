@@ -222,7 +222,7 @@ def test_an_empty_class_folder_is_counted(fieldmark, tmp_path, make_photo, tiny)
     told = fieldmark("check", tmp_path / "data", *tiny())
     assert told.code == 2
     assert "5 photos, 1 class\n" in told.out
-    assert "left aside: empty folder (1)" in told.out
+    assert "skipped: empty folder (1)" in told.out
     assert "there is only 'robin'" in told.out
 
 

@@ -72,6 +72,9 @@ class Findings:
 
     num_unlabelled: int
     ignored: dict[str, int]
+    reading: str
+    """How the data were read, and what was skipped of them."""
+
     sizes: SizeSummary | None
     formats: dict[str, int]
     modes: dict[str, int]
@@ -141,6 +144,7 @@ def find_out(
         counts=index.counts(),
         num_unlabelled=sum(photo.label is None for photo in index.photos),
         ignored=dict(index.ignored),
+        reading=index.describe(),
         sizes=_sizes(index, facts),
         formats=_tally(fact.format for fact in facts),
         modes=_tally(fact.mode for fact in facts),
@@ -159,6 +163,22 @@ def find_out(
         crop_fallback_rate=crop_fallback_rate,
         estimates=dict(estimates),
     )
+
+
+def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
+    """Say what a training should mention of its labels: nearly equal class names, and one photo under two of them."""
+    lines = [_similar_text(names) for names in _similar_names(index.classes)]
+    same = same_values([fact.sha256 for fact in facts])
+    if conflicts := [places for places in same if len(_values(index, places, "label")) > 1]:
+        lines.append(
+            f"{_count(len(conflicts), 'photo has', 'photos have')} more than one label, such as "
+            f"{quote(_paths(index, conflicts[0]))}. Keep the right one"
+        )
+    return lines
+
+
+def _similar_text(names: Sequence[str]) -> str:
+    return f"classes with nearly the same name: {quote(names)}. Are they one?"
 
 
 def _near_duplicates(index: PhotoIndex, facts: Sequence[PhotoFacts], max_distance: int) -> list[NearDuplicate]:
@@ -342,8 +362,9 @@ FEW_PHOTOS = 10
 IMBALANCE = 10.0
 """So many times more photos in the largest class than in the smallest are pointed out."""
 
+
 CROP_FALLBACK = 0.05
-"""A larger share of fixed centre crops is pointed out."""
+"""A larger share of fixed center crops is pointed out."""
 
 
 @dataclass(frozen=True)
@@ -457,8 +478,7 @@ def _doubts(found: Findings, skip_broken: bool) -> list[str]:
     repeated = len(found.exact_duplicates) - len(found.exact_across_splits) - len(found.exact_in_unlabelled)
     if repeated:
         lines.append(f"{_count(repeated, 'photo is', 'photos are')} there more than once in a split: each copy counts")
-    lines += [f"Classes with nearly the same name: {quote(names)}. Are they one?" for names in found.similar_names]
-    return lines
+    return [*lines, *map(_similar_text, found.similar_names)]
 
 
 def _weaknesses(found: Findings) -> list[str]:
@@ -479,8 +499,8 @@ def _weaknesses(found: Findings) -> list[str]:
         )
     if found.crop_fallback_rate is not None and found.crop_fallback_rate > CROP_FALLBACK:
         lines.append(
-            f"{found.crop_fallback_rate:.0%} of the training crops fall back to one and the same centre crop: a scale "
-            'above 1 does not fit into the photo. Lower augment.crop_scale, or set augment.crop = "zoom"'
+            f"{found.crop_fallback_rate:.0%} of the training crops fall back to one and the same center crop, because "
+            'ten draws in a row do not fit into the photo. Lower augment.crop_scale, or set augment.crop = "zoom"'
         )
     return lines
 

@@ -105,6 +105,13 @@ class PhotoIndex:
                 counts[photo.label][photo.split] += 1
         return counts
 
+    def describe(self) -> str:
+        """Say how the data were read, and what was skipped of them."""
+        skipped = ", ".join(f"{reason} ({count})" for reason, count in self.ignored.items())
+        return "; ".join(
+            [*([self.layout] if self.layout else []), f"skipped: {skipped}" if skipped else "nothing skipped"]
+        )
+
     def fingerprint(self) -> str:
         """64 hex digits over path, label, split and size in bytes of every photo (-1 where the file is gone)."""
         digest = hashlib.sha256()

@@ -95,6 +95,8 @@ def remembered_split(
         folder.mkdir(parents=True, exist_ok=True)
         save_split_table(replace(divided, photos=(*divided.photos, *away)), table)
     except (OSError, ResourceError) as error:
+        if [photo.split for photo in divided.photos] == [photo.split for photo in index.photos]:
+            return divided  # the data say it all: there was nothing to remember
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(
             f"the split cannot be kept in {folder}: {reason}. Make room or make it writable there, or set "

@@ -263,8 +263,7 @@ def format_checkup(checkup: Checkup) -> str:
     lines = [f"{found.root}: {found.num_photos} photos, {classes}", *_class_table(found.counts)]
     if found.num_unlabelled:
         lines.append(f"without a label: {found.num_unlabelled}")
-    if found.ignored:
-        lines.append("left aside: " + ", ".join(f"{reason} ({count})" for reason, count in found.ignored.items()))
+    lines.append(found.reading)
     if found.sizes is not None:
         sizes = found.sizes
         lines.append(
@@ -273,7 +272,7 @@ def format_checkup(checkup: Checkup) -> str:
         )
     lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in found.formats.items()))
     if found.crop_fallback_rate is not None:
-        lines.append(f"random crops that are a fixed centre crop in truth: {found.crop_fallback_rate:.1%}")
+        lines.append(f"random crops that are one fixed center crop in fact: {found.crop_fallback_rate:.1%}")
     if checkup.preflight is not None:
         lines.append(_cost(checkup.preflight))
     broken = [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN_TOLD]]
@@ -345,7 +344,7 @@ def lint_recipe(given: LintInput) -> list[str]:
 
 
 def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]) -> float:
-    """Share of training crops on photos of these sizes that are a fixed centre crop in truth."""
+    """Share of training crops on photos of these sizes that are one fixed center crop in fact."""
     if not len(sizes):
         return 0.0
     spec = build_augment_spec(

@@ -17,6 +17,7 @@ from fieldmark.augment.reference import RGB, EvalSpec, Views, augment_reference,
 from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.config import DataConfig
 from fieldmark.data import splits
+from fieldmark.data.audit import find_doubts
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, apply_corrections, load_index, require_trainable
 from fieldmark.data.inspection import PhotoFacts, inspect_photos
@@ -36,12 +37,14 @@ class Dataset:
     Attributes:
         index: Usable photos, each in a split.
         facts: One for each photo of `index`, in its order.
-        broken: (path, reason) of photos that were left out.
+        broken: (path, reason) of photos that were skipped.
+        notes: What to say of them: how the data were read, what was skipped, what looks wrong.
     """
 
     index: PhotoIndex
     facts: tuple[PhotoFacts, ...]
     broken: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -104,9 +107,12 @@ def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
     usable = [place for place, fact in enumerate(facts) if not fact.problem]
     index = replace(found, photos=tuple(found.photos[place] for place in usable))
     kept = [facts[place] for place in usable]
+    notes = [everything.describe(), *find_doubts(index, kept)]
+    if broken:
+        notes.append(f"{len(broken)} photos cannot be used and are skipped, such as {broken[0][0]!r}: {broken[0][1]}")
     index = divide(index, kept, config)
     require_trainable(index)
-    return Dataset(index, tuple(kept), tuple(broken))
+    return Dataset(index, tuple(kept), tuple(broken), tuple(f"data: {note}" for note in notes))
 
 
 def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress, with_hash: bool = False) -> list[PhotoFacts]:

@@ -240,7 +240,7 @@ def open_session(config: Config, path: Path, *, start: Start, progress: Progress
         )
         if fabric.is_global_zero:
             lines = _describe_start(session, choices, threads)
-            for line in [*lines, *([warning] if warning else []), cache_note, workers_note]:
+            for line in [*dataset.notes, *lines, *([warning] if warning else []), cache_note, workers_note]:
                 progress.message(line)
             if start == "again":
                 session.writer.remove_metrics()
