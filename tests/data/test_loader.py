@@ -411,3 +411,24 @@ def test_workers_leave_a_core_for_the_training_process(cores: int, is_cached: bo
         assert workers >= 1
     if is_cached and not has_gpu:
         assert workers == 0
+
+
+UNGUARDED = """
+import sys
+sys.path.insert(0, {folder!r})
+from preparing_of_test_loader import Facts
+from fieldmark.data.loader import Loader
+
+print("script runs", flush=True)
+with Loader(workers=2, threads=1) as loader:
+    print(*[int(batch.numbers[0]) for batch in loader.batches(Facts(), [[0], [0]], epoch=0)], flush=True)
+"""
+
+
+def test_a_script_without_a_guard_runs_once(preparing: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED.format(folder=str(Path(str(preparing.__file__)).parent)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("script runs") == 1
+    assert len(done.stdout.splitlines()[1].split()) == 2

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fieldmark.runs.environment import usable_cores
+
 CODE = """
 import resource, sys
 import numpy as np
@@ -28,3 +30,16 @@ def test_freed_memory_is_used_again_without_new_page_faults():
         return int(done.stdout)
 
     assert faults("keep") < 100 < faults("default")
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("1", 1), ("3", 3), ("64", 8), ("4,2", 4), ("many", 8), ("0", 8)])
+def test_threads_that_the_user_asked_for_are_the_most_that_is_used(monkeypatch, asked, cores):
+    monkeypatch.setattr("joblib.cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert usable_cores() == cores
+
+
+def test_a_container_with_a_quota_counts_as_few_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
+    assert usable_cores() == 2

@@ -439,7 +439,7 @@ class _Work:
         answers = [probed, *alone]
         if len(probed.members) < self._most_members() + 1:
             answers += [
-                Answer(f"the average of {probed.name} and {answer.name}", (*probed.members, *answer.members))
+                Answer(f"{probed.name}, averaged with {answer.name}", (*probed.members, *answer.members))
                 for answer in alone
             ]
         self.choices = answers

@@ -8,6 +8,7 @@ cache: 27 ms of processor time for 32 photos at 224 pixels. Here it is used agai
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import pickle
@@ -168,13 +169,31 @@ class _Reply:
     dtype: torch.dtype
 
 
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not run the user's script again, which may have no `__main__` guard.
+
+    Nothing that is sent to a worker is defined in a script. As loky does.
+    """
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    for name in kept:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(main, name, value)
+
+
 class _Worker:
     """The training process's end of one worker."""
 
     def __init__(self, context: Any, number: int) -> None:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs,), daemon=True, name=f"fieldmark-loader-{number}")
-        self._process.start()
+        with _without_main():
+            self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self._slots: dict[int, Tensor] = {}  # shared memory, (bytes,) uint8
         self._num_slots = 0

@@ -47,8 +47,11 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which a container may have fewer of than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the cores that this process may use: by affinity, a container's quota, and OMP_NUM_THREADS."""
+    from joblib import cpu_count
+
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return min(cpu_count(), int(asked)) if asked.isdecimal() and int(asked) else cpu_count()
 
 
 def is_main_process() -> bool:
@@ -129,6 +132,7 @@ def open_cluster(address: str) -> tuple[Any, bool]:
         raise MissingExtraError("ray", "ray") from None
     if ray.is_initialized():
         return ray, False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its usage to its makers
     try:
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
