@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fieldmark.config import load_config
 from fieldmark.models.weights import data_config
@@ -96,3 +97,29 @@ def test_the_report_recipe_is_told_its_traps():
     findings = " ".join(lint("train.select=best", recipe="competition", sizes=[(1600, 900)], num_val=300))
     for words in ("never zooms out", "resamples twice", "black corners", "squashes", "bicubic", "chosen on 300"):
         assert words in findings
+
+
+def test_check_says_that_weights_cannot_be_had_before_training_fails_of_it(tmp_path, monkeypatch):
+    from fieldmark.config import load_config
+    from fieldmark.errors import WeightsError
+    from fieldmark.progress import Quiet
+    from fieldmark.runs import check
+
+    def unreachable(*_, **__):
+        raise WeightsError("the hub cannot be reached")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(check, "pretrained_file", unreachable)
+    monkeypatch.setattr(check, "measure", unreachable)  # nothing is timed in vain
+    for name, level in (("dark", 40), ("light", 210)):
+        for number in range(6):
+            file = tmp_path / "photos" / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((40, 40 + number, 3), level + number, np.uint8)).save(file)
+    config = load_config("strong", [f"data.path={tmp_path / 'photos'}"])
+    found = check.check_data(config, progress=Quiet())
+    assert found.must_mend[-1] == "the hub cannot be reached"
+    assert "not ready to train" in check.format_checkup(found)
+    alone = check.check_data(config, progress=Quiet(), with_recipe=False)
+    assert not any("hub" in text for text in alone.must_mend)
+    assert alone.recipe_warnings == ()

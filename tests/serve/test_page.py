@@ -230,7 +230,7 @@ def test_many_photos_are_a_list_and_a_table_for_a_spreadsheet(browser, url, tmp_
     assert rows['a, "b".jpg']["label"] == ""
     assert "is not an image" in rows['a, "b".jpg']["problem"]
     page.get_by_role("button", name="List").click()
-    assert page.locator(".bars").first.is_visible()
+    page.locator(".bars").first.wait_for(state="visible")
     page.get_by_role("button", name="Clear").click()
     assert page.locator(".card").count() == 0
     assert page.get_by_text("Drop photos here").is_visible()

@@ -25,7 +25,7 @@ from fieldmark.budget.race import Course, Entry, FeatureStore, best_average, run
 from fieldmark.budget.shelf import Answer, Model, Shelf, temperature_of
 from fieldmark.budget.tune import ENOUGH_EPOCHS, LEAST_EPOCHS, Option, Tuned, Tuner, choose_option, list_options
 from fieldmark.config import Config, parse_config
-from fieldmark.errors import InterruptedRunError, RunError
+from fieldmark.errors import FieldmarkError, InterruptedRunError, RunError
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import Dataset, prepare_dataset
@@ -61,6 +61,15 @@ class _StoppedError(Exception):
 def machine_minutes(config: Config) -> float:
     """The budget where the user names none."""
     return default_minutes(cores=usable_cores(), has_gpu=build.choose_device(config).value != "cpu")
+
+
+def describe_plan(config: Config) -> str:
+    """Return what a training without a recipe would choose from, and how long it takes by default."""
+    try:
+        weights = ", ".join(found.name for found in candidates.find_backbones(config))
+    except FieldmarkError as error:
+        return f"train without a recipe is not possible here: {error}"
+    return f"train without a recipe: {machine_minutes(config):g} minutes on this machine, choosing among {weights}"
 
 
 def train_within(

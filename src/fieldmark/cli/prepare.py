@@ -37,16 +37,25 @@ def add_verbs(app: typer.Typer) -> None:
     app.command("find-lr", hidden=True)(find_lr)
 
 
-def check(data: Data, recipe: Recipe = DEFAULT_RECIPE, set_: Overrides = None, as_json: Json = False) -> None:
+def check(
+    data: Data,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Look at this recipe and its cost, too.")] = None,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
     """Look at the photos before training.
 
-    Broken files, duplicates and leaks, small classes, what training would cost. Exit code 2 if something must be
-    fixed.
+    Broken files, duplicates and leaks, small classes; with a recipe, its weights, mistakes and cost. Exit code 2 if
+    something must be fixed.
     """
+    from fieldmark.budget.run import describe_plan
     from fieldmark.runs.check import check_data, format_checkup
 
+    config = read_settings(recipe, data, set_)
     with open_progress("check") as progress:
-        checkup = check_data(read_settings(recipe, data, set_), progress=progress)
+        checkup = check_data(config, progress=progress, with_recipe=recipe is not None)
+    if recipe is None:
+        typer.echo(describe_plan(config), err=as_json)
     print_result(checkup.as_dict(), format_checkup(checkup), as_json=as_json)
     if checkup.must_mend:
         raise typer.Exit(2)

@@ -159,12 +159,13 @@ def check_hub_model(name: str) -> None:
             fetch(name.removeprefix(prefix), ["config.json"])
 
 
-def pretrained_file(config: Any, name: str) -> Path | None:
+def pretrained_file(config: Any, name: str, *, download: bool = True) -> Path | None:
     """The weight file of a timm pretrained configuration, downloaded if it must be.
 
     Args:
         config: timm's PretrainedCfg.
         name: The model as the user knows it, for messages.
+        download: Otherwise the hub is only asked whether it has the file.
 
     Returns:
         A file in the hub's cache; None where timm names only a URL, which timm fetches itself.
@@ -181,15 +182,17 @@ def pretrained_file(config: Any, name: str) -> Path | None:
         return Path(config.file)
     if not config.hf_hub_id:
         return None
-    return fetch(config.hf_hub_id, [config.hf_hub_filename] if config.hf_hub_filename else WEIGHT_FILES)
+    names = [config.hf_hub_filename] if config.hf_hub_filename else WEIGHT_FILES
+    return fetch(config.hf_hub_id, names, download=download)
 
 
-def fetch(repository: str, file_names: Sequence[str]) -> Path:
+def fetch(repository: str, file_names: Sequence[str], *, download: bool = True) -> Path:
     """The first of some files that a hub repository has.
 
     Args:
         repository: "owner/name", or "owner/name@revision".
         file_names: In order of preference.
+        download: Otherwise the answer is the name of the file on the hub, which has it.
 
     Raises:
         WeightsError: The hub cannot be reached, refuses, or has none of the files.
@@ -209,6 +212,8 @@ def fetch(repository: str, file_names: Sequence[str]) -> Path:
                 hub.get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS)
             except EntryNotFoundError:
                 continue
+            if not download:
+                return Path(file_name)
             return Path(hub.hf_hub_download(repository, file_name, revision=revision or None))
     except Exception as error:  # the client raises its HTTP library's errors, and that library changes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

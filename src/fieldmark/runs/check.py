@@ -19,10 +19,11 @@ from fieldmark.config import Config
 from fieldmark.data.audit import Audit, audit
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
-from fieldmark.errors import DataError
+from fieldmark.errors import DataError, WeightsError
 from fieldmark.models.classifier import Classifier, count_parameters, create_classifier
-from fieldmark.models.names import resolve_name
+from fieldmark.models.names import pretrained_file, resolve_name
 from fieldmark.models.provenance import InputConfig
+from fieldmark.models.sources import timm_config
 from fieldmark.models.weights import data_config
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs import build
@@ -196,8 +197,13 @@ class Checkup:
         }
 
 
-def check_data(config: Config, *, progress: Progress) -> Checkup:
-    """Inspect every photo, judge the data set, lint the recipe on it, and measure what a run would cost.
+def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) -> Checkup:
+    """Inspect every photo, audit the data set, lint the recipe on it, and measure what a run would cost.
+
+    Args:
+        config: The settings; `data.path` says which photos.
+        progress: Where to report.
+        with_recipe: Otherwise the photos alone are looked at: a plan chooses model and sizes later.
 
     Raises:
         ConfigError: No path, or no such model.
@@ -222,7 +228,8 @@ def check_data(config: Config, *, progress: Progress) -> Checkup:
         num_val=counts["val"],
     )
     preflight = None
-    if sizes and len(index.classes) > 1:
+    no_weights = _why_no_weights(config) if with_recipe else ""
+    if with_recipe and not no_weights and sizes and len(index.classes) > 1:
         progress.message("measuring a few photos and updates")
         preflight = measure(config, index, sizes)
     audited = audit(
@@ -230,12 +237,24 @@ def check_data(config: Config, *, progress: Progress) -> Checkup:
         facts,
         near_distance=NEAR_DISTANCE_BITS,
         skip_broken=config.data.broken == "skip",
-        crop_fallback_rate=fallback_rate(config, weights, given.sizes) if sizes else None,
+        crop_fallback_rate=fallback_rate(config, weights, given.sizes) if sizes and with_recipe else None,
         estimates=preflight.estimates() if preflight else {},
     )
     # Without a split the audit cannot help noticing that nothing is in train; the reason says more.
-    must_mend = (problem,) if problem else tuple(audited.must_mend)
-    return Checkup(audited, must_mend, tuple(lint_recipe(given)), preflight)
+    must_mend = ((problem,) if problem else tuple(audited.must_mend)) + ((no_weights,) if no_weights else ())
+    return Checkup(audited, must_mend, tuple(lint_recipe(given)) if with_recipe else (), preflight)
+
+
+def _why_no_weights(config: Config) -> str:
+    """Return why the pre-trained weights that training would fetch cannot be had, or nothing."""
+    if config.model.weights != "pretrained":
+        return ""
+    name = resolve_name(config.model.name, config.model.weights)
+    try:
+        pretrained_file(timm_config(name), name, download=False)
+    except WeightsError as error:
+        return str(error)
+    return ""
 
 
 def _divided(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Config) -> tuple[PhotoIndex, str]:

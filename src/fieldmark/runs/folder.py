@@ -108,12 +108,12 @@ class Run:
     @cached_property
     def model_info(self) -> dict[str, Any]:
         """Backbone, head, evaluation transform, parameters, licence and pre-training of the weights."""
-        return _Record(self.path / MODEL, self._json(MODEL, dict))
+        return _Record(self._json(MODEL, dict), self.path / MODEL)
 
     @cached_property
     def data_info(self) -> dict[str, Any]:
         """Root, fingerprint, counts and the classes' prior in training."""
-        return _Record(self.path / DATA, self._json(DATA, dict))
+        return _Record(self._json(DATA, dict), self.path / DATA)
 
     @property
     def is_ensemble(self) -> bool:
@@ -123,19 +123,19 @@ class Run:
     @cached_property
     def ensemble_info(self) -> dict[str, Any]:
         """Names, temperatures and parameters of an ensemble's members; see `experiment.ensemble`."""
-        return _Record(self.path / ENSEMBLE, self._json(ENSEMBLE, dict))
+        return _Record(self._json(ENSEMBLE, dict), self.path / ENSEMBLE)
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, hardware and command line."""
-        return _Record(self.path / ENVIRONMENT, self._json(ENVIRONMENT, dict))
+        return _Record(self._json(ENVIRONMENT, dict), self.path / ENVIRONMENT)
 
     @property
     def summary(self) -> dict[str, Any]:
         """Status, best epoch and its figures; `{"status": "running"}` while there is none."""
         if not (self.path / SUMMARY).is_file():
             return {"status": "running"}
-        return _Record(self.path / SUMMARY, self._json(SUMMARY, dict))
+        return _Record(self._json(SUMMARY, dict), self.path / SUMMARY)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -217,8 +217,8 @@ class Run:
 class _Record(dict[str, Any]):
     """A JSON object of a run folder, which names its file where a key is missing."""
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        super().__init__(content)
+    def __init__(self, content: Any = (), path: Path = Path("a file of the run folder")) -> None:
+        super().__init__(content)  # `dataclasses.asdict` copies a mapping by its pairs alone
         self._path = path
 
     def __missing__(self, key: str) -> Any:
