@@ -17,7 +17,7 @@ import sys
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -170,7 +170,7 @@ class _Reply:
 
 
 @contextlib.contextmanager
-def _without_main() -> Iterator[None]:
+def _without_main() -> Generator[None]:
     """Start processes that do not run the user's script again, which may have no `__main__` guard.
 
     Nothing that is sent to a worker is defined in a script. As loky does.
