@@ -9,6 +9,8 @@ from statistics import median
 
 from torch.optim import Optimizer
 
+from fieldmark.training.schedule import RateSchedule
+
 WARMUP_SHARE, COOLDOWN_SHARE = 0.02, 0.4
 """Shares of all updates in which the rate rises, and in which it falls to zero."""
 
@@ -100,7 +102,7 @@ class Pace:
         return None
 
 
-class PacedSchedule:
+class PacedSchedule(RateSchedule):
     """Sets the rate of every parameter group from the number of updates done and the shape in force."""
 
     def __init__(self, optimizer: Optimizer, pace: Pace) -> None:
@@ -113,21 +115,3 @@ class PacedSchedule:
     def factor(self) -> float:
         """Factor of the next update."""
         return self.pace.shape.factor(self.step_number)
-
-    def step(self) -> None:
-        """Count an update that was done, and set the rates of the next one."""
-        self.step_number += 1
-        self._set_rates()
-
-    def state_dict(self) -> dict[str, int]:
-        """Give the number of updates done."""
-        return {"step": self.step_number}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to that update and set its rates."""
-        self.step_number = int(state["step"])
-        self._set_rates()
-
-    def _set_rates(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.factor

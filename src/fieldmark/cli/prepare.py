@@ -48,13 +48,14 @@ def check(
     Broken files, duplicates and leaks, small classes; with a recipe, its weights, mistakes and cost. Exit code 2 if
     something must be fixed.
     """
-    from fieldmark.budget.run import describe_plan
     from fieldmark.runs.check import check_data, format_checkup
 
     config = read_settings(recipe, data, set_)
     with open_progress("check") as progress:
         checkup = check_data(config, progress=progress, with_recipe=recipe is not None)
     if recipe is None:
+        from fieldmark.budget.run import describe_plan
+
         typer.echo(describe_plan(config), err=as_json)
     print_result(checkup.as_dict(), format_checkup(checkup), as_json=as_json)
     if checkup.must_mend:

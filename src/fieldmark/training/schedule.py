@@ -91,7 +91,38 @@ class ScheduleSpec:
         return _half_cosine(position / length, self.min_factor)
 
 
-class Schedule:
+class RateSchedule:
+    """Sets the rate of every parameter group to its peak rate times `factor`, a function of the updates done."""
+
+    optimizer: Optimizer
+    step_number: int
+
+    @property
+    def factor(self) -> float:
+        """Factor of the next update."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Count an update that was done, and set the rates of the next one."""
+        self.step_number += 1
+        self._set_rates()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of updates done."""
+        return {"step": self.step_number}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to that update and set its rates; call it after the optimizer's own state is restored."""
+        self.step_number = int(state["step"])
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        factor = self.factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+
+class Schedule(RateSchedule):
     """Sets the rate of every parameter group, from the number of updates done and nothing else.
 
     Resuming needs that number alone: torch's schedulers, given `last_epoch`, land in the wrong cycle for T_mult > 1.
@@ -113,25 +144,6 @@ class Schedule:
     def factor(self) -> float:
         """Factor of the next update."""
         return self.spec.factor(self.step_number, steps_per_epoch=self.steps_per_epoch)
-
-    def step(self) -> None:
-        """Count an update that was done, and set the rates of the next one."""
-        self.step_number += 1
-        self._set_rates()
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of updates done."""
-        return {"step": self.step_number}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to that update and set its rates; call it after the optimizer's own state is restored."""
-        self.step_number = int(state["step"])
-        self._set_rates()
-
-    def _set_rates(self) -> None:
-        factor = self.factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
 
 
 def cycle_ends(*, restart_epochs: int, restart_factor: int, until: int) -> list[int]:
