@@ -7,14 +7,16 @@ import io
 import json
 import re
 import time
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
 from PIL import Image
-from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
+from tests.serve.conftest import LIMITS, ask, client_of, make_app, make_photo, upload
 
 from fieldmark.errors import ConfigError
 from fieldmark.inference.taxonomy import Fallback, build_taxonomy
+from fieldmark.serve.limits import Access, Limits, RequestLimits
 
 
 def predict(*contents, query=""):
@@ -130,6 +132,29 @@ def test_bodies_of_all_requests_together_are_bounded_and_given_back(model):
     refused, first, again = asyncio.run(run())
     assert (refused.status_code, first.status_code, again.status_code) == (503, 200, 200)
     assert refused.headers["retry-after"] == "2"
+
+
+def test_what_a_client_that_reads_no_answer_holds_is_given_back():
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"answer"})
+
+    async def ask_gate(gate, send):
+        body = {"type": "http.request", "body": b"x" * 600, "more_body": False}
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}
+        await gate(scope, AsyncMock(return_value=body), send)
+
+    async def run():
+        limits = Limits(**{**LIMITS, "max_held_bytes": 1000, "answer_seconds": 0.05})
+        gate = RequestLimits(app, limits=limits, access=Access())
+        await ask_gate(gate, lambda message: asyncio.Event().wait())
+        reader = AsyncMock()
+        await ask_gate(gate, reader)
+        return [call.args[0] for call in reader.await_args_list]
+
+    start, body = asyncio.run(asyncio.wait_for(run(), 10))
+    assert (start["status"], body["body"]) == (200, b"answer")
 
 
 def test_a_body_that_never_ends_is_given_up(model):

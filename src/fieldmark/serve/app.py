@@ -87,6 +87,8 @@ def create_app(
             raise MissingExtraError(package.replace("_", "-"), "serve") from None
     from fastapi import FastAPI
 
+    # A line for each malformed form: strangers could fill the log, and a log that nobody reads stops the server.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     service = PhotoService(
         model, limits=limits, max_batch=max_batch, wait_seconds=wait_seconds, decode_threads=decode_threads
     )

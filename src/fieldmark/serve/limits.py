@@ -35,7 +35,7 @@ class Limits:
         max_pixels: Most pixels of a photo, by its header.
         max_queued: Most photos that wait for the model, over all requests; beyond it clients are asked to retry.
         body_seconds: Longest time for a body to arrive.
-        answer_seconds: Longest time for a request to be answered once its body is there.
+        answer_seconds: Longest time for a request to be answered once its body is there, and for the client to read it.
         retry_seconds: What Retry-After says when the queue is full.
     """
 
@@ -115,6 +115,10 @@ class _ClientLeftError(Exception):
     """The client closed the connection before its body was there."""
 
 
+class _UnreadError(Exception):
+    """The client does not read its answer."""
+
+
 class RequestLimits:
     """Check who asks, read the whole body under the limits, and only then call the app behind."""
 
@@ -132,6 +136,7 @@ class RequestLimits:
         headers: Headers = dict(scope["headers"])
         origin = headers.get(b"origin", b"").decode("latin-1")
         send = _with_headers(send, origin if self._access.shares_with(origin) else "")
+        send = _within(send, self._limits.answer_seconds)
         parts: list[bytes] = []
         try:
             self._check_access(scope, headers, origin)
@@ -143,7 +148,7 @@ class RequestLimits:
             await self._app(scope, _replay(b"".join(parts), receive), send)
         except _RefusedError as error:
             await _refuse(send, error)
-        except _ClientLeftError:
+        except (_ClientLeftError, _UnreadError):
             return  # nobody is there to answer
         finally:
             self._held_bytes -= sum(map(len, parts))
@@ -209,6 +214,19 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _within(send: Send, seconds: float) -> Send:
+    """Give up on a client that asks and does not read: what its request holds would be held for ever."""
+
+    async def sending(message: Message) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await send(message)
+        except TimeoutError:
+            raise _UnreadError from None
+
+    return sending
 
 
 # The pages load nothing from elsewhere, and no page elsewhere may frame them or show their photos.

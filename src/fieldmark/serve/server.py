@@ -37,7 +37,7 @@ def run_server(app: Any, *, host: str, port: int, drain_seconds: int, max_connec
         app,
         host=host,
         port=port,
-        log_level="warning",
+        log_level="error",  # its warnings are a line for each malformed request: strangers could fill the log
         server_header=False,
         limit_concurrency=max_connections,
         timeout_keep_alive=10,
