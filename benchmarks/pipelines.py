@@ -123,12 +123,9 @@ def full_decode(files: Sequence[Path]) -> Any:
 
 def scaled_decode(files: Sequence[Path]) -> Any:
     """Decoding alone, scaled in the DCT domain to what a crop of the whole photo needs."""
-    from fieldmark.data.decode import decode_reduced
+    from fieldmark.data.decode import decode
 
-    return [
-        decode_reduced(file, min_short_side=SIZE, background=(0, 0, 0), max_pixels=10**9, name=str(file)).pixels
-        for file in files
-    ]
+    return [decode(file, min_short_side=SIZE, background=(0, 0, 0), max_pixels=10**9) for file in files]
 
 
 class Ours:

@@ -312,11 +312,9 @@ def thumbnail(
     """
     from PIL import Image
 
-    from fieldmark.data.decode import decode_reduced
+    from fieldmark.data.decode import decode
 
-    image = Image.fromarray(
-        decode_reduced(photo, min_short_side=side, background=background, max_pixels=max_pixels).pixels
-    )
+    image = Image.fromarray(decode(photo, min_short_side=side, background=background, max_pixels=max_pixels))
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     content = b""
     for quality in (82, 65, 45, 25, 10):

@@ -144,7 +144,7 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     files = make_photos(tmp_path / "data", 5)
     first, report = opened(files, tmp_path / "cache")
     assert (report.hits, report.photos) == (0, 5)
-    monkeypatch.setattr(cache_module, "decode_reduced", None)
+    monkeypatch.setattr(cache_module, "decode", None)
     second, report = opened(files, tmp_path / "cache")
     assert (report.hits, report.photos, report.mode) == (5, 5, "uint8")
     assert first is not None
@@ -184,7 +184,7 @@ def test_a_photo_that_changes_while_it_is_decoded_is_not_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = make_photos(tmp_path / "data", 3)
-    whole = cache_module.decode_reduced
+    whole = cache_module.decode
 
     def decode_slowly(file: Path, **options: Any) -> Any:
         photo = whole(file, **options)
@@ -192,7 +192,7 @@ def test_a_photo_that_changes_while_it_is_decoded_is_not_served(
             replace_photo(file)
         return photo
 
-    monkeypatch.setattr(cache_module, "decode_reduced", decode_slowly)
+    monkeypatch.setattr(cache_module, "decode", decode_slowly)
     cache = filled(files, tmp_path / "cache")
     assert [cache.get(number) is not None for number in range(3)] == [True, False, True]
 

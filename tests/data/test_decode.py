@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from fieldmark.data.decode import decode, decode_reduced, read_size
+from fieldmark.data.decode import decode, read_size
 from fieldmark.errors import PhotoError
 
 WHITE = (255, 255, 255)
@@ -221,39 +221,36 @@ def test_lab_becomes_rgb() -> None:
     assert rgb(make(image, "TIFF")).min() > 250
 
 
+def reduced(data: bytes, short_side: int) -> np.ndarray:
+    return decode(data, min_short_side=short_side, background=WHITE, max_pixels=LIMIT)
+
+
 @given(width=st.integers(1, 300), height=st.integers(1, 300), short_side=st.integers(1, 320), turned=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_a_reduced_photo_is_no_smaller_than_asked(width: int, height: int, short_side: int, turned: bool) -> None:
     data = make(np.full((height, width, 3), 99, np.uint8), "JPEG", exif=exif(6 if turned else 1))
-    photo = decode_reduced(data, min_short_side=short_side, background=WHITE, max_pixels=LIMIT)
-    assert (photo.width, photo.height) == ((height, width) if turned else (width, height))
-    assert min(photo.pixels.shape[:2]) >= min(short_side, width, height)
-    assert photo.pixels.shape[1] == np.ceil(photo.width * photo.scale)
-    assert photo.pixels.shape[0] == np.ceil(photo.height * photo.scale)
-    if photo.scale > 0.125:  # no further step was possible
-        assert min(width, height) // (2 / photo.scale) < short_side
+    pixels = reduced(data, short_side)
+    whole = (width, height) if turned else (height, width)
+    factor = next(f for f in (8, 4, 2, 1) if f == 1 or min(width, height) // f >= short_side)
+    assert min(pixels.shape[:2]) >= min(short_side, width, height)
+    assert pixels.shape[:2] == tuple(-(-side // factor) for side in whole)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_the_reduction_stops_exactly_where_it_must(factor: int) -> None:
     data = make(np.full((160, 200, 3), 99, np.uint8), "JPEG")
-    for asked, expected in ((160 // factor, 1 / factor), (160 // factor + 1, 2 / factor)):
-        photo = decode_reduced(data, min_short_side=asked, background=WHITE, max_pixels=LIMIT)
-        assert photo.scale == expected
+    assert reduced(data, 160 // factor).shape == (160 // factor, 200 // factor, 3)
+    assert reduced(data, 160 // factor + 1).shape == (320 // factor, 400 // factor, 3)
 
 
 def test_a_reduced_photo_looks_like_the_whole_one() -> None:
     picture = cv2.resize(PICTURE, (640, 480), interpolation=cv2.INTER_CUBIC)
-    photo = decode_reduced(make(picture, "JPEG"), min_short_side=120, background=WHITE, max_pixels=LIMIT)
-    assert photo.scale == 0.25
     reference = cv2.resize(picture, (160, 120), interpolation=cv2.INTER_AREA)
-    assert np.abs(photo.pixels.astype(int) - reference).mean() < 3
+    assert np.abs(reduced(make(picture, "JPEG"), 120).astype(int) - reference).mean() < 3
 
 
 def test_other_formats_come_whole() -> None:
-    photo = decode_reduced(make(PICTURE, "PNG"), min_short_side=5, background=WHITE, max_pixels=LIMIT)
-    assert photo.scale == 1.0
-    assert np.array_equal(photo.pixels, PICTURE)
+    assert np.array_equal(reduced(make(PICTURE, "PNG"), 5), PICTURE)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])

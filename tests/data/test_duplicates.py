@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fieldmark.data import audit
-from fieldmark.data.audit import near_pairs, same_values
+from fieldmark.data.audit import near_pairs
 
 
 def by_brute_force(first, second, max_distance):
@@ -46,10 +46,6 @@ def test_portions_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr(audit, "PAIRS_AT_ONCE", 7)
     left, right, distance = near_pairs(first, second, max_distance=2)
     assert list(zip(distance.tolist(), left.tolist(), right.tolist(), strict=True)) == by_brute_force(first, second, 2)
-
-
-def test_equal_values_are_found_and_empty_ones_are_not_equal():
-    assert same_values(["a", "", "b", "a", "", "c", "b", "a"]) == [[0, 3, 7], [2, 6]]
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_each_broken_file_gets_its_reason_and_the_others_keep_their_place(tmp_pa
     assert problems[2] == ""
     assert (facts[2].width, facts[2].height) == (400, 300)
     expected = ["truncated", "empty", "", "not an image", "vanished", "not a regular file", "not a regular file"]
-    for problem, part in zip(problems, [*expected, "1200000 pixels", "File name too long"], strict=True):
+    for problem, part in zip(problems, [*expected, "1200000 pixels", "file name too long"], strict=True):
         assert part in problem
         assert str(tmp_path) not in problem
     assert {fact.width for fact, problem in zip(facts, problems, strict=True) if problem} == {0}
@@ -93,7 +93,7 @@ def test_permission_and_vanishing_between_look_and_read_are_reasons(tmp_path, mo
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     locked, gone = inspect(make_index(tmp_path, "locked.jpg", "gone.jpg"))
-    assert locked.problem == "cannot be read: Permission denied"
+    assert locked.problem == "cannot be read: permission denied"
     assert gone.problem == "has vanished"
 
 

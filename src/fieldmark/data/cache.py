@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.data.decode import RGB, Pixels, decode_reduced
+from fieldmark.data.decode import RGB, Pixels, decode
 from fieldmark.data.packs import KEY_BYTES, PackReader, PackWriter, clean, load_packs, remove
 from fieldmark.errors import PhotoError
 
@@ -459,8 +459,8 @@ class Preset:
         Raises:
             PhotoError: It cannot be decoded.
         """
-        photo = decode_reduced(file, min_short_side=self.short_side, background=self.background, max_pixels=max_pixels)
-        pixels = reduce_photo(photo.pixels, self.short_side)
+        photo = decode(file, min_short_side=self.short_side, background=self.background, max_pixels=max_pixels)
+        pixels = reduce_photo(photo, self.short_side)
         height, width, _ = pixels.shape
         if self.mode == "uint8":
             return height, width, pixels.data.cast("B")

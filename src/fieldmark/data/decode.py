@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import functools
 import io
 import logging
@@ -19,7 +18,7 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Union
@@ -33,38 +32,50 @@ from fieldmark.errors import DataError, PhotoError
 if TYPE_CHECKING:
     from PIL import Image
 
+Pixels = NDArray[np.uint8]
+RGB = tuple[int, int, int]
+Source = Union[str, Path, bytes, Pixels, "Image.Image"]
 
-class ReducedPhoto(NamedTuple):
-    """A photo that was decoded at a fraction of its size."""
-
-    pixels: Pixels
-    """(h, w, 3) uint8, upright."""
-
-    width: int
-    """Of the whole upright photo, in pixels."""
-
-    height: int
-    """Of the whole upright photo, in pixels."""
-
-    scale: float
-    """Reduced coordinate = scale x full coordinate, on both axes: 1, 1/2, 1/4 or 1/8. `pixels` is rounded up, so its
-    last row and column may stand for less than a full pixel."""
+_ORIENTATION, _BITS_PER_SAMPLE, _SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 0x0112, 258, 254, 330, 50706
+_JPEG_START = b"\xff\xd8\xff"
+_MAGIC = (_JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+_ICONS = (b"\0\0\1\0", b"icns")
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
+_NESTED = re.compile(rb"(?:\x89PNG\r\n\x1a\n.{4}IHDR|\xff\x4f\xff\x51.{4})(.{4})(.{4})", re.DOTALL)  # PNG, JPEG 2000
+_TRUNCATED = re.compile(r"truncat|premature end|not enough|unexpected end|end of file|too short", re.IGNORECASE)
+_EMPTY = "is empty (0 bytes)"
+NO_MEMORY = "needs more memory than there is"
+_RAW_PROBLEM = "is a camera's raw file, which cannot be read: convert it to JPEG or TIFF"
+_NO_IMAGES = {
+    (b"FUJIFILMCCD-RAW", b"FOVb", b"IIU\0", b"IIRO", b"IIRS"): _RAW_PROBLEM,
+    (b"\xff\x0a", b"\0\0\0\x0cJXL "): "is JPEG XL, which cannot be read: convert it to JPEG or PNG",
+    (b"PK\3\4",): "is a ZIP archive, not an image",
+    (b"%PDF",): "is a PDF, not an image",
+}
+# Reading these would start another program (Ghostscript) or the system's own renderer: not with strangers' files.
+_DRAWINGS = frozenset({"EPS", "WMF", "EMF"})
+# A photo takes at least a bit or so for a pixel; only larger ones than this are held to it.
+_EMPTY_PIXELS, _PIXELS_PER_BYTE = 50_000_000, 100
+_PILLOW_MODULES = r"PIL\."
+_PILLOW_LOCK = threading.RLock()
+# Pillow logs what is wrong with a file and then raises it: without a handler Python would print it, nameless.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """How files become pixels; one for all photos of a model.
-
-    Attributes:
-        background: RGB under transparent pixels, 0 to 255.
-        max_pixels: Photos with more pixels than this, by their header, are refused before they are decoded.
-    """
+    """How files become pixels; one for all photos of a model."""
 
     background: RGB
-    max_pixels: int
+    """Under transparent pixels, 0 to 255."""
 
-    def read(self, source: Source | PhotoError) -> Pixels:
-        """(H, W, 3) uint8, upright, of a photo in any form; an array is taken as it is.
+    max_pixels: int
+    """Photos with more pixels than this, by their header, are refused before they are decoded."""
+
+    def read(self, source: Source | PhotoError, *, min_short_side: float | None = None) -> Pixels:
+        """Decode a photo in any form to (H, W, 3) uint8, upright; an array is taken as it is.
+
+        Files and bytes come reduced where `min_short_side` allows it, as from `decode`.
 
         Raises:
             PhotoError: The photo cannot be read, or the source is such an error.
@@ -76,22 +87,15 @@ class DecodeSpec:
             raise source
         if isinstance(source, np.ndarray):
             return source
-        if isinstance(source, str | Path):
-            return decode(Path(source), background=self.background, max_pixels=self.max_pixels)
-        if isinstance(source, bytes | bytearray | memoryview):
-            return decode(bytes(source), background=self.background, max_pixels=self.max_pixels)
+        if isinstance(source, str | Path | bytes | bytearray | memoryview):
+            file = Path(source) if isinstance(source, str | Path) else bytes(source)
+            return decode(file, background=self.background, max_pixels=self.max_pixels, min_short_side=min_short_side)
         image: Any = source
         if not isinstance(image, Image.Image):
             kind = type(source).__name__
             raise DataError(f"a photo is a path, bytes, a Pillow image or an (H, W, 3) uint8 array; got {kind}")
         # A copy: loading and turning must not change the caller's image, and Pillow's images are not thread-safe.
-        return from_image("the photo", image.copy(), self.background, self.max_pixels)
-
-    def reduce(self, source: Path | bytes, *, min_short_side: float) -> Pixels:
-        """(h, w, 3) uint8, upright; see `decode_reduced`."""
-        return decode_reduced(
-            source, min_short_side=min_short_side, background=self.background, max_pixels=self.max_pixels
-        ).pixels
+        return _from_image("the photo", image.copy(), self.background, self.max_pixels)
 
 
 class _JpegHeader(NamedTuple):
@@ -100,8 +104,15 @@ class _JpegHeader(NamedTuple):
     orientation: int
 
 
-def decode(source: Path | bytes, *, background: RGB, max_pixels: int, name: str = "<bytes>") -> Pixels:
-    """Decode one photo of any format that Pillow reads.
+def decode(
+    source: Path | bytes,
+    *,
+    background: RGB,
+    max_pixels: int,
+    min_short_side: float | None = None,
+    name: str = "<bytes>",
+) -> Pixels:
+    """Decode one photo of any format that Pillow reads, no larger than it needs to be.
 
     Gray of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB,
     of an animation the first frame counts.
@@ -110,6 +121,10 @@ def decode(source: Path | bytes, *, background: RGB, max_pixels: int, name: str 
         source: A file, or its content.
         background: RGB under transparent pixels, 0 to 255.
         max_pixels: Photos with more pixels than this, by their header, are refused before they are decoded.
+        min_short_side: The least short side of the result, in pixels; None is the whole photo. JPEG is then scaled by
+            1/2, 1/4 or 1/8, rounded up, in the DCT domain: libjpeg-turbo has SIMD code for these factors (5/8 to 7/8
+            take longer than the whole photo). Other formats come whole. To crop a box afterwards, ask for
+            `size * short side of the photo / short side of the box`.
         name: What to call `bytes` in an error.
 
     Returns:
@@ -118,100 +133,90 @@ def decode(source: Path | bytes, *, background: RGB, max_pixels: int, name: str 
     Raises:
         PhotoError: The file cannot be read, is empty, truncated, corrupt, too large, or no image.
     """
-    return decode_reduced(source, min_short_side=None, background=background, max_pixels=max_pixels, name=name).pixels
-
-
-def decode_reduced(
-    source: Path | bytes, *, min_short_side: float | None, background: RGB, max_pixels: int, name: str = "<bytes>"
-) -> ReducedPhoto:
-    """Decode one photo no larger than it needs to be.
-
-    JPEG is scaled in the DCT domain by 1/2, 1/4 or 1/8, the factors that libjpeg-turbo has SIMD code for (5/8 to 7/8
-    take longer than the whole photo). Other formats come out whole. To crop a box afterwards, ask for
-    `size * short side of the photo / short side of the box`. Region-of-interest decoding is not among simplejpeg's
-    functions, so the whole frame is decoded.
-
-    Args:
-        source: A file, or its content.
-        min_short_side: The short side of the result is at least this, in pixels, unless the photo is smaller: then it
-            comes whole. None is the whole photo.
-        background: As in `decode`.
-        max_pixels: As in `decode`.
-        name: As in `decode`.
-
-    Raises:
-        PhotoError: As in `decode`.
-
-    Source:
-        libjpeg-turbo's scaled inverse DCT, via simplejpeg.
-    """
     path, data = (name, source) if isinstance(source, bytes) else (str(source), _read(source))
     if not data:
-        raise PhotoError(path, "is empty (0 bytes)")
+        raise PhotoError(path, _EMPTY)
     header = _read_jpeg_header(data)
     if header is not None:
-        check_pixels(path, header.width * header.height, max_pixels, num_bytes=len(data))
-        reduced = _decode_jpeg(path, data, header, min_short_side)
-        if reduced is not None:
-            return reduced
-    pixels = _decode_with_pillow(path, data, background, max_pixels)
-    return ReducedPhoto(pixels, pixels.shape[1], pixels.shape[0], 1.0)
+        _check_pixels(path, header.width * header.height, max_pixels, num_bytes=len(data))
+        pixels = _decode_jpeg(path, data, header, min_short_side)
+        if pixels is not None:
+            return pixels
+    image = _open(path, io.BytesIO(data), max_pixels)
+    _check_pixels(path, image.width * image.height, max_pixels, num_bytes=len(data))
+    return _from_image(path, image, background, max_pixels)
 
 
 def read_size(source: Path | bytes, *, max_pixels: int, name: str = "<bytes>") -> tuple[int, int]:
-    """Read the size of the upright photo from its header.
-
-    Args:
-        source: A file, of which only the beginning is read, or its content.
-        max_pixels: As in `decode`.
-        name: As in `decode`.
-
-    Returns:
-        Width and height in pixels, as `decode` will give them.
+    """Read width and height of the upright photo from its header, as `decode` will give them.
 
     Raises:
         PhotoError: The header cannot be read. The pixels behind it may still be broken.
     """
-    if isinstance(source, bytes):
-        if not source:
-            raise PhotoError(name, "is empty (0 bytes)")
-        header = _read_jpeg_header(source)
-        if header is not None:
-            check_pixels(name, header.width * header.height, max_pixels)
-            return (header.height, header.width) if header.orientation > 4 else (header.width, header.height)
-        return _read_size_with_pillow(name, io.BytesIO(source), max_pixels)
+    path = name if isinstance(source, bytes) else str(source)
     try:
-        with source.open("rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             if not file.read(1):
-                raise PhotoError(str(source), "is empty (0 bytes)")
+                raise PhotoError(path, _EMPTY)
             file.seek(0)
-            return _read_size_with_pillow(str(source), file, max_pixels)
+            image = _open(path, file, max_pixels)
+            # Pillow gives the size of a TIFF upright already.
+            is_turned = image.format != "TIFF" and _read_orientation(image) > 4
+            return image.size[::-1] if is_turned else image.size
     except (OSError, ValueError) as error:
-        raise PhotoError(str(source), _reading_problem(error)) from None
+        raise PhotoError(path, explain_reading(error)) from None
+
+
+def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Undo EXIF orientation 1 to 8."""
+    if orientation == 1:
+        return pixels
+    import cv2
+
+    if orientation > 4:
+        pixels = cv2.transpose(pixels)  # pyright: ignore[reportAssignmentType]
+    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
+    return pixels if flip is None else cv2.flip(pixels, flip)  # pyright: ignore[reportReturnType]
+
+
+def silence_pillow() -> None:
+    """Keep Pillow's warnings in: what they say is either harmless or becomes a PhotoError here.
+
+    `warnings.catch_warnings` is not safe between threads (it restores another thread's filters), so the filter stays;
+    it touches only warnings that Pillow's own modules raise. It is put back in front when somebody's filter got ahead.
+    """
+    first = warnings.filters[0] if warnings.filters else None
+    if getattr(first and first[3], "pattern", None) != _PILLOW_MODULES:
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise PhotoError(str(path), _reading_problem(error)) from None
+        raise PhotoError(str(path), explain_reading(error)) from None
 
 
-def _reading_problem(error: OSError | ValueError) -> str:
+def explain_reading(error: OSError | ValueError) -> str:
+    """Say why a file cannot be read, without its name."""
     if isinstance(error, FileNotFoundError):
         return "has vanished"
-    if isinstance(error, PermissionError):
-        return "cannot be read: permission denied"
     if isinstance(error, IsADirectoryError):
         return "is a folder"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return "cannot be read: file name too long"
-    return f"cannot be read: {(error.strerror if isinstance(error, OSError) else None) or error}"
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}".lower()
+
+
+def _check_pixels(path: str, num_pixels: int, limit: int, *, num_bytes: int = 0) -> None:
+    """Refuse a decompression bomb by what its header says, and by the size of its file where that is given."""
+    if num_pixels > limit:
+        raise PhotoError(path, f"has {num_pixels} pixels, more than the limit {limit}")
+    if num_bytes and num_pixels > max(_EMPTY_PIXELS, num_bytes * _PIXELS_PER_BYTE):
+        raise PhotoError(path, f"has {num_pixels} pixels in {num_bytes} bytes, which no photo has")
 
 
 def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
-    """Size, colors and orientation; None for what simplejpeg cannot turn into RGB just as Pillow would."""
-    if not data.startswith(JPEG_START):
+    """Size and orientation; None for what simplejpeg cannot turn into RGB just as Pillow would."""
+    if not data.startswith(_JPEG_START):
         return None
     import simplejpeg
 
@@ -222,10 +227,10 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
     # CMYK and YCCK are Pillow's: it knows that Adobe stores them inverted.
     if colorspace not in {"YCbCr", "Gray", "RGB"}:
         return None
-    return _JpegHeader(int(width), int(height), _jpeg_orientation(data))
+    return _JpegHeader(int(width), int(height), _read_jpeg_orientation(data))
 
 
-def _jpeg_orientation(data: bytes) -> int:
+def _read_jpeg_orientation(data: bytes) -> int:
     """EXIF orientation, 1 to 8. Walks the segments, as Pillow's own header takes four times as long."""
     from PIL import Image
 
@@ -237,13 +242,11 @@ def _jpeg_orientation(data: bytes) -> int:
         segment = data[place + 4 : place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")]
         if data[place + 1] == 0xE1 and segment.startswith(b"Exif\0\0"):
             exif = Image.Exif()
-            try:
+            # A damaged EXIF block does not make the photo unusable.
+            with contextlib.suppress(Exception):
                 exif.load(segment)
-                orientation = exif.get(ORIENTATION)
-            except Exception:  # a damaged EXIF block does not make the photo unusable
-                orientation = None
-            if orientation is not None:
-                return orientation if orientation in range(1, 9) else 1
+                if (orientation := exif.get(_ORIENTATION)) is not None:
+                    return orientation if orientation in range(1, 9) else 1
         elif data[place + 1] == 0xE1 and b"tiff:Orientation" in segment:
             match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', segment)
             return int(match[1]) if match else 1
@@ -251,8 +254,8 @@ def _jpeg_orientation(data: bytes) -> int:
     return 1
 
 
-def _decode_jpeg(path: str, data: bytes, header: _JpegHeader, min_short_side: float | None) -> ReducedPhoto | None:
-    """Decode with libjpeg-turbo; None if it warns of something that Pillow should judge."""
+def _decode_jpeg(path: str, data: bytes, header: _JpegHeader, min_short_side: float | None) -> Pixels | None:
+    """Decode with libjpeg-turbo; None if it warns of something that Pillow should decide."""
     import simplejpeg
 
     factor = 1
@@ -268,69 +271,13 @@ def _decode_jpeg(path: str, data: bytes, header: _JpegHeader, min_short_side: fl
         if "premature end of data segment" in str(error):
             raise PhotoError(path, "is truncated") from None
         return None
-    width, height = (header.height, header.width) if header.orientation > 4 else (header.width, header.height)
-    return ReducedPhoto(turn_upright(pixels, header.orientation), width, height, 1 / factor)
-
-
-Pixels = NDArray[np.uint8]
-RGB = tuple[int, int, int]
-Source = Union[str, Path, bytes, Pixels, "Image.Image"]
-
-ORIENTATION = 0x0112
-JPEG_START = b"\xff\xd8\xff"
-_TRUNCATED = re.compile(r"truncat|premature end|not enough|unexpected end|end of file|too short", re.IGNORECASE)
-# Reading these would start another program (Ghostscript) or the system's own renderer: not with strangers' files.
-_NOT_PHOTOS = frozenset({"EPS", "WMF", "EMF"})
-_MAGIC = (JPEG_START, b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-_PILLOW_MODULES = r"PIL\."
-# A photo takes at least a bit or so for a pixel; only larger ones than this are held to it.
-_EMPTY_PIXELS, _PIXELS_PER_BYTE = 50_000_000, 100
-_PILLOW_LOCK = threading.RLock()
-_ICONS = (b"\0\0\1\0", b"icns")
-_HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
-_RAW_PROBLEM = "is a camera's raw file, which cannot be read: convert it to JPEG or TIFF"
-_NESTED = re.compile(rb"(?:\x89PNG\r\n\x1a\n.{4}IHDR|\xff\x4f\xff\x51.{4})(.{4})(.{4})", re.DOTALL)  # PNG, JPEG 2000
-_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 254, 330, 50706
-# Pillow logs what is wrong with a file and then raises it: without a handler Python would print it, nameless.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
-
-
-def check_pixels(path: str, num_pixels: int, limit: int, *, num_bytes: int = 0) -> None:
-    """Refuse a decompression bomb by what its header says, and by the size of its file where that is given."""
-    if num_pixels > limit:
-        raise PhotoError(path, f"has {num_pixels} pixels, more than the limit {limit}")
-    if num_bytes and num_pixels > max(_EMPTY_PIXELS, num_bytes * _PIXELS_PER_BYTE):
-        raise PhotoError(path, f"has {num_pixels} pixels in {num_bytes} bytes, which no photo has")
-
-
-def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Undo EXIF orientation 1 to 8."""
-    if orientation == 1:
-        return pixels
-    import cv2
-
-    if orientation in (5, 6, 7, 8):
-        pixels = cv2.transpose(pixels)  # pyright: ignore[reportAssignmentType]
-    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
-    return pixels if flip is None else cv2.flip(pixels, flip)  # pyright: ignore[reportReturnType]
-
-
-def _silence_pillow() -> None:
-    """Keep Pillow's warnings in: what they say is either harmless or becomes a PhotoError here.
-
-    `warnings.catch_warnings` is not safe between threads (it restores another thread's filters), so the filter stays;
-    it touches only warnings that Pillow's own modules raise. It is put back in front when somebody's filter got ahead.
-    """
-    first = warnings.filters[0] if warnings.filters else None
-    pattern = first[3] if first else None
-    if getattr(pattern, "pattern", None) != _PILLOW_MODULES:
-        warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
+    return turn_upright(pixels, header.orientation)
 
 
 def _open(path: str, file: BinaryIO, max_pixels: int) -> Image.Image:
     from PIL import Image
 
-    _silence_pillow()
+    silence_pillow()
     _silence_libtiff()
     has_heif = _register_heif()
     if os.path.splitext(path)[1].lower() in RAW_EXTENSIONS:  # noqa: PTH122
@@ -339,17 +286,13 @@ def _open(path: str, file: BinaryIO, max_pixels: int) -> Image.Image:
     file.seek(0)
     if start in _ICONS:  # Pillow decodes what is in them when it opens them
         content = file.read()
-        check_pixels(path, _nested_pixels(content), max_pixels, num_bytes=len(content))
+        _check_pixels(path, _count_nested_pixels(content), max_pixels, num_bytes=len(content))
         file.seek(0)
-    try:
-        with _pillow_limit(max_pixels):
-            image = Image.open(file)
-    except Image.DecompressionBombError as error:
-        raise PhotoError(path, _bomb_problem(error, max_pixels)) from None
-    except Exception as error:
-        raise PhotoError(path, _opening_problem(file, error, has_heif=has_heif)) from None
-    check_pixels(path, image.width * image.height, max_pixels)
-    if image.format in _NOT_PHOTOS:
+    explain = functools.partial(_explain_opening, file, has_heif)
+    with _photo_errors(path, max_pixels, explain), _pillow_limit(max_pixels):
+        image = Image.open(file)
+    _check_pixels(path, image.width * image.height, max_pixels)
+    if image.format in _DRAWINGS:
         raise PhotoError(path, f"is {image.format}, a drawing that needs another program to read")
     # What Pillow sees of such a file is its thumbnail.
     tags = getattr(image, "tag_v2", {})
@@ -399,7 +342,29 @@ def _pillow_limit(max_pixels: int) -> Generator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _opening_problem(file: BinaryIO, error: Exception, *, has_heif: bool) -> str:
+@contextlib.contextmanager
+def _photo_errors(path: str, max_pixels: int, explain: Callable[[Exception], str]) -> Generator[None]:
+    """Turn what Pillow raises, on damaged files nearly everything, into a PhotoError."""
+    from PIL import Image
+
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        number = re.search(r"\d+", str(error))
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        found = number[0] if number else "far too many"
+        raise PhotoError(path, f"has {found} pixels, more than the limit {limit}") from None
+    except MemoryError:
+        raise PhotoError(path, NO_MEMORY) from None
+    except Exception as error:
+        raise PhotoError(path, explain(error)) from None
+
+
+def _explain_damage(error: Exception) -> str:
+    return "is truncated" if isinstance(error, EOFError) or _TRUNCATED.search(str(error)) else "is corrupt"
+
+
+def _explain_opening(file: BinaryIO, has_heif: bool, error: Exception) -> str:
     try:
         file.seek(0)
         start = file.read(16)
@@ -408,49 +373,23 @@ def _opening_problem(file: BinaryIO, error: Exception, *, has_heif: bool) -> str
     kind = start[8:12] if start[4:8] == b"ftyp" else b""
     if kind in _HEIF_BRANDS and not has_heif:
         return "is HEIC, which needs a package: pip install 'fieldmark[heic]'"
-    if kind == b"crx " or start.startswith((b"FUJIFILMCCD-RAW", b"FOVb", b"IIU\0", b"IIRO", b"IIRS")):
+    if kind == b"crx ":
         return _RAW_PROBLEM
-    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return "is JPEG XL, which cannot be read: convert it to JPEG or PNG"
-    if start.startswith((b"PK\3\4", b"%PDF")):
-        return f"is a {'PDF' if start.startswith(b'%') else 'ZIP archive'}, not an image"
-    if not start.startswith(_MAGIC) and kind not in _HEIF_BRANDS:
-        return "is not an image"
-    return "is truncated" if _TRUNCATED.search(str(error)) else "is corrupt"
+    for starts, problem in _NO_IMAGES.items():
+        if start.startswith(starts):
+            return problem
+    return _explain_damage(error) if start.startswith(_MAGIC) or kind in _HEIF_BRANDS else "is not an image"
 
 
-def _bomb_problem(error: Exception, max_pixels: int) -> str:
-    from PIL import Image
-
-    numbers = [int(number) for number in re.findall(r"\d+", str(error))]
-    limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
-    return f"has {numbers[0] if numbers else 'far too many'} pixels, more than the limit {limit}"
-
-
-def _read_size_with_pillow(path: str, file: BinaryIO, max_pixels: int) -> tuple[int, int]:
-    """Width and height of the upright photo, from its header."""
-    image = _open(path, file, max_pixels)
-    # Pillow gives the size of a TIFF upright already.
-    if image.format != "TIFF" and _orientation(image) > 4:
-        return image.height, image.width
-    return image.width, image.height
-
-
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged EXIF block does not make the photo unusable
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
-def _decode_with_pillow(path: str, data: bytes, background: RGB, max_pixels: int) -> Pixels:
-    image = _open(path, io.BytesIO(data), max_pixels)
-    check_pixels(path, image.width * image.height, max_pixels, num_bytes=len(data))
-    return from_image(path, image, background, max_pixels)
-
-
-def _nested_pixels(data: bytes) -> int:
+def _count_nested_pixels(data: bytes) -> int:
     """Pixels of the largest picture within an icon, whose own header may say anything."""
     sizes = [(int.from_bytes(m[1], "big"), int.from_bytes(m[2], "big")) for m in _NESTED.finditer(data)]
     if data.startswith(_ICONS[0]):  # ICO: bitmaps without a signature, their offsets in a directory
@@ -462,23 +401,14 @@ def _nested_pixels(data: bytes) -> int:
     return max((width * height for width, height in sizes), default=0)
 
 
-def from_image(path: str, image: Image.Image, background: RGB, max_pixels: int) -> Pixels:
-    """(H, W, 3) upright of an open Pillow image of any mode; arguments and errors are those of data.decode."""
-    from PIL import Image
-
-    check_pixels(path, image.width * image.height, max_pixels)
-    try:
+def _from_image(path: str, image: Image.Image, background: RGB, max_pixels: int) -> Pixels:
+    """(H, W, 3) upright of an open Pillow image of any mode; arguments and errors are those of `decode`."""
+    _check_pixels(path, image.width * image.height, max_pixels)
+    with _photo_errors(path, max_pixels, _explain_damage):
         with _pillow_limit(max_pixels):
             image.load()
         # After load(), as Pillow turns TIFF itself and then takes the tag away.
-        return turn_upright(_to_rgb(image, background), _orientation(image))
-    except Image.DecompressionBombError as error:
-        raise PhotoError(path, _bomb_problem(error, max_pixels)) from None
-    except MemoryError:
-        raise PhotoError(path, "needs more memory than there is") from None
-    except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
-        truncated = isinstance(error, EOFError) or _TRUNCATED.search(str(error))
-        raise PhotoError(path, "is truncated" if truncated else "is corrupt") from None
+        return turn_upright(_to_rgb(image, background), _read_orientation(image))
 
 
 def _to_rgb(image: Image.Image, background: RGB) -> Pixels:
@@ -493,8 +423,7 @@ def _to_rgb(image: Image.Image, background: RGB) -> Pixels:
         image = canvas
     elif image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        image = image if converted is None else converted
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -514,6 +443,6 @@ def _to_8_bit(image: Image.Image) -> Pixels:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         fitting = next((top for top in ranges if least >= 0 and most <= top), None)
         low, high = (least, most) if fitting is None else (0.0, fitting)
-    elif image.format == "TIFF" and getattr(image, "tag_v2", {}).get(258) in (12, (12,)):
+    elif image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE) in (12, (12,)):
         high = 4095.0
     return np.rint((values - low) * (255 / max(high - low, 1e-30))).clip(0, 255).astype(np.uint8)

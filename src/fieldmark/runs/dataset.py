@@ -194,9 +194,7 @@ class PhotoReader:
 
     def read_reduced(self, number: int, min_short_side: float) -> NDArray[np.uint8]:
         """(h, w, 3) uint8 upright; the short side is at least `min_short_side`, or the photo's own."""
-        file = self.files[number]
-        assert isinstance(file, Path | bytes)
-        return self.decoding.reduce(file, min_short_side=min_short_side)
+        return self.decoding.read(self.files[number], min_short_side=min_short_side)
 
 
 @dataclass(frozen=True)
