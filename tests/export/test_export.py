@@ -103,7 +103,7 @@ def test_an_export_gives_the_runs_probabilities_at_any_batch_size(kind, exported
     loaded = ExportedModel.load(folder, threads=1, precision="f32")
     assert written.evidence["parity"]["photos"] == 24
     assert loaded.metadata == written
-    assert loaded.eval_spec() == SPEC
+    assert loaded.metadata.eval_spec() == SPEC
     for size in (1, 3, 24):
         with torch.inference_mode():
             expected = torch.softmax(model(torch.from_numpy(images[:size])) / 2.0, dim=1).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ CLASSES = ("2", "10", "great, tit", "$x$\n")
 
 def score(probabilities, labels, classes=CLASSES, split="val"):
     paths = tuple(f"{number}.jpg" for number in range(len(labels)))
-    prior = np.full(len(classes), 1 / len(classes))
-    return score_predictions(PhotoPredictions(paths, labels, probabilities), classes=classes, prior=prior, split=split)
+    run = SimpleNamespace(classes=classes, prior=np.full(len(classes), 1 / len(classes)))
+    return score_predictions(run, PhotoPredictions(paths, labels, probabilities), split)
 
 
 @pytest.fixture

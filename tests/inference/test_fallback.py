@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fieldmark.errors import DataError
-from fieldmark.inference.calibration import calibrate_run, load_calibration
+from fieldmark.inference.calibration import calibrate_run, fit_fallback, load_calibration
 from fieldmark.inference.predictor import Prediction
-from fieldmark.inference.taxonomy import Fallback, build_taxonomy, describe_fallback, fit_fallback
+from fieldmark.inference.taxonomy import Fallback, build_taxonomy, describe_fallback
 from fieldmark.runs.folder import Run, write_predictions
 
 CLASSES = ("crow", "raven", "gull", "tern")
@@ -51,7 +51,7 @@ def test_answers_of_a_group_alone_are_as_often_right_as_wanted(assurance):
     assert np.mean(right) >= 0.95
     assert found.scores[1].right == pytest.approx(np.mean(right))
     assert found.scores[1].answered == pytest.approx(len(groups) / 1000)
-    # Whoever is sure of the class is not answered with less.
+    # Where the class is sure, nothing coarser answers.
     assert all(
         (answer.level == "class") == (row.max() >= 0.9) for answer, row in zip(answers, probabilities, strict=True)
     )

@@ -1,16 +1,18 @@
 """Probabilities that mean what they say: a temperature, and the threshold for "unknown" with its evidence.
 
-Fitted on the stored validation predictions of a run and kept in its folder. Letters: N photos, K classes. Logits may be
-any real numbers up to a constant per row, so the logarithm of stored probabilities serves as well as the model's own.
+Fitted on the stored validation predictions of a run and kept in its folder. Letters: N photos, K classes, M thresholds.
+Logits may be any real numbers up to a constant per row, so the logarithm of stored probabilities serves as well as the
+model's own.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +21,8 @@ from scipy.special import log_softmax, softmax
 
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import read_values, whole_or_absent
-from fieldmark.inference.coverage import CoverageCurve, coverage_curve, threshold_for_accuracy, threshold_for_coverage
-from fieldmark.inference.taxonomy import Fallback, Taxonomy, fit_fallback, load_taxonomy
-from fieldmark.training.metrics import calibration_error, confidence_bins
+from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
+from fieldmark.training.metrics import calibration_error, confidence_bins, log_loss
 
 if TYPE_CHECKING:
     from fieldmark.runs.folder import Run
@@ -32,46 +33,31 @@ IntArray = NDArray[np.integer[Any]]
 
 # Beyond these a softmax is all but constant or one-hot: the likelihood is flat and a fit has no meaning.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
+_ROUNDING = 1e-6  # of summed float32 probabilities
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Finite, Field(gt=0)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What predict, serve and export need to say "unknown", with the evidence for it.
+    """What predict, serve and export need to say "unknown", with the evidence for it. Losses are in nats."""
 
-    Attributes:
-        temperature: Divides the logits, > 0; fitted on all N photos, or 1 where that made the log loss worse.
-        threshold: Least confidence that is answered, in [0, 1]; 0 answers everything.
-        wanted: What the threshold was asked for: "accuracy", "coverage" or "none".
-        wanted_value: The accuracy or coverage asked for, in [0, 1].
-        coverage: Share of photos answered at the threshold, cross-fitted.
-        accuracy: Share of right answers among them, cross-fitted.
-        num_photos: N.
-        log_loss_before: Mean negative log-likelihood at temperature 1, in nats.
-        log_loss_after: The same, cross-fitted: no photo counts with a temperature that was fitted on it.
-        calibration_error_before: Expected calibration error at temperature 1 (15 equal-width bins), in [0, 1].
-        calibration_error_after: The same, cross-fitted.
-        refused_temperature: The fitted temperature, where it made the cross-fitted log loss worse; else None.
-        refused_log_loss: That log loss, in nats.
-        fallback: Groups to answer with where the class is not sure; None without a taxonomy.
-    """
-
-    temperature: Annotated[Finite, Field(gt=0)]
-    threshold: Share
-    wanted: str
+    temperature: Positive  # divides the logits; fitted on all N photos, or 1 where that made the log loss worse
+    threshold: Share  # least confidence that is answered; 0 answers everything
+    wanted: str  # of the threshold: "accuracy", "coverage" or "none"
     wanted_value: Finite
-    coverage: Share
-    accuracy: Share
+    coverage: Share  # of photos answered at the threshold; this and all that follows is cross-fitted
+    accuracy: Share  # of the answers
     num_photos: int
-    log_loss_before: float
+    log_loss_before: float  # at temperature 1
     log_loss_after: float
-    calibration_error_before: float
+    calibration_error_before: float  # over 15 equally wide bins
     calibration_error_after: float
-    refused_temperature: float | None = None
+    refused_temperature: float | None = None  # the fitted one, where it made the cross-fitted log loss worse
     refused_log_loss: float | None = None
-    fallback: InstanceOf[Fallback] | None = field(default=None, compare=False)
+    fallback: InstanceOf[Fallback] | None = field(default=None, compare=False)  # None without a taxonomy
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -80,11 +66,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, num_classes: int) -> Calibration:
-        """Read what `to_dict` wrote, for a model of `num_classes` classes.
-
-        Raises:
-            DataError: A value is missing or not what it should be; names its key.
-        """
+        """Read what `to_dict` wrote; a DataError names the key of a value that is missing or not what it should be."""
         known = {name: value for name, value in values.items() if name != "fallback"}
         if values.get("back_off"):
             known["fallback"] = Fallback.from_dict(values["back_off"], num_classes=num_classes)
@@ -106,21 +88,29 @@ def calibrate_run(
 ) -> Calibration:
     """Fit temperature and threshold on the validation photos of a run and keep them in its folder.
 
-    predict, serve and export use them from then on. With `taxonomy`, a table of class, genus, family, photos whose
-    class is not sure get the finest group that is: groups are right as often as the answers of classes are wanted to be
-    (for a wanted coverage: as they are).
+    predict, serve and export use them from then on. A temperature whose cross-fitted log loss is above that of
+    temperature 1 is refused: then probabilities stay as they are, and the threshold is chosen on them.
 
-    See `calibrate` for the other arguments.
+    Args:
+        run: With stored validation predictions.
+        wanted: "accuracy" or "coverage" of the answers, or "none" to answer everything.
+        wanted_value: How much of it, in (0, 1]; ignored for "none".
+        assurance: One-sided confidence level that the true accuracy is that high, in [0, 1); 0 takes it as observed.
+        folds: Parts that the photos are divided into, each evaluated with a temperature that the others gave.
+        seed: Of that division.
+        taxonomy: Table of class, genus, family: photos whose class is not sure get the finest group that is. Groups
+            are right as often as the answers of classes are wanted to be (for a wanted coverage: as they are).
 
     Raises:
         RunError: No validation predictions are stored.
         DataError: What is wanted cannot be had, or the taxonomy does not fit the run's classes.
     """
     stored = run.predictions("val")
+    logits, labels = log_probabilities(stored.probabilities), stored.labels
     tree = load_taxonomy(taxonomy, run.classes) if taxonomy is not None else None
     found = calibrate(
-        log_probabilities(stored.probabilities),
-        stored.labels,
+        logits,
+        labels,
         wanted=wanted,
         wanted_value=wanted_value,
         assurance=assurance,
@@ -134,11 +124,7 @@ def calibrate_run(
 
 
 def load_calibration(run: Run) -> Calibration | None:
-    """The calibration in a run's folder, or None if there is none.
-
-    Raises:
-        RunError: It cannot be read.
-    """
+    """The calibration in a run's folder, or None if there is none."""
     path = run.path / FILE
     if not path.is_file():
         return None
@@ -164,28 +150,10 @@ def calibrate(
     seed: int,
     taxonomy: Taxonomy | None = None,
 ) -> Calibration:
-    """Temperature from all photos, threshold and evidence from cross-fitted ones.
-
-    A temperature whose cross-fitted log loss is above that of temperature 1 is refused: then probabilities stay as
-    they are, and the threshold is chosen on them.
-
-    Args:
-        logits: (N, K) of photos that the model was not trained on.
-        labels: (N,) class indices.
-        wanted: "accuracy" or "coverage" of the answers, or "none" to answer everything.
-        wanted_value: How much of it, in (0, 1]; ignored for "none".
-        assurance: See `threshold_for_accuracy`.
-        folds: See `cross_fitted`.
-        seed: See `cross_fitted`.
-        taxonomy: Groups to fall back to where a threshold is wanted; see `fit_fallback`.
-
-    Raises:
-        DataError: What is wanted cannot be had, or the arrays do not fit.
-    """
-    logits, labels = _checked(logits, labels)
-    before, after = apply_temperature(logits, 1.0), cross_fitted(logits, labels, folds=folds, seed=seed)
-    loss_before, loss_after = _mean_loss(before, labels), _mean_loss(after, labels)
+    """Temperature from all photos, threshold and evidence from cross-fitted ones; arguments as in `calibrate_run`."""
     temperature = fit_temperature(logits, labels)
+    before, after = apply_temperature(logits, 1.0), cross_fit(logits, labels, folds=folds, seed=seed)
+    loss_before, loss_after = log_loss(before, labels), log_loss(after, labels)
     is_refused = loss_after > loss_before
     kept = before if is_refused else after
     is_right, confidence = kept.argmax(axis=1) == labels, kept.max(axis=1)
@@ -219,15 +187,16 @@ def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
 
     The likelihood is convex in 1 / T, so this is the best.
 
-    Raises:
-        DataError: Shapes or labels do not fit, or a logit is not finite.
-
     Source:
         Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, section 4.2.
     """
     from scipy.optimize import minimize_scalar
 
-    logits, labels = _checked(logits, labels)
+    broken = int((~np.isfinite(logits)).any(axis=1).sum())
+    if broken:
+        raise DataError(
+            f"{broken} of {len(logits)} photos have predictions that are not finite: evaluate the run again"
+        )
     rows = np.arange(len(labels))
 
     def loss(inverse: float) -> float:
@@ -239,8 +208,6 @@ def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
 
 def apply_temperature(logits: FloatArray, temperature: float) -> FloatArray:
     """softmax(logits / temperature): (N, K) probabilities."""
-    if not 0 < temperature < np.inf:
-        raise DataError(f"a temperature must be above 0; got {temperature}")
     return np.asarray(softmax(np.asarray(logits, np.float64) / temperature, axis=1))
 
 
@@ -249,15 +216,8 @@ def log_probabilities(probabilities: NDArray[np.float32]) -> NDArray[np.float64]
     return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
 
 
-def cross_fitted(logits: FloatArray, labels: IntArray, *, folds: int, seed: int) -> FloatArray:
-    """(N, K) calibrated probabilities in which no photo counts with a temperature that was fitted on it.
-
-    The photos are divided by `seed` into `folds` parts, at least 2 and at most N; each is calibrated by the others.
-
-    Raises:
-        DataError: Fewer than 2 photos or folds.
-    """
-    logits, labels = _checked(logits, labels)
+def cross_fit(logits: FloatArray, labels: IntArray, *, folds: int, seed: int) -> FloatArray:
+    """(N, K) calibrated probabilities in which no photo counts with a temperature that was fitted on it."""
     if folds < 2 or len(labels) < 2:
         raise DataError(f"cross-fitting takes at least 2 photos and 2 folds; got {len(labels)} photos, {folds} folds")
     part = np.random.default_rng(seed).permutation(len(labels)) % min(folds, len(labels))
@@ -268,9 +228,73 @@ def cross_fitted(logits: FloatArray, labels: IntArray, *, folds: int, seed: int)
     return probabilities
 
 
-def _mean_loss(probabilities: FloatArray, labels: IntArray) -> float:
-    own = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(own, np.finfo(np.float64).tiny)).mean())
+class CoverageCurve(NamedTuple):
+    """Accuracy of the photos that are answered, as the threshold on the confidence rises."""
+
+    thresholds: FloatArray  # (M,) distinct confidences, rising; a photo is answered if its confidence is at least this
+    coverage: FloatArray  # (M,) share of the photos that are answered, in (0, 1], falling
+    accuracy: FloatArray  # (M,) share of right answers among the answered
+    answered: IntArray  # (M,) number of photos that are answered
+
+
+def coverage_curve(confidence: FloatArray, is_right: NDArray[np.bool_]) -> CoverageCurve:
+    """Coverage and accuracy at every threshold on the (N,) confidence that makes a difference."""
+    order = np.argsort(-confidence, kind="stable")
+    answered = np.arange(1, len(order) + 1)
+    right = np.cumsum(is_right[order])
+    # Photos of equal confidence are answered together: only the last of them is a threshold.
+    last = np.append(np.diff(confidence[order]) != 0, True)
+    thresholds, coverage, accuracy = (
+        column[last][::-1] for column in (confidence[order], answered / len(order), right / answered)
+    )
+    return CoverageCurve(thresholds, coverage, accuracy, answered[last][::-1])
+
+
+def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, assurance: float) -> float:
+    """The lowest threshold whose answers are as accurate as wanted, in (0, 1].
+
+    `assurance` is the one-sided confidence level (Clopper and Pearson 1934) that the true accuracy is that high, in
+    [0, 1); 0 takes the observed accuracy as it is. Thresholds are tested from strict to lax and the search stops at
+    the first failure (fixed-sequence testing; Angelopoulos et al., arXiv:2110.01052, section 5.1), so the confidence
+    level holds for the threshold that is chosen.
+    """
+    from scipy.stats import beta  # a second that a prediction need not wait for
+
+    _check_share("accuracy", accuracy)
+    if not 0 <= assurance < 1:
+        raise DataError(f"the confidence level (assurance) is a share from 0 to below 1; got {assurance}")
+    if assurance == 0:
+        reached = np.flatnonzero(curve.accuracy >= accuracy)
+        if not len(reached):
+            raise DataError(
+                f"no threshold answers with an accuracy of {accuracy:.1%}: the highest on these photos is "
+                f"{curve.accuracy.max():.1%}. Ask for less, or train a better model"
+            )
+        return float(curve.thresholds[reached[0]])
+    right = np.rint(curve.accuracy * curve.answered)
+    bound = np.where(right > 0, beta.ppf(1 - assurance, np.maximum(right, 1), curve.answered - right + 1), 0.0)
+    # With fewer answers than this not even an unbroken row of right ones proves anything. The sequence starts at twice
+    # as many, so that one mistake does not end it; where it starts depends on counts alone, never on the outcomes.
+    least = np.log(1 - assurance) / np.log(accuracy) if accuracy < 1 else np.inf
+    passed = bound[curve.answered >= 2 * least][::-1] >= accuracy
+    num_passed = int(np.cumprod(passed).sum())
+    if not num_passed:
+        raise DataError(
+            f"{curve.answered[0]} photos cannot show an accuracy of {accuracy:.1%} at a confidence level of "
+            f"{assurance:.0%}. Ask for a lower accuracy or level, or calibrate on more photos"
+        )
+    return float(curve.thresholds[len(passed) - num_passed])
+
+
+def threshold_for_coverage(curve: CoverageCurve, coverage: float) -> float:
+    """The highest threshold that still answers the wanted share of photos, in (0, 1]."""
+    _check_share("coverage", coverage)
+    return float(curve.thresholds[np.flatnonzero(curve.coverage >= coverage - 1e-12)[-1]])
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise DataError(f"the wanted {name} is a share above 0 and at most 1; got {value}")
 
 
 def _choose_threshold(curve: CoverageCurve, wanted: str, value: float, assurance: float) -> float:
@@ -283,32 +307,40 @@ def _choose_threshold(curve: CoverageCurve, wanted: str, value: float, assurance
     return 0.0
 
 
-def _checked(logits: FloatArray, labels: IntArray) -> tuple[FloatArray, IntArray]:
-    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise DataError(
-            f"calibration takes logits (N, K) and labels (N,), N at least 1; got {logits.shape} and {labels.shape}"
-        )
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise DataError(
-            f"labels must be class indices from 0 to {logits.shape[1] - 1}; got {labels.min()} to {labels.max()}. "
-            "Leave unlabeled photos out"
-        )
-    if not np.isfinite(logits).all():
-        raise DataError(
-            f"{int((~np.isfinite(logits)).any(axis=1).sum())} of {len(logits)} photos have logits that are not finite; "
-            "take the logarithm of probabilities with a floor above 0"
-        )
-    return logits, labels
+def fit_fallback(
+    probabilities: FloatArray,
+    labels: IntArray,
+    taxonomy: Taxonomy,
+    *,
+    threshold: float,
+    accuracy: float,
+    assurance: float,
+) -> Fallback:
+    """Thresholds from fine to coarse, each chosen on the photos that no finer level answers.
+
+    So the answers of every level, and not only those of all levels together, have the wanted `accuracy`. `threshold`
+    is that of the class itself; the (N, K) probabilities are cross-fitted.
+    """
+    thresholds: list[float | None] = [threshold]
+    is_open = probabilities.max(axis=1) < threshold
+    for level in range(1, len(taxonomy.levels)):
+        sums = taxonomy.at_level(probabilities, level)
+        confidence, is_right = sums.max(axis=1), sums.argmax(axis=1) == taxonomy.members[level][labels]
+        found = None
+        if is_open.any():
+            with suppress(DataError):  # never right often enough, or too few to show it: the next level may be
+                curve = coverage_curve(confidence[is_open], is_right[is_open])
+                found = max(0.0, threshold_for_accuracy(curve, accuracy, assurance=assurance) - _ROUNDING)
+                is_open &= confidence < found
+        thresholds.append(found)
+    return Fallback(taxonomy, tuple(thresholds), score_levels(probabilities, labels, taxonomy, thresholds))
 
 
 def estimate_prior(probabilities: FloatArray, prior: FloatArray) -> NDArray[np.float64]:
-    """The (K,) class shares among photos whose classes may come in other shares than in training.
+    """The (K,) class shares among photos whose classes may come in other shares than the `prior` of training.
 
-    Args:
-        probabilities: (N, K) calibrated.
-        prior: (K,) share of each class in training. As many photos as there are classes are counted with these, in
-            the shares of training: few photos change little, and no class is given up. Balance is not assumed.
+    As many photos as there are classes are counted with the shares of training: few photos change little, and no class
+    is given up. Balance is not assumed.
 
     Source:
         Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori Probabilities", Neural
@@ -331,25 +363,19 @@ def apply_prior(probabilities: FloatArray, prior: FloatArray, shares: FloatArray
     return np.where(total > 0, weighted / np.where(total > 0, total, 1), probabilities)
 
 
-def reliability_bins(confidence: FloatArray, is_right: NDArray[np.bool_], *, bins: int) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and count of each equal-width bin of confidence that holds a photo.
+def reliability_bins(
+    confidence: FloatArray, is_right: NDArray[np.bool_], *, bins: int
+) -> tuple[FloatArray, FloatArray, IntArray]:
+    """Mean confidence, accuracy and number of photos of each equally wide bin of confidence that holds a photo.
 
     Source:
         Guo et al., arXiv:1706.04599, section 2 (reliability diagrams).
     """
-    confidence, right = np.asarray(confidence, np.float64), np.asarray(is_right, np.float64)
     index = confidence_bins(confidence, bins=bins)
-    rows = [(number, index == number) for number in np.unique(index)]
-    return [
-        {
-            "low": float(number / bins),
-            "high": float((number + 1) / bins),
-            "confidence": float(confidence[inside].mean()),
-            "accuracy": float(right[inside].mean()),
-            "count": int(inside.sum()),
-        }
-        for number, inside in rows
-    ]
+    counts = np.bincount(index, minlength=bins)
+    held = counts > 0
+    sure, right = (np.bincount(index, weights=values, minlength=bins)[held] for values in (confidence, is_right))
+    return sure / counts[held], right / counts[held], counts[held]
 
 
 def describe_calibration(found: Calibration) -> str:
@@ -382,27 +408,22 @@ def save_calibration_figure(run: Run, found: Calibration) -> Path:
     stored = run.predictions("val")
     logits = log_probabilities(stored.probabilities)
     is_plain = found.refused_temperature is not None
-    probabilities = apply_temperature(logits, 1.0) if is_plain else cross_fitted(logits, stored.labels, folds=5, seed=0)
+    probabilities = apply_temperature(logits, 1.0) if is_plain else cross_fit(logits, stored.labels, folds=5, seed=0)
     confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == stored.labels
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    bins = reliability_bins(confidence, is_right, bins=15)
     left.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    left.scatter(
-        [row["confidence"] for row in bins],
-        [row["accuracy"] for row in bins],
-        s=[20 + 300 * row["count"] / len(confidence) for row in bins],
-    )
-    left.set(
-        xlabel="mean probability of the answer", ylabel="share of right answers", xlim=(-0.02, 1.02), ylim=(-0.03, 1.03)
-    )
-    left.set_title("Reliability (area: number of photos)")
+    sure, share, counts = reliability_bins(confidence, is_right, bins=15)
+    left.scatter(sure, share, s=20 + 300 * counts / len(confidence))
+    left.set(xlabel="mean probability of the answer", ylabel="share of right answers")
+    left.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), title="Reliability (area: number of photos)")
     curve = coverage_curve(confidence, is_right)
     right.step(curve.coverage, curve.accuracy, where="post")
     if found.threshold > 0:
-        right.scatter([found.coverage], [found.accuracy], zorder=3)
-        right.annotate(f"threshold {found.threshold:.2f}", (found.coverage, found.accuracy), textcoords="offset points",
-                       xytext=(-8, -14), ha="right")  # fmt: skip
+        place = (found.coverage, found.accuracy)
+        right.scatter(*place, zorder=3)
+        offset: Any = {"textcoords": "offset points", "xytext": (-8, -14), "ha": "right"}
+        right.annotate(f"threshold {found.threshold:.2f}", place, **offset)
     right.set(xlabel="share of photos answered", ylabel="share of right answers", xlim=(0, 1.02))
     right.set_title("Coverage and accuracy")
     path = run.path / "calibration.png"

@@ -250,7 +250,7 @@ def _make_part(out: Path) -> Path:
 
 def _write_summary(part: Path, summary: dict[str, Any]) -> None:
     run = Run(part)
-    found = score_predictions(run.predictions("val"), classes=run.classes, prior=run.prior, split="val")
+    found = score_predictions(run, run.predictions("val"), "val")
     summary["val"] = {**found.metrics, "top1_interval": list(found.top1_interval)}
     folder.write_json(part / folder.ENVIRONMENT, describe_environment())
     folder.write_json(part / folder.SUMMARY, summary)

@@ -39,27 +39,16 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well one class is recognized.
-
-    Attributes:
-        name: The class.
-        photos: Photos of it.
-        right: Of these, the ones found.
-        recall: `right` over `photos`; NaN without photos.
-        recall_low, recall_high: 95 % Wilson interval of `recall`.
-        precision: Share of the photos given this name that deserve it; NaN if none was given it.
-        taken_for: The class it is most often mistaken for; "" if never.
-        taken_for_photos: How often.
-    """
+    """How well one class is recognized."""
 
     name: str
     photos: int
-    right: int
-    recall: float
-    recall_low: float
+    right: int  # of these, the ones found
+    recall: float  # NaN without photos
+    recall_low: float  # 95 % Wilson interval
     recall_high: float
-    precision: float
-    taken_for: str
+    precision: float  # share of the photos given this name that deserve it; NaN if none was given it
+    taken_for: str  # the class it is most often mistaken for; "" if never
     taken_for_photos: int
 
 
@@ -92,7 +81,7 @@ class Evaluation:
 
     def score_classes(self) -> list[ClassScore]:
         """One row per class, in order of class index."""
-        return [_score_class(number, self.confusion, self.classes) for number in range(len(self.classes))]
+        return [self._score_class(number) for number in range(len(self.classes))]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; undefined metrics are None."""
@@ -105,6 +94,23 @@ class Evaluation:
             "classes": rows,
             "confusion": self.confusion.tolist(),
         } | ({} if self.flips is None else {"flips": asdict(self.flips)})
+
+    def _score_class(self, number: int) -> ClassScore:
+        row, classes = self.confusion[number].copy(), self.classes
+        photos, right, named = int(row.sum()), int(row[number]), int(self.confusion[:, number].sum())
+        row[number] = 0
+        low, high = wilson_interval(right, photos)
+        return ClassScore(
+            name=classes[number],
+            photos=photos,
+            right=right,
+            recall=right / photos if photos else math.nan,
+            recall_low=low,
+            recall_high=high,
+            precision=right / named if named else math.nan,
+            taken_for=classes[int(row.argmax())] if row.any() else "",
+            taken_for_photos=int(row.max()),
+        )
 
 
 def evaluate(
@@ -148,15 +154,11 @@ def evaluate(
     if not flips:
         path = run.path / "predictions" / f"{split}.parquet"
         folder.write_predictions(path, paths=paths, labels=labels, probabilities=probabilities, classes=run.classes)
-    return _score_run(run, PhotoPredictions(paths, labels, probabilities), split)
+    return score_predictions(run, PhotoPredictions(paths, labels, probabilities), split)
 
 
 def labeled_photos(run: Run, index: PhotoIndex, split: str) -> NDArray[np.int64]:
-    """(N,) the labeled photos of a split, as numbers of the index.
-
-    Raises:
-        RunError: There are none; says which splits there are.
-    """
+    """(N,) the labeled photos of a split, as numbers of the index; at least one."""
     labels = index.label_numbers()
     numbers = [number for number, photo in enumerate(index.photos) if photo.split == split and labels[number] >= 0]
     if not numbers:
@@ -168,20 +170,12 @@ def labeled_photos(run: Run, index: PhotoIndex, split: str) -> NDArray[np.int64]
 def evaluate_run(path: Path, *, split: str, data: Path | None, flips: bool, progress: Progress) -> Evaluation:
     """Evaluate one split of a run, from its stored predictions where there are some.
 
-    Args:
-        path: The run folder.
-        split: `val`, `test` or `train`.
-        data: Where the photos are now; predicts them anew. None is where they were.
-        flips: Evaluate with test-time augmentation, and say what that changes.
-        progress: Reports how far the work is.
-
-    Raises:
-        RunError: No such run, or no labeled photos in `split`.
-        PhotoError: A photo broke or vanished.
+    `data` says where the photos are now, and predicts them anew. `flips` evaluates with test-time augmentation, and
+    says what that changes.
     """
     run = Run(path)
     if data is None and (path / "predictions" / f"{split}.parquet").is_file():
-        found = _score_run(run, run.predictions(split), split)
+        found = score_predictions(run, run.predictions(split), split)
     else:
         found = evaluate(run, split=split, data=data, progress=progress)
     if not flips:
@@ -190,26 +184,14 @@ def evaluate_run(path: Path, *, split: str, data: Path | None, flips: bool, prog
     rows = {name: row for row, name in enumerate(found.predictions.paths)}
     plain = found.predictions.probabilities[[rows[name] for name in both.predictions.paths]]
     labels = both.predictions.labels
-    hits = [(answers.argmax(axis=1) == labels).astype(np.float64)[None]
-            for answers in (plain, both.predictions.probabilities)]  # fmt: skip
+    answers = (plain, both.predictions.probabilities)
+    hits = [(one.argmax(axis=1) == labels).astype(np.float64)[None] for one in answers]
     rng = np.random.default_rng(0)
     return replace(both, flips=paired_difference(*hits, level=0.95, draws=10_000, rng=rng))
 
 
-def score_predictions(
-    predictions: PhotoPredictions, *, classes: Sequence[str], prior: NDArray[np.float64], split: str
-) -> Evaluation:
-    """Compare predictions of labeled photos with their labels.
-
-    Args:
-        predictions: Of N photos.
-        classes: K names.
-        prior: (K,) share of each class in training.
-        split: What the photos are, for the record.
-
-    Raises:
-        RunError: No photo, one without a label, or one whose prediction is not finite.
-    """
+def score_predictions(run: Run, predictions: PhotoPredictions, split: str) -> Evaluation:
+    """Compare predictions of labeled photos with their labels, by the classes and the prior of a run."""
     labels = predictions.labels
     if not len(labels) or (labels < 0).any():
         unlabeled = int((labels < 0).sum())
@@ -223,36 +205,14 @@ def score_predictions(
             f"{split!r} cannot be evaluated: the predictions of {broken} of its {len(labels)} photos are not finite, "
             "so the weights that gave them are damaged. Train again, or restore the file"
         )
-    confusion = confusion_matrix(predictions.probabilities.argmax(axis=1), labels, num_classes=len(classes))
+    confusion = confusion_matrix(predictions.probabilities.argmax(axis=1), labels, num_classes=len(run.classes))
     return Evaluation(
         split=split,
-        classes=tuple(classes),
-        metrics=summarize(predictions.probabilities, labels, prior),
+        classes=run.classes,
+        metrics=summarize(predictions.probabilities, labels, run.prior),
         top1_interval=wilson_interval(int(np.trace(confusion)), len(labels)),
         predictions=predictions,
         confusion=confusion,
-    )
-
-
-def _score_run(run: Run, predictions: PhotoPredictions, split: str) -> Evaluation:
-    return score_predictions(predictions, classes=run.classes, prior=run.prior, split=split)
-
-
-def _score_class(number: int, confusion: NDArray[np.int64], classes: Sequence[str]) -> ClassScore:
-    row = confusion[number].copy()
-    photos, right, named = int(row.sum()), int(row[number]), int(confusion[:, number].sum())
-    row[number] = 0
-    low, high = wilson_interval(right, photos)
-    return ClassScore(
-        name=classes[number],
-        photos=photos,
-        right=right,
-        recall=right / photos if photos else math.nan,
-        recall_low=low,
-        recall_high=high,
-        precision=right / named if named else math.nan,
-        taken_for=classes[int(row.argmax())] if row.any() else "",
-        taken_for_photos=int(row.max()),
     )
 
 
@@ -293,20 +253,11 @@ def _format_classes(rows: Sequence[ClassScore], most: int) -> list[str]:
 
 
 def save_evaluation(found: Evaluation, path: Path) -> list[Path]:
-    """Write evaluation.json, classes.csv, confusion.csv and confusion.png into a folder; each is whole or absent.
-
-    Returns:
-        The files, in this order.
-
-    Raises:
-        ResourceError: A file cannot be written, or `path` is a file.
-    """
+    """Write evaluation.json, classes.csv, confusion.csv and confusion.png into a folder; each is whole or absent."""
     names, rows = found.classes, found.score_classes()
     contents = {
         "evaluation.json": (json.dumps(found.as_dict(), indent=2) + "\n").encode(),
-        "classes.csv": _csv_bytes(
-            [list(ClassScore.__dataclass_fields__), *(list(asdict(row).values()) for row in rows)]
-        ),
+        "classes.csv": _csv_bytes([list(asdict(rows[0])), *(list(asdict(row).values()) for row in rows)]),
         "confusion.csv": _csv_bytes(
             [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, found.confusion, strict=True))]
         ),
@@ -319,11 +270,7 @@ def save_evaluation(found: Evaluation, path: Path) -> list[Path]:
 
 
 def make_output_folder(path: Path) -> None:
-    """Make the folder of `--out`, before any work that would be lost without it.
-
-    Raises:
-        ResourceError: There is a file of that name, or the folder cannot be made.
-    """
+    """Make the folder of `--out`, before any work that would be lost without it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -10,8 +10,9 @@ import json
 import pickle
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import softmax
 
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.errors import DataError, ExportError, MissingExtraError
 from fieldmark.files import read_values
+from fieldmark.inference.calibration import Finite, Positive, Share
+from fieldmark.inference.taxonomy import Fallback
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
-    from fieldmark.data.decode import DecodeSpec
-    from fieldmark.inference.taxonomy import Fallback
 
 
 Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -36,51 +38,29 @@ KEY = "fieldmark"
 FORMAT = 1
 
 Channel = Annotated[int, Field(ge=0, le=255)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[Finite, Field(gt=0)]
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Everything between a photo and a named probability.
+    """Everything between a photo and a named probability."""
 
-    Attributes:
-        kind: "onnx", "openvino", "torch" or "timm".
-        precision: "float32", "float16" (weights only) or "int8".
-        file: Name of the model file in the same folder.
-        architecture: timm name of the backbone.
-        classes: Class names, in order of class index.
-        preprocessing: Fields of `augment.reference.EvalSpec`: how an upright RGB photo becomes the input (B, 3, S, S).
-        background: RGB under transparent pixels, 0 to 255.
-        temperature: Divides the logits before the softmax.
-        threshold: Least probability that is answered; below it the answer is "unknown". 0 answers everything.
-        parameters: Number of weights.
-        licence: License of the weights that training started from.
-        pretraining: What those weights were trained on.
-        run: Name of the run folder.
-        evidence: What was measured when it was exported: agreement of logits, accuracy of int8.
-        metrics: Metrics of the run on photos that it was not trained on.
-        back_off: `taxonomy.Fallback` as plain values: groups to answer with where the class is not sure.
-        max_pixels: Photos with more pixels are refused; exports of earlier versions have the default of the settings.
-        batch_size: Photos at once.
-    """
-
-    kind: str
-    precision: str
-    file: str
-    architecture: str
+    kind: str  # "onnx", "openvino", "torch" or "timm"
+    precision: str  # "float32", "float16" (weights only) or "int8"
+    file: str  # of the model, in the same folder
+    architecture: str  # timm name of the backbone
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
-    preprocessing: dict[str, Any]
-    background: tuple[Channel, Channel, Channel]
-    temperature: Positive
-    threshold: Annotated[Finite, Field(ge=0, le=1)]
+    preprocessing: dict[str, Any]  # fields of `augment.reference.EvalSpec`: an upright RGB photo to (B, 3, S, S)
+    background: tuple[Channel, Channel, Channel]  # RGB under transparent pixels
+    temperature: Positive  # divides the logits before the softmax
+    threshold: Share  # least probability that is answered; below it the answer is "unknown"
     parameters: int
-    licence: str
-    pretraining: str
-    run: str
-    evidence: dict[str, Any] = field(default_factory=dict[str, Any])
-    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
-    back_off: dict[str, Any] | None = None
+    licence: str  # of the weights that training started from
+    pretraining: str  # what those weights were trained on
+    run: str  # name of the run folder
+    evidence: dict[str, Any] = field(default_factory=dict[str, Any])  # agreement of logits, accuracy of int8
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])  # of the run, on photos it was not trained on
+    back_off: dict[str, Any] | None = None  # `taxonomy.Fallback` as plain values
+    # Exports of earlier versions have the defaults of the settings.
     max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
     batch_size: Annotated[int, Field(gt=0)] = 64
 
@@ -92,14 +72,10 @@ class ModelMetadata:
 
     def decode_spec(self) -> DecodeSpec:
         """How files become pixels, within the limit of the run."""
-        from fieldmark.data.decode import DecodeSpec
-
         return DecodeSpec(self.background, self.max_pixels)
 
     def groups(self) -> Fallback | None:
         """The groups to answer with where the class is not sure."""
-        from fieldmark.inference.taxonomy import Fallback
-
         return Fallback.from_dict(self.back_off, num_classes=len(self.classes)) if self.back_off else None
 
     def to_json(self) -> str:
@@ -108,15 +84,7 @@ class ModelMetadata:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> ModelMetadata:
-        """Read what `to_json` wrote; of text from elsewhere every value is checked.
-
-        Args:
-            text: JSON.
-            where: The file, for messages.
-
-        Raises:
-            ExportError: Not JSON, another format, or a value that is missing or not what it should be: names its key.
-        """
+        """Read what `to_json` wrote; of text from elsewhere every value is checked, by its key."""
         try:
             content = json.loads(text)
         except ValueError as error:
@@ -135,17 +103,11 @@ class ModelMetadata:
         twice = [name for place, name in enumerate(metadata.classes) if name in metadata.classes[:place]]
         if twice:
             raise ExportError(f"{where}, key 'classes': {twice[0]!r} stands there twice. Export the run again")
-        # JSON has lists where the values were tuples.
-        object.__setattr__(metadata, "preprocessing", asdict(spec))
-        return metadata
+        return replace(metadata, preprocessing=asdict(spec))  # JSON has lists where the values were tuples
 
     @classmethod
     def load(cls, folder: Path) -> ModelMetadata:
-        """Read the metadata of an exported model's folder.
-
-        Raises:
-            ExportError: There is none, or it cannot be read.
-        """
+        """Read the metadata of an exported model's folder."""
         path = folder / FILE
         try:
             text = path.read_text(encoding="utf-8")
@@ -170,16 +132,12 @@ class _EvalPicture:
     std: tuple[Positive, Positive, Positive]
 
 
+@dataclass(frozen=True, eq=False)
 class ExportedModel:
-    """A model that `fieldmark export` wrote, of any form. Calls from several threads are safe.
+    """A model that `fieldmark export` wrote, of any form. Calls from several threads are safe."""
 
-    Attributes:
-        metadata: What came with it.
-    """
-
-    def __init__(self, metadata: ModelMetadata, compute: Compute) -> None:
-        self.metadata = metadata
-        self._compute = compute
+    metadata: ModelMetadata
+    compute: Compute
 
     @classmethod
     def load(cls, folder: str | Path, *, threads: int, precision: str = "f32") -> ExportedModel:
@@ -190,10 +148,6 @@ class ExportedModel:
             threads: Threads of one call; 0 leaves it to the runtime.
             precision: What OpenVINO computes in: "f32", in which the export was proven, or "auto" for bf16 where the
                 processor has it. The others compute in what the file holds.
-
-        Raises:
-            ExportError: No export, or its model file is missing, cannot be read or gives other outputs than classes.
-            MissingExtraError: The runtime of this form is not installed.
         """
         folder = Path(folder)
         metadata = ModelMetadata.load(folder)
@@ -201,10 +155,10 @@ class ExportedModel:
         if Path(metadata.file).name != metadata.file or not path.is_file():
             raise ExportError(f"{folder} has no {metadata.file}: the export is not complete, make it again")
         loaders: dict[str, Callable[[], Compute]] = {
-            "onnx": lambda: _onnx(path, threads),
-            "openvino": lambda: _openvino(path, threads, precision),
-            "torch": lambda: _torch(path),
-            "timm": lambda: _timm(folder),
+            "onnx": lambda: _load_onnx(path, threads),
+            "openvino": lambda: _load_openvino(path, threads, precision),
+            "torch": lambda: _load_torch(path),
+            "timm": lambda: _load_timm(folder),
         }
         if metadata.kind not in loaders:
             raise ExportError(f"{folder} holds the unknown form {metadata.kind!r}; known are {', '.join(loaders)}")
@@ -224,22 +178,9 @@ class ExportedModel:
             )
         return cls(metadata, compute)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names, in order of class index."""
-        return self.metadata.classes
-
-    def eval_spec(self) -> EvalSpec:
-        """How a photo becomes an input."""
-        return self.metadata.eval_spec()
-
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, K) logits of normalized images (B, 3, S, S)."""
-        return self._compute(np.ascontiguousarray(images, np.float32))
-
-    def answer(self, images: NDArray[np.float32], *, flips: bool) -> NDArray[np.float32]:
-        """(B, K) logits; with `flips` the mean of those of each image and of its mirror image."""
-        output = self.logits(images)
+    def logits(self, images: NDArray[np.float32], *, flips: bool = False) -> NDArray[np.float32]:
+        """(B, K) logits of normalized (B, 3, S, S); with `flips` their mean with those of the mirror images."""
+        output = self.compute(np.ascontiguousarray(images, np.float32))
         return np.asarray((output + self.logits(images[..., ::-1])) / 2, np.float32) if flips else output
 
     def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -247,7 +188,7 @@ class ExportedModel:
         return np.asarray(softmax(self.logits(images) / self.metadata.temperature, axis=1), np.float32)
 
 
-def _onnx(path: Path, threads: int) -> Compute:
+def _load_onnx(path: Path, threads: int) -> Compute:
     try:
         import onnxruntime
     except ImportError:
@@ -260,9 +201,7 @@ def _onnx(path: Path, threads: int) -> Compute:
     return lambda images: np.asarray(session.run(None, {name: images})[0], np.float32)
 
 
-def _openvino(path: Path, threads: int, precision: str) -> Compute:
-    import threading
-
+def _load_openvino(path: Path, threads: int, precision: str) -> Compute:
     openvino = import_openvino()
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if threads:
@@ -282,11 +221,7 @@ def _openvino(path: Path, threads: int, precision: str) -> Compute:
 
 
 def import_openvino() -> Any:
-    """OpenVINO without its telemetry, which would otherwise send usage statistics to an analytics host.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
+    """OpenVINO without its telemetry, which would otherwise send usage statistics to an analytics host."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # to Python: not installed
     try:
         import openvino
@@ -295,12 +230,28 @@ def import_openvino() -> Any:
     return openvino
 
 
-def _torch(path: Path) -> Compute:
+def _load_torch(path: Path) -> Compute:
     from torch.export.pt2_archive._package import load_pt2
 
     _require_harmless_program(path)
     # Not torch.export.load: what this cannot read, that unpickles as an older format.
-    return _torch_compute(load_pt2(path).exported_programs["model"].module())
+    return _compute_with(load_pt2(path).exported_programs["model"].module())
+
+
+def _load_timm(folder: Path) -> Compute:
+    import timm
+
+    return _compute_with(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+
+
+def _compute_with(model: Any) -> Compute:
+    import torch
+
+    def compute(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images)).numpy()
+
+    return compute
 
 
 # All that an archive of one program without pickled or compiled objects holds.
@@ -327,11 +278,7 @@ _STRINGS = {
 
 
 def _require_harmless_program(path: Path) -> None:
-    """Refuse a .pt2 that could run code: torch unpickles some of its members, evaluates its sizes, calls by name.
-
-    Raises:
-        ExportError: It holds what `fieldmark export` never writes.
-    """
+    """Refuse a .pt2 that could run code: torch unpickles some of its members, evaluates its sizes, calls by name."""
     from torch.export.pt2_archive._package import PT2ArchiveReader
 
     with PT2ArchiveReader(str(path)) as archive:
@@ -383,19 +330,3 @@ def _is_plain(data: bytes) -> bool:
     except pickle.UnpicklingError:
         return False
     return True
-
-
-def _timm(folder: Path) -> Compute:
-    import timm
-
-    return _torch_compute(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
-
-
-def _torch_compute(model: Any) -> Compute:
-    import torch
-
-    def compute(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images)).numpy()
-
-    return compute

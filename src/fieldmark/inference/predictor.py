@@ -155,7 +155,7 @@ class Predictor:
             return cls(
                 classes=about.classes,
                 spec=about.eval_spec(),
-                logits=lambda batch: exported.answer(batch.images.numpy(), flips=flips),
+                logits=lambda batch: exported.logits(batch.images.numpy(), flips=flips),
                 decoding=about.decode_spec(),
                 batch_size=about.batch_size,
                 temperature=about.temperature,
