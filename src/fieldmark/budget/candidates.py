@@ -9,10 +9,8 @@ from typing import Any, Literal
 
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, WeightsError
+from fieldmark.models.catalog import PACKAGES, WEIGHT_FILES, InputConfig, package_file, resolve_name
 from fieldmark.models.classifier import count_parameters, create_classifier
-from fieldmark.models.names import resolve_name
-from fieldmark.models.provenance import InputConfig
-from fieldmark.models.sources import PACKAGES, package_file
 from fieldmark.models.weights import data_config
 
 View = Literal["whole", "center"]
@@ -211,7 +209,5 @@ def _cached() -> list[Backbone]:
 
 def _is_whole(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
-
-    from fieldmark.models.names import WEIGHT_FILES
 
     return any(isinstance(try_to_load_from_cache(f"timm/{name}", file), str) for file in WEIGHT_FILES)

@@ -120,7 +120,7 @@ def models(
 
     Without a pattern the short names alone.
     """
-    from fieldmark.models.names import format_models, list_models
+    from fieldmark.models.catalog import format_models, list_models
 
     rows = list_models(pattern)
     print_result(rows, format_models(rows), as_json=as_json)

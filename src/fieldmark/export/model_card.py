@@ -13,7 +13,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from fieldmark.inference.exported import ModelMetadata
-from fieldmark.models.provenance import describe_pretraining
+from fieldmark.models.catalog import describe_pretraining
 from fieldmark.study.report import markdown_text
 
 if TYPE_CHECKING:
@@ -180,8 +180,8 @@ def _data(data: dict[str, Any]) -> str:
 
 def _weights(metadata: ModelMetadata) -> str:
     text = f"Training started from weights under the licence **{markdown_text(metadata.licence)}**"
-    described = describe_pretraining(metadata.pretraining)
-    text += f", pre-trained on: {markdown_text(metadata.pretraining if described == 'unknown' else described)}."
+    seen = describe_pretraining(metadata.pretraining, default=metadata.pretraining)
+    text += f", pre-trained on: {markdown_text(seen)}."
     if "nc" in metadata.licence.lower().replace("_", "-").split("-"):
         text += " That licence forbids commercial use, of this model too."
     return text

@@ -9,25 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from fieldmark.errors import ConfigError
-from fieldmark.models.names import check_name
+from fieldmark.models.catalog import check_name, fetch, hub_repository
 
 
 class Classifier(nn.Module):
-    """Backbone, pooled features, head.
-
-    Args:
-        backbone: (B, 3, H, W) -> (B, F).
-        head: (B, F) -> (B, K).
-        name: The timm name of the backbone.
-        num_features: F.
-        feature_dropout: Probability with which a pooled feature is zeroed in training, in [0, 1).
-    """
+    """Backbone (B, 3, H, W) -> (B, F), dropout of the pooled features, head (B, F) -> (B, K)."""
 
     def __init__(
         self, backbone: nn.Module, head: nn.Module, *, name: str, num_features: int, feature_dropout: float
@@ -47,25 +40,22 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, F) of normalized images (B, 3, H, W), before any dropout."""
-        with _fast_gradients(is_wanted=self.training and images.device.type == "cpu"):
-            features = self._compute_features(images)
-        if features.ndim != 2:
-            raise ConfigError(
-                f"model.name: {self.name} gives features of shape {tuple(features.shape)} rather than one vector for "
-                "each photo, as an encoder of a larger system does. Choose a model that classifies"
-            )
-        return features
-
-    def _compute_features(self, images: Tensor) -> Tensor:
         try:
-            return self.backbone(images)
-        except AssertionError as error:  # timm's word for a size that an architecture does not take
+            with _fast_gradients() if self.training and images.device.type == "cpu" else nullcontext():
+                features = self.backbone(images)
+        except AssertionError as error:  # timm's way to refuse a size
             settings: Any = getattr(self.backbone, "pretrained_cfg", {})
             side = (settings.get("input_size") or (0,))[-1]
             raise ConfigError(
                 f"model.name: {self.name} takes images of {side} pixels; got {images.shape[-1]} ({error}). "
                 f"Set augment.size={side} and eval.size={side} without train.resolution_steps, or choose another model"
             ) from None
+        if features.ndim != 2:
+            raise ConfigError(
+                f"model.name: {self.name} gives features of shape {tuple(features.shape)} rather than one vector for "
+                "each photo, as an encoder of a larger system does. Choose a model that classifies"
+            )
+        return features
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (B, K) of pooled features (B, F)."""
@@ -74,21 +64,21 @@ class Classifier(nn.Module):
     def stages(self) -> list[list[nn.Module]]:
         """Modules by stage from the input outwards: the stem, the backbone's stages, the head last.
 
-        A stage holds the largest modules that lie in it as a whole. A tensor that belongs to no such module (a
+        A stage holds the largest modules that belong to it as a whole. A tensor that belongs to no such module (a
         position embedding, say) is in `stage_parameters` alone.
         """
-        stage_of = _backbone_stages(self.backbone)
+        stage_of = _number_stages(self.backbone)
         stages: list[list[nn.Module]] = [[] for _ in range(max(stage_of.values()) + 1)]
         _sort_modules(self.backbone, "", stage_of, stages)
         return [*stages, [self.head]]
 
     def stage_parameters(self) -> list[list[tuple[str, nn.Parameter]]]:
         """(name, parameter) by stage, as in `stages`; each parameter of the model exactly once."""
-        stage_of = _backbone_stages(self.backbone)
+        stage_of = _number_stages(self.backbone)
         stages: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(max(stage_of.values()) + 1)]
         for name, parameter in self.backbone.named_parameters():
             stages[stage_of[name]].append((f"backbone.{name}", parameter))
-        return [*stages, [(f"head.{name}", parameter) for name, parameter in self.head.named_parameters()]]
+        return [*stages, list(self.head.named_parameters(prefix="head"))]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the backbone's authors exempt from decay besides norms and biases."""
@@ -103,9 +93,8 @@ class Classifier(nn.Module):
         """
         super().train(mode)
         if mode and self.num_frozen_stages:
-            for stage in self.stages()[: self.num_frozen_stages]:
-                for module in stage:
-                    module.eval()
+            for module in chain(*self.stages()[: self.num_frozen_stages]):
+                module.eval()
         if mode and self.has_frozen_batchnorm:
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
@@ -113,12 +102,11 @@ class Classifier(nn.Module):
         return self
 
 
-def _fast_gradients(*, is_wanted: bool) -> AbstractContextManager[object]:
-    if not is_wanted or torch.compiler.is_compiling():
+def _fast_gradients() -> AbstractContextManager[object]:
+    if torch.compiler.is_compiling():
         return nullcontext()
-    from fieldmark.models.depthwise import (
-        DepthwiseGradients,  # its kernels cost time to load, and only training has use
-    )
+    # Its kernels cost time to load, and only training has use for them.
+    from fieldmark.models.depthwise import DepthwiseGradients
 
     return DepthwiseGradients()
 
@@ -134,23 +122,14 @@ def create_classifier(
     drop_path: float,
     stride_in_1x1: bool,
 ) -> Classifier:
-    """A randomly initialized classifier; torch's global generator decides the weights.
+    """Create a randomly initialized classifier; torch's global generator decides the weights.
 
-    Args:
-        name: A timm name; see `names.resolve_name` for aliases.
-        num_classes: K, at least 1.
-        head: "linear" is Linear(F, K). "mlp" is the report's Linear(F, `head_hidden`), Dropout(`head_dropout`), ReLU,
-            Linear(`head_hidden`, K), with dropout before the ReLU as the report has it.
-        head_hidden: Width of the mlp head.
-        head_dropout: Dropout of the mlp head, in [0, 1).
-        feature_dropout: Dropout of the pooled features before either head, in [0, 1).
-        drop_path: Rate of stochastic depth in the last block (arXiv:1603.09382), in [0, 1).
-        stride_in_1x1: Give the stride of a bottleneck to its first 1x1 convolution: the original ResNet (He et al.,
-            arXiv:1512.03385, table 1), as Keras' weights have it, rather than "v1.5".
+    The "mlp" head is the report's, dropout before the ReLU included. `drop_path` is the rate of stochastic depth in the
+    last block (arXiv:1603.09382). `stride_in_1x1` gives the stride of a bottleneck to its first 1x1 convolution: the
+    original ResNet (He et al., arXiv:1512.03385, table 1), as Keras' weights have it, rather than "v1.5".
 
-    Raises:
-        ConfigError: Unknown name, or an option that this backbone does not have.
-        WeightsError: `name` is on the hub ("hf-hub:...") and the hub cannot be reached.
+    Raises ConfigError for an unknown name, or an option that this backbone does not have, and WeightsError where `name`
+    is on the hub ("hf-hub:...") and the hub cannot be reached.
     """
     backbone = _create_backbone(name, drop_path)
     if stride_in_1x1:
@@ -169,17 +148,11 @@ def create_classifier(
 
 
 def freeze_stages(model: Classifier, count: int | Literal["all"], *, freeze_batchnorm: bool = False) -> None:
-    """Freeze exactly the first `count` stages of the backbone; all later ones, and the head, learn.
+    """Freeze exactly the first `count` stages of the backbone, the stem first; later ones, and the head, learn.
 
-    Calling it again with less is gradual unfreezing (Howard & Ruder, arXiv:1801.06146, section 3.3).
-
-    Args:
-        model: Changed in place: `requires_grad`, and the mode of frozen modules (see `Classifier.train`).
-        count: Stages from the input, the stem being the first; "all" freezes the backbone.
-        freeze_batchnorm: Keep the statistics of every BatchNorm of the backbone, learning stages included.
-
-    Raises:
-        ConfigError: The backbone has fewer stages.
+    Changes `requires_grad`, and the mode of frozen modules (see `Classifier.train`). `freeze_batchnorm` keeps the
+    statistics of every BatchNorm of the backbone, learning stages included. Calling it again with less is gradual
+    unfreezing (Howard & Ruder, arXiv:1801.06146, section 3.3).
     """
     stages = model.stage_parameters()[:-1]
     number = len(stages) if count == "all" else count
@@ -217,14 +190,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def check_parameter_budget(counts: Sequence[tuple[str, int]], *, max_millions: float) -> None:
-    """Refuse models that have too many parameters in all.
+    """Raise ConfigError if the parameters of one model, or of all members of an ensemble, exceed the budget.
 
-    Args:
-        counts: (name, parameters) of one model, or of each member of an ensemble.
-        max_millions: The budget, in 1e6 parameters.
-
-    Raises:
-        ConfigError: The sum is above the budget; names each count.
+    `counts` are (name, parameters) of each model.
     """
     total = sum(count for _, count in counts)
     if total <= max_millions * 1e6:
@@ -245,10 +213,9 @@ def _create_backbone(name: str, drop_path: float) -> nn.Module:
     import timm
     from timm.models import is_model_in_modules
 
-    from fieldmark.models.names import check_hub_model
-
     check_name(name)
-    check_hub_model(name)
+    if repository := hub_repository(name):
+        fetch(repository, ["config.json"])  # raises what a user understands
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if is_model_in_modules(name.partition(".")[0], _ANY_SIZE):
         options["dynamic_img_size"] = True  # position embeddings are resized where the size differs, and only there
@@ -272,7 +239,7 @@ def _move_stride_to_1x1(backbone: nn.Module, name: str) -> None:
         block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
 
 
-def _backbone_stages(backbone: nn.Module) -> dict[str, int]:
+def _number_stages(backbone: nn.Module) -> dict[str, int]:
     """Stage number of each tensor of the backbone, from the input, by timm's own coarse grouping."""
     from timm.models._manipulate import group_with_matcher
 
@@ -280,20 +247,21 @@ def _backbone_stages(backbone: nn.Module) -> dict[str, int]:
     try:
         matcher = cast(Any, backbone).group_matcher(coarse=True)
     except (AttributeError, AssertionError):  # a few families have none (MetaFormer), or none for stages (RDNet)
-        return _stages_by_numbers(names)
-    # "" matches no pattern, so it marks the group of tensors outside any stage: a final norm or projection, which
-    # belongs to the last stage.
-    groups: Mapping[int, list[str]] = group_with_matcher(iter([(name, name) for name in (*names, "")]), matcher)
-    grouping = {name: int(number) for number, members in groups.items() for name in members}
-    outside = grouping.pop("")
-    if isinstance(matcher, Mapping):
-        grouping = {name: max(number - (number == outside), 0) for name, number in grouping.items()}
+        grouping = _group_by_numbers(names)
+    else:
+        # "" matches no pattern, so it marks the group of tensors outside any stage: a final norm or projection, which
+        # belongs to the last stage.
+        groups: Mapping[int, list[str]] = group_with_matcher(iter([(name, name) for name in (*names, "")]), matcher)
+        grouping = {name: int(number) for number, members in groups.items() for name in members}
+        outside = grouping.pop("")
+        if isinstance(matcher, Mapping):
+            grouping = {name: max(number - (number == outside), 0) for name, number in grouping.items()}
     order = {number: position for position, number in enumerate(sorted(set(grouping.values())))}
     return {name: order[number] for name, number in grouping.items()}
 
 
-def _stages_by_numbers(names: Sequence[str]) -> dict[str, int]:
-    """Stages as the items of the largest numbered list of modules; the stem is what comes before it."""
+def _group_by_numbers(names: Sequence[str]) -> dict[str, int]:
+    """Groups as the items of the largest numbered list of modules; the stem is what comes before it."""
     matches = {name: re.match(r"(\w+)\.(\d+)\.", name) for name in names}
     lists = Counter(match[1] for match in matches.values() if match)
     main = max(lists, key=lambda name: lists[name], default="")
@@ -302,8 +270,7 @@ def _stages_by_numbers(names: Sequence[str]) -> dict[str, int]:
     for name, match in matches.items():
         latest = int(match[2]) + 1 if match and match[1] == main else latest
         grouping[name] = latest
-    order = {number: position for position, number in enumerate(sorted(set(grouping.values())))}
-    return {name: order[number] for name, number in grouping.items()}
+    return grouping
 
 
 def _sort_modules(module: nn.Module, prefix: str, stage_of: Mapping[str, int], stages: list[list[nn.Module]]) -> None:

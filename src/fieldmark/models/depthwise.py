@@ -69,10 +69,11 @@ def _depthwise(
     is_depthwise = images.ndim == 4 and 1 < groups == images.shape[1] == weight.shape[0]
     if not is_depthwise or not torch.is_grad_enabled() or not (images.requires_grad or weight.requires_grad):
         return None
-    steps, margins, spread = (_pair(value) for value in (stride, padding, dilation))
+    step, margin, spread = (_same_in_both(value) for value in (stride, padding, dilation))
     side = weight.shape[2]
-    is_square = steps[0] == steps[1] and margins[0] == margins[1] and side == weight.shape[3]
-    if not is_square or spread != (1, 1) or isinstance(padding, str) or (steps[0] == 1 and side <= WIDEST_GOOD_KERNEL):
+    if None in (step, margin) or spread != 1 or side != weight.shape[3]:
+        return None
+    if step == 1 and side <= WIDEST_GOOD_KERNEL:
         return None
     if torch.is_autocast_enabled("cpu"):
         precision = torch.get_autocast_dtype("cpu")
@@ -81,13 +82,14 @@ def _depthwise(
         return None
     if not images.is_contiguous(memory_format=torch.channels_last):
         return None
-    return _Convolution.apply(images, weight, bias, steps[0], margins[0])  # type: ignore[no-any-return]
+    return _Convolution.apply(images, weight, bias, step, margin)  # type: ignore[no-any-return]
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
-    if isinstance(value, int | str):
-        return value, value
-    return (value[0], value[-1])
+def _same_in_both(value: Any) -> int | None:
+    """The number of pixels of both directions; None where they differ, or are named ("same")."""
+    numbers = {value} if isinstance(value, int | str) else set(value)
+    number = numbers.pop()
+    return number if isinstance(number, int) and not numbers else None
 
 
 class _Convolution(torch.autograd.Function):
@@ -122,18 +124,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: Sequence[int], *, stride: int, padding: int) -> Tensor:
-    """The gradient of a depthwise convolution's input.
-
-    Args:
-        gradient: (N, C, h, w) float32 or bfloat16 in channels_last, of the output.
-        weight: (C, 1, K, K).
-        shape: N, C, H, W.
-        stride: Of the convolution, in both directions.
-        padding: With zeros, on all four sides.
-
-    Returns:
-        (N, C, H, W) of the gradient's type, in channels_last.
-    """
+    """(N, C, H, W) from the output's gradient (N, C, h, w) and weights (C, 1, K, K); tensors are in channels_last."""
     result = torch.empty(tuple(shape), dtype=gradient.dtype, memory_format=torch.channels_last)
     taps = weight.detach().float().squeeze(1).permute(1, 2, 0).contiguous().numpy()
     below, out = _rows(gradient), _rows(result)
@@ -142,18 +133,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: Sequence[int], *, st
 
 
 def weight_gradient(gradient: Tensor, images: Tensor, side: int, *, stride: int, padding: int) -> Tensor:
-    """The gradient of a depthwise convolution's weights.
-
-    Args:
-        gradient: (N, C, h, w) float32 or bfloat16 in channels_last, of the output.
-        images: (N, C, H, W) of the same type, in channels_last.
-        side: K.
-        stride: Of the convolution, in both directions.
-        padding: With zeros, on all four sides.
-
-    Returns:
-        (C, 1, K, K) of the gradient's type.
-    """
+    """(C, 1, K, K) from the output's gradient (N, C, h, w) and the input (N, C, H, W), both in channels_last."""
     sums = np.zeros((torch.get_num_threads(), side, side, images.shape[1]), np.float32)
     above, below = _rows(images), _rows(gradient)
     _share(len(images), lambda first, end, part: gather_gradient(above, below, stride, padding, first, end, sums[part]))
@@ -222,17 +202,7 @@ _STORED = {True: types.Array(uint16, 4, "C"), False: types.Array(float32, 4, "C"
 
 @compiled([void(stored, float32[:, :, ::1], int64, int64, int64, int64, stored) for stored in _STORED.values()])
 def spread_gradient(below: Any, taps: Any, stride: int, padding: int, first: int, end: int, out: Any) -> None:
-    """Input gradients of photos `first` to `end`.
-
-    Args:
-        below: (N, h, w, C) gradient of the output.
-        taps: (K, K, C) float32 weights.
-        stride: Of the convolution.
-        padding: Of the convolution.
-        first: Number of a photo.
-        end: One past the last.
-        out: (N, H, W, C) written for these photos.
-    """
+    """Write input gradients of photos `first` to `end` from (N, h, w, C) `below` and (K, K, C) taps to (N, H, W, C)."""
     side, channels = taps.shape[0], taps.shape[2]
     total = np.empty(channels, np.float32)
     for n in range(first, end):
@@ -257,18 +227,9 @@ def spread_gradient(below: Any, taps: Any, stride: int, padding: int, first: int
 
 @compiled([void(stored, stored, int64, int64, int64, int64, float32[:, :, ::1]) for stored in _STORED.values()])
 def gather_gradient(above: Any, below: Any, stride: int, padding: int, first: int, end: int, sums: Any) -> None:
-    """Add the weight gradients of photos `first` to `end`.
+    """Add the weight gradients of photos `first` to `end` of (N, H, W, C) input and (N, h, w, C) gradient to (K, K, C).
 
     Four pixels at a time, so that the sums are read and written a quarter as often.
-
-    Args:
-        above: (N, H, W, C) input.
-        below: (N, h, w, C) gradient of the output.
-        stride: Of the convolution.
-        padding: Of the convolution.
-        first: Number of a photo.
-        end: One past the last.
-        sums: (K, K, C) float32, added to.
     """
     side, width, channels = sums.shape[0], above.shape[2], above.shape[3]
     for n in range(first, end):

@@ -5,134 +5,131 @@ Nothing here unpickles code: files are read as safetensors or with `torch.load(w
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fieldmark.errors import WeightsError
-from fieldmark.models.classifier import Classifier
-from fieldmark.models.provenance import InputConfig, describe_pretraining, input_config, provenance_warnings
-from fieldmark.models.sources import (
-    Source,
+from fieldmark.models.catalog import (
+    InputConfig,
     as_config,
+    describe_pretraining,
     find_package,
-    from_file,
-    from_folder,
-    from_hub,
-    from_package,
-    read_folder_config,
+    input_config,
+    package_file,
+    pretrained_file,
+    provenance_warnings,
+    read_json,
     timm_config,
 )
+from fieldmark.models.classifier import Classifier
 
 MIN_MATCHED_FRACTION = 0.5
 """Of the backbone's tensors; below it, the weights are those of another model."""
 
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+"""File name endings that are read: the first as safetensors, the others as torch files."""
+
+NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Keys of training checkpoints that hold the weights, the average first, as in timm."""
+
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What was loaded, from where, and what of it fitted.
+    """What was loaded, from where, and what of it fitted; model.json holds it."""
 
-    Args:
-        name: timm name of the backbone.
-        source: "pretrained", "random", "package:..." or the file's name.
-        matched: Tensors of the backbone that were filled. BatchNorm's counters of batches are never counted.
-        total: Tensors of the backbone.
-        missing: Names of the backbone's tensors that stayed random.
-        unexpected: Names in the source without a counterpart.
-        mismatched: Names with another shape than the backbone's, and both shapes.
-        skipped: Names in the source of its own classifier, which a new head replaces.
-        licence: SPDX-like name, or "unknown".
-        pretraining: timm's tag or a description of the data seen, or "unknown".
-        sha256: Of the file, in hex; "" where there is no single file.
-    """
-
-    name: str
-    source: str
-    matched: int
-    total: int
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
+    name: str  # timm name of the backbone
+    source: str  # "pretrained", "random", "package:..." or the file's name
+    matched: int  # tensors of the backbone that were filled; BatchNorm's counters of batches are never counted
+    total: int  # tensors of the backbone
+    missing: tuple[str, ...] = ()  # names of the backbone's tensors that stayed random
+    unexpected: tuple[str, ...] = ()  # names in the source without a counterpart
+    mismatched: tuple[str, ...] = ()  # names with another shape than the backbone's, and both shapes
+    skipped: tuple[str, ...] = ()  # names in the source of its own classifier, which a new head replaces
     licence: str = "unknown"
-    pretraining: str = "unknown"
-    sha256: str = ""
+    pretraining: str = "unknown"  # timm's tag, or a description of the data seen
+    sha256: str = ""  # of the file, in hex; "" where there is no single file
 
     def summary(self) -> str:
         """One line for people."""
         if self.source == "random":
             return f"{self.name}: random weights, nothing pre-trained"
         parts = [f"{self.name} from {self.source}: {self.matched} of {self.total} tensors"]
-        left = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched))
-        parts += [f"{len(names)} {what} ({_some(names)})" for what, names in left if names]
-        described = describe_pretraining(self.pretraining)
-        seen = self.pretraining if described == "unknown" else described
+        left = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
+        parts += [f"{len(names)} {what} ({_list_some(names)})" for what, names in left.items() if names]
+        seen = describe_pretraining(self.pretraining, default=self.pretraining)
         parts += [f"licence {self.licence}", f"pre-trained on {seen}" if seen != "unknown" else "pre-training unknown"]
         parts += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
         return "; ".join(parts)
 
     def warnings(self) -> list[str]:
-        """Licence, contamination of a test set, and tensors that stayed random: one sentence each."""
+        """License, contamination of a test set, and tensors that stayed random: one sentence each."""
         if self.source == "random":
             return []
         what = self.name if self.source == "pretrained" else self.source
         found = provenance_warnings(name=what, licence=self.licence, pretraining=self.pretraining)
-        if self.missing or self.mismatched:
-            random = len(self.missing) + len(self.mismatched)
+        if random := len(self.missing) + len(self.mismatched):
             found.append(f"{what}: {random} of {self.total} tensors of {self.name} stay random")
         return found
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Tensors by name, and what is known about them."""
+
+    label: str
+    tensors: Mapping[str, Tensor]
+    licence: str | None
+    pretraining: str | None
+    file: Path | None
+
+
 def load_weights(model: Classifier, source: str) -> WeightsReport:
-    """Fill the backbone; the head stays as it is.
+    """Fill the backbone, all at once or not at all; the head stays as it is.
 
     Half-precision tensors become float32. Names may carry `module.`, `model.`, `backbone.` or be nested under
     `state_dict`, `model` or `model_ema` (preferred, as in timm).
 
     Args:
-        model: Changed in place, all at once or not at all.
+        model: Changed in place.
         source: "pretrained" (timm's hub), "random", a .safetensors, .pth or .pt file, a folder with config.json and a
-            weight file (timm's local-dir form), or "package:NAME" with a NAME from `packages.PACKAGES`.
+            weight file (timm's local-dir form), or "package:NAME" with a NAME from `catalog.PACKAGES`.
 
     Raises:
         WeightsError: The source cannot be had or read, holds code or values that are not finite, or fits less than
             half of the backbone.
     """
     if source == "random":
-        return WeightsReport(model.name, "random", 0, len(_target(model.backbone)), licence="none", pretraining="none")
+        return WeightsReport(model.name, "random", 0, len(_tensors(model)), licence="none", pretraining="none")
     if source == "pretrained":
-        return _apply(model, from_hub(model.name))
+        return _fill(model, _from_hub(model.name))
     if source.startswith("package:"):
-        return _apply(model, from_package(model.name, source))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _apply(model, from_folder(model.name, path))
-    return _apply(model, from_file(path))
+        return _fill(model, _from_package(model.name, source))
+    return _fill(model, _from_path(model.name, Path(source).expanduser()))
 
 
 def data_config(name: str, source: str) -> InputConfig:
-    """Size, crop, interpolation and normalization that the weights expect.
+    """Return size, crop, interpolation and normalization that the weights expect, without loading them.
 
     A file or random weights under a bare architecture name get that architecture's configuration at its training
     size. A name with a tag (`resnet101.a1h_in1k`) says that the file holds those weights; a folder says it itself.
-
-    Args:
-        name: timm name, as from `names.resolve_name`.
-        source: As for `load_weights`. Nothing is loaded.
-
-    Raises:
-        WeightsError: A package or folder that does not exist or does not fit the name.
+    Raises WeightsError for a package or folder that does not exist or does not fit the name.
     """
     is_own = True
     if source.startswith("package:"):
         config = timm_config(find_package(source, name).timm_name)
-    elif source not in ("pretrained", "random") and (settings := read_folder_config(Path(source).expanduser(), name)):
+    elif source not in ("pretrained", "random") and (settings := _read_config_beside(Path(source).expanduser(), name)):
         config = as_config(settings)
     else:
         config = timm_config(name)
@@ -140,68 +137,63 @@ def data_config(name: str, source: str) -> InputConfig:
     return input_config(config, is_own=is_own)
 
 
-def _apply(model: Classifier, source: Source) -> WeightsReport:
-    target = _target(model.backbone)
-    counters = model.backbone.state_dict().keys() - target.keys()
+def _fill(model: Classifier, source: _Source) -> WeightsReport:
+    state, target = model.backbone.state_dict(), _tensors(model)
     fitting: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    unexpected: list[str] = []
-    mismatched: list[str] = []
+    counters: dict[str, Tensor] = {}
+    mismatched: dict[str, str] = {}
     skipped: list[str] = []
+    unexpected: list[str] = []
     for given, tensor in source.tensors.items():
-        name = _strip(given, target, counters)
+        name = _strip(given, state)
         if name in target and tensor.shape == target[name].shape:
             fitting[name] = _as_float32(tensor, given, source.label)
         elif name in target:
-            mismatched.append(f"{name}: {tuple(tensor.shape)} for {tuple(target[name].shape)}")
+            mismatched[name] = f"{name}: {tuple(tensor.shape)} for {tuple(target[name].shape)}"
         elif _is_classifier(name, model.backbone):
             skipped.append(given)
-        elif name in counters:
-            counts[name] = tensor
-        elif not name.endswith("num_batches_tracked"):
+        elif name in state:
+            counters[name] = tensor
+        elif not name.endswith(_COUNTER):
             unexpected.append(given)
     if len(fitting) < MIN_MATCHED_FRACTION * len(target):
         raise WeightsError(
             f"model.weights: {source.label} does not hold weights of {model.name}: {len(fitting)} of its {len(target)} "
             f"tensors match, {len(mismatched)} have another shape, {len(unexpected)} are unknown"
-            f"{f' ({_some(unexpected)})' if unexpected else ''}. Set model.name to the model that they belong to"
+            f"{f' ({_list_some(unexpected)})' if unexpected else ''}. Set model.name to the model that they belong to"
         )
-    model.backbone.load_state_dict({**fitting, **counts}, strict=False)
-    wrong = {entry.partition(":")[0] for entry in mismatched}
+    model.backbone.load_state_dict({**fitting, **counters}, strict=False)
     return WeightsReport(
         name=model.name,
         source=source.label,
         matched=len(fitting),
         total=len(target),
-        missing=tuple(name for name in target if name not in fitting and name not in wrong),
+        missing=tuple(name for name in target if name not in fitting and name not in mismatched),
         unexpected=tuple(unexpected),
-        mismatched=tuple(mismatched),
+        mismatched=tuple(mismatched.values()),
         skipped=tuple(skipped),
-        licence=source.licence,
-        pretraining=source.pretraining,
-        sha256=source.sha256,
+        licence=source.licence or "unknown",
+        pretraining=source.pretraining or "unknown",
+        sha256=_digest(source.file) if source.file else "",
     )
 
 
-def _target(backbone: nn.Module) -> dict[str, Tensor]:
-    state = backbone.state_dict()
-    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+def _tensors(model: Classifier) -> dict[str, Tensor]:
+    """Tensors of the backbone without BatchNorm's counters of batches."""
+    return {name: tensor for name, tensor in model.backbone.state_dict().items() if not name.endswith(_COUNTER)}
 
 
-def _strip(name: str, *known: Collection[str]) -> str:
+def _strip(name: str, known: Mapping[str, Tensor]) -> str:
     """Drop wrappers' prefixes, but never one that the model itself has."""
-    while not any(name in names for names in known):
-        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
-        if prefix is None:
-            break
-        name = name.removeprefix(prefix)
+    while name not in known and name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
     return name
 
 
 def _is_classifier(name: str, backbone: nn.Module) -> bool:
     own: Any = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     heads = (own,) if isinstance(own, str) else tuple(own)
-    return any(name.startswith(f"{head}.") for head in (*heads, "head", "fc", "classifier"))
+    return name.startswith(tuple(f"{head}." for head in (*heads, "head", "fc", "classifier")))
 
 
 def _as_float32(tensor: Tensor, name: str, label: str) -> Tensor:
@@ -216,6 +208,137 @@ def _as_float32(tensor: Tensor, name: str, label: str) -> Tensor:
     return tensor
 
 
-def _some(names: Any, count: int = 3) -> str:
-    shown = [str(name) for name in names[:count]]
-    return ", ".join(shown) + (f" and {len(names) - count} more" if len(names) > count else "")
+def _list_some(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_hub(name: str) -> _Source:
+    """Load the weights that timm calls pretrained."""
+    import timm
+
+    config = timm_config(name)
+    path = pretrained_file(config, name)
+    overlay = {"file": str(path), "source": "", "hf_hub_filename": None} if path else None
+    try:
+        # A second model, so that timm's own conversions of the file for this architecture apply.
+        loaded = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"model.weights: the pretrained weights of {name} cannot be loaded: {error}") from None
+    return _Source("pretrained", loaded.state_dict(), config.license, config.tag, path)
+
+
+def _from_package(name: str, source: str) -> _Source:
+    import timm
+
+    package = find_package(source, name)
+    path = package_file(package)
+    with torch.device("meta"):
+        layout = timm.create_model(package.timm_name, num_classes=1000 if package.has_classifier else 0)
+    tensors = match_by_position(read_tensors(path)[0], layout.state_dict(), path.name)
+    return _Source(source, tensors, package.licence, package.pretraining, path)
+
+
+def _from_path(name: str, path: Path) -> _Source:
+    """Read a file, whose safetensors metadata may say `license` and `pretraining`, or a folder in timm's form."""
+    if not path.is_dir():
+        tensors, metadata = read_tensors(path)
+        return _Source(path.name, tensors, metadata.get("license"), metadata.get("pretraining"), path)
+    config = as_config(_read_config_beside(path, name))
+    file = next((path / file for file in _FOLDER_FILES if (path / file).is_file()), None)
+    if file is None:
+        raise WeightsError(f"model.weights: the folder {path} has none of {', '.join(_FOLDER_FILES)}")
+    return _Source(path.name, read_tensors(file)[0], config.license, config.tag, file)
+
+
+def _read_config_beside(path: Path, name: str) -> dict[str, Any]:
+    """Read timm's config.json in a folder, or beside a file if it describes the same architecture; {} for none."""
+    architecture = name.partition(".")[0]
+    if not path.is_dir():
+        try:
+            settings = read_json(path.parent / "config.json")
+        except WeightsError:  # there is none, or it is some other program's
+            return {}
+        return settings if settings.get("architecture") == architecture else {}
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise WeightsError(f"model.weights: the folder {path} has no config.json; give the weight file in it")
+    settings = read_json(config_file)
+    if settings.get("architecture") != architecture:
+        raise WeightsError(
+            f"model.weights: {config_file} describes {settings.get('architecture')!r}; got model.name {name!r}. "
+            "Set model.name to what the folder holds"
+        )
+    return settings
+
+
+def match_by_position(tensors: Mapping[str, Tensor], layout: Mapping[str, Tensor], file_name: str) -> dict[str, Tensor]:
+    """Give tensors the names of a layout with the same order and shapes; raise WeightsError where these differ."""
+    if len(tensors) != len(layout):
+        raise WeightsError(f"model.weights: {file_name} holds {len(tensors)} tensors, the model {len(layout)}")
+    for (theirs, tensor), (ours, expected) in zip(tensors.items(), layout.items(), strict=True):
+        if tensor.shape != expected.shape:
+            raise WeightsError(
+                f"model.weights: {file_name} does not have the model's order: {theirs} is {tuple(tensor.shape)} "
+                f"where {ours} is {tuple(expected.shape)}"
+            )
+    return dict(zip(layout, tensors.values(), strict=True))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a weight file, on the CPU, and the text metadata of safetensors, in the file's order.
+
+    Raises WeightsError where there is no such file, or it is of another kind, damaged, with pickled code, or has no
+    tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(
+            f"model.weights: there is no file or folder {str(path)!r}. Give pretrained, random, package:NAME, or "
+            "the path of a .safetensors or .pth file"
+        )
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        endings = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise WeightsError(f"model.weights: {path.name} is not a weight file; its name must end in {endings}")
+    try:
+        tensors, metadata = _read_safetensors(path) if suffix == SUFFIXES[0] else (_read_torch(path), {})
+    except OSError as error:
+        raise WeightsError(f"model.weights: {path.name} cannot be read: {error.strerror or error}") from None
+    if not tensors:
+        raise WeightsError(f"model.weights: {path.name} holds no tensors by name. Give a file of a state_dict")
+    return tensors, metadata
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsError(f"model.weights: {path.name} is not a whole safetensors file ({error})") from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickle protocols, which either load or are answered below
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            f"model.weights: {path.name} holds pickled objects besides tensors, which could run code when read, or "
+            "it is damaged; it was not opened. Ask for the state_dict alone (torch.save(model.state_dict(), ...)) or "
+            "for a .safetensors file"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"model.weights: {path.name} is not a whole torch file ({reason})") from None
+    if not isinstance(content, Mapping):
+        return {}
+    items = cast("Mapping[Any, Any]", content)
+    nested = next((items[nest] for nest in NESTS if isinstance(items.get(nest), Mapping)), items)
+    return {str(name): value for name, value in nested.items() if isinstance(value, Tensor)}

@@ -21,9 +21,8 @@ from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Loader, auto_workers
 from fieldmark.errors import ConfigError, FieldmarkError
+from fieldmark.models.catalog import InputConfig, resolve_name
 from fieldmark.models.classifier import Classifier, check_parameter_budget, count_parameters, create_classifier
-from fieldmark.models.names import resolve_name
-from fieldmark.models.provenance import InputConfig
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, user_folder

@@ -20,10 +20,8 @@ from fieldmark.data.audit import Audit, audit
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, WeightsError
+from fieldmark.models.catalog import InputConfig, pretrained_file, resolve_name, timm_config
 from fieldmark.models.classifier import Classifier, count_parameters, create_classifier
-from fieldmark.models.names import pretrained_file, resolve_name
-from fieldmark.models.provenance import InputConfig
-from fieldmark.models.sources import timm_config
 from fieldmark.models.weights import data_config
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs import build

@@ -23,7 +23,7 @@ from fieldmark.data.decode import decode, read_size
 from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import DataError, PhotoError
 from fieldmark.files import whole_or_absent
-from fieldmark.models.names import resolve_name
+from fieldmark.models.catalog import resolve_name
 from fieldmark.models.weights import data_config
 from fieldmark.progress import Progress
 from fieldmark.runs import build

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.errors import PhotoError, ResourceError, RunError
-from fieldmark.models.provenance import describe_pretraining
+from fieldmark.models.catalog import describe_pretraining
 from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, thumbnail
 from fieldmark.runs.folder import Run, RunResults, flatten, format_value
 from fieldmark.study.charts import (
@@ -277,8 +277,7 @@ def describe_weights(run: RunResults) -> str:
     """Where a run's weights came from, with license and pre-training."""
     weights = run.model.get("weights", {})
     tag = str(weights.get("pretraining") or "")
-    described = describe_pretraining(tag)
-    parts = [weights.get("source"), weights.get("licence"), tag if described == "unknown" else described]
+    parts = [weights.get("source"), weights.get("licence"), describe_pretraining(tag, default=tag)]
     return ", ".join(str(part) for part in parts if part) or run.config.model.weights
 
 
