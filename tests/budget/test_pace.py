@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from fieldmark.budget.pace import REPLAN_EVERY, Pace, Shape
+from fieldmark.budget.plan import REPLAN_EVERY, Pace, Shape
 
 
 def simulate(*, seconds: float, planned: float, actual: list[float]) -> tuple[float, list[float]]:

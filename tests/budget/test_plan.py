@@ -26,6 +26,10 @@ def begin(tmp_path, clock, seconds=60.0) -> Plan:
     return plan
 
 
+def list_names(plan: Plan) -> list[str]:
+    return [json.loads(line)["what"] for line in plan.path.read_text().splitlines()]
+
+
 def test_a_decision_on_record_is_repeated_and_later_ones_are_new(tmp_path):
     clock = FakeClock()
     plan = begin(tmp_path, clock)
@@ -35,7 +39,7 @@ def test_a_decision_on_record_is_repeated_and_later_ones_are_new(tmp_path):
     again = Plan.resume(tmp_path / "plan.jsonl", minutes=None, clock=clock)
     assert again.decide("size", lambda: pytest.fail("asked the clock again")) == 224
     assert again.decide("epochs", lambda: 5) == 5
-    assert [record["what"] for record in again.records()] == ["budget", "size", "epochs"]
+    assert list_names(again) == ["budget", "size", "epochs"]
 
 
 def test_a_resumed_plan_has_what_was_left_or_new_minutes(tmp_path):
@@ -58,7 +62,7 @@ def test_a_torn_last_line_is_forgotten(tmp_path):
     again = Plan.resume(plan.path, minutes=None, clock=FakeClock())
     assert again.decide("size", lambda: 0) == 224
     again.decide("epochs", lambda: 5)
-    assert [json.loads(line)["what"] for line in plan.path.read_text().splitlines()] == ["budget", "size", "epochs"]
+    assert list_names(plan) == ["budget", "size", "epochs"]
 
 
 def test_a_record_of_another_version_is_refused(tmp_path):

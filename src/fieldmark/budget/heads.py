@@ -14,6 +14,8 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fieldmark.training.metrics import log_loss
+
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-1, -10, -1))
 """L2 penalties that are tried, from the strongest: of the mean loss in nats, on standardized features."""
 
@@ -26,37 +28,19 @@ COARSE, FINE = 40, 300
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A linear head that takes raw features.
+    """A linear head that takes raw features: the standardization is folded into its weights."""
 
-    Attributes:
-        weight: (K, F) float32, the standardization folded in.
-        bias: (K,) float32.
-        l2: The strength that was chosen.
-        out_of_fold: (N, K) float32 probabilities, each photo's by a head that was fitted without its fold.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    l2: float
-    out_of_fold: NDArray[np.float32]
+    weight: Tensor  # (K, F) float32
+    bias: Tensor  # (K,) float32
+    l2: float  # the strength that was chosen
+    out_of_fold: NDArray[np.float32]  # (N, K) probabilities, each photo's by a head that was fitted without its fold
 
     def as_linear(self) -> nn.Linear:
         """The head as a module."""
-        layer = nn.Linear(self.weight.shape[1], self.weight.shape[0])
-        with torch.no_grad():
-            layer.weight.copy_(self.weight)
-            layer.bias.copy_(self.bias)
+        num_classes, width = self.weight.shape
+        layer = nn.Linear(width, num_classes, device="meta")  # draws no random numbers
+        layer.weight, layer.bias = nn.Parameter(self.weight.clone()), nn.Parameter(self.bias.clone())
         return layer
-
-    def log_loss(self, labels: NDArray[np.int64]) -> float:
-        """Mean out-of-fold negative log-likelihood, in nats."""
-        return mean_log_loss(self.out_of_fold, labels)
-
-
-def mean_log_loss(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """Mean negative log-likelihood, in nats."""
-    chosen = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(chosen, np.finfo(np.float32).tiny)).mean())
 
 
 def fit_head(
@@ -88,37 +72,29 @@ def fit_head(
     for l2 in strengths:
         probabilities = torch.empty(len(labels), num_classes)
         for number, held_out in enumerate(parts):
-            kept = ~held_out
-            inside = basis.rotated[kept]
-            weights[number] = _minimize(basis, inside, targets[kept], l2, weights[number], COARSE)
+            inside, own = basis.rotated[~held_out], targets[~held_out]
+            weights[number] = _minimize(basis, inside, own, l2, weights[number], COARSE)
             probabilities[held_out] = basis.logits(basis.rotated[held_out], weights[number]).softmax(1)
-        loss = mean_log_loss(probabilities.numpy(), labels)
+        loss = log_loss(probabilities.numpy(), labels)
         if best is not None and loss >= best[0]:
             break
         best = (loss, l2, probabilities)
     assert best is not None
     _, l2, out_of_fold = best
     solution = _minimize(basis, basis.rotated, targets, l2, basis.zeros(num_classes), FINE)
-    weight, bias = basis.fold_into_raw(solution)
-    return Head(weight, bias, l2, out_of_fold.numpy())
+    weight = (basis.axes @ solution[:-1] / basis.std[:, None]).T.contiguous()
+    return Head(weight, solution[-1] - weight @ basis.mean, l2, out_of_fold.numpy())
 
 
 @dataclass(frozen=True, eq=False)
 class _Basis:
-    """Standardized features on their principal axes.
+    """Standardized features on their principal axes."""
 
-    Attributes:
-        mean, std: (F,) of the raw features; a constant feature has std 1.
-        axes: (F, R) orthonormal.
-        variances: (R,) of the standardized features along each axis.
-        rotated: (N, R) float32.
-    """
-
-    mean: Tensor
-    std: Tensor
-    axes: Tensor
-    variances: Tensor
-    rotated: Tensor
+    mean: Tensor  # (F,) of the raw features
+    std: Tensor  # (F,); 1 for a constant feature
+    axes: Tensor  # (F, R) orthonormal
+    variances: Tensor  # (R,) of the standardized features along each axis
+    rotated: Tensor  # (N, R)
 
     @classmethod
     def of(cls, features: Tensor) -> _Basis:
@@ -140,11 +116,6 @@ class _Basis:
     def logits(self, rotated: Tensor, weights: Tensor) -> Tensor:
         """(N, K) logits of rotated features."""
         return torch.addmm(weights[-1], rotated, weights[:-1])
-
-    def fold_into_raw(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, F) weight and (K,) bias for raw features."""
-        weight = (self.axes @ weights[:-1] / self.std[:, None]).T.contiguous()
-        return weight, weights[-1] - weight @ self.mean
 
 
 def _minimize(basis: _Basis, rotated: Tensor, targets: Tensor, l2: float, start: Tensor, iterations: int) -> Tensor:

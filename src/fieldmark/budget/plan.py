@@ -1,20 +1,32 @@
-"""A deadline, and every decision that the clock made, as data that a later run can repeat."""
+"""A deadline, the decisions that the clock made as data that a later run repeats, and a training that ends on time."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar, cast
 
+from torch.optim import Optimizer
+
 from fieldmark.errors import ResourceError, RunError
+from fieldmark.training.schedule import RateSchedule
 
 PLAN = "plan.jsonl"
 
 CPU_MINUTES_OF_TWO_CORES = 10.0
 GPU_MINUTES = 60.0
+
+WARMUP_SHARE, COOLDOWN_SHARE = 0.02, 0.4
+"""Shares of all updates in which the rate rises, and in which it falls to zero."""
+
+REPLAN_EVERY = 10
+TOLERANCE = 0.04
+"""Of the planned updates: a smaller difference is not worth another plan."""
 
 Value = TypeVar("Value")
 Clock = Callable[[], float]
@@ -29,22 +41,16 @@ def default_minutes(*, cores: int, has_gpu: bool) -> float:
 
 @dataclass
 class Plan:
-    """What is left of a budget, and the record of what was decided by it.
+    """What is left of a budget, and the record of what was decided by it, one JSON object a line.
 
     A decision that is on record is taken from there, so that a resumed run goes the same way up to where it was left;
     later ones are made by the clock and added. Everything else in a run depends on its settings alone.
-
-    Attributes:
-        path: The record: one JSON object a line, with the seconds spent by then.
-        seconds: The budget.
-        clock: Seconds from any fixed moment; an argument so that tests need not wait.
-        spent_before: Seconds of earlier processes of this run.
     """
 
     path: Path
     seconds: float
-    clock: Clock = time.monotonic
-    spent_before: float = 0.0
+    clock: Clock = time.monotonic  # an argument so that tests need not wait
+    spent_before: float = 0.0  # seconds of earlier processes of this run
     started: float = field(init=False)
     _recorded: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     _position: int = 0
@@ -63,12 +69,8 @@ class Plan:
         if not records or records[0]["what"] != "budget":
             raise RunError(f"{path} does not begin with a budget: begin a new run with --minutes")
         spent = max(float(record["at"]) for record in records)
-        seconds = float(records[0]["value"])
-        seconds = spent + 60 * minutes if minutes is not None else seconds
-        plan = cls(path, seconds, clock, spent)
-        plan._recorded = records
-        plan._position = 1
-        return plan
+        seconds = float(records[0]["value"]) if minutes is None else spent + 60 * minutes
+        return cls(path, seconds, clock, spent, records, 1)
 
     def begin(self) -> None:
         """Write the first line of a new record."""
@@ -90,11 +92,9 @@ class Plan:
         return self._position < len(self._recorded)
 
     def decide(self, what: str, choose: Callable[[], Value]) -> Value:
-        """The recorded decision of this name, or a new one, which is recorded.
+        """The recorded decision of this name, or a new one, a plain JSON value, which is recorded.
 
-        Args:
-            what: Its name; the order of names must be the same in every run of the same settings.
-            choose: Makes it, from plain values that JSON holds.
+        The order of names must be the same in every run of the same settings.
 
         Raises:
             RunError: The record holds another decision here: it was made by another version or other settings.
@@ -121,10 +121,6 @@ class Plan:
             self._position += 1
         return found
 
-    def records(self) -> list[dict[str, Any]]:
-        """Everything decided so far, in order."""
-        return _read(self.path)
-
     def _append(self, record: dict[str, Any]) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -148,3 +144,88 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole.splitlines()]
     except json.JSONDecodeError as error:
         raise RunError(f"{path} is not JSON lines: {error}. Begin a new run") from None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The learning rate of a training, as a factor of its peak.
+
+    It rises, stays level, and falls linearly to zero: for an end that is not known exactly this loses nothing against a
+    cosine (Hagele et al., arXiv:2405.18392), and it can be moved while the rate is level.
+    """
+
+    warmup: int  # updates of the rise
+    top: float  # factor from which it falls, in (0, 1]
+    start: int  # update at which it begins to fall
+    end: int  # number of updates
+
+    @classmethod
+    def of(cls, updates: int) -> Shape:
+        """Return the shape of a training of so many updates."""
+        return cls(max(round(WARMUP_SHARE * updates), 1), 1.0, updates - round(COOLDOWN_SHARE * updates), updates)
+
+    def factor(self, step: int) -> float:
+        """Factor of update `step` (0-based), in (0, 1]; the one after the last would be 0."""
+        if step >= self.start:
+            return self.top * max(self.end - step, 0) / (self.end - self.start + 1)
+        return min((step + 1) / (self.warmup + 1), 1.0)
+
+    def moved(self, step: int, end: int) -> Shape:
+        """The shape that goes on from `step` and ends at `end`: it falls as soon as the cooldown's share asks for."""
+        end = max(end, step)
+        wanted = end - round(COOLDOWN_SHARE * end)
+        if step <= min(wanted, self.start):
+            return Shape(self.warmup, 1.0, wanted, end)
+        return Shape(self.warmup, max(self.factor(step), 1e-6), step, end)
+
+
+@dataclass
+class Pace:
+    """Watches the time of updates and moves the end of a training."""
+
+    shape: Shape
+    left: Callable[[], float]  # seconds until the training must have ended
+    overhead: float = 0.0  # seconds per update that are not spent in it (validation after each epoch)
+    most: int = 10**9  # updates after which more would earn nothing
+    _seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=20))
+    _before: float | None = None
+
+    def observe(self, now: float) -> None:
+        """Note that an update has just ended, or with a first call that the first begins."""
+        if self._before is not None:
+            self._seconds.append(now - self._before)
+        self._before = now
+
+    def forget(self) -> None:
+        """Count what happens until the next call of `observe` to no update."""
+        self._before = None
+
+    def propose(self, step: int) -> int | None:
+        """The update at which to end instead, where the plan in force would be late or leave time unused."""
+        if len(self._seconds) < 3 or (step % REPLAN_EVERY and self.left() > 0):
+            return None
+        # The slower of two views: the latest updates notice a machine that slows, all of them one that stutters.
+        latest = list(self._seconds)[-5:]
+        seconds = max(median(latest), sum(self._seconds) / len(self._seconds)) + self.overhead
+        end = step + max(int(self.left() / seconds), 0)
+        is_late = end < self.shape.end
+        end = min(end, self.most)
+        is_early = step < self.shape.start and end > self.shape.end * (1 + 2 * TOLERANCE)
+        if self.left() <= 0 or is_early or (is_late and self.shape.end - end > TOLERANCE * (self.shape.end - step)):
+            return end
+        return None
+
+
+class PacedSchedule(RateSchedule):
+    """Sets the rate of every parameter group from the number of updates done and the shape in force."""
+
+    def __init__(self, optimizer: Optimizer, pace: Pace) -> None:
+        self.optimizer = optimizer
+        self.pace = pace
+        self.step_number = 0
+        self._set_rates()
+
+    @property
+    def factor(self) -> float:
+        """Factor of the next update."""
+        return self.pace.shape.factor(self.step_number)

@@ -5,8 +5,9 @@ Shape letters: N photos, F features, K classes.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,17 +17,20 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from fieldmark.budget.candidates import Candidate
-from fieldmark.budget.heads import Head, fit_head, mean_log_loss
+from fieldmark.budget.heads import Head, fit_head
 from fieldmark.budget.plan import Plan
 from fieldmark.config import Config
-from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Loader
 from fieldmark.files import whole_or_absent
 from fieldmark.progress import Progress
 from fieldmark.runs import build
-from fieldmark.runs.dataset import EvalPhotos
+from fieldmark.runs.dataset import Dataset, EvalPhotos
 from fieldmark.runs.environment import usable_cores
+from fieldmark.runs.train import StopRequest
+from fieldmark.training.metrics import log_loss
 from fieldmark.training.probe import compute_features
+
+FEATURES = "features"
 
 CHUNK = 64
 """Photos between two looks at the clock."""
@@ -69,136 +73,31 @@ def make_folds(labels: Numbers, groups: Sequence[str], *, folds: int, seed: int)
     return result
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Features:
-    """A candidate's features of some photos, in the order of computing.
+    """A candidate's features of some photos, in the order of computing."""
 
-    Attributes:
-        numbers: (N,) photos.
-        values: (N, F) float32.
-        seconds: That they took.
-    """
-
-    numbers: Numbers
-    values: NDArray[np.float32]
-    seconds: float
+    numbers: Numbers  # (N,) photos
+    values: NDArray[np.float32]  # (N, F)
+    seconds: float  # that they took
 
     @property
     def seconds_per_photo(self) -> float:
         """Mean time of one photo."""
         return self.seconds / max(len(self.numbers), 1)
 
-    def of(self, numbers: Numbers) -> NDArray[np.float32]:
+    def select(self, numbers: Numbers) -> NDArray[np.float32]:
         """(M, F) features of these photos, all of which must be there."""
-        place = {int(number): row for row, number in enumerate(self.numbers)}
-        return self.values[[place[int(number)] for number in numbers]]
-
-
-@dataclass(eq=False)
-class FeatureStore:
-    """Features by candidate, computed once, kept in files so that a killed run need not repeat them.
-
-    Attributes:
-        config: The settings.
-        index: The photos.
-        fabric: Device and precision.
-        folder: Where the files are.
-        progress: Where to report.
-        should_stop: Whether a signal came.
-    """
-
-    config: Config
-    index: PhotoIndex
-    fabric: Fabric
-    folder: Path
-    progress: Progress
-    should_stop: Callable[[], bool]
-    models: dict[tuple[str, str], build.BuiltModel] = field(default_factory=dict[tuple[str, str], build.BuiltModel])
-    kept: dict[str, Features] = field(default_factory=dict[str, Features])
-
-    def model(self, candidate: Candidate) -> build.BuiltModel:
-        """The candidate's network with its weights, on the device, in evaluation mode."""
-        key = (candidate.backbone.name, candidate.backbone.weights)
-        if key not in self.models:
-            built = build.build_model(candidate.configure(self.config), num_classes=len(self.index.classes))
-            built.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.fabric.to_device(built.model)
-            self.models[key] = built
-        return self.models[key]
-
-    def get(self, candidate: Candidate, numbers: Numbers, *, until: Callable[[], bool]) -> Features:
-        """Features of at least the first of `numbers`: of as many as there is time for.
-
-        Args:
-            candidate: Whose.
-            numbers: Wanted photos; those that are known already are not computed again.
-            until: Asked after each chunk of photos; True ends the work.
-        """
-        known = self._load(candidate)
-        missing = numbers[~np.isin(numbers, known.numbers)]
-        if not len(missing):
-            return known
-        parts = [known.values] if len(known.numbers) else []
-        done, seconds = [known.numbers], known.seconds
-        built = self.model(candidate)
-        prepare = EvalPhotos(
-            build.build_reader(self.config, self.index),
-            build.build_eval_spec(candidate.configure(self.config), built.data),
-            keeps_broken=False,
-        )
-        self.progress.start(len(missing), 0)
-        with Loader(workers=0, threads=usable_cores()) as loader:
-            for start in range(0, len(missing), CHUNK):
-                began = time.perf_counter()
-                chunk = np.sort(missing[start : start + CHUNK])
-                batches = loader.batches(prepare, [chunk.tolist()], epoch=0)
-                values, order = compute_features(self.fabric, built.model, batches, channels_last=True)
-                parts.append(values.numpy())
-                done.append(order.numpy())
-                seconds += time.perf_counter() - began
-                self.progress.advance(len(chunk))
-                if until() or self.should_stop():
-                    break
-        found = Features(np.concatenate(done), np.concatenate(parts), seconds)
-        self._save(candidate, found)
-        return found
-
-    def _load(self, candidate: Candidate) -> Features:
-        if candidate.key in self.kept:
-            return self.kept[candidate.key]
-        path = self.folder / f"{candidate.key}.npz"
-        if not path.is_file():
-            return Features(np.zeros(0, np.int64), np.zeros((0, 0), np.float32), 0.0)
-        with np.load(path, allow_pickle=False) as stored:
-            return Features(stored["numbers"], stored["values"], float(stored["seconds"]))
-
-    def _save(self, candidate: Candidate, features: Features) -> None:
-        self.kept[candidate.key] = features
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-        def write(part: Path) -> None:
-            with part.open("wb") as file:
-                np.savez(file, numbers=features.numbers, values=features.values, seconds=features.seconds)
-
-        whole_or_absent(self.folder / f"{candidate.key}.npz", write)
+        row = {int(number): row for row, number in enumerate(self.numbers)}
+        return self.values[[row[int(number)] for number in numbers]]
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """How a candidate did on the photos that it was shown.
-
-    Attributes:
-        candidate: Which.
-        numbers: (N,) training photos.
-        head: Fitted on them.
-        log_loss: Out of fold, in nats.
-        top1: Out of fold, in [0, 1].
-        seconds_per_photo: Of its features.
-        fit_seconds: Of the head.
-    """
+    """How a candidate did on the photos that it was shown; losses and accuracies are out of fold."""
 
     candidate: Candidate
-    numbers: Numbers
+    numbers: Numbers  # (N,) training photos
     head: Head
     log_loss: float
     top1: float
@@ -208,60 +107,116 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Course:
-    """What all candidates of a race share.
+    """What all candidates share: settings, photos, clock and device, and what was computed of them so far.
 
-    Attributes:
-        store: Their features.
-        plan: The clock.
-        order: (N,) training photos, stratified.
-        val: (M,) validation photos.
-        seed: Of the run.
+    Features are computed once and kept in files, so that a killed run need not repeat them.
     """
 
-    store: FeatureStore
+    config: Config
+    path: Path  # the run folder
     plan: Plan
-    order: Numbers
-    val: Numbers
-    seed: int
+    log: Progress
+    stop: StopRequest
+    dataset: Dataset
+    fabric: Fabric
+    order: Numbers  # (N,) training photos, stratified
+    val: Numbers  # (M,) validation photos
+    models: dict[tuple[str, str], build.BuiltModel] = field(default_factory=dict[tuple[str, str], build.BuiltModel])
+    kept: dict[str, Features] = field(default_factory=dict[str, Features])
 
     @property
     def num_classes(self) -> int:
         """K."""
-        return len(self.store.index.classes)
+        return len(self.dataset.index.classes)
+
+    def load_model(self, candidate: Candidate) -> build.BuiltModel:
+        """The candidate's network with its weights, on the device, in evaluation mode."""
+        key = (candidate.backbone.name, candidate.backbone.weights)
+        if key not in self.models:
+            built = build.build_model(candidate.configure(self.config), num_classes=self.num_classes)
+            built.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.fabric.to_device(built.model)
+            self.models[key] = built
+        return self.models[key]
+
+    def collect_features(self, candidate: Candidate, numbers: Numbers, *, deadline: float = math.inf) -> Features:
+        """Features of at least the first of `numbers`: of as many as are done by `deadline`, in elapsed seconds."""
+        known = self._load(candidate)
+        missing = numbers[~np.isin(numbers, known.numbers)]
+        if not len(missing):
+            return known
+        parts = [known.values] if len(known.numbers) else []
+        done, seconds = [known.numbers], known.seconds
+        built = self.load_model(candidate)
+        prepare = EvalPhotos(
+            build.build_reader(self.config, self.dataset.index),
+            build.build_eval_spec(candidate.configure(self.config), built.data),
+            keeps_broken=False,
+        )
+        self.log.start(len(missing), 0)
+        with Loader(workers=0, threads=usable_cores()) as loader:
+            for start in range(0, len(missing), CHUNK):
+                began = time.perf_counter()
+                chunk = np.sort(missing[start : start + CHUNK])
+                batches = loader.batches(prepare, [chunk.tolist()], epoch=0)
+                values, order = compute_features(self.fabric, built.model, batches, channels_last=True)
+                parts.append(values.numpy())
+                done.append(order.numpy())
+                seconds += time.perf_counter() - began
+                self.log.advance(len(chunk))
+                if self.plan.elapsed > deadline or self.stop:
+                    break
+        found = Features(np.concatenate(done), np.concatenate(parts), seconds)
+        self._save(candidate, found)
+        return found
+
+    def _file(self, candidate: Candidate) -> Path:
+        return self.path / FEATURES / f"{candidate.key}.npz"
+
+    def _load(self, candidate: Candidate) -> Features:
+        if candidate.key in self.kept:
+            return self.kept[candidate.key]
+        if not self._file(candidate).is_file():
+            return Features(np.zeros(0, np.int64), np.zeros((0, 0), np.float32), 0.0)
+        with np.load(self._file(candidate), allow_pickle=False) as stored:
+            return Features(stored["numbers"], stored["values"], float(stored["seconds"]))
+
+    def _save(self, candidate: Candidate, features: Features) -> None:
+        self.kept[candidate.key] = features
+        self._file(candidate).parent.mkdir(parents=True, exist_ok=True)
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:
+                np.savez(file, numbers=features.numbers, values=features.values, seconds=features.seconds)
+
+        whole_or_absent(self._file(candidate), write)
 
     def enter(self, candidate: Candidate, count: int, *, deadline: float) -> Entry | None:
-        """Score a candidate on the first `count` training photos, or on as many as fit; None if they are too few.
-
-        Args:
-            candidate: Which.
-            count: Photos wanted.
-            deadline: On the plan's clock of elapsed seconds.
-        """
+        """Score a candidate on the first `count` training photos, or on as many as fit; None if they are too few."""
         wanted = self.order[:count]
-        reached: list[int] = []
 
         def compute() -> int:
-            found = self.store.get(candidate, wanted, until=lambda: self.plan.elapsed > deadline)
+            found = self.collect_features(candidate, wanted, deadline=deadline)
             return int(np.isin(wanted, found.numbers).sum())
 
         number = self.plan.decide(f"photos of {candidate.key}, of {count}", compute)
-        reached.append(number)
         if number < count and number < 2 * self.num_classes:
             return None
         return self.score(candidate, wanted[:number])
 
     def score(self, candidate: Candidate, numbers: Numbers) -> Entry:
         """Fit and cross-validate a head on these training photos."""
-        features = self.store.get(candidate, numbers, until=lambda: False)
-        labels = self.store.index.label_numbers()[numbers]
-        groups = [self.store.index.photos[number].group for number in numbers]
+        features = self.collect_features(candidate, numbers)
+        labels = self.dataset.labels[numbers]
+        groups = [self.dataset.index.photos[number].group for number in numbers]
         count = min(MANY_FOLDS if len(numbers) < FEW_PHOTOS else FEW_FOLDS, len(numbers))
-        folds = make_folds(labels, groups, folds=count, seed=self.seed)
+        folds = make_folds(labels, groups, folds=count, seed=self.config.train.seed)
         began = time.perf_counter()
-        head = fit_head(features.of(numbers), labels, folds, num_classes=self.num_classes)
+        head = fit_head(features.select(numbers), labels, folds, num_classes=self.num_classes)
         seconds = time.perf_counter() - began
         top1 = float((head.out_of_fold.argmax(1) == labels).mean())
-        return Entry(candidate, numbers, head, head.log_loss(labels), top1, features.seconds_per_photo, seconds)
+        loss = log_loss(head.out_of_fold, labels)
+        return Entry(candidate, numbers, head, loss, top1, features.seconds_per_photo, seconds)
 
 
 def rungs(num_photos: int, num_classes: int) -> list[int]:
@@ -274,18 +229,10 @@ def best_average(entries: Sequence[Entry], labels: Numbers, *, most: int) -> lis
     """The entries whose mean out-of-fold probabilities lose least, added one by one, best first."""
     chosen: list[Entry] = []
     best = np.inf
-    while len(chosen) < most:
-        rest = [entry for entry in entries if entry not in chosen]
-        if not rest:
+    while len(chosen) < min(most, len(entries)):
+        averages = [[*chosen, entry] for entry in entries if entry not in chosen]
+        losses = [log_loss(np.mean([one.head.out_of_fold for one in each], axis=0), labels) for each in averages]
+        if min(losses) >= best:
             break
-        losses = [average_loss([*chosen, entry], labels) for entry in rest]
-        place = int(np.argmin(losses))
-        if losses[place] >= best:
-            break
-        chosen, best = [*chosen, rest[place]], losses[place]
+        best, chosen = min(losses), averages[int(np.argmin(losses))]
     return chosen
-
-
-def average_loss(entries: Sequence[Entry], labels: Numbers) -> float:
-    """Log loss of the mean of out-of-fold probabilities, in nats."""
-    return mean_log_loss(np.mean([entry.head.out_of_fold for entry in entries], axis=0), labels)

@@ -2,12 +2,13 @@
 
 While the clock runs, the folder is an ensemble, of one member or more: `ensemble.json` alone, which is replaced whole,
 says which members answer and at what temperature. At the end a single winner becomes an ordinary run.
+Shape letters: M validation photos, K classes.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,57 +32,45 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One network that may answer.
-
-    Attributes:
-        key: Its name.
-        config: Its settings.
-        description: Its model.json.
-        weights: Backbone and head.
-        val: (M, K) float32 probabilities of the validation photos at temperature 1; (0, K) where there are none.
-        temperature: Divides its logits, > 0.
-    """
+    """One network that may answer."""
 
     key: str
     config: Config
-    description: Mapping[str, Any]
+    description: Mapping[str, Any]  # its model.json
     weights: Mapping[str, Tensor]
-    val: Floats
+    val: Floats  # (M, K) probabilities of the validation photos at temperature 1
     temperature: float
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """One or more networks that answer together.
-
-    Attributes:
-        name: What people read.
-        members: At least one.
-    """
+    """One or more networks that answer together, under a name for people."""
 
     name: str
     members: tuple[Model, ...]
 
     @property
+    def keys(self) -> list[str]:
+        """Names of the members."""
+        return [member.key for member in self.members]
+
+    @property
     def val(self) -> Floats:
-        """(M, K) calibrated probabilities of the validation photos."""
-        return average([member.val for member in self.members], [member.temperature for member in self.members])
+        """(M, K) calibrated probabilities of the validation photos, as an ensemble of these members gives them."""
+        temperatures = [member.temperature for member in self.members]
+        order = np.arange(self.members[0].val.shape[1])
+        return mean_probabilities([member.val for member in self.members], temperatures, [order] * len(temperatures))
 
 
-def average(probabilities: Sequence[Floats], temperatures: Sequence[float]) -> Floats:
-    """(M, K) mean of calibrated probabilities, as an ensemble of these members will answer."""
-    orders = [np.arange(probabilities[0].shape[1])] * len(probabilities)
-    return mean_probabilities(probabilities, temperatures, orders)
-
-
-def temperature_of(probabilities: Floats, labels: NDArray[np.int64]) -> float:
+def choose_temperature(probabilities: Floats, labels: NDArray[np.int64]) -> float:
     """The temperature that fits held-out probabilities best, or 1 where it would not lower the loss."""
     if not len(labels):
         return 1.0
     logits = log_probabilities(probabilities)
-    found = fit_temperature(logits, labels)
-    losses = [metrics.log_loss(apply_temperature(logits, temperature), labels) for temperature in (1.0, found)]
-    return found if losses[1] < losses[0] else 1.0
+    return min(
+        (1.0, fit_temperature(logits, labels)),
+        key=lambda temperature: metrics.log_loss(apply_temperature(logits, temperature), labels),
+    )
 
 
 class Shelf:
@@ -98,9 +87,10 @@ class Shelf:
         self.path = path
         self._index = index
         self._val = val
+        self._labels = index.label_numbers()[val]
         self._prior = prior
 
-    def open(self, config: Config, *, broken: int) -> None:
+    def open(self, config: Config, *, num_broken: int) -> None:
         """Write what the folder holds from the start."""
         index = self._index
         save_split_table(index, self.path / folder.SPLIT)
@@ -111,20 +101,24 @@ class Shelf:
             "counts": index.counts(),
             "prior": self._prior.tolist(),
             "ignored": dict(index.ignored),
-            "num_broken": broken,
+            "num_broken": num_broken,
         }
         folder.write_json(self.path / folder.DATA, data)
         folder.write_json(self.path / folder.ENVIRONMENT, describe_environment())
-        self._write_recipe(self.path, config)
+        _write_recipe(self.path, config)
 
     def put(self, answer: Answer) -> None:
         """Let these networks answer from now on; a kill at any moment leaves the old answer or this one."""
         for member in answer.members:
-            self._write_member(member)
+            path = self.path / folder.MEMBERS / member.key
+            if not (path / folder.WEIGHTS).is_file():
+                path.mkdir(parents=True, exist_ok=True)
+                folder.write_json(path / folder.CLASSES, list(self._index.classes))
+                _write_model(path, member)
         listed = [
             {"folder": member.key, "name": member.key, "temperature": member.temperature} for member in answer.members
         ]
-        folder.write_json(self.path / folder.MODEL, self._describe(answer))
+        folder.write_json(self.path / folder.MODEL, _describe(answer))
         self._write_predictions(answer.val)
         folder.write_json(self.path / folder.ENSEMBLE, {"members": listed})
         (self.path / CALIBRATION).unlink(missing_ok=True)
@@ -134,9 +128,7 @@ class Shelf:
         self.put(answer)
         if len(answer.members) == 1:
             (only,) = answer.members
-            self._write_recipe(self.path, only.config)
-            folder.write_json(self.path / folder.MODEL, dict(only.description))
-            save_weights(self.path / folder.WEIGHTS, only.weights)
+            _write_model(self.path, only)
             self._write_predictions(only.val)
             (self.path / folder.ENSEMBLE).unlink()
         if len(self._val) > 1:
@@ -145,55 +137,50 @@ class Shelf:
 
     def clear(self, answer: Answer) -> None:
         """Remove the members that do not answer."""
-        kept = {member.key for member in answer.members} if len(answer.members) > 1 else set[str]()
-        for entry in (self.path / folder.MEMBERS).iterdir():
-            if entry.name not in kept:
+        members = self.path / folder.MEMBERS
+        if len(answer.members) == 1:
+            shutil.rmtree(members)
+            return
+        for entry in members.iterdir():
+            if entry.name not in answer.keys:
                 shutil.rmtree(entry)
-        if not kept:
-            (self.path / folder.MEMBERS).rmdir()
 
-    def figures(self, answer: Answer) -> dict[str, Any]:
+    def score(self, answer: Answer) -> dict[str, Any]:
         """Validation figures of an answer, with the interval of its accuracy; {} without validation photos."""
-        labels = self._index.label_numbers()[self._val]
-        if not len(labels):
+        if not len(self._val):
             return {}
-        found = metrics.summarize(answer.val, labels, self._prior)
-        interval = metrics.wilson_interval(round(found["top1"] * len(labels)), len(labels))
+        found = metrics.summarize(answer.val, self._labels, self._prior)
+        interval = metrics.wilson_interval(round(found["top1"] * len(self._val)), len(self._val))
         return {**found, "top1_interval": list(interval)}
 
-    def _write_member(self, member: Model) -> None:
-        path = self.path / folder.MEMBERS / member.key
-        if (path / folder.WEIGHTS).is_file():
-            return
-        path.mkdir(parents=True, exist_ok=True)
-        self._write_recipe(path, member.config)
-        folder.write_json(path / folder.CLASSES, list(self._index.classes))
-        folder.write_json(path / folder.MODEL, dict(member.description))
-        save_weights(path / folder.WEIGHTS, member.weights)
-
-    def _write_recipe(self, path: Path, config: Config) -> None:
-        folder.whole_or_absent(
-            path / folder.RECIPE, lambda part: part.write_text(dump_config(config), encoding="utf-8")
-        )
-
-    def _describe(self, answer: Answer) -> dict[str, Any]:
-        descriptions = [member.description for member in answer.members]
-        if len(descriptions) == 1:
-            return dict(descriptions[0])
-        weights = {
-            key: "; ".join(dict.fromkeys(str(found["weights"].get(key) or "unknown") for found in descriptions))
-            for key in ("source", "licence", "pretraining")
-        }
-        return {"parameters": sum(found["parameters"] for found in descriptions), "weights": weights}
-
     def _write_predictions(self, probabilities: Floats) -> None:
-        if not len(self._val):
-            return
-        index = self._index
-        folder.write_predictions(
-            self.path / "predictions" / "val.parquet",
-            paths=[index.photos[number].path for number in self._val],
-            labels=index.label_numbers()[self._val],
-            probabilities=probabilities,
-            classes=index.classes,
-        )
+        if len(self._val):
+            folder.write_predictions(
+                self.path / "predictions" / "val.parquet",
+                paths=[self._index.photos[number].path for number in self._val],
+                labels=self._labels,
+                probabilities=probabilities,
+                classes=self._index.classes,
+            )
+
+
+def _write_recipe(path: Path, config: Config) -> None:
+    folder.whole_or_absent(path / folder.RECIPE, lambda part: part.write_text(dump_config(config), encoding="utf-8"))
+
+
+def _write_model(path: Path, model: Model) -> None:
+    _write_recipe(path, model.config)
+    folder.write_json(path / folder.MODEL, dict(model.description))
+    save_weights(path / folder.WEIGHTS, model.weights)
+
+
+def _describe(answer: Answer) -> dict[str, Any]:
+    """Return the model.json of an answer."""
+    descriptions = [member.description for member in answer.members]
+    if len(descriptions) == 1:
+        return dict(descriptions[0])
+    weights = {
+        key: "; ".join(dict.fromkeys(str(found["weights"].get(key) or "unknown") for found in descriptions))
+        for key in ("source", "licence", "pretraining")
+    }
+    return {"parameters": sum(found["parameters"] for found in descriptions), "weights": weights}
