@@ -121,7 +121,7 @@ def shared() -> Path:
 def _no_trials(request, monkeypatch):
     """Leave out the trial of each model in a process of its own, some seconds each, but where it is tested."""
     if "trial" not in request.node.name:
-        monkeypatch.setattr("fieldmark.runs.build.choose_computation", lambda model, wanted, memory: (wanted, ""))
+        monkeypatch.setattr("fieldmark.runs.build.choose_computation", lambda model, wanted, **_: (wanted, ""))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from fieldmark.training.loop import (
     train_epochs,
     update,
 )
-from fieldmark.training.schedule import Schedule, ScheduleSpec
+from fieldmark.training.optim import Schedule, ScheduleSpec
 
 CLASSES = 3
 STEPS = 5
@@ -48,7 +48,8 @@ def make_state(
     groups = [{"params": list(model.parameters()), "lr": 0.01, "base_lr": 0.01, "weight_decay": 0.01}]
     plain = kind(groups)
     network, optimizer = fabric.setup(model, plain)
-    schedule = Schedule(plain, ScheduleSpec("cosine", epochs, 1.0, None, 2, 0.0), steps_per_epoch=STEPS)
+    spec = ScheduleSpec("cosine", epochs, 1.0, None, 2, 0.0)
+    schedule = Schedule(plain, lambda step: spec.factor(step, steps_per_epoch=STEPS))
     average = RunningAverage(model, decay=ema) if ema else None
     return TrainState(model, network, optimizer, schedule, average, EpochTally.zeros(fabric.device), micro)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fieldmark.training.probe import train_head
+from fieldmark.training.loop import train_head
 
 
 def fit(seed: int) -> tuple[nn.Module, list[float], torch.Tensor, torch.Tensor]:

@@ -36,14 +36,14 @@ def answer(monkeypatch, survives):
 def test_a_trial_that_survives_is_remembered_and_says_nothing(monkeypatch, tmp_path):
     tried = answer(monkeypatch, lambda computation: True)
     for _ in range(2):
-        assert choose_computation(MODEL, WANTED, memory=tmp_path) == (WANTED, "")
+        assert choose_computation(MODEL, WANTED, processor="a processor", memory=tmp_path) == (WANTED, "")
     assert tried == [WANTED]
 
 
 def test_a_trial_that_crashes_falls_back_to_the_layout_then_to_32_bit_and_says_so(monkeypatch, tmp_path):
     tried = answer(monkeypatch, lambda computation: computation.precision == "32-true")
     for _ in range(2):
-        chosen, reason = choose_computation(MODEL, WANTED, memory=tmp_path)
+        chosen, reason = choose_computation(MODEL, WANTED, processor="a processor", memory=tmp_path)
         assert chosen == Computation(False, "32-true")
         assert "test_resnet crashes torch" in reason
         assert "uses 32-true, contiguous layout instead" in reason
@@ -53,18 +53,20 @@ def test_a_trial_that_crashes_falls_back_to_the_layout_then_to_32_bit_and_says_s
 def test_a_trial_that_never_survives_is_an_error_and_one_that_says_nothing_is_not_remembered(monkeypatch, tmp_path):
     tried = answer(monkeypatch, lambda computation: None)
     for _ in range(2):
-        assert choose_computation(MODEL, WANTED, memory=tmp_path) == (WANTED, "")
+        assert choose_computation(MODEL, WANTED, processor="a processor", memory=tmp_path) == (WANTED, "")
     assert tried == [WANTED, WANTED]
     assert not list(tmp_path.iterdir())
     answer(monkeypatch, lambda computation: False)
     with pytest.raises(TrainingError, match="in every layout and precision"):
-        choose_computation(MODEL, WANTED, memory=tmp_path)
+        choose_computation(MODEL, WANTED, processor="a processor", memory=tmp_path)
 
 
 @pytest.mark.slow
 def test_a_real_trial_survives_or_dies_without_this_process(tmp_path):
     assert trial.try_update({"model": MODEL, "channels_last": True, "precision": "32-true"}) is True
     for name in ("mobileone_s0", "repvgg_a0", "fastvit_t8"):
-        chosen, reason = choose_computation({**MODEL, "name": name}, Computation(True, "32-true"), memory=tmp_path)
+        chosen, reason = choose_computation(
+            {**MODEL, "name": name}, Computation(True, "32-true"), processor="a processor", memory=tmp_path
+        )
         assert bool(reason) == (not chosen.channels_last)
         assert chosen.precision == "32-true"

@@ -11,10 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar, cast
 
-from torch.optim import Optimizer
-
 from fieldmark.errors import ResourceError, RunError
-from fieldmark.training.schedule import RateSchedule
 
 PLAN = "plan.jsonl"
 
@@ -214,18 +211,3 @@ class Pace:
         if self.left() <= 0 or is_early or (is_late and self.shape.end - end > TOLERANCE * (self.shape.end - step)):
             return end
         return None
-
-
-class PacedSchedule(RateSchedule):
-    """Sets the rate of every parameter group from the number of updates done and the shape in force."""
-
-    def __init__(self, optimizer: Optimizer, pace: Pace) -> None:
-        self.optimizer = optimizer
-        self.pace = pace
-        self.step_number = 0
-        self._set_rates()
-
-    @property
-    def factor(self) -> float:
-        """Factor of the next update."""
-        return self.pace.shape.factor(self.step_number)

@@ -27,8 +27,8 @@ from fieldmark.runs import build
 from fieldmark.runs.dataset import Dataset, EvalPhotos
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.train import StopRequest
+from fieldmark.training.evaluate import compute_features
 from fieldmark.training.metrics import log_loss
-from fieldmark.training.probe import compute_features
 
 FEATURES = "features"
 

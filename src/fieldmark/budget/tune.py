@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fieldmark.budget.candidates import SMALLER, Candidate, change, round_size
-from fieldmark.budget.plan import Pace, PacedSchedule, Shape
+from fieldmark.budget.plan import Pace, Shape
 from fieldmark.budget.race import Course, Entry
 from fieldmark.config import Config
 from fieldmark.models.classifier import freeze_stages
@@ -26,6 +26,7 @@ from fieldmark.runs import build, folder
 from fieldmark.runs.session import Session
 from fieldmark.runs.writer import RunWriter
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs
+from fieldmark.training.optim import Schedule
 
 TUNING = "tuning"
 
@@ -214,13 +215,12 @@ class _Training:
     def run(self, on_epoch: OnEpoch) -> bool:
         """Train to the end of the pace; False if a signal came."""
         session, state, pace = self.session, self.state, self.pace
-        schedule = PacedSchedule(state.optimizer, pace)
-        state.schedule = schedule  # type: ignore[assignment]
+        state.schedule = Schedule(state.optimizer, lambda step: pace.shape.factor(step))
         if (session.writer.path / folder.STATE).is_file():
             session.writer.restore(state)
         while self.moves and self.moves[0][0] <= state.step:
             pace.shape = pace.shape.moved(*self.moves.pop(0))
-        schedule.load_state_dict({"step": state.step})
+        state.schedule.go_to(state.step)
         session.enter_phase(state.epoch)
         reports = train_epochs(
             session.fabric,

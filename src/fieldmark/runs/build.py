@@ -26,11 +26,10 @@ from fieldmark.models.classifier import Classifier, check_parameter_budget, coun
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, user_folder
-from fieldmark.runs.environment import keep_freed_memory, quiet_fabric, usable_cores
+from fieldmark.runs.environment import keep_freed_memory, processor_name, quiet_fabric, usable_cores
 from fieldmark.runs.plan import PhaseRules, TrainPlan
 from fieldmark.training.loop import UpdateOptions
-from fieldmark.training.optim import create_optimizer, parameter_groups
-from fieldmark.training.schedule import Schedule, ScheduleSpec
+from fieldmark.training.optim import Schedule, ScheduleSpec, create_optimizer, parameter_groups
 from fieldmark.training.trial import Computation, choose_computation
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Choice(Generic[Value]):
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """How the head is fitted before fine-tuning; see `training.probe.train_head`."""
+    """How the head is fitted before fine-tuning; see `training.loop.train_head`."""
 
     epochs: int
     lr: float
@@ -188,7 +187,7 @@ def guard_computation(config: Config) -> tuple[Config, str]:
     except FieldmarkError:  # raised again, in its turn, by those who need the model
         return config, ""
     wanted = Computation(is_channels_last(config), choose_precision(config, "cpu").value)
-    chosen, reason = choose_computation(model, wanted, memory=user_folder("trials"))
+    chosen, reason = choose_computation(model, wanted, processor=processor_name(), memory=user_folder("trials"))
     if not reason:
         return config, ""
     changes = {"channels_last": "on" if chosen.channels_last else "off", "precision": chosen.precision}
@@ -422,12 +421,13 @@ def build_schedule_spec(config: Config) -> ScheduleSpec:
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int) -> Schedule:
     """Learning rates as a function of the update's number."""
-    return Schedule(optimizer, build_schedule_spec(config), steps_per_epoch=steps_per_epoch)
+    spec = build_schedule_spec(config)
+    return Schedule(optimizer, lambda step: spec.factor(step, steps_per_epoch=steps_per_epoch))
 
 
 def warn_of_schedule(config: Config) -> list[str]:
     """List what is likely to disappoint about the schedule, where there is one."""
-    return build_schedule_spec(config).warnings() if config.train.epochs else []
+    return build_schedule_spec(config).warnings()
 
 
 def build_update_options(config: Config, prior: NDArray[np.float64], device: torch.device) -> UpdateOptions:

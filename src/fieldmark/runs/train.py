@@ -24,9 +24,8 @@ from fieldmark.runs.folder import Run
 from fieldmark.runs.session import Session, Start, open_session
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
-from fieldmark.training.evaluate import Validation
-from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs
-from fieldmark.training.probe import compute_features, train_head
+from fieldmark.training.evaluate import Validation, compute_features
+from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs, train_head
 
 
 @dataclass
@@ -184,7 +183,7 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
             if not report.is_complete:
                 writer.save(state)
                 _raise_interrupted(session, state, stop)
-            row = _record_epoch(session, report, state.average.model if state.average else state.model)
+            row = _record_epoch(session, report, state.kept_model)
             trackers.log(flatten(row), epoch=report.epoch)
             is_over = state.epoch == plan.epochs or _is_patience_over(session, report.epoch)
             if not is_over:

@@ -239,7 +239,7 @@ class RunWriter:
                 f"{path} does not belong to this run: {(str(error).splitlines() or [type(error).__name__])[0]}. "
                 "Delete it, and `fieldmark train --resume` trains the run again from its beginning, to the same result"
             ) from error
-        state.schedule.load_state_dict({"step": state.step})
+        state.schedule.go_to(state.step)
         self.history = History(best, rows, seconds_before=seconds)
         if fabric.is_global_zero:
             self._rewrite_history()

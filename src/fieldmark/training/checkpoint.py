@@ -24,22 +24,16 @@ from fieldmark.files import whole_or_absent
 
 FORMAT = 1
 
+Weights = Mapping[str, Tensor]
+
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` so that a crash or a full disk leaves the old file or the new one, never half.
-
-    Raises:
-        ResourceError: The disk is full or not writable; what was there before is intact.
-    """
+    """Write `content` so that a crash or a full disk leaves the old file or the new one, never half."""
     whole_or_absent(path, lambda part: torch.save({"format": FORMAT, **content}, part))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, on the CPU.
-
-    Raises:
-        RunError: No such file, not a checkpoint, damaged, or of another format.
-    """
+    """Read what `save_checkpoint` wrote, on the CPU, or raise RunError."""
     if not path.is_file():
         raise RunError(f"{path} does not exist: there is nothing to resume")
     if _has_damaged_record(path):
@@ -52,13 +46,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             # torch warns of pickles that it did not write, before it refuses them.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch would advise to load it all the same, which can run code
-        raise RunError(
-            f"{path} is not a checkpoint of Fieldmark, or is torn: it holds more than plain values"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise RunError(f"{path} is not a checkpoint of Fieldmark, or is torn: {reason}") from None
+        if isinstance(error, pickle.UnpicklingError):  # torch would advise to load it all the same, which can run code
+            reason = "it holds more than plain values"
+        raise RunError(
+            f"{path} is not a checkpoint of Fieldmark, or is torn: {reason}. Delete it and resume: the run then starts "
+            "again, to the same result"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RunError(
             f"{path} has another format than this version's ({FORMAT}): resume with the version that made it"
@@ -79,19 +74,15 @@ def _has_damaged_record(path: Path) -> bool:
         return True
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all.
-
-    Raises:
-        ResourceError: The disk is full or not writable; what was there before is intact.
-    """
+def save_weights(path: Path, weights: Weights) -> None:
+    """Write tensors as safetensors, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     whole_or_absent(path, lambda part: save_file(tensors, part, metadata={"sha256": _digest(tensors)}))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Weights) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -100,11 +91,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_saved_weights(path: Path) -> dict[str, Tensor]:
-    """Read what `save_weights` wrote, on the CPU.
-
-    Raises:
-        RunError: No such file, torn, or damaged.
-    """
+    """Read what `save_weights` wrote, on the CPU, or raise RunError."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -122,18 +109,12 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-Weights = Mapping[str, Tensor]
-
-
 class RunningAverage:
-    """Exponential moving average of a model's weights and buffers.
+    """Exponential moving average of a model's weights and buffers; the copy is in evaluation mode.
 
-    Buffers are averaged too: with BatchNorm statistics of another model, averaged weights fail.
-
-    Args:
-        model: Copied; the copy's `model` is in evaluation mode and takes no gradients.
-        decay: Share of the old average kept at each update, in [0, 1). Reached gradually: update t keeps at most
-            (1 + t) / (10 + t), so that the start does not linger.
+    Buffers are averaged too: with BatchNorm statistics of another model, averaged weights fail. `decay` is the share of
+    the old average kept at each update, in [0, 1). It is reached gradually: update t keeps at most (1 + t) / (10 + t),
+    so that the start does not linger.
 
     Source:
         Polyak and Juditsky, SIAM J. Control Optim. 30 (1992); the warm-up is TensorFlow's ExponentialMovingAverage.
@@ -156,38 +137,33 @@ class RunningAverage:
 
 
 def average_weights(members: Sequence[Weights]) -> dict[str, Tensor]:
-    """The mean of several models' weights; integer buffers are the first member's.
+    """Average several models' weights; integer buffers are the first member's.
 
     Source:
         Wortsman et al., "Model soups", arXiv:2203.05482, section 3 (uniform soup).
     """
-    first = members[0]
     return {
         name: torch.stack([member[name].float() for member in members]).mean(0).to(tensor.dtype)
         if tensor.is_floating_point()
         else tensor.clone()
-        for name, tensor in first.items()
+        for name, tensor in members[0].items()
     }
 
 
 def greedy_soup(members: Sequence[Weights], score: Callable[[Weights], float]) -> tuple[list[int], dict[str, Tensor]]:
-    """Add members, best first, for as long as the average does not get worse.
-
-    Args:
-        members: Weights of models of one architecture.
-        score: Judges weights, larger is better. Called up to twice per member.
+    """Add members, best first, for as long as the average's score (larger is better) does not get worse.
 
     Returns:
-        Places of the members that stayed, best first, and their average.
+        Indices of the members that stayed, best first, and their average.
 
     Source:
         Wortsman et al., "Model soups", arXiv:2203.05482, recipe 1.
     """
     scores = [score(member) for member in members]
-    order = sorted(range(len(members)), key=lambda place: -scores[place])
+    order = sorted(range(len(members)), key=lambda index: -scores[index])
     kept, best = order[:1], scores[order[0]]
-    for place in order[1:]:
-        candidate = score(average_weights([members[number] for number in [*kept, place]]))
+    for index in order[1:]:
+        candidate = score(average_weights([members[number] for number in [*kept, index]]))
         if candidate >= best:
-            kept, best = [*kept, place], candidate
+            kept, best = [*kept, index], candidate
     return kept, average_weights([members[number] for number in kept])

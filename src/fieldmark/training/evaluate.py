@@ -1,4 +1,4 @@
-"""A model and a loader become predictions: each photo exactly once, on any number of processes.
+"""A model and a loader become predictions or features: each photo exactly once, on any number of processes.
 
 Shape letters: B batch, N photos, K classes, F features.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fieldmark.data.workers import Batch
 from fieldmark.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from fieldmark.models.classifier import Classifier
 
 
 class Compute(Protocol):
@@ -39,46 +42,31 @@ class Compute(Protocol):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of some photos, in the order of their numbers.
+    """What a model says of some photos, in the order of their numbers."""
 
-    Attributes:
-        numbers: (N,) int64, photo numbers in the index, rising.
-        logits: (N, K) float32; NaN for a photo that could not be read.
-        problems: Photo number -> why it could not be read.
-    """
-
-    numbers: NDArray[np.int64]
-    logits: NDArray[np.float32]
-    problems: dict[int, str]
+    numbers: NDArray[np.int64]  # (N,) photo numbers in the index, rising
+    logits: NDArray[np.float32]  # (N, K); NaN for a photo that could not be read
+    problems: dict[int, str]  # photo number -> why it could not be read
 
     def require_finite(self, *, step: int) -> None:
-        """Refuse logits that are not finite, but for photos that could not be read.
+        """Refuse logits that are not finite, but for unreadable photos, after update number `step` (0-based).
 
-        Args:
-            step: Number of the last update, 0-based, for the message.
-
-        Raises:
-            NonFiniteError: Weights that are finite can be too large to compute with.
+        Weights that are finite can be too large to compute with.
         """
         is_bad = ~np.isfinite(self.logits).all(axis=1) & ~np.isin(self.numbers, list(self.problems))
         if is_bad.any():
             raise NonFiniteError(step, [], what=f"the output for {is_bad.sum()} of {len(is_bad)} photos after")
 
-    def probabilities(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
-        """(N, K) softmax of the logits over `temperature`."""
-        return softmax(self.logits, temperature=temperature)
+    def probabilities(self) -> NDArray[np.float32]:
+        """(N, K) softmax of the logits."""
+        return softmax(self.logits)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a model scores on the validation photos; both are empty without any.
+    """What a model scores on the validation photos; both are empty without any."""
 
-    Attributes:
-        metrics: Name to value, as `metrics.summarize` gives them.
-        predictions: Of the validation photos.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    metrics: dict[str, float] = field(default_factory=dict[str, float])  # as `metrics.summarize` gives them
     predictions: Predictions | None = None
 
 
@@ -95,17 +83,14 @@ def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> N
 def predict_batches(
     fabric: Compute, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
 ) -> Predictions:
-    """Run a model over batches.
+    """Run a model in evaluation mode over batches, and give the predictions of all processes to each.
 
     Args:
         fabric: Device, precision, and the other processes.
-        model: In evaluation mode; (B, 3, S, S) images to (B, K) logits.
+        model: (B, 3, S, S) images to (B, K) logits.
         batches: This process's share; together the shares hold each photo once.
         flips: Average the logits of each photo and its mirror image.
         channels_last: Memory layout of the images.
-
-    Returns:
-        The predictions of all processes, on each of them alike.
     """
     numbers: list[Tensor] = []
     logits: list[Tensor] = []
@@ -118,26 +103,39 @@ def predict_batches(
             if flips:
                 output = (output + model(images.flip(-1))) / 2
         output = output.float().clone()
-        for place, reason in batch.problems:
-            output[place] = torch.nan
-            problems[int(batch.numbers[place])] = reason
+        for row, reason in batch.problems:
+            output[row] = torch.nan
+            problems[int(batch.numbers[row])] = reason
         numbers.append(batch.numbers)
         logits.append(output)
-    return _gathered(fabric, numbers, logits, problems)
-
-
-def _gathered(fabric: Compute, numbers: list[Tensor], logits: list[Tensor], problems: dict[int, str]) -> Predictions:
     own_numbers = torch.cat(numbers).cpu().numpy() if numbers else np.zeros(0, np.int64)
     own_logits = torch.cat(logits).cpu().numpy() if logits else np.zeros((0, 0), np.float32)
+    return _gather(fabric, own_numbers, own_logits, problems)
+
+
+def _gather(
+    fabric: Compute, numbers: NDArray[np.int64], logits: NDArray[np.float32], problems: dict[int, str]
+) -> Predictions:
     if fabric.world_size > 1:
         # Shares differ in length, and an empty one does not know K: objects may differ, tensors may not.
         shares: list[tuple[NDArray[np.int64], NDArray[np.float32], dict[int, str]] | None] = [None] * fabric.world_size
-        torch.distributed.all_gather_object(shares, (own_numbers, own_logits, problems))
+        torch.distributed.all_gather_object(shares, (numbers, logits, problems))
         filled = [share for share in shares if share is not None and len(share[0])]
-        own_numbers = np.concatenate([share[0] for share in filled])
-        own_logits = np.concatenate([share[1] for share in filled])
+        numbers, logits = (np.concatenate([share[part] for share in filled]) for part in (0, 1))
         problems = {number: reason for share in filled for number, reason in share[2].items()}
-    order = np.argsort(own_numbers, kind="stable")
-    own_numbers = own_numbers[order]
-    assert len(np.unique(own_numbers)) == len(own_numbers), "a photo was evaluated twice"
-    return Predictions(own_numbers, own_logits[order], problems)
+    order = np.argsort(numbers, kind="stable")
+    assert len(np.unique(numbers)) == len(numbers), "a photo was evaluated twice"
+    return Predictions(numbers[order], logits[order], problems)
+
+
+def compute_features(
+    fabric: Compute, model: Classifier, batches: Iterable[Batch], *, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute the pooled features of photos on all processes, so that each can fit the same head to them.
+
+    Returns:
+        (N, F) float32 and the photos' numbers (N,) int64, both on the CPU, by rising number.
+    """
+    model.eval()
+    found = predict_batches(fabric, model.features, batches, flips=False, channels_last=channels_last)
+    return torch.from_numpy(found.logits), torch.from_numpy(found.numbers)

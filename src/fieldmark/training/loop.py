@@ -5,7 +5,7 @@ epoch, and the caller prints, saves, tracks, changes what is frozen, or stops by
 epoch, the caller's iterator of batches ends early: between two updates the state is whole. The report then says
 `is_complete = False`, and the state can be saved and resumed at that very update.
 
-Shape letters: B photos of one update in this process, K classes, S side in pixels.
+Shape letters: B photos of one update in this process, K classes, S side in pixels, N photos, F features.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch.nn import functional
 from fieldmark.errors import NonFiniteError, ResourceError
 from fieldmark.training.checkpoint import RunningAverage
 from fieldmark.training.evaluate import Predictions, Validation
-from fieldmark.training.schedule import Schedule
+from fieldmark.training.optim import Schedule
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
 class FiniteWatch:
-    """Raises when a watched number is not finite.
+    """Raises `NonFiniteError` when a watched number is not finite.
 
     On the CPU at once, before the weights move. On a GPU reading a number would stall it, so the number is copied to
     the host behind the work and looked at some updates later, at the latest by `drain`: which is called before anything
@@ -42,16 +42,7 @@ class FiniteWatch:
         self._pending: deque[tuple[int, Tensor, Tensor, torch.cuda.Event]] = deque()
 
     def check_finite(self, value: Tensor, *, step: int, numbers: Tensor) -> None:
-        """Check one number, now or a little later.
-
-        Args:
-            value: 0-d, on the device.
-            step: Number of the update, 0-based.
-            numbers: (B,) int64 photo numbers of its batch, on the CPU.
-
-        Raises:
-            NonFiniteError: This number or, on a GPU, an earlier one is not finite.
-        """
+        """Check a 0-d number of an update with these photos, now or a little later."""
         if value.device.type != "cuda":
             if not torch.isfinite(value):
                 raise NonFiniteError(step, numbers.tolist())
@@ -65,11 +56,7 @@ class FiniteWatch:
             self._check_oldest()
 
     def drain(self) -> None:
-        """Wait for all that is still on its way.
-
-        Raises:
-            NonFiniteError: One of them is not finite.
-        """
+        """Wait for all numbers that are still on their way, and check them."""
         while self._pending:
             self._pending[0][3].synchronize()
             self._check_oldest()
@@ -83,27 +70,16 @@ class FiniteWatch:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What one update learns from, on the device.
+    """What one update learns from, on the device."""
 
-    Attributes:
-        images: (B, 3, S, S) float, normalized and mixed.
-        targets: (B, K) float, each row a distribution over classes: smoothed and mixed.
-        labels: (B,) int64 class of the photo itself.
-        partner_labels: (B,) int64 class of the photo that was mixed in.
-        own_fraction: λ, the share of the photo itself in [0, 1]; 1 for a batch that was left as it is.
-        is_mixed: Whether MixUp or CutMix was used.
-        numbers: (B,) int64 photo numbers, on the CPU, for messages.
-        global_size: Photos of this update over all processes.
-    """
-
-    images: Tensor
-    targets: Tensor
-    labels: Tensor
-    partner_labels: Tensor
-    own_fraction: float
+    images: Tensor  # (B, 3, S, S) float, normalized and mixed
+    targets: Tensor  # (B, K) float, each row a distribution over classes: smoothed and mixed
+    labels: Tensor  # (B,) int64 class of the photo itself
+    partner_labels: Tensor  # (B,) int64 class of the photo that was mixed in
+    own_fraction: float  # λ, the share of the photo itself in [0, 1]; 1 for a batch that was left as it is
     is_mixed: bool
-    numbers: Tensor
-    global_size: int
+    numbers: Tensor  # (B,) int64 photo numbers, on the CPU, for messages
+    global_size: int  # photos of this update over all processes
 
 
 class Sums(NamedTuple):
@@ -119,13 +95,9 @@ class Sums(NamedTuple):
 
 @dataclass
 class EpochTally:
-    """Running sums of an epoch, so that it can be left and resumed.
+    """Running sums of an epoch, so that it can be left and resumed."""
 
-    Attributes:
-        sums: (6,) float64 on the device, as `Sums` names them: one tensor, so that processes add them in one call.
-    """
-
-    sums: Tensor
+    sums: Tensor  # (6,) float64 on the device, as `Sums` names them: one tensor, so that processes add them in one call
 
     @classmethod
     def zeros(cls, device: torch.device) -> EpochTally:
@@ -134,9 +106,8 @@ class EpochTally:
         kind = torch.float32 if device.type == "mps" else torch.float64
         return cls(torch.zeros(len(Sums._fields), dtype=kind, device=device))
 
-    @property
-    def photos(self) -> float:
-        """Photos counted so far by this process; reads from the device."""
+    def count_photos(self) -> float:
+        """Count this process's photos so far; reads from the device."""
         return self.sums[Sums._fields.index("photos")].item()
 
     def add(self, batch: TrainBatch, logits: Tensor, loss: Tensor) -> None:
@@ -144,14 +115,12 @@ class EpochTally:
         size = len(batch.labels)
         predicted = logits.argmax(1)
         hits = (predicted == batch.labels).sum().to(self.sums.dtype)
-        if batch.is_mixed:
-            partner_hits = (predicted == batch.partner_labels).sum()
-            hits = batch.own_fraction * hits + (1 - batch.own_fraction) * partner_hits
         total_loss, photos, clean_hits, clean_photos, mixed_hits, mixed_photos = self.sums.unbind()
         total_loss += loss.to(self.sums.dtype)
         photos += size
         if batch.is_mixed:
-            mixed_hits += hits
+            partner_hits = (predicted == batch.partner_labels).sum()
+            mixed_hits += batch.own_fraction * hits + (1 - batch.own_fraction) * partner_hits
             mixed_photos += size
         else:
             clean_hits += hits
@@ -159,47 +128,33 @@ class EpochTally:
 
     def reduce(self, fabric: Fabric) -> Sums:
         """Add up the sums of all processes; waits for the device."""
-        return Sums(*(float(value) for value in fabric.all_reduce(self.sums, reduce_op="sum").tolist()))  # type: ignore[union-attr]
+        return Sums(*fabric.all_reduce(self.sums, reduce_op="sum").tolist())  # type: ignore[union-attr]
 
 
 @dataclass
 class TrainState:
-    """All that changes while learning. What is not here can be computed again from the settings.
+    """All that changes while learning. What is not here can be computed again from the settings."""
 
-    Attributes:
-        model: The plain model: weights, buffers, what is frozen.
-        network: The same model as Fabric set it up: precision, gradient sync.
-        optimizer: As Fabric set it up.
-        schedule: Sets the learning rates of the next update.
-        average: Running average of the weights, or None.
-        epoch: Completed epochs.
-        step: Completed updates over the whole run.
-        step_in_epoch: Completed updates of the epoch under way.
-        micro_batch_size: Photos per forward pass; lowered when memory runs out.
-        tally: Sums of the epoch under way.
-        lr: Learning rate of the head in the last update.
-        watch: Looks out for numbers that are not finite.
-    """
-
-    model: nn.Module
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: nn.Module  # the plain model: weights, buffers, what is frozen
+    network: nn.Module  # the same model as Fabric set it up: precision, gradient sync
+    optimizer: torch.optim.Optimizer  # as Fabric set it up
     schedule: Schedule
     average: RunningAverage | None
-    tally: EpochTally
-    micro_batch_size: int
-    epoch: int = 0
-    step: int = 0
-    step_in_epoch: int = 0
-    lr: float = 0.0
+    tally: EpochTally  # of the epoch under way
+    micro_batch_size: int  # photos per forward pass; lowered when memory runs out
+    epoch: int = 0  # completed
+    step: int = 0  # completed updates over the whole run
+    step_in_epoch: int = 0  # completed updates of the epoch under way
+    lr: float = 0.0  # of the head in the last update
     watch: FiniteWatch = field(default_factory=FiniteWatch)
 
-    def check_finite(self) -> None:
-        """Wait for the watch, then check the weights that the last update left: nothing else has looked at them.
+    @property
+    def kept_model(self) -> nn.Module:
+        """The model that is evaluated and kept: the running average, where there is one."""
+        return self.average.model if self.average else self.model
 
-        Raises:
-            NonFiniteError: A loss, a gradient, a weight or a buffer is not finite.
-        """
+    def check_finite(self) -> None:
+        """Wait for the watch, then check the weights that the last update left: nothing else has looked at them."""
         self.watch.drain()
         models = [self.model] if self.average is None else [self.model, self.average.model]
         tensors = [tensor for model in models for tensor in model.state_dict().values() if tensor.is_floating_point()]
@@ -209,17 +164,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How an update is done.
+    """How an update is done."""
 
-    Attributes:
-        class_weights: (K,) float weights of the loss, on the device, or None.
-        clip_norm: Largest global gradient norm; 0 is off.
-        fit_memory: Halve the micro-batch when memory runs out, instead of raising.
-    """
-
-    class_weights: Tensor | None = None
-    clip_norm: float = 0.0
-    fit_memory: bool = False
+    class_weights: Tensor | None = None  # (K,) float weights of the loss, on the device
+    clip_norm: float = 0.0  # largest global gradient norm; 0 is off
+    fit_memory: bool = False  # halve the micro-batch when memory runs out, instead of raising
 
 
 @dataclass(frozen=True)
@@ -257,12 +206,7 @@ class EpochReport:
 
 
 class MemoryExhaustedError(ResourceError):
-    """A forward or backward pass did not fit into memory.
-
-    Args:
-        micro_batch_size: Photos at once that were too many.
-        side: Of the images, in pixels.
-    """
+    """A forward or backward pass of so many photos at once did not fit into memory."""
 
     def __init__(self, micro_batch_size: int, side: int) -> None:
         smaller = max(micro_batch_size // 2, 1)
@@ -275,18 +219,10 @@ class MemoryExhaustedError(ResourceError):
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Sum over the batch of the cross-entropy against distributions.
+    """Sum over a batch of the cross-entropy of (B, K) logits against (B, K) distributions, in nats.
 
     Weights multiply each class's term and are not divided out again, so hard, smoothed and mixed targets have one scale
     (torch's `CrossEntropyLoss` divides by the weights for hard targets only).
-
-    Args:
-        logits: (B, K) float.
-        targets: (B, K) float, rows sum to 1.
-        class_weights: (K,) float, or None.
-
-    Returns:
-        0-d tensor, in nats.
     """
     terms = targets * functional.log_softmax(logits.float(), dim=1)
     return -(terms if class_weights is None else terms * class_weights).sum()
@@ -294,12 +230,6 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | 
 
 def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: UpdateOptions) -> tuple[Tensor, Tensor]:
     """Update the weights once, in micro-batches of `state.micro_batch_size` that add up to the whole batch's gradient.
-
-    Args:
-        fabric: Device, precision and gradient sync.
-        state: Changed in place.
-        batch: This process's share of the update's photos.
-        options: `fit_memory` is `train_epochs`' business.
 
     Returns:
         Summed loss of this process's photos (0-d) and logits (B, K), left on the device.
@@ -352,12 +282,12 @@ def train_epochs(
     evaluate: Callable[[nn.Module], Validation],
     options: UpdateOptions,
 ) -> Iterator[EpochReport]:
-    """Train from where `state` is until `epochs` epochs are complete.
+    """Train from where `state` is, also in the middle of an epoch, until `epochs` epochs are complete.
 
     Args:
         fabric: Device, precision and the other processes.
-        state: Changed in place; resumed in the middle of an epoch if it was saved there.
-        epochs: Epochs of the whole run.
+        state: Changed in place.
+        epochs: Of the whole run.
         steps_per_epoch: Updates of one epoch.
         batches: (epoch, first step in it) to this process's batches from there on. To stop, it ends early.
         evaluate: Model in evaluation mode to its validation; called after each complete epoch.
@@ -372,7 +302,7 @@ def train_epochs(
     """
     while state.epoch < epochs:
         state.model.train()
-        started, photos_before = time.perf_counter(), state.tally.photos
+        started, photos_before = time.perf_counter(), state.tally.count_photos()
         for batch in batches(state.epoch, state.step_in_epoch):
             loss, logits = _update_in_memory(fabric, state, batch, options)
             state.tally.add(batch, logits, loss)
@@ -381,12 +311,12 @@ def train_epochs(
         state.check_finite()
         sums = state.tally.reduce(fabric)
         seconds = time.perf_counter() - started
-        images = round(state.tally.photos - photos_before)
+        images = round(state.tally.count_photos() - photos_before)
         validation = Validation()
         if is_complete:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
             state.tally = EpochTally.zeros(fabric.device)
-            validation = evaluate((state.average.model if state.average else state.model).eval())
+            validation = evaluate(state.kept_model.eval())
         yield EpochReport(
             epoch=state.epoch,
             step=state.step,
@@ -435,3 +365,46 @@ def _clip_gradients(fabric: Fabric, state: TrainState, clip_norm: float) -> Tens
 def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
+
+
+def train_head(
+    head: nn.Module,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    batch_size: int,
+    generator: torch.Generator,
+) -> Iterator[float]:
+    """Fit a head in place, on (N, F) float32 features and (N, K) distributions, with AdamW under a cosine to zero.
+
+    Yields the mean loss of each epoch. All on the CPU; `generator` draws the order, once per epoch.
+
+    Source:
+        Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",
+        arXiv:2202.10054, section 3 (probe first, then fine-tune).
+    """
+    decayed = [parameter for parameter in head.parameters() if parameter.ndim > 1]
+    plain = [parameter for parameter in head.parameters() if parameter.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr, weight_decay=weight_decay
+    )
+    num_steps = epochs * math.ceil(len(features) / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    head.train()
+    for _ in range(epochs):
+        total = torch.zeros(())
+        order = torch.randperm(len(features), generator=generator)
+        for rows in order.split(batch_size):
+            loss = functional.cross_entropy(head(features[rows]), targets[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach() * len(rows)
+        yield (total / len(features)).item()
+    # What the last update left would be added to the first gradient of the training that follows.
+    optimizer.zero_grad(set_to_none=True)
+    head.eval()

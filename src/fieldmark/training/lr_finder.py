@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +21,14 @@ _MIN_POINTS = 8
 
 @dataclass(frozen=True, slots=True)
 class LrSweep:
-    """The outcome of a sweep, plain numbers ready to plot.
+    """The outcome of a sweep: one rate and two losses for each update, plain numbers ready to plot."""
 
-    Args:
-        lrs: Rate of the group with the highest rate, at each update.
-        losses: Loss before that update.
-        smoothed: The same, exponentially smoothed.
-        suggestion: The rate to train with, half way down the longest fall of the smoothed loss.
-        steepest: Rate at which the smoothed loss falls fastest over log rate.
-        stopped_early: The loss exploded before the highest rate.
-    """
-
-    lrs: tuple[float, ...]
-    losses: tuple[float, ...]
-    smoothed: tuple[float, ...]
-    suggestion: float
-    steepest: float
-    stopped_early: bool
+    lrs: tuple[float, ...]  # of the group with the highest rate
+    losses: tuple[float, ...]  # before that update
+    smoothed: tuple[float, ...]  # exponentially
+    suggestion: float  # the rate to train with, half way down the longest fall of the smoothed loss
+    steepest: float  # rate at which the smoothed loss falls fastest over log rate
+    stopped_early: bool  # the loss exploded before the highest rate
 
 
 def find_lr(
@@ -54,9 +46,6 @@ def find_lr(
 ) -> LrSweep:
     """Train for a moment with rising rates, note the losses, and undo it all.
 
-    Model (parameters, buffers, mode), optimizer (state and rates) and torch's random state are afterwards as before;
-    gradients are cleared.
-
     Args:
         model: Trained in training mode.
         optimizer: Its groups' `base_lr` (or `lr`) keep their ratios; the highest of them goes through the sweep.
@@ -69,10 +58,6 @@ def find_lr(
         smoothing: Weight of the past in the smoothed loss, in [0, 1); it is corrected for its start at zero.
         stop_ratio: Stop when the smoothed loss is above its minimum this many times.
 
-    Raises:
-        ConfigError: The rates or the number of updates make no sweep.
-        TrainingError: The loss exploded or the batches ended before there was anything to see.
-
     Source:
         Smith, "Cyclical Learning Rates", arXiv:1506.01186, section 3.3; the valley rule is fastai's
         (fastai/callback/schedule.py, `valley`).
@@ -82,22 +67,29 @@ def find_lr(
             f"a sweep needs 0 < lowest rate < highest rate and at least {_MIN_POINTS} updates; "
             f"got {min_lr:g} to {max_lr:g} in {num_steps}"
         )
-    model_state = copy.deepcopy(model.state_dict())
-    optimizer_state = copy.deepcopy(optimizer.state_dict())
-    modes = {module: module.training for module in model.modules()}
-    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
-    try:
-        with torch.random.fork_rng(devices=devices):
-            model.train()
-            lrs, losses, smoothed = _sweep(
-                model, optimizer, batches, loss_fn, backward, _rates(min_lr, max_lr, num_steps), smoothing, stop_ratio
-            )
-    finally:
-        model.load_state_dict(model_state)
-        optimizer.zero_grad(set_to_none=True)
-        optimizer.load_state_dict(optimizer_state)
-        for module, mode in modes.items():
-            module.training = mode
+    rates = [min_lr * (max_lr / min_lr) ** (number / (num_steps - 1)) for number in range(num_steps)]
+    base = [float(group.get("base_lr", group["lr"])) for group in optimizer.param_groups]
+    lrs: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    average = 0.0
+    with _restored(model, optimizer):
+        for rate, (inputs, targets) in zip(rates, batches, strict=False):
+            for group, its_base in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * its_base / max(base)
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_fn(model(inputs), targets)
+            value = float(loss.item())
+            if not math.isfinite(value):
+                break
+            average = smoothing * average + (1 - smoothing) * value
+            lrs.append(rate)
+            losses.append(value)
+            smoothed.append(average / (1 - smoothing ** len(lrs)))
+            if smoothed[-1] > stop_ratio * min(smoothed):
+                break
+            backward(loss)
+            optimizer.step()
     if len(lrs) < _MIN_POINTS:
         raise TrainingError(
             f"the learning-rate sweep saw only {len(lrs)} finite losses from {min_lr:g} on: give at least "
@@ -105,22 +97,30 @@ def find_lr(
         )
     # As fastai: the first tenth is noise of the start, the last few points are the explosion.
     window = slice(len(lrs) // 10, max(len(lrs) - 5, len(lrs) // 10 + 3))
-    return LrSweep(
-        tuple(lrs),
-        tuple(losses),
-        tuple(smoothed),
-        suggestion=valley_point(lrs[window], smoothed[window]),
-        steepest=steepest_point(lrs[window], smoothed[window]),
-        stopped_early=len(lrs) < num_steps,
-    )
+    found = valley_point(lrs[window], smoothed[window]), steepest_point(lrs[window], smoothed[window])
+    return LrSweep(tuple(lrs), tuple(losses), tuple(smoothed), *found, stopped_early=len(lrs) < num_steps)
+
+
+@contextmanager
+def _restored(model: nn.Module, optimizer: Optimizer) -> Generator[None]:
+    """Train inside the block; afterwards weights, modes, optimizer and torch's random state are as before."""
+    model_state, optimizer_state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    modes = {module: module.training for module in model.modules()}
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.train()
+            yield
+    finally:
+        model.load_state_dict(model_state)
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.load_state_dict(optimizer_state)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
-    """The rate in the middle of the longest fall: half way through the longest decreasing subsequence of the losses.
-
-    Args:
-        lrs: Rising rates.
-        losses: Smoothed losses at these rates.
+    """Find the rate half way through the longest decreasing subsequence of the smoothed losses, by rising rates.
 
     Source:
         fastai, `fastai.callback.schedule.valley`: longest decreasing subsequence by dynamic programming, cut in three
@@ -140,48 +140,10 @@ def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def steepest_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
-    """The rate at which the loss falls fastest over the logarithm of the rate, by central differences."""
+    """Find the rate at which the loss falls fastest over the logarithm of the rate, by central differences."""
     if len(lrs) < 3:
         return lrs[0]
     slopes = [
         (losses[i + 1] - losses[i - 1]) / (math.log(lrs[i + 1]) - math.log(lrs[i - 1])) for i in range(1, len(lrs) - 1)
     ]
     return lrs[1 + slopes.index(min(slopes))]
-
-
-def _rates(min_lr: float, max_lr: float, num_steps: int) -> list[float]:
-    return [min_lr * (max_lr / min_lr) ** (number / (num_steps - 1)) for number in range(num_steps)]
-
-
-def _sweep(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    backward: Callable[[Tensor], Any],
-    rates: Sequence[float],
-    smoothing: float,
-    stop_ratio: float,
-) -> tuple[list[float], list[float], list[float]]:
-    base = [float(group.get("base_lr", group["lr"])) for group in optimizer.param_groups]
-    lrs: list[float] = []
-    losses: list[float] = []
-    smoothed: list[float] = []
-    average = 0.0
-    for rate, (inputs, targets) in zip(rates, batches, strict=False):
-        for group, its_base in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * its_base / max(base)
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_fn(model(inputs), targets)
-        value = float(loss.item())
-        if not math.isfinite(value):
-            break
-        average = smoothing * average + (1 - smoothing) * value
-        lrs.append(rate)
-        losses.append(value)
-        smoothed.append(average / (1 - smoothing ** len(lrs)))
-        if smoothed[-1] > stop_ratio * min(smoothed):
-            break
-        backward(loss)
-        optimizer.step()
-    return lrs, losses, smoothed

@@ -1,6 +1,7 @@
-"""Numbers that judge predictions: pure functions over numpy arrays.
+"""Numbers that score predictions: pure functions over numpy arrays.
 
-Shape letters: N photos, K classes. `probabilities` is (N, K) with rows summing to 1, `labels` (N,) int64 in [0, K).
+Shape letters: N photos, K classes. `probabilities` is (N, K) with rows summing to 1, `labels` (N,) int64 in [0, K);
+`prior` (K,) is each class's share in training. Without photos, each figure is NaN.
 """
 
 from __future__ import annotations
@@ -19,13 +20,7 @@ LOWER_IS_BETTER = frozenset({"log_loss", "calibration_error"})
 
 
 def summarize(probabilities: Floats, labels: Ints, prior: Floats) -> dict[str, float]:
-    """All figures of one evaluation.
-
-    Args:
-        probabilities: (N, K) float.
-        labels: (N,) int.
-        prior: (K,) float, share of each class in training.
-    """
+    """Give all figures of one evaluation."""
     return {
         "top1": top_k(probabilities, labels, k=1),
         "top5": top_k(probabilities, labels, k=5),
@@ -38,10 +33,8 @@ def summarize(probabilities: Floats, labels: Ints, prior: Floats) -> dict[str, f
 
 def is_better(metric: str, value: float, best: float | None) -> bool:
     """Whether `value` beats `best`; equal values and NaN do not, anything finite beats None."""
-    if not math.isfinite(value):
-        return False
-    if best is None:
-        return True
+    if best is None or not math.isfinite(value):
+        return math.isfinite(value)
     return value < best if metric in LOWER_IS_BETTER else value > best
 
 
@@ -50,12 +43,10 @@ def top_k(probabilities: Floats, labels: Ints, *, k: int) -> float:
 
     With K <= k every photo counts, so top-5 says nothing about five classes or fewer.
     """
-    if not len(labels):
-        return math.nan
-    own = probabilities[np.arange(len(labels)), labels][:, None]
+    own = _own(probabilities, labels)[:, None]
     before = np.arange(probabilities.shape[1])[None, :] < np.asarray(labels)[:, None]
     rank = ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
-    return float((rank < k).mean())
+    return _mean(rank < k)
 
 
 def confusion_matrix(predicted: Ints, labels: Ints, *, num_classes: int) -> NDArray[np.int64]:
@@ -73,18 +64,9 @@ def confused_pairs(labels: Ints, predicted: Ints) -> list[tuple[int, int, NDArra
     return sorted(found, key=lambda pair: -len(pair[2]))
 
 
-def class_recalls(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(K,) share of each class's photos that were found; NaN where a class has no photo."""
-    counts = confusion.sum(axis=1)
-    return np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)
-
-
 def macro_recall(probabilities: Floats, labels: Ints) -> float:
     """Mean recall over the classes that have photos: every class counts alike (balanced accuracy)."""
-    if not len(labels):
-        return math.nan
-    recalls = class_recalls(_confusion(probabilities, labels))
-    return float(np.nanmean(recalls))
+    return float(np.nanmean(_class_recalls(probabilities, labels))) if len(labels) else math.nan
 
 
 def prior_top1(probabilities: Floats, labels: Ints, prior: Floats) -> float:
@@ -92,19 +74,14 @@ def prior_top1(probabilities: Floats, labels: Ints, prior: Floats) -> float:
 
     Recall of each class weighted by its prior; classes without photos here are left out and the rest renormalized.
     """
-    if not len(labels):
-        return math.nan
-    recalls = class_recalls(_confusion(probabilities, labels))
+    recalls = _class_recalls(probabilities, labels)
     weights = np.where(np.isnan(recalls), 0.0, prior)
     return float((weights * np.nan_to_num(recalls)).sum() / weights.sum()) if weights.sum() > 0 else math.nan
 
 
 def log_loss(probabilities: Floats, labels: Ints) -> float:
     """Mean negative log probability of the true class, in nats; probabilities are clipped at 1e-12."""
-    if not len(labels):
-        return math.nan
-    own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    return float(-np.log(np.clip(own, 1e-12, 1.0)).mean())
+    return _mean(-np.log(np.clip(_own(probabilities, labels).astype(np.float64), 1e-12, 1.0)))
 
 
 def calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) -> float:
@@ -146,5 +123,17 @@ def wilson_interval(successes: float, trials: float, *, confidence: float = 0.95
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
-def _confusion(probabilities: Floats, labels: Ints) -> NDArray[np.int64]:
-    return confusion_matrix(probabilities.argmax(axis=1), labels, num_classes=probabilities.shape[1])
+def _own(probabilities: Floats, labels: Ints) -> Floats:
+    """(N,) probability of each photo's true class."""
+    return probabilities[np.arange(len(labels)), labels]
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _class_recalls(probabilities: Floats, labels: Ints) -> NDArray[np.float64]:
+    """(K,) share of each class's photos that were found; NaN where a class has no photo."""
+    confusion = confusion_matrix(probabilities.argmax(axis=1), labels, num_classes=probabilities.shape[1])
+    counts = confusion.sum(axis=1)
+    return np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)

@@ -1,9 +1,11 @@
-"""Which parameter learns at what rate and with what decay, and the optimizer that does it."""
+"""Which parameter learns at what rate and with what decay: groups, the optimizer, and the schedule of the rate."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ def parameter_groups(
     no_weight_decay: Collection[str],
     include_frozen: bool,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: one or two (with and without decay) for each stage.
+    """Make an optimizer's groups of parameters: one or two (with and without decay) for each stage.
 
     Args:
         stages: (name, parameter) by stage from the input outwards, the head last.
@@ -44,11 +46,7 @@ def parameter_groups(
 
     Returns:
         Dicts with `params`, `lr` and `weight_decay`, and for us `name` ("stage2.decay", "head.no_decay") and
-        `base_lr`, which `schedule.Schedule` multiplies. Every parameter asked for is in exactly one. Groups without
-        parameters are left out.
-
-    Raises:
-        ConfigError: Nothing is left to learn.
+        `base_lr`, which `Schedule` multiplies.
 
     Source:
         Layer-wise rates: Clark et al., "ELECTRA", arXiv:2003.10555, section 3.1 and table 6; for stages of image
@@ -60,42 +58,38 @@ def parameter_groups(
     for number, stage in enumerate(stages):
         is_head = number == len(stages) - 1
         rate = lr if is_head else lr * backbone_lr_scale * layer_decay ** (last - number)
-        chosen = [(name, parameter) for name, parameter in stage if include_frozen or parameter.requires_grad]
-        exempt = [
-            not decay_norms_and_biases and (parameter.ndim <= 1 or name in no_weight_decay)
-            for name, parameter in chosen
+        parameters: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+        for name, parameter in stage:
+            if include_frozen or parameter.requires_grad:
+                is_exempt = not decay_norms_and_biases and (parameter.ndim <= 1 or name in no_weight_decay)
+                parameters["no_decay" if is_exempt else "decay"].append(parameter)
+        groups += [
+            {
+                "params": chosen,
+                "lr": rate,
+                "base_lr": rate,
+                "weight_decay": weight_decay if kind == "decay" else 0.0,
+                "name": f"{'head' if is_head else f'stage{number}'}.{kind}",
+            }
+            for kind, chosen in parameters.items()
+            if chosen
         ]
-        for is_exempt, suffix in ((False, "decay"), (True, "no_decay")):
-            parameters = [parameter for (_, parameter), this in zip(chosen, exempt, strict=True) if this is is_exempt]
-            if parameters:
-                groups.append(
-                    {
-                        "params": parameters,
-                        "lr": rate,
-                        "base_lr": rate,
-                        "weight_decay": 0.0 if is_exempt else weight_decay,
-                        "name": f"{'head' if is_head else f'stage{number}'}.{suffix}",
-                    }
-                )
     if not groups:
         raise ConfigError("no parameter requires a gradient, so nothing would be trained: freeze fewer stages")
     return groups
 
 
 def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool) -> Optimizer:
-    """An optimizer over parameter groups.
+    """Make an optimizer over the groups of `parameter_groups`.
 
     Args:
         name: "adamw" (betas 0.9 and 0.999, eps 1e-8, as torch), "sgd" (Nesterov momentum 0.9) or a name of timm.optim.
-        groups: From `parameter_groups`.
+        groups: Each brings its own rate and decay.
         use_fused: Let adamw and sgd take torch's one-kernel step where the parameters' device has it. Same update to
             rounding, several times as fast. Not together with clipping under fp16 loss scaling, because the kernel
             would unscale by itself (Fabric refuses).
-
-    Raises:
-        ConfigError: Unknown name, with close matches, or an optimizer that cannot be used here.
     """
-    settings: dict[str, Any] = {"lr": groups[-1]["lr"], "weight_decay": 0.0}  # each group brings its own
+    settings: dict[str, Any] = {"lr": groups[-1]["lr"], "weight_decay": 0.0}
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     # None leaves the choice to torch: its kernel over many tensors on a GPU, else one tensor after the other.
     fused = True if use_fused and devices <= {"cpu", "cuda", "mps", "xpu"} else None
@@ -116,8 +110,112 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool
 
 
 def optimizer_names() -> list[str]:
-    """Names that `create_optimizer` takes, sorted."""
+    """List the names that `create_optimizer` takes, sorted."""
     from timm.optim import list_optimizers
 
     names = {str(name) for name in list_optimizers()} | {"adamw", "sgd"}
     return sorted(name for name in names if not name.startswith(_NOT_OURS))
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSpec:
+    """The shape of a schedule; the names are those of the settings.
+
+    "cosine" rises linearly over `warmup_epochs`, then falls along half a cosine and would reach `min_factor` just
+    after the last update. "constant" rises likewise and stays. Neither warms up from zero: the first update learns.
+    "warm_restarts" is level within an epoch and has no warm-up: a half cosine over `restart_epochs` epochs (None is
+    the whole run), then one `restart_factor` times as long, and so on, as torch's CosineAnnealingWarmRestarts stepped
+    once per epoch.
+
+    Source:
+        Loshchilov & Hutter, "SGDR", arXiv:1608.03983, section 3, equation 5. Warm-up: Goyal et al.,
+        arXiv:1706.02677, section 2.2.
+    """
+
+    name: Literal["cosine", "warm_restarts", "constant"]
+    total_epochs: int
+    warmup_epochs: float
+    restart_epochs: int | None
+    restart_factor: int
+    min_factor: float
+
+    def factor(self, step: int, *, steps_per_epoch: int) -> float:
+        """Give the learning rate of update `step` (0-based) over the peak rate, in [0, 1]."""
+        if self.name == "warm_restarts":
+            position, length = self._find_cycle(step // steps_per_epoch)
+            return self._fall(position / length)
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if self.name == "constant":
+            return 1.0
+        falling_steps = max(self.total_epochs * steps_per_epoch - warmup_steps, 1)
+        return self._fall(min((step - warmup_steps) / falling_steps, 1.0))
+
+    def warnings(self) -> list[str]:
+        """List what is likely to disappoint, one sentence each; empty for a schedule that ends well."""
+        first, total = self.restart_epochs, self.total_epochs
+        if total and self.name == "cosine" and self.warmup_epochs > total / 2:
+            return [f"the warm-up of {self.warmup_epochs:g} epochs is more than half of the {total} epochs"]
+        if not total or self.name != "warm_restarts" or first is None:  # None is one cycle, as asked for
+            return []
+        warnings: list[str] = []
+        if total <= first:
+            warnings.append(
+                f"warm_restarts never restarts: {total} epochs are no more than the first cycle "
+                f"(restart_epochs, T_0) of {first}"
+            )
+        ends = self.cycle_ends()
+        if total not in ends:
+            position, length = self._find_cycle(total - 1)
+            warnings.append(
+                f"warm_restarts ends within a cycle: the last of {total} epochs is epoch {position + 1} of a cycle "
+                f"of {length}, at {self._fall(position / length):.0%} of the peak rate; cycles end at "
+                f"train.epochs = {' or '.join(map(str, ends[-2:]))}"
+            )
+        return warnings
+
+    def cycle_ends(self) -> list[int]:
+        """List the epochs after which a cycle of warm restarts is complete, up to the first not before the end."""
+        length = self.restart_epochs or max(self.total_epochs, 1)
+        ends = [length]
+        while ends[-1] < self.total_epochs:
+            length *= self.restart_factor
+            ends.append(ends[-1] + length)
+        return ends
+
+    def _find_cycle(self, epoch: int) -> tuple[int, int]:
+        """(epochs into its cycle, length of that cycle) of an epoch; whole numbers, so no rounding at a boundary."""
+        length = self.restart_epochs or max(self.total_epochs, 1)
+        if self.restart_factor == 1:
+            return epoch % length, length
+        while epoch >= length:
+            epoch -= length
+            length *= self.restart_factor
+        return epoch, length
+
+    def _fall(self, progress: float) -> float:
+        return self.min_factor + (1 - self.min_factor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Schedule:
+    """Sets the rate of every parameter group to its peak (`base_lr`) times a factor of the updates done.
+
+    Resuming needs that number alone: torch's schedulers, given `last_epoch`, land in the wrong cycle for T_mult > 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor_of: Callable[[int], float]) -> None:
+        self.optimizer = optimizer
+        self._factor_of = factor_of
+        self.go_to(0)
+
+    def step(self) -> None:
+        """Count an update that was done, and set the rates of the next one."""
+        self.go_to(self.step_number + 1)
+
+    def go_to(self, step: int) -> None:
+        """Set the rates of update `step` (0-based); in a resume after the optimizer's own state is restored."""
+        self.step_number = step
+        factor = self._factor_of(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor

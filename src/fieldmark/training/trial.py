@@ -12,7 +12,8 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,39 +29,38 @@ TIMEOUT_SECONDS = 120.0
 SIDE = 64
 """Of the two images, in pixels; architectures of a fixed size get theirs."""
 
+_CORRUPT = 3
+"""Exit code of errors that a damaged heap raises."""
+
 
 @dataclass(frozen=True)
 class Computation:
-    """How a model computes on the processor.
+    """How a model computes on the processor."""
 
-    Attributes:
-        channels_last: Memory layout of images and weights.
-        precision: As in `train.precision`.
-    """
-
-    channels_last: bool
-    precision: str
+    channels_last: bool  # memory layout of images and weights
+    precision: str  # as in `train.precision`
 
     def __str__(self) -> str:
         return f"{self.precision}, {'channels_last' if self.channels_last else 'contiguous'} layout"
 
 
-def choose_computation(model: Mapping[str, Any], wanted: Computation, *, memory: Path) -> tuple[Computation, str]:
+def choose_computation(
+    model: Mapping[str, Any], wanted: Computation, *, processor: str, memory: Path
+) -> tuple[Computation, str]:
     """Give the first computation that survives an update: as wanted, in the other layout, or in 32 bit as well.
 
     Args:
         model: Arguments of `create_classifier`.
         wanted: What would be used without a trial.
-        memory: Folder that remembers outcomes, by machine, versions, model and computation.
+        processor: Its name: outcomes are remembered by processor, versions, model and computation.
+        memory: Folder that remembers them.
 
     Returns:
         The computation, and a sentence where it is not what was wanted; else "".
-
-    Raises:
-        TrainingError: None survives.
     """
-    for computation in _candidates(wanted):
-        if _survives(model, computation, memory):
+    plain = replace(wanted, channels_last=False)
+    for computation in dict.fromkeys((wanted, plain, replace(plain, precision="32-true"))):
+        if _survives(model, computation, processor, memory):
             if computation == wanted:
                 return wanted, ""
             reason = f"{model['name']} crashes torch {torch.__version__} on this processor with {wanted}"
@@ -71,44 +71,22 @@ def choose_computation(model: Mapping[str, Any], wanted: Computation, *, memory:
     )
 
 
-def _candidates(wanted: Computation) -> Iterator[Computation]:
-    plain = replace(wanted, channels_last=False)
-    yield from dict.fromkeys((wanted, plain, replace(plain, precision="32-true")))
-
-
-def _survives(model: Mapping[str, Any], computation: Computation, memory: Path) -> bool:
-    job = {"model": dict(model), "channels_last": computation.channels_last, "precision": computation.precision}
-    path = memory / f"{_key(job)}.json"
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["survived"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not tried yet
-    survived = try_update(job)
-    if survived is None:
-        return True
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"survived": survived, **job})
-        whole_or_absent(path, lambda part: part.write_text(text, encoding="utf-8"))
-    except (OSError, ResourceError):
-        pass  # tried again next time
-    return survived
-
-
-def _key(job: Mapping[str, Any]) -> str:
+def _survives(model: Mapping[str, Any], computation: Computation, processor: str, memory: Path) -> bool:
     import timm
 
-    machine = [platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability()]
-    text = json.dumps([job, machine, torch.__version__, timm.__version__], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    job = {"model": dict(model), "channels_last": computation.channels_last, "precision": computation.precision}
+    machine = [platform.machine(), processor, torch.backends.cpu.get_cpu_capability()]
+    key = json.dumps([job, machine, torch.__version__, timm.__version__], sort_keys=True)
+    path = memory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not tried yet
+        return bool(json.loads(path.read_text(encoding="utf-8"))["survived"])
+    survived = try_update(job)
+    if survived is not None:
+        text = json.dumps({"survived": survived, **job})
+        with suppress(OSError, ResourceError):  # tried again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole_or_absent(path, lambda part: part.write_text(text, encoding="utf-8"))
+    return survived is not False
 
 
 def try_update(job: Mapping[str, Any]) -> bool | None:
@@ -118,14 +96,9 @@ def try_update(job: Mapping[str, Any]) -> bool | None:
         code = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False).returncode
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if code == 0:
-        return True
     # A signal is below 0, above 128 by way of a shell, and a large number on Windows. An exception is no crash.
-    return False if code < 0 or code > 128 or code == _CORRUPT else None
-
-
-_CORRUPT = 3
-"""Exit code of errors that a damaged heap raises."""
+    is_crash = code < 0 or code > 128 or code == _CORRUPT
+    return False if is_crash else code == 0 or None
 
 
 def _update(job: Mapping[str, Any]) -> None:
