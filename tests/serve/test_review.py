@@ -147,10 +147,10 @@ def test_a_decision_that_cannot_be_written_is_not_taken(tmp_path, monkeypatch):
     corrections = Corrections(tmp_path / "c.csv")
     corrections.decide("a", "keep", "")
 
-    def fail():
+    def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr(corrections, "_write", fail)
+    monkeypatch.setattr("fieldmark.serve.review.write_csv", fail)
     with pytest.raises(OSError, match="no space"):
         corrections.decide("a", "drop", "")
     assert corrections.get("a").action == "keep"
@@ -187,20 +187,23 @@ def test_bad_requests_are_refused_with_the_reason(photos, tmp_path, call, status
     assert not (tmp_path / "c.csv").exists()
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda it: it.decide("a", "eat", ""), "an action is keep, relabel, drop; got 'eat'"),
-        (lambda it: it.decide("a", "relabel", ""), "say to which class"),
-    ],
-)
-def test_the_table_refuses_nonsense(tmp_path, call, message):
-    with pytest.raises(DataError, match=message):
-        call(Corrections(tmp_path / "c.csv"))
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path):
+    table = tmp_path / "c.csv"
+    table.write_bytes("path;action;label\r\nå.jpg;relabel;gull\r\nb.jpg;drop;\r\n".encode("utf-8-sig"))
+    corrections = Corrections(table)
+    assert (corrections.get("å.jpg"), corrections.get("b.jpg")) == (("relabel", "gull"), ("drop", ""))
+    table.write_bytes(table.read_bytes().decode("utf-8-sig").replace(";", "\t").encode("utf-16"))
+    assert Corrections(table).paths() == ["å.jpg", "b.jpg"]
 
 
-def test_another_table_is_never_overwritten(tmp_path):
-    (tmp_path / "c.csv").write_text("name,age\nx,1\n")
+def test_a_table_that_training_would_not_read_is_refused_at_the_start(tmp_path):
+    with pytest.raises(DataError, match=r"written as CSV, and .*c.txt does not end in .csv: give another --out"):
+        Corrections(tmp_path / "c.txt")
+
+
+@pytest.mark.parametrize("content", ["name,age\nx,1\n", "path,action,label\na.jpg,eat,\n"])
+def test_another_table_is_never_overwritten(content, tmp_path):
+    (tmp_path / "c.csv").write_text(content)
     with pytest.raises(DataError, match="is not a table of corrections"):
         Corrections(tmp_path / "c.csv")
 

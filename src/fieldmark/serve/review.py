@@ -2,21 +2,19 @@
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations of functions that are defined in others.
 
-import csv
 import shlex
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
 
 from fieldmark.data.index import PhotoIndex
+from fieldmark.data.tables import read_table, write_csv
 from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, PhotoError
-from fieldmark.files import whole_or_absent
 from fieldmark.inference.triage import (
     ConfusedPair,
     HeldOut,
@@ -35,9 +33,8 @@ ACTIONS = ("keep", "relabel", "drop")
 COLUMNS = ("path", "action", "label")
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What to do with one photo; `label` is the new one of a relabelled photo, else ""."""
+class Decision(NamedTuple):
+    """What to do with one photo; `label` is the new one of a relabeled photo, else ""."""
 
     action: str
     label: str
@@ -46,21 +43,18 @@ class Decision:
 class Corrections:
     """Decisions by path, written to disk after each change. Calls from several threads are safe.
 
-    Args:
-        file: CSV table to read, if it is there, and to write.
-
     Raises:
-        DataError: The table is there and cannot be read.
+        DataError: The table cannot be read, is no table of corrections, or would not be read by `train`.
     """
 
     def __init__(self, file: Path) -> None:
+        if file.suffix.lower() != ".csv":
+            raise DataError(f"corrections are written as CSV, and {file} does not end in .csv: give another --out")
         self.file = file
         self._lock = threading.Lock()
-        self._decisions: dict[str, Decision] = {}
+        self._decisions = self._read() if file.is_file() else {}
         # Each change with what was there before; decisions of earlier sessions can be undone too, newest first.
-        self._history: list[tuple[str, Decision | None]] = []
-        if file.is_file():
-            self._read()
+        self._history: list[tuple[str, Decision | None]] = [(path, None) for path in self._decisions]
 
     def get(self, path: str) -> Decision | None:
         """The decision about a photo, if there is one."""
@@ -68,25 +62,16 @@ class Corrections:
 
     def paths(self) -> list[str]:
         """Photos with a decision, the oldest first."""
-        with self._lock:
-            return list(self._decisions)
+        return list(self._decisions)
 
     def decide(self, path: str, action: str, label: str) -> None:
         """Decide about a photo; an earlier decision is replaced.
 
         Raises:
-            DataError: Not an action, or a relabelling without a label.
             ResourceError: The table cannot be written; the decision is not taken.
         """
-        if action not in ACTIONS:
-            raise DataError(f"an action is {', '.join(ACTIONS)}; got {action!r}")
-        if action == "relabel" and not label:
-            raise DataError(f"{path!r} is to be relabelled: say to which class")
         with self._lock:
-            before = self._decisions.pop(path, None)
-            self._decisions[path] = Decision(action, label if action == "relabel" else "")
-            self._write_or_restore(path, before)
-            self._history.append((path, before))
+            self._write(path, Decision(action, label if action == "relabel" else ""))
 
     def undo(self) -> str | None:
         """Take back the latest change; its path, or None if there is none."""
@@ -94,45 +79,28 @@ class Corrections:
             if not self._history:
                 return None
             path, before = self._history[-1]
-            now = self._decisions.pop(path, None)
-            if before is not None:
-                self._decisions[path] = before
-            self._write_or_restore(path, now)
-            self._history.pop()
+            self._write(path, before)
+            del self._history[-2:]  # the change, and that it was taken back
             return path
 
-    def _write_or_restore(self, path: str, before: Decision | None) -> None:
-        try:
-            self._write()
-        except Exception:
-            self._decisions.pop(path, None)
-            if before is not None:
-                self._decisions[path] = before
-            raise
-
-    def _read(self) -> None:
-        try:
-            with self.file.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                rows = list(csv.DictReader(file))
-        except (OSError, csv.Error) as error:
-            raise DataError(f"the corrections {self.file} cannot be read: {error}") from None
-        for row in rows:
-            if not set(COLUMNS) <= set(row) or row["action"] not in ACTIONS:
-                raise DataError(
-                    f"{self.file} is not a table of corrections (path,action,label): give another --out, or mend it"
-                )
-            self._decisions[row["path"]] = Decision(row["action"], row["label"] or "")
-            self._history.append((row["path"], None))
-
-    def _write(self) -> None:
-        def write(part: Path) -> None:
-            with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                table = csv.writer(file)
-                table.writerow(COLUMNS)
-                table.writerows((path, it.action, it.label) for path, it in self._decisions.items())
-
+    def _write(self, path: str, decision: Decision | None) -> None:
+        """Write the table with another decision about one photo, and only then take it."""
+        decisions = {key: value for key, value in self._decisions.items() if key != path}
+        if decision:
+            decisions[path] = decision
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        whole_or_absent(self.file, write)
+        write_csv(self.file, COLUMNS, [(key, *value) for key, value in decisions.items()])
+        self._history.append((path, self._decisions.get(path)))
+        self._decisions = decisions
+
+    def _read(self) -> dict[str, Decision]:
+        table = read_table(self.file)
+        if not set(COLUMNS) <= table.values.keys() or not set(ACTIONS) >= set(table.values["action"]):
+            raise DataError(
+                f"{self.file} is not a table of corrections (path,action,label): give another --out, or fix it"
+            )
+        rows = zip(*(table.column(name, is_text=name != "path") for name in COLUMNS), strict=True)
+        return {path: Decision(action, label) for path, action, label in rows}
 
 
 DuplicateSearch = Callable[[], Sequence[tuple[int, int, int]]]
