@@ -97,11 +97,11 @@ def ours() -> Any:
     limits = Limits(
         max_body_bytes=2**26,
         max_held_bytes=2**30, max_photos=64, max_pixels=10**8, max_queued=1024, body_seconds=60, answer_seconds=60,
-        retry_seconds=1,
+        max_batch=16,
     )  # fmt: skip
     threads = os.cpu_count() or 1
     model: Any = Model()
-    return create_app(model, limits=limits, access=Access(), max_batch=16, wait_seconds=0.002, decode_threads=threads)
+    return create_app(model, limits=limits, access=Access(), decode_threads=threads)
 
 
 def plain() -> Any:

@@ -221,7 +221,7 @@ def test_an_ensemble_can_be_calibrated_and_then_says_unknown(ensemble, files, tm
 def test_an_ensemble_is_served_without_attention_and_sees_what_its_widest_member_sees(ensemble, files):
     from fieldmark.serve.service import ServedModel
 
-    served = ServedModel.load(ensemble.path)
+    served = ServedModel(ensemble.path)
     prepared = served.prepare(files[0].read_bytes(), max_pixels=10_000)
     assert prepared.box == (0.0, 0.0, 1.0, 1.0)  # the second member's squash
     assert not served.has_attention

@@ -15,7 +15,7 @@ from PIL import Image
 from fieldmark.data.decode import decode
 from fieldmark.serve.app import create_app
 from fieldmark.serve.limits import Access, Limits
-from fieldmark.serve.service import About, Prepared
+from fieldmark.serve.service import About, Accuracy, Prepared
 
 LIMITS = {
     "max_body_bytes": 200_000,
@@ -25,12 +25,12 @@ LIMITS = {
     "max_queued": 16,
     "body_seconds": 5.0,
     "answer_seconds": 5.0,
-    "retry_seconds": 2,
+    "max_batch": 4,
 }
 
 
 class ColorModel:
-    about = About("colors", (0.9, 0.85, 0.94), False)
+    about = About("colors", Accuracy(value=0.9, low=0.85, high=0.94), False)
     classes = ("red", "green", "blue <b>")
     threshold = 0.5
     fallback = None
@@ -67,13 +67,11 @@ def upload(*contents):
     return [("photos", (f"photo-{number}.jpg", content, "image/jpeg")) for number, content in enumerate(contents)]
 
 
-def make_app(model, *, api_key=None, cors=(), max_batch=4, wait_seconds=0.0, **limits):
+def make_app(model, *, api_key=None, cors=(), **limits):
     return create_app(
         model,
         limits=Limits(**{**LIMITS, **limits}),
         access=Access(("test", "testserver"), api_key, cors),
-        max_batch=max_batch,
-        wait_seconds=wait_seconds,
         decode_threads=2,
     )
 

@@ -12,11 +12,10 @@ from unittest.mock import AsyncMock
 import httpx
 import pytest
 from PIL import Image
-from tests.serve.conftest import LIMITS, ask, client_of, make_app, make_photo, upload
+from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
 
 from fieldmark.errors import ConfigError
 from fieldmark.inference.taxonomy import Fallback, build_taxonomy
-from fieldmark.serve.limits import Access, Limits, RequestLimits
 
 
 def predict(*contents, query=""):
@@ -134,27 +133,19 @@ def test_bodies_of_all_requests_together_are_bounded_and_given_back(model):
     assert refused.headers["retry-after"] == "2"
 
 
-def test_what_a_client_that_reads_no_answer_holds_is_given_back():
-    async def app(scope, receive, send):
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"answer"})
-
-    async def ask_gate(gate, send):
-        body = {"type": "http.request", "body": b"x" * 600, "more_body": False}
-        scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}
-        await gate(scope, AsyncMock(return_value=body), send)
+def test_what_a_client_that_reads_no_answer_holds_is_given_back(model):
+    app = make_app(model, max_held_bytes=1000, answer_seconds=0.05)
+    scope = {"type": "http", "method": "GET", "path": "/classes", "query_string": b"", "headers": [(b"host", b"test")]}
+    body = {"type": "http.request", "body": b"x" * 600, "more_body": False}
 
     async def run():
-        limits = Limits(**{**LIMITS, "max_held_bytes": 1000, "answer_seconds": 0.05})
-        gate = RequestLimits(app, limits=limits, access=Access())
-        await ask_gate(gate, lambda message: asyncio.Event().wait())
+        await app(scope, AsyncMock(return_value=body), lambda message: asyncio.Event().wait())
         reader = AsyncMock()
-        await ask_gate(gate, reader)
+        await app(scope, AsyncMock(return_value=body), reader)
         return [call.args[0] for call in reader.await_args_list]
 
-    start, body = asyncio.run(asyncio.wait_for(run(), 10))
-    assert (start["status"], body["body"]) == (200, b"answer")
+    start, answer, *_ = asyncio.run(asyncio.wait_for(run(), 10))
+    assert (start["status"], json.loads(answer["body"])["threshold"]) == (200, 0.5)
 
 
 def test_a_body_that_never_ends_is_given_up(model):

@@ -79,7 +79,7 @@ def test_replicas_that_do_not_start_are_told_by_the_last_line_of_their_traceback
 
 
 def plain_answer(model, photo):  # noqa: F811
-    app = open_app(model, 1, limits=Limits(**LIMITS), max_batch=4, wait_seconds=0.0, access=Access(("test",)))
+    app = open_app(model, 1, limits=Limits(**LIMITS), access=Access(("test",)))
     return ask(app, lambda client: client.post("/predict", files=upload(photo)))[0].json()
 
 

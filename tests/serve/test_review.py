@@ -40,7 +40,7 @@ def load(photos):
     return load_index(photos, path_column="path", label_column="label", split_column="split", group_column=None)
 
 
-def make_views(photos, table, duplicates=lambda: [(0, 1, 2)]):
+def make_views(photos, table, duplicates=lambda: [(0, 1, 2)], look=None):
     index = load(photos)
     labels = index.label_numbers()
     probabilities = np.full((len(labels), 3), 0.05, np.float32)
@@ -48,13 +48,9 @@ def make_views(photos, table, duplicates=lambda: [(0, 1, 2)]):
     probabilities[1] = (0.04, 0.95, 0.01)  # crow/1.jpg looks like a gull
     probabilities[9] = (0.80, 0.15, 0.05)  # gull/1.jpg looks like a crow
     judged = HeldOut(tuple(photo.path for photo in index.photos), labels, probabilities, index.classes)
-    views = ReviewViews(index, judged, Corrections(table), find_duplicates=duplicates)
+    views = ReviewViews(index, judged, Corrections(table), find_duplicates=duplicates, look=look)
     views._search.join()
     return views
-
-
-def make_app(views, look=None):
-    return create_review_app(views, look=look)
 
 
 def ask(app, *calls):
@@ -74,7 +70,7 @@ def post(path, body):
 
 
 def test_all_that_the_page_names_is_served(photos, tmp_path):
-    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    app = create_review_app(make_views(photos, tmp_path / "c.csv"))
     [page] = ask(app, get("/"))
     named = re.findall(r'(?:src|href)="(static/[^"]+)"', page.text)
     assert len(named) >= 4
@@ -82,7 +78,7 @@ def test_all_that_the_page_names_is_served(photos, tmp_path):
 
 
 def test_each_view_lists_its_photos_with_what_the_model_says(photos, tmp_path):
-    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    app = create_review_app(make_views(photos, tmp_path / "c.csv"))
     overview, suspects, losses, pair, class_, duplicates = ask(
         app,
         get("/api/overview"),
@@ -106,7 +102,7 @@ def test_decisions_are_written_at_once_survive_a_restart_and_data_takes_them(pho
     table = tmp_path / "out" / "corrections.csv"
     before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.rglob("*.jpg")}
     ask(
-        make_app(make_views(photos, table)),
+        create_review_app(make_views(photos, table)),
         post("/api/decide", {"number": 1, "action": "relabel", "label": "gull"}),
         post("/api/decide", {"number": 9, "action": "drop"}),
         post("/api/decide", {"number": 0, "action": "keep"}),
@@ -117,7 +113,7 @@ def test_decisions_are_written_at_once_survive_a_restart_and_data_takes_them(pho
         "gull/1.jpg,drop,",
         "crow/0.jpg,keep,",
     ]
-    [page] = ask(make_app(make_views(photos, table)), get("/api/photos?view=marked"))
+    [page] = ask(create_review_app(make_views(photos, table)), get("/api/photos?view=marked"))
     assert [(photo["path"], photo["action"]) for photo in page.json()["photos"]] == [
         ("crow/0.jpg", "keep"),
         ("gull/1.jpg", "drop"),
@@ -181,7 +177,7 @@ def test_names_of_any_kind_survive_the_table(tmp_path):
     ],
 )
 def test_bad_requests_are_refused_with_the_reason(photos, tmp_path, call, status, reason):
-    [answer] = ask(make_app(make_views(photos, tmp_path / "c.csv")), call)
+    [answer] = ask(create_review_app(make_views(photos, tmp_path / "c.csv")), call)
     assert answer.status_code == status
     assert reason in answer.text
     assert not (tmp_path / "c.csv").exists()
@@ -216,7 +212,7 @@ def test_a_flood_of_megabytes_is_refused_before_it_is_read(photos, tmp_path):
             taken.append(1)
             yield b"x" * 2**16
 
-    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    app = create_review_app(make_views(photos, tmp_path / "c.csv"))
     announced, endless = ask(
         app,
         lambda client: client.post("/api/decide", content=b"x", headers={"content-length": str(12 * 10**8)}),
@@ -227,7 +223,7 @@ def test_a_flood_of_megabytes_is_refused_before_it_is_read(photos, tmp_path):
 
 
 def test_pages_elsewhere_can_neither_decide_nor_show_photos(photos, tmp_path):
-    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    app = create_review_app(make_views(photos, tmp_path / "c.csv"))
     decided, photo = ask(
         app,
         lambda client: client.post(
@@ -244,7 +240,7 @@ def test_thumbnails_are_small_upright_and_a_vanished_photo_is_a_404(photos, tmp_
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (900, 600), (1, 2, 3)).save(photos / "crow" / "0.jpg", exif=exif)
-    app = make_app(make_views(photos, tmp_path / "c.csv"))
+    app = create_review_app(make_views(photos, tmp_path / "c.csv"))
     (photos / "crow" / "2.jpg").unlink()
     turned, gone = ask(app, get("/photo/0?side=120"), get("/photo/2"))
     assert Image.open(io.BytesIO(turned.content)).size == (80, 120)
@@ -267,7 +263,7 @@ def test_a_page_of_a_hundred_thousand_photos_is_quick(tmp_path):
     probabilities = np.full((count, 50), 0.01, np.float32)
     probabilities[np.arange(count), labels] = 0.51
     judged = HeldOut(tuple(photo.path for photo in photos), labels, probabilities, classes)
-    views = ReviewViews(index, judged, Corrections(tmp_path / "c.csv"), find_duplicates=list)
+    views = ReviewViews(index, judged, Corrections(tmp_path / "c.csv"), find_duplicates=list, look=None)
     start = time.perf_counter()
     page = views.page("losses", which=0, offset=99_000, limit=60)
     assert (page["total"], len(page["photos"])) == (100_000, 60)
@@ -304,7 +300,7 @@ def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
     def look(number, class_number):
         return {"attention": [[0.0, 1.0], [0.5, 0.2]], "seen": [0.1, 0, 0.8, 1]}
 
-    app = make_app(make_views(photos, tmp_path / "c.csv"), look=look)
+    app = create_review_app(make_views(photos, tmp_path / "c.csv", look=look))
     with opened_page(app, width=390) as (page, problems):
         page.get_by_text("That was all: 2.").wait_for()
         page.keyboard.press("r")
@@ -336,7 +332,7 @@ def test_a_finger_is_enough_to_name_any_class_and_long_names_fit_a_phone(photos,
     for old, new in zip(COLOURS, names, strict=True):
         (photos / old).rename(photos / new)
     table = tmp_path / "c.csv"
-    with opened_page(make_app(make_views(photos, table)), width=390) as (page, problems):
+    with opened_page(create_review_app(make_views(photos, table)), width=390) as (page, problems):
         first = page.get_by_role("group", name=f"Decide about {names[0]}/1.jpg")
         first.get_by_role("button", name="Other …").click()
         page.get_by_label("Relabel as").fill("OWL <b>")
@@ -358,7 +354,7 @@ def test_a_finger_is_enough_to_name_any_class_and_long_names_fit_a_phone(photos,
 def test_the_page_opens_where_there_is_something_to_see_and_columns_are_only_where_both_err(photos, tmp_path):
     views = make_views(photos, tmp_path / "c.csv")
     views._suspects = []
-    with opened_page(make_app(views), width=1280) as (page, problems):
+    with opened_page(create_review_app(views), width=1280) as (page, problems):
         page.get_by_text("That was all: 24.").wait_for()
         assert page.locator("#view").input_value() == "losses"
         first = page.locator(".item").first

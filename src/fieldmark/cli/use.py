@@ -223,11 +223,11 @@ def serve(
         max_queued=queue,
         body_seconds=timeout,
         answer_seconds=timeout,
-        retry_seconds=2,
+        max_batch=batch,
     )
     api_key = os.environ.get("FIELDMARK_API_KEY") if api_key is None else api_key  # an empty one is an error too
     access = Access((host, *(hostname or ())), api_key, tuple(cors or ()))
-    opener = partial(open_app, model.absolute(), limits=limits, access=access, max_batch=batch, wait_seconds=0.002)
+    opener = partial(open_app, model.absolute(), limits=limits, access=access)
     app = opener(usable_cores())  # also before replicas do: what is wrong with the model is reported here
     if not is_local(host) and not api_key:
         typer.echo(f"warning: {host} can be reached from other machines, and no --api-key is set", err=True)

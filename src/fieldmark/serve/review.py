@@ -1,21 +1,24 @@
 """The review page: where the model errs, and a table of what to do about it. The photos themselves are only read."""
 
-# Without `from __future__ import annotations`: FastAPI reads the annotations of functions that are defined in others.
+from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.tables import read_table, write_csv
-from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, PhotoError
+from fieldmark.errors import DataError, FieldmarkError, PhotoError
 from fieldmark.inference.triage import (
+    AttentionMaps,
     ConfusedPair,
     HeldOut,
     confused_pairs,
@@ -27,8 +30,20 @@ from fieldmark.inference.triage import (
 from fieldmark.runs.folder import Run
 from fieldmark.serve.app import add_pages, observe
 from fieldmark.serve.limits import Access, Limits, RequestLimits
-from fieldmark.serve.service import ServerMetrics, seen_box, thumbnail
+from fieldmark.serve.service import ServerMetrics, prepare_photo, thumbnail
 
+_THUMBNAILS_KEPT = 4000  # about 15 KB each
+# A request here is a decision of some hundred bytes.
+_LIMITS = Limits(
+    max_body_bytes=64 * 1024,
+    max_held_bytes=2**20,
+    max_photos=0,
+    max_pixels=0,
+    max_queued=0,
+    max_batch=0,
+    body_seconds=10.0,
+    answer_seconds=60.0,
+)
 ACTIONS = ("keep", "relabel", "drop")
 COLUMNS = ("path", "action", "label")
 
@@ -104,6 +119,7 @@ class Corrections:
 
 
 DuplicateSearch = Callable[[], Sequence[tuple[int, int, int]]]
+Look = Callable[[int, int], dict[str, Any]]
 
 
 class ReviewViews:
@@ -111,40 +127,52 @@ class ReviewViews:
 
     Args:
         index: All photos of the run.
-        judged: Predictions of those that the model was not trained on.
+        held_out: Predictions of those that the model was not trained on.
         corrections: Decisions so far.
         find_duplicates: Looks for near-duplicates; called once, on a thread of its own.
+        look: (photo number, class number) -> the attention map and its box; None if the model has no maps.
     """
 
     def __init__(
-        self, index: PhotoIndex, judged: HeldOut, corrections: Corrections, *, find_duplicates: DuplicateSearch
+        self,
+        index: PhotoIndex,
+        held_out: HeldOut,
+        corrections: Corrections,
+        *,
+        find_duplicates: DuplicateSearch,
+        look: Look | None,
     ) -> None:
         self.index = index
-        self.judged = judged
+        self.files = index.files()
+        self.look = look
+        self.held_out = held_out
         self.corrections = corrections
-        self.classes = judged.classes
+        self.classes = held_out.classes
+        self.thumbnail = lru_cache(maxsize=_THUMBNAILS_KEPT)(thumbnail)
         self._number_of = {photo.path: number for number, photo in enumerate(index.photos)}
-        self._place_of = {path: place for place, path in enumerate(judged.paths)}
-        self._number_at = [self._number_of.get(path, -1) for path in judged.paths]
-        self._guesses, self._losses = judged.guesses, judged.losses
-        self.pairs: list[ConfusedPair] = confused_pairs(judged)
-        self._suspects = self._numbers(label_suspects(judged))
-        self._highest = self._numbers(highest_losses(judged))
+        self._row_of = {path: row for row, path in enumerate(held_out.paths)}
+        self._guesses, self._losses = held_out.guesses, held_out.losses
+        self.pairs: list[ConfusedPair] = confused_pairs(held_out)
+        self._suspects = self._numbers(label_suspects(held_out))
+        self._highest = self._numbers(highest_losses(held_out))
         self._duplicates: list[tuple[int, int, int]] = []
-        self.duplicates_state = "searching"
-        self._by_class: dict[str, list[int]] = {name: [] for name in self.classes}
+        self._duplicates_state = "searching"
+        self._by_class: dict[str | None, list[int]] = defaultdict(list)
         for number, photo in enumerate(index.photos):
-            if photo.label in self._by_class:
-                self._by_class[photo.label].append(number)
+            self._by_class[photo.label].append(number)
         self._search = threading.Thread(target=self._find, args=(find_duplicates,), daemon=True)
         self._search.start()
 
     def overview(self) -> dict[str, Any]:
         """Names and sizes of the views."""
+        command = (
+            f"fieldmark train {shlex.quote(str(self.index.root))} "
+            f"--set {shlex.quote(f'data.corrections={self.corrections.file}')}"
+        )
         return {
             "classes": [{"name": name, "photos": len(self._by_class[name])} for name in self.classes],
             "photos": len(self.index.photos),
-            "judged": len(self.judged.paths),
+            "judged": len(self.held_out.paths),
             "suspects": len(self._suspects),
             "losses": len(self._highest),
             "pairs": [
@@ -152,54 +180,42 @@ class ReviewViews:
                 for pair in self.pairs[:200]
             ],
             "duplicates": len(self._duplicates),
-            "duplicates_state": self.duplicates_state,
+            "duplicates_state": self._duplicates_state,
             "marked": len(self.corrections.paths()),
             "table": self.corrections.file.name,
-            "command": self._next_command().encode("utf-8", "replace").decode(),
+            "command": _printable(command),
+            "has_attention": self.look is not None,
         }
 
-    def _next_command(self) -> str:
-        table = shlex.quote(f"data.corrections={self.corrections.file}")
-        return f"fieldmark train {shlex.quote(str(self.index.root))} --set {table}"
-
     def page(self, view: str, *, which: int, offset: int, limit: int) -> dict[str, Any]:
-        """Photos of one view from `offset` on.
-
-        Args:
-            view: "suspects", "losses", "pair", "class", "duplicates" or "marked".
-            which: The pair's place among the pairs, or the class number.
-            offset: First row.
-            limit: Most rows.
+        """Photos of one view from row `offset` on; `which` is the number of a pair or of a class.
 
         Raises:
             DataError: There is no such view.
         """
-        if view == "duplicates":
-            rows = self._duplicates[offset : offset + limit]
-            photos = [
-                {**self.photo(number), "near": place + offset, "bits": bits}
-                for place, (left, right, bits) in enumerate(rows)
-                for number in (left, right)
-            ]
-            return {"total": len(self._duplicates), "next": offset + len(rows), "photos": photos}
-        numbers = self._view(view, which)
-        chosen = numbers[offset : offset + limit]
-        photos = [self.photo(number) for number in chosen]
-        return {"total": len(numbers), "next": offset + len(chosen), "photos": photos}
+        rows = self._duplicates if view == "duplicates" else self._view(view, which)
+        photos: list[dict[str, Any]] = []
+        for position, row in enumerate(rows[offset : offset + limit], start=offset):
+            if isinstance(row, int):
+                photos.append(self.photo(row))
+            else:
+                left, right, bits = row
+                photos += [{**self.photo(number), "near": position, "bits": bits} for number in (left, right)]
+        return {"total": len(rows), "next": min(max(offset, len(rows)), offset + limit), "photos": photos}
 
     def photo(self, number: int) -> dict[str, Any]:
         """What the page says of one photo."""
         photo = self.index.photos[number]
         decision = self.corrections.get(photo.path)
-        place = self._place_of.get(photo.path)
+        row = self._row_of.get(photo.path)
         known: dict[str, Any] = {"guess": None, "probability": None, "loss": None}
-        if place is not None:
-            guess = int(self._guesses[place])
-            probability = float(self.judged.probabilities[place, guess])
-            known = {"guess": self.classes[guess], "probability": probability, "loss": float(self._losses[place])}
+        if row is not None:
+            guess = int(self._guesses[row])
+            probability = float(self.held_out.probabilities[row, guess])
+            known = {"guess": self.classes[guess], "probability": probability, "loss": float(self._losses[row])}
         return {
             "number": number,
-            "path": photo.path.encode("utf-8", "replace").decode(),
+            "path": _printable(photo.path),
             "label": photo.label,
             "split": photo.split,
             **known,
@@ -208,11 +224,7 @@ class ReviewViews:
         }
 
     def decide(self, number: int, action: str, label: str) -> dict[str, Any]:
-        """Decide about a photo; the photo afterwards.
-
-        Raises:
-            DataError: No such action or class.
-        """
+        """Decide about a photo; the photo afterwards."""
         if action == "relabel" and label not in self.classes:
             raise DataError(f"{label!r} is not one of the {len(self.classes)} classes")
         self.corrections.decide(self.index.photos[number].path, action, label)
@@ -230,48 +242,31 @@ class ReviewViews:
         if view == "losses":
             return self._highest
         if view == "marked":
-            found = [self._number_of.get(path, -1) for path in reversed(self.corrections.paths())]
-            return [number for number in found if number >= 0]
+            return self._present(reversed(self.corrections.paths()))
         if view == "pair" and 0 <= which < len(self.pairs):
             return self._numbers(self.pairs[which].places)
         if view == "class" and 0 <= which < len(self.classes):
             return self._by_class[self.classes[which]]
         raise DataError(f"there is no view {view!r} number {which}")
 
-    def _numbers(self, places: Any) -> list[int]:
-        """Numbers in the index of judged photos; photos that are no longer in the index are left out."""
-        found = [self._number_at[int(place)] for place in np.asarray(places, np.int64)]
-        return [number for number in found if number >= 0]
+    def _numbers(self, rows: Iterable[int]) -> list[int]:
+        return self._present(self.held_out.paths[int(row)] for row in rows)
+
+    def _present(self, paths: Iterable[str]) -> list[int]:
+        """Numbers in the index; photos that are no longer in it are left out."""
+        return [self._number_of[path] for path in paths if path in self._number_of]
 
     def _find(self, find_duplicates: DuplicateSearch) -> None:
         try:
             self._duplicates = list(find_duplicates())
-            self.duplicates_state = "done"
+            self._duplicates_state = "done"
         except (FieldmarkError, OSError) as error:
-            self.duplicates_state = f"failed: {error}"
+            self._duplicates_state = f"failed: {error}"
 
 
-_FILES = {
-    "review.css": "text/css",
-    "app.css": "text/css",
-    "review.js": "text/javascript",
-    "attention.js": "text/javascript",
-    "icon.svg": "image/svg+xml",
-}
-_THUMBNAILS_KEPT = 4000  # about 15 KB each
-# A request here is a decision of some hundred bytes.
-_LIMITS = Limits(
-    max_body_bytes=64 * 1024,
-    max_held_bytes=2**20,
-    max_photos=0,
-    max_pixels=0,
-    max_queued=0,
-    body_seconds=10.0,
-    answer_seconds=60.0,
-    retry_seconds=2,
-)
-
-Look = Callable[[int, int], dict[str, Any]]
+def _printable(text: str) -> str:
+    """Text as JSON takes it: bytes that are not UTF-8 become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Wish(BaseModel):
@@ -282,18 +277,31 @@ class Wish(BaseModel):
     label: str = ""
 
 
-def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int, memory: Path) -> Any:
-    """The app over one run, or over the folds of a cross-validation.
+_router = APIRouter()
+
+
+async def _find_views(request: Request) -> ReviewViews:
+    return request.app.state.views
+
+
+async def _require_json(request: Request) -> None:
+    # A form of another site cannot send JSON without asking first, and is never told yes.
+    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        raise HTTPException(415, "send JSON")
+
+
+Views = Annotated[ReviewViews, Depends(_find_views)]
+
+
+def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int, memory: Path) -> FastAPI:
+    """The app over one run, or over the folds of a cross-validation, whose photos must still be there.
 
     Args:
-        runs: Their photos must still be where they were.
+        runs: They belong together.
         table: Corrections, read and written.
         max_distance: Near-duplicates differ in at most so many of 64 bits.
         threads: Photos read at once in the search for near-duplicates.
         memory: Folder where that search remembers what it saw.
-
-    Raises:
-        DataError: The runs do not belong together, or the photos are gone.
     """
     index = runs[0].split
     if not any(file.is_file() for file in index.files()[:100]):
@@ -305,113 +313,84 @@ def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int
         join_held_out(runs),
         Corrections(table),
         find_duplicates=lambda: near_duplicates(index, max_distance=max_distance, threads=threads, memory=memory),
+        look=_attention(runs[0], index.files()),
     )
-    return create_review_app(views, look=_attention(runs[0], index.files()))
+    return create_review_app(views)
 
 
-def create_review_app(views: ReviewViews, *, look: Look | None) -> Any:
-    """The ASGI app over ready views.
-
-    Args:
-        views: What is shown.
-        look: (photo number, class number) -> the map and its box; None if the model has no maps.
-
-    Raises:
-        MissingExtraError: fastapi is not installed.
-    """
-    try:
-        from fastapi import FastAPI, Request
-        from fastapi.responses import JSONResponse
-    except ImportError as error:
-        raise MissingExtraError(error.name or "fastapi", "serve") from None
+def create_review_app(views: ReviewViews) -> FastAPI:
+    """The ASGI app over ready views."""
     app = FastAPI(title="Fieldmark review", docs_url=None, redoc_url=None)
 
-    @app.exception_handler(DataError)
-    async def refused(_: Request, error: DataError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+    async def refuse(_: Request, error: Exception) -> Response:
+        if isinstance(error, PhotoError):
+            return JSONResponse({"detail": error.reason}, status_code=404)
         return JSONResponse({"detail": str(error)}, status_code=422)
 
-    _add_views(app, views, look)
-    _add_decisions(app, views)
-    _add_photos(app, views, look)
-    add_pages(app, {"/": "review.html"}, _FILES)
+    app.add_exception_handler(DataError, refuse)
+    app.state.views = views
+    app.include_router(_router)
+    add_pages(app, {"/": "review.html"})
     observe(app, ServerMetrics())
-    app.add_middleware(RequestLimits, limits=_LIMITS, access=Access())  # type: ignore[arg-type]
+    app.add_middleware(RequestLimits, limits=_LIMITS, access=Access())
     return app
 
 
-def _add_views(app: Any, views: ReviewViews, look: Look | None) -> None:
-    from fastapi import Query
-
-    @app.get("/api/overview")
-    def overview() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
-        return {**views.overview(), "has_attention": look is not None}
-
-    @app.get("/api/photos")
-    def photos(  # pyright: ignore[reportUnusedFunction]
-        view: str,
-        which: int = 0,
-        offset: Annotated[int, Query(ge=0)] = 0,
-        limit: Annotated[int, Query(ge=1, le=200)] = 60,
-    ) -> dict[str, Any]:
-        return views.page(view, which=which, offset=offset, limit=limit)
+@_router.get("/api/overview")
+def overview(views: Views) -> dict[str, Any]:
+    """Names and sizes of the views."""
+    return views.overview()
 
 
-def _add_decisions(app: Any, views: ReviewViews) -> None:
-    from fastapi import Request
-    from fastapi.responses import JSONResponse
-
-    def is_foreign(request: Request) -> bool:
-        # A form of another site cannot send JSON without asking first, and is never told yes.
-        return request.headers.get("content-type", "").split(";")[0].strip() != "application/json"
-
-    @app.post("/api/decide")
-    def decide(wish: Wish, request: Request) -> Any:  # pyright: ignore[reportUnusedFunction]
-        if is_foreign(request):
-            return JSONResponse({"detail": "send JSON"}, status_code=415)
-        if not 0 <= wish.number < len(views.index.photos):
-            return JSONResponse({"detail": f"there is no photo {wish.number}"}, status_code=404)
-        return views.decide(wish.number, wish.action, wish.label)
-
-    @app.post("/api/undo")
-    def undo(request: Request) -> Any:  # pyright: ignore[reportUnusedFunction]
-        if is_foreign(request):
-            return JSONResponse({"detail": "send JSON"}, status_code=415)
-        return {"photo": views.undo()}
+@_router.get("/api/photos")
+def photos(
+    views: Views,
+    view: str,
+    which: int = 0,
+    offset: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=200)] = 60,
+) -> dict[str, Any]:
+    """A page of one view."""
+    return views.page(view, which=which, offset=offset, limit=limit)
 
 
-def _add_photos(app: Any, views: ReviewViews, look: Look | None) -> None:
-    from fastapi import Query, Response
-    from fastapi.responses import JSONResponse
+@_router.post("/api/decide", dependencies=[Depends(_require_json)])
+def decide(views: Views, wish: Wish) -> dict[str, Any]:
+    """Take a decision; the photo afterwards."""
+    _require_photo(views, wish.number)
+    return views.decide(wish.number, wish.action, wish.label)
 
-    files = views.index.files()
-    kept = lru_cache(maxsize=_THUMBNAILS_KEPT)(thumbnail)
 
-    @app.get("/photo/{number}")
-    def photo(number: int, side: Annotated[int, Query(ge=32, le=1600)] = 240) -> Response:  # pyright: ignore[reportUnusedFunction]
-        if not 0 <= number < len(files):
-            return JSONResponse({"detail": f"there is no photo {number}"}, status_code=404)
-        try:
-            # Large ones are for one look; only thumbnails are worth keeping.
-            content = (kept if side <= 320 else thumbnail)(files[number], side)
-        except PhotoError as error:
-            return JSONResponse({"detail": error.reason}, status_code=404)
-        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+@_router.post("/api/undo", dependencies=[Depends(_require_json)])
+def undo(views: Views) -> dict[str, Any]:
+    """Take back the latest decision."""
+    return {"photo": views.undo()}
 
-    @app.get("/api/attention/{number}")
-    def attention(number: int, label: str) -> Any:  # pyright: ignore[reportUnusedFunction]
-        if look is None or not 0 <= number < len(files) or label not in views.classes:
-            return JSONResponse({"detail": "there is no map of this photo and class"}, status_code=404)
-        try:
-            return look(number, views.classes.index(label))
-        except PhotoError as error:
-            return JSONResponse({"detail": error.reason}, status_code=404)
+
+@_router.get("/photo/{number}")
+def photo(views: Views, number: int, side: Annotated[int, Query(ge=32, le=1600)] = 240) -> Response:
+    """A photo as JPEG; large ones are for one look, only thumbnails are kept."""
+    _require_photo(views, number)
+    content = (views.thumbnail if side <= 320 else thumbnail)(views.files[number], side)
+    return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+
+
+@_router.get("/api/attention/{number}")
+def attention(views: Views, number: int, label: str) -> dict[str, Any]:
+    """Where the model looks in a photo for a class."""
+    if views.look is None or label not in views.classes:
+        raise HTTPException(404, "there is no map of this photo and class")
+    _require_photo(views, number)
+    return views.look(number, views.classes.index(label))
+
+
+def _require_photo(views: ReviewViews, number: int) -> None:
+    if not 0 <= number < len(views.files):
+        raise HTTPException(404, f"there is no photo {number}")
 
 
 def _attention(run: Run, files: list[Path]) -> Look | None:
     """Maps by the run's model, computed when they are asked for."""
-    from fieldmark.augment.reference import eval_reference
-    from fieldmark.inference.triage import AttentionMaps
-
     if run.is_ensemble:
         return None
     maps = AttentionMaps(run.load_model())
@@ -420,11 +399,7 @@ def _attention(run: Run, files: list[Path]) -> Look | None:
     spec, decoding = run.eval_spec(), run.decode_spec()
 
     def look(number: int, class_number: int) -> dict[str, Any]:
-        photo = decoding.read(files[number])
-        found: Any = maps(eval_reference(photo, spec).numpy()[None], [class_number])
-        return {
-            "attention": found[0].round(3).tolist(),
-            "seen": list(seen_box(photo.shape[1], photo.shape[0], spec)),
-        }
+        picture, box = prepare_photo(files[number], decoding, spec)
+        return {"attention": maps(picture[None], [class_number])[0].round(3).tolist(), "seen": list(box)}
 
     return look
