@@ -157,8 +157,10 @@ def _update_all(session: Any, state: Any, batches: Any) -> None:
 
 def _index(findings: Findings, plan: Plan, files: Sequence[Path], folder: Path) -> None:
     """Seconds for 100,000 files: listing and naming them, inspecting each for the first time, and once more."""
+    from fieldmark.data.decode import DecodeSpec
     from fieldmark.data.index import load_index
     from fieldmark.data.inspection import inspect_photos
+    from fieldmark.progress import Quiet
     from fieldmark.runs.environment import usable_cores
 
     large, small = folder / "index", folder / "check"
@@ -169,12 +171,11 @@ def _index(findings: Findings, plan: Plan, files: Sequence[Path], folder: Path) 
     inspect = partial(
         inspect_photos,
         index,
-        background=(255, 255, 255),
-        max_pixels=10**9,
+        decoding=DecodeSpec((255, 255, 255), 10**9),
         with_hash=False,
         threads=usable_cores(),
         cache_folder=folder / "inspections",
-        progress=None,
+        progress=Quiet(),
     )
     for name, work, count in (
         ("index", partial(load_index, large, **columns), plan.index_files),

@@ -126,8 +126,10 @@ def _first_epoch(findings: Findings, plan: Plan, name: str, files: list[Path], f
 
 def _first_epoch_speed(files: list[Path], folder: Path, mode: str, stages: dict[str, float]) -> float:
     """Photos per second of processor time; `stages` becomes the share of each stage."""
+    from fieldmark.data.decode import DecodeSpec
     from fieldmark.data.index import Photo, PhotoIndex
     from fieldmark.data.inspection import inspect_photos
+    from fieldmark.progress import Quiet
 
     shutil.rmtree(folder, ignore_errors=True)
     photos = tuple(Photo(file.name, "a", "train", "") for file in files)
@@ -135,12 +137,11 @@ def _first_epoch_speed(files: list[Path], folder: Path, mode: str, stages: dict[
     times = [time.process_time()]
     inspect_photos(
         index,
-        background=(0, 0, 0),
-        max_pixels=10**9,
+        decoding=DecodeSpec((0, 0, 0), 10**9),
         with_hash=False,
         threads=1,
         cache_folder=folder / "inspections",
-        progress=None,
+        progress=Quiet(),
     )
     times.append(time.process_time())
     ours = pipelines.Ours(files, folder / "photos", mode=mode)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import closing
 from pathlib import Path
 
 import imagehash
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from fieldmark.data import inspection
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import Photo, PhotoIndex
-from fieldmark.data.inspection import FileKey, PhotoFacts, capture_time, inspect_photos, open_memory, perceptual_hash
+from fieldmark.data.inspection import Memory, PhotoFacts, capture_time, inspect_photos, perceptual_hash
+from fieldmark.progress import Quiet
 
 
 def make_photo(path: Path, *, seed: int = 0, size: tuple[int, int] = (40, 30), exif: Image.Exif | None = None) -> Path:
@@ -28,10 +31,23 @@ def make_index(root: Path, *names: str) -> PhotoIndex:
     return PhotoIndex(root, tuple(Photo(name, "x", "train", "") for name in names), ("x",), {})
 
 
-def inspect(index: PhotoIndex, **changes) -> list[PhotoFacts]:
-    settings = {"background": (255, 255, 255), "max_pixels": 10**6, "with_hash": True, "threads": 2}
-    settings |= {"cache_folder": None, "progress": None}
+def inspect(index: PhotoIndex, *, max_pixels: int = 10**6, **changes) -> list[PhotoFacts]:
+    settings = {"decoding": DecodeSpec((255, 255, 255), max_pixels), "with_hash": True, "threads": 2}
+    settings |= {"cache_folder": None, "progress": Quiet()}
     return inspect_photos(index, **(settings | changes))
+
+
+class Watch(Quiet):
+    def __init__(self) -> None:
+        self.done, self.seen = 0, []
+
+    def start(self, total: int, done: int) -> None:
+        self.done = done
+        self.seen.append((total, done))
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        self.seen.append(self.done)
 
 
 @pytest.fixture
@@ -135,12 +151,34 @@ def test_a_damaged_or_unusable_memory_only_forgets(tmp_path):
     (tmp_path / "photos.sqlite").write_bytes(b"not a database at all" * 100)
     assert inspect(index, cache_folder=tmp_path) == expected
     assert inspect(index, cache_folder=tmp_path / "a.png" / "below a file") == expected
-    with open_memory(tmp_path, "settings") as memory:
-        memory.put(FileKey("p\udcff", 1, 2), expected[0])
-    with open_memory(tmp_path, "settings") as memory:
-        assert PhotoFacts(**memory.get(FileKey("p\udcff", 1, 2))) == expected[0]
-        assert memory.get(FileKey("p\udcff", 1, 3)) is None
-        assert memory.get(FileKey("p\udcff", 2, 2)) is None
+    with closing(Memory(tmp_path, "settings")) as memory:
+        memory.put(Path("p\udcff"), "1 2", expected[0])
+    with closing(Memory(tmp_path, "settings")) as memory:
+        assert memory.get(Path("p\udcff"), "1 2") == expected[0]
+        assert memory.get(Path("p\udcff"), "1 3") is None
+        assert memory.get(Path("q"), "1 2") is None
+
+
+def test_a_flipped_bit_in_the_memory_is_never_a_fact(tmp_path, count_decodes):
+    make_photo(tmp_path / "a.png")
+    index = make_index(tmp_path, "a.png")
+    expected = inspect(index, cache_folder=tmp_path)
+    file = tmp_path / "photos.sqlite"
+    whole = file.read_bytes()
+    place = whole.index(b'"width": 40') + len('"width": ')
+    file.write_bytes(whole[:place] + b"5" + whole[place + 1 :])
+    assert inspect(index, cache_folder=tmp_path) == expected
+    assert len(count_decodes) == 2
+
+
+def test_a_profile_other_than_srgb_is_named(tmp_path):
+    profiles = {"srgb": ImageCms.createProfile("sRGB"), "lab": ImageCms.createProfile("LAB"), "none": None}
+    for name, profile in profiles.items():
+        options = {"icc_profile": ImageCms.ImageCmsProfile(profile).tobytes()} if profile else {}
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png", **options)
+    Image.new("RGB", (8, 8)).save(tmp_path / "nonsense.png", icc_profile=b"no profile")
+    facts = inspect(make_index(tmp_path, "srgb.png", "lab.png", "none.png", "nonsense.png"))
+    assert [fact.color_profile for fact in facts] == ["", "Lab identity built-in", "", ""]
 
 
 def test_an_interrupted_inspection_goes_on_where_it_was(tmp_path, count_decodes):
@@ -148,12 +186,14 @@ def test_an_interrupted_inspection_goes_on_where_it_was(tmp_path, count_decodes)
     for number, name in enumerate(names):
         make_photo(tmp_path / name, seed=number)
 
-    def interrupt(num_done: int) -> None:
-        if num_done == 3:
-            raise KeyboardInterrupt
+    class Interrupts(Watch):
+        def advance(self, n: int) -> None:
+            super().advance(n)
+            if self.done == 3:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        inspect(make_index(tmp_path, *names), cache_folder=tmp_path, progress=interrupt, threads=1)
+        inspect(make_index(tmp_path, *names), cache_folder=tmp_path, progress=Interrupts(), threads=1)
     count_decodes.clear()
     inspect(make_index(tmp_path, *names), cache_folder=tmp_path)
     assert sorted(count_decodes) == names[3:]
@@ -163,10 +203,11 @@ def test_progress_counts_to_the_number_of_photos(tmp_path):
     names = [f"{number}.png" for number in range(4)]
     for number, name in enumerate(names):
         make_photo(tmp_path / name, seed=number)
-    seen: list[int] = []
-    inspect(make_index(tmp_path, *names[:2]), cache_folder=tmp_path, progress=seen.append)
-    inspect(make_index(tmp_path, *names), cache_folder=tmp_path, progress=seen.append)
-    assert seen == [1, 2, 2, 3, 4]
+    first, second = Watch(), Watch()
+    inspect(make_index(tmp_path, *names[:2]), cache_folder=tmp_path, progress=first)
+    inspect(make_index(tmp_path, *names), cache_folder=tmp_path, progress=second)
+    assert first.seen == [(2, 0), 1, 2]
+    assert second.seen == [(4, 2), 3, 4]
 
 
 def test_the_hash_survives_shrinking_and_recompression_but_tells_photos_apart(tmp_path):

@@ -162,7 +162,7 @@ def read_size(source: Path | bytes, *, max_pixels: int, name: str = "<bytes>") -
             image = _open(path, file, max_pixels)
             # Pillow gives the size of a TIFF upright already.
             is_turned = image.format != "TIFF" and _read_orientation(image) > 4
-            return image.size[::-1] if is_turned else image.size
+            return (image.height, image.width) if is_turned else (image.width, image.height)
     except (OSError, ValueError) as error:
         raise PhotoError(path, explain_reading(error)) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -11,76 +12,57 @@ import os
 import re
 import sqlite3
 import stat
-import warnings
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, TypeVar
 
-from fieldmark.data.decode import decode
+from fieldmark.data.decode import NO_MEMORY, DecodeSpec, Pixels, decode, explain_reading, silence_pillow
 from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import PhotoError
+from fieldmark.progress import Progress
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-
+FORMAT = 2  # raised when the meaning of an entry changes; older entries are then not found
+ENTRIES_PER_COMMIT = 500
+HASH_SIDE_PIXELS = 128  # four times the 32 that the hash itself resizes to, so that what it sees is the same
 EXIF_IFD, TIME_ORIGINAL, TIME_DIGITIZED = 0x8769, 0x9003, 0x9004
 SUBSECONDS = {TIME_ORIGINAL: 0x9291, TIME_DIGITIZED: 0x9292}
-HASH_SIDE_PIXELS = 128  # four times the 32 that the hash itself resizes to, so that what it sees is the same
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class PhotoFacts:
-    """What inspection found out about one photo."""
+    """What inspection found out about one photo; "" stands for what cannot be known or was not asked for."""
 
-    width: int
-    """Upright, in pixels; 0 where the photo cannot be used."""
-
+    width: int  # upright, in pixels; 0 where the photo cannot be used
     height: int
-    """Upright, in pixels; 0 where the photo cannot be used."""
-
-    num_bytes: int
-    """Size of the file; 0 where there is none."""
-
-    mode: str
-    """Pillow's name of the pixel format: RGB, L, P, CMYK, ... "" where it cannot be told."""
-
-    format: str
-    """Pillow's name of the file format, whatever the extension says: JPEG, PNG, ... "" where it cannot be told."""
-
-    problem: str
-    """"" or the reason why it cannot be used."""
-
-    sha256: str
-    """Of the file's bytes, 64 hex digits; "" where they cannot be read."""
-
-    perceptual_hash: str
-    """64-bit DCT hash of the upright photo, 16 hex digits; "" where it was not asked for or cannot be had."""
-
-    captured_at: float | None
-    """EXIF capture time in seconds, with subseconds, by the camera's own clock; only differences mean something."""
+    num_bytes: int  # size of the file; 0 where there is none
+    mode: str  # Pillow's name of the pixel format: RGB, L, P, CMYK, ...
+    format: str  # Pillow's name of the file format, whatever the extension says: JPEG, PNG, ...
+    problem: str  # why the photo cannot be used; "" if it can
+    sha256: str  # of the file's bytes, 64 hex digits
+    perceptual_hash: str  # 64-bit DCT hash of the upright photo, 16 hex digits
+    captured_at: float | None  # EXIF capture time in seconds by the camera's own clock; only differences mean something
+    color_profile: str = ""  # name of an ICC profile other than sRGB, which decoding ignores
 
 
-class _Task(NamedTuple):
-    number: int
-    file: Path
-    key: FileKey | None  # None: the file cannot even be looked at
-    problem: str
+_UNKNOWN = PhotoFacts(0, 0, 0, "", "", "", "", "", None)
 
 
 def inspect_photos(
     index: PhotoIndex,
     *,
-    background: tuple[int, int, int],
-    max_pixels: int,
+    decoding: DecodeSpec,
     with_hash: bool,
     threads: int,
     cache_folder: Path | None,
-    progress: Callable[[int], None] | None,
+    progress: Progress,
 ) -> list[PhotoFacts]:
     """Decode every photo fully and note what it is.
 
@@ -88,46 +70,65 @@ def inspect_photos(
 
     Args:
         index: The photos.
-        background: As in `decode`.
-        max_pixels: As in `decode`.
+        decoding: How files become pixels.
         with_hash: Compute the perceptual hash: about 2 ms a photo more.
         threads: Photos at once, at least 1.
         cache_folder: Where to remember; None remembers nothing. What cannot be remembered is no error.
-        progress: Called in this thread with the number of photos done so far, whenever it grows.
+        progress: Told of each photo.
 
     Returns:
         One entry for each photo, in the order of the index. No photo raises: its `problem` says what is wrong.
     """
-    facts: list[PhotoFacts | None] = [None] * len(index.photos)
-    tasks: list[_Task] = []
-    # Another limit, or another Pillow, may judge the same file differently.
-    with open_memory(cache_folder, f"{_pillow_version()} {background} {max_pixels}") as memory, _quiet_pillow():
-        for number, file in enumerate(index.files()):
-            task = _look(number, file)
-            known = memory.get(task.key) if task.key else None
-            if known is None or (with_hash and not known["perceptual_hash"]):
-                tasks.append(task)
-            else:
-                facts[number] = PhotoFacts(**known)
-        num_done = len(facts) - len(tasks)
-        if progress and num_done:
-            progress(num_done)
-        for task, found in _inspect_all(tasks, background, max_pixels, with_hash, threads):
-            facts[task.number] = found
+    import PIL
+
+    files = index.files()
+    facts: dict[int, PhotoFacts] = {}
+    stamps: dict[int, str] = {}
+    # Another limit, or another Pillow, may accept what this one refuses.
+    settings = f"{PIL.__version__} {decoding.background} {decoding.max_pixels}"
+    with contextlib.closing(Memory(cache_folder, settings)) as memory:
+        for number, file in enumerate(files):
+            try:
+                info = file.stat()
+            except (OSError, ValueError) as error:
+                facts[number] = dataclasses.replace(_UNKNOWN, problem=explain_reading(error))
+                continue
+            if not stat.S_ISREG(info.st_mode):  # to open a pipe would be to wait for ever
+                facts[number] = dataclasses.replace(_UNKNOWN, problem="is not a regular file")
+                continue
+            stamps[number] = f"{info.st_size} {info.st_mtime_ns}"
+            known = memory.get(file, stamps[number])
+            if known is not None and (known.perceptual_hash or not with_hash):
+                facts[number] = known
+        progress.start(len(files), len(facts))
+        new = [number for number in range(len(files)) if number not in facts]
+        results = map_in_threads(lambda number: _inspect(files[number], decoding, with_hash), new, threads)
+        for number, found in zip(new, results, strict=True):
+            facts[number] = found
             # A problem may pass without the file changing: permissions, memory, a decoder that was not installed.
-            if task.key and not found.problem:
-                memory.put(task.key, found)
-            num_done += 1
-            if progress:
-                progress(num_done)
-    return [fact for fact in facts if fact is not None]
+            if not found.problem:
+                memory.put(files[number], stamps[number], found)
+            progress.advance(1)
+    return [facts[number] for number in range(len(files))]
 
 
-def perceptual_hash(photo: NDArray[np.uint8]) -> str:
-    """The photo's 64-bit perceptual hash as 16 hex digits; close photos differ in few bits.
+def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Do `work` on each item by threads, in order, a few ahead of the consumer."""
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # also when the consumer has had enough
+        pool.shutdown(cancel_futures=True)
 
-    Args:
-        photo: (H, W, 3) uint8, upright.
+
+def perceptual_hash(photo: Pixels) -> str:
+    """The 64-bit perceptual hash of an (H, W, 3) upright photo as 16 hex digits; close photos differ in few bits.
 
     Source:
         pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2), as
@@ -142,12 +143,9 @@ def perceptual_hash(photo: NDArray[np.uint8]) -> str:
 
 
 def capture_time(exif: Any) -> float | None:
-    """When the shutter opened, in seconds since 1970 by the camera's clock, or None where EXIF does not tell.
+    """When the shutter opened, in seconds since 1970 by the camera's clock, by Pillow's `Image.Exif`; None if unknown.
 
     The plain DateTime tag does not count: it is the time of the last change, and one for all after a batch export.
-
-    Args:
-        exif: Pillow's `Image.Exif`.
     """
     try:
         details = exif.get_ifd(EXIF_IFD)
@@ -163,127 +161,94 @@ def capture_time(exif: Any) -> float | None:
     return None
 
 
-def _look(number: int, file: Path) -> _Task:
+def _inspect(file: Path, decoding: DecodeSpec, with_hash: bool) -> PhotoFacts:
+    facts = _UNKNOWN
     try:
-        info = file.stat()
-    except (OSError, ValueError) as error:
-        return _Task(number, file, None, _reading_problem(error))
-    if not stat.S_ISREG(info.st_mode):  # to open a pipe would be to wait for ever
-        return _Task(number, file, None, "is not a regular file")
-    return _Task(number, file, FileKey(str(file.absolute()), info.st_size, info.st_mtime_ns), "")
-
-
-def _inspect_all(
-    tasks: list[_Task], background: tuple[int, int, int], max_pixels: int, with_hash: bool, threads: int
-) -> Iterator[tuple[_Task, PhotoFacts]]:
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield from pool.map(lambda task: (task, _inspect(task, background, max_pixels, with_hash)), tasks)
-    finally:  # also when the caller has had enough
-        pool.shutdown(cancel_futures=True)
-
-
-def _inspect(task: _Task, background: tuple[int, int, int], max_pixels: int, with_hash: bool) -> PhotoFacts:
-    facts = PhotoFacts(0, 0, task.key.num_bytes if task.key else 0, "", "", task.problem, "", "", None)
-    if task.problem:
-        return facts
-    try:
-        data = task.file.read_bytes()
-        facts = replace(facts, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        photo = decode(data, background=background, max_pixels=max_pixels, name=str(task.file))
+        data = file.read_bytes()
+        facts = dataclasses.replace(facts, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        photo = decode(data, background=decoding.background, max_pixels=decoding.max_pixels, name=str(file))
         hashed = perceptual_hash(photo) if with_hash else ""
-    except OSError as error:
-        return replace(facts, problem=_reading_problem(error))
-    except PhotoError as error:
-        return replace(facts, problem=error.reason)
-    except MemoryError:
-        return replace(facts, problem="needs more memory than there is")
-    mode, kind, captured_at = _read_header(data)
+    except (OSError, PhotoError, MemoryError) as error:
+        return dataclasses.replace(facts, problem=_explain(error))
     height, width = photo.shape[:2]
-    return replace(
-        facts, width=width, height=height, mode=mode, format=kind, perceptual_hash=hashed, captured_at=captured_at
-    )
+    return dataclasses.replace(facts, width=width, height=height, perceptual_hash=hashed, **_read_header(data))
 
 
-def _reading_problem(error: OSError | ValueError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "has vanished"
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+def _explain(error: OSError | PhotoError | MemoryError) -> str:
+    if isinstance(error, PhotoError):
+        return error.reason
+    return NO_MEMORY if isinstance(error, MemoryError) else explain_reading(error)
 
 
-def _read_header(data: bytes) -> tuple[str, str, float | None]:
+def _read_header(data: bytes) -> dict[str, Any]:
     from PIL import Image
 
+    silence_pillow()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.mode, image.format or "", capture_time(image.getexif())
+            return {
+                "mode": image.mode,
+                "format": image.format or "",
+                "captured_at": capture_time(image.getexif()),
+                "color_profile": _name_profile(image.info.get("icc_profile") or b""),
+            }
     except Exception:  # the decoder that read the pixels is not always Pillow
-        return "", "", None
+        return {}
 
 
-@contextlib.contextmanager
-def _quiet_pillow() -> Generator[None]:
-    """Keep in what Pillow warns of: large photos and odd EXIF. `problem` says what matters."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
+@functools.lru_cache(maxsize=64)  # cameras write the same few profiles
+def _name_profile(profile: bytes) -> str:
+    """The name of an ICC profile that is not sRGB; "" where there is none, or none that can be read."""
+    from PIL import ImageCms
 
-
-def _pillow_version() -> str:
-    import PIL
-
-    return PIL.__version__
-
-
-FORMAT = 1
-"""Raised when the meaning of an entry changes; older entries are then not found."""
-
-ENTRIES_PER_COMMIT = 500
-
-
-class FileKey(NamedTuple):
-    """A file as it was at one time."""
-
-    path: str
-    num_bytes: int
-    mtime_ns: int
+    try:
+        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).strip()
+    except (ImageCms.PyCMSError, OSError):
+        return ""
+    return "" if "srgb" in name.lower() else name[:80] or "unnamed"
 
 
 class Memory:
-    """Facts about files by path, size and modification time. Failures to read or write it only make it forget."""
+    """What is known of files by path, size and modification time. A failure to read or write only makes it forget.
 
-    def __init__(self, database: sqlite3.Connection | None, settings: str) -> None:
-        self._database = database
-        self._settings = f"{FORMAT} {settings}"
-        self._num_waiting = 0
+    Args:
+        folder: Made if absent; None, or a folder that cannot be written, remembers nothing.
+        settings: Facts found under other settings are not found under these.
+    """
 
-    def get(self, key: FileKey) -> dict[str, Any] | None:
-        """What `put` was given for the same file under the same settings, as a dict."""
+    def __init__(self, folder: Path | None, settings: str) -> None:
+        self._database = _open_database(folder) if folder else None
+        self._settings = f"{FORMAT} {settings}".encode()
+        self._num_written = 0
+
+    def get(self, file: Path, stamp: str) -> PhotoFacts | None:
+        """What `put` was given for a file of the same path and stamp, under the same settings."""
         if self._database is None:
             return None
         try:
-            found = self._database.execute(
-                "SELECT stamp, facts FROM files WHERE name = ?", (self._name(key),)
-            ).fetchone()
-            return json.loads(found[1]) if found and found[0] == _stamp(key) else None
+            query = "SELECT stamp, facts FROM files WHERE name = ?"
+            found = self._database.execute(query, (self._name(file),)).fetchone()
+            is_sound = found is not None and found[0] == _seal(stamp, found[1])
+            return PhotoFacts(**json.loads(found[1])) if is_sound else None
         except (sqlite3.Error, ValueError):
             return None
 
-    def put(self, key: FileKey, facts: Any) -> None:
-        """Keep a dataclass of plain values, in place of what was kept for the same path and settings."""
+    def put(self, file: Path, stamp: str, facts: PhotoFacts) -> None:
+        """Keep facts, in place of what was kept for the same path and settings."""
         if self._database is None:
             return
-        entry = (self._name(key), _stamp(key), json.dumps(dataclasses.asdict(facts)))
+        text = json.dumps(dataclasses.asdict(facts))
         try:
+            entry = (self._name(file), _seal(stamp, text), text)
             self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", entry)
-            self._num_waiting += 1
-            if self._num_waiting % ENTRIES_PER_COMMIT == 0:  # so that an interrupted inspection goes on from here
+            self._num_written += 1
+            if self._num_written % ENTRIES_PER_COMMIT == 0:  # so that an interrupted inspection goes on from here
                 self._database.commit()
         except sqlite3.Error:  # the disk is full, or another command writes
             self.close()
 
     def close(self) -> None:
-        """Keep what is waiting and let go of the file."""
+        """Keep what was put and let go of the database."""
         if self._database is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._database.commit()
@@ -291,26 +256,16 @@ class Memory:
                 self._database.close()
             self._database = None
 
-    def _name(self, key: FileKey) -> bytes:
-        return hashlib.sha256(self._settings.encode() + b"\0" + os.fsencode(key.path)).digest()
+    def _name(self, file: Path) -> bytes:
+        return hashlib.sha256(self._settings + b"\0" + os.fsencode(file.absolute())).digest()
 
 
-@contextlib.contextmanager
-def open_memory(folder: Path | None, settings: str) -> Generator[Memory]:
-    """Open the memory in `folder` for a `with` block.
-
-    Args:
-        folder: Made if absent; None, or a folder that cannot be written, remembers nothing.
-        settings: Facts found under other settings are not found under these.
-    """
-    memory = Memory(_open(folder) if folder else None, settings)
-    try:
-        yield memory
-    finally:
-        memory.close()
+def _seal(stamp: str, facts: str) -> str:
+    """The stamp of a file, and a checksum, as SQLite has none: a flipped bit is another stamp."""
+    return f"{stamp} {zlib.crc32(facts.encode())}"
 
 
-def _open(folder: Path) -> sqlite3.Connection | None:
+def _open_database(folder: Path) -> sqlite3.Connection | None:
     file = folder / "photos.sqlite"
     for _ in range(2):
         database = None
@@ -319,20 +274,11 @@ def _open(folder: Path) -> sqlite3.Connection | None:
             database = sqlite3.connect(file, timeout=5)
             database.execute("CREATE TABLE IF NOT EXISTS files (name BLOB PRIMARY KEY, stamp TEXT, facts TEXT)")
             return database
-        except sqlite3.OperationalError:  # busy, read-only or full: not ours to delete
-            _close(database)
-            return None
-        except (sqlite3.DatabaseError, OSError):  # not a database, or half of one: worth no more than its time
-            _close(database)
-            with contextlib.suppress(OSError):
+        except (sqlite3.Error, OSError) as error:
+            if database is not None:
+                database.close()
+            if isinstance(error, sqlite3.OperationalError):  # busy, read-only or full: not ours to delete
+                return None
+            with contextlib.suppress(OSError):  # not a database, or half of one: worth no more than its time
                 file.unlink()
     return None
-
-
-def _close(database: sqlite3.Connection | None) -> None:
-    if database is not None:
-        database.close()
-
-
-def _stamp(key: FileKey) -> str:
-    return f"{key.num_bytes} {key.mtime_ns}"

@@ -154,16 +154,17 @@ def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memor
         memory: Folder where what was seen of the photos is remembered.
     """
     from fieldmark.data.audit import near_pairs
+    from fieldmark.data.decode import DecodeSpec
     from fieldmark.data.inspection import inspect_photos
+    from fieldmark.progress import Quiet
 
     facts = inspect_photos(
         index,
-        background=(255, 255, 255),
-        max_pixels=178_956_970,
+        decoding=DecodeSpec((255, 255, 255), 178_956_970),
         threads=threads,
         with_hash=True,
         cache_folder=memory,
-        progress=None,
+        progress=Quiet(),
     )
     numbers = np.array([place for place, fact in enumerate(facts) if fact.perceptual_hash], np.int64)
     hashes = np.array([int(facts[place].perceptual_hash, 16) for place in numbers], np.uint64)

@@ -117,22 +117,13 @@ def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
 
 def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress, with_hash: bool = False) -> list[PhotoFacts]:
     """Decode every photo once, or remember that it was done; `with_hash` for finding near-duplicates."""
-    progress.start(len(index.photos), 0)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        progress.advance(count - done)
-        done = count
-
     return inspect_photos(
         index,
-        background=config.background,
-        max_pixels=config.max_pixels,
+        decoding=DecodeSpec(config.background, config.max_pixels),
         with_hash=with_hash,
         threads=usable_cores(),
         cache_folder=user_folder("inspections"),
-        progress=advance,
+        progress=progress,
     )
 
 
