@@ -216,6 +216,15 @@ def test_a_training_is_told_of_similar_names_and_of_one_photo_under_two_labels()
     assert f"1 photo has more than one label, such as {photos[0].path!r}, {photos[-1].path!r}" in conflict
 
 
+def test_color_profiles_that_are_ignored_are_pointed_out():
+    photos, facts = make_data()
+    facts[:3] = [replace(fact, color_profile="Display P3") for fact in facts[:3]]
+    found = judge(photos, facts)
+    assert found.color_profiles == {"Display P3": 3}
+    expected = "3 photos have a color profile other than sRGB, which is ignored: Display P3 (3)"
+    assert expected in only(found.warnings)
+
+
 def test_a_high_crop_fallback_rate_is_pointed_out():
     assert "18% of the training crops fall back" in only(judge(*make_data(), crop_fallback_rate=0.18).warnings)
 

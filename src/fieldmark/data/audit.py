@@ -75,6 +75,7 @@ class Findings:
     sizes: SizeSummary | None  # None where no photo can be used
     formats: dict[str, int]
     modes: dict[str, int]
+    color_profiles: dict[str, int]  # other than sRGB; decoding ignores them
     broken: list[Problem]
     exact_duplicates: list[list[str]]  # groups of paths with the same bytes
     exact_across_splits: list[list[str]]  # those in more than one split by their labeled photos alone
@@ -147,6 +148,7 @@ def audit(
         sizes=_summarize_sizes(index, facts),
         formats=_tally(fact.format for fact in facts),
         modes=_tally(fact.mode for fact in facts),
+        color_profiles=_tally(fact.color_profile for fact in facts),
         broken=[Problem(photo.path, fact.problem) for photo, fact in zip(photos, facts, strict=True) if fact.problem],
         exact_duplicates=_paths(index, copies),
         exact_across_splits=_paths(index, leaks),
@@ -329,6 +331,12 @@ def _list_warnings(found: Findings, skip_broken: bool) -> list[str]:
             f"{_count(found.num_near_duplicates, 'pair', 'pairs')} of photos in different splits look alike, such as "
             f"{pair.path!r} and {pair.other_path!r}. If they show the same moment, group them: the result is too good "
             "otherwise"
+        )
+    if profiles := found.color_profiles:
+        names = ", ".join(f"{name} ({count})" for name, count in list(profiles.items())[:3])
+        lines.append(
+            f"{_count(sum(profiles.values()), 'photo has', 'photos have')} a color profile other than sRGB, which is "
+            f"ignored: {names}. Convert to sRGB if exact colors matter"
         )
     repeated = len(found.exact_duplicates) - len(found.exact_across_splits) - len(found.exact_in_unlabelled)
     if repeated:
