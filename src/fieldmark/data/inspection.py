@@ -228,8 +228,9 @@ class Memory:
         try:
             query = "SELECT stamp, facts FROM files WHERE name = ?"
             found = self._database.execute(query, (self._name(file),)).fetchone()
-            is_sound = found is not None and found[0] == _seal(stamp, found[1])
-            return PhotoFacts(**json.loads(found[1])) if is_sound else None
+            if found is None or found[0] != _seal(stamp, found[1]):
+                return None
+            return PhotoFacts(**json.loads(found[1]))
         except (sqlite3.Error, ValueError):
             return None
 
