@@ -164,7 +164,8 @@ def audit(
         crop_fallback_rate=crop_fallback_rate,
         estimates=dict(estimates),
     )
-    return Audit(**vars(found), must_mend=_list_faults(found, skip_broken), warnings=_list_warnings(found, skip_broken))
+    warnings = _list_doubts(found, skip_broken) + _list_weaknesses(found)
+    return Audit(**vars(found), must_mend=_list_faults(found, skip_broken), warnings=warnings)
 
 
 def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
@@ -317,8 +318,8 @@ def _list_faults(found: Findings, skip_broken: bool) -> list[str]:
     return lines
 
 
-def _list_warnings(found: Findings, skip_broken: bool) -> list[str]:
-    """What may make the result better or worse than it could be, or other than it seems."""
+def _list_doubts(found: Findings, skip_broken: bool) -> list[str]:
+    """What may make the result better than it is, or other than it seems."""
     lines: list[str] = []
     if found.broken and skip_broken:
         lines.append(f"{_count(found.broken, 'photo', 'photos')} cannot be used and will be left out")
@@ -341,7 +342,12 @@ def _list_warnings(found: Findings, skip_broken: bool) -> list[str]:
     repeated = len(found.exact_duplicates) - len(found.exact_across_splits) - len(found.exact_in_unlabelled)
     if repeated:
         lines.append(f"{_count(repeated, 'photo is', 'photos are')} there more than once in a split: each copy counts")
-    lines += map(_similar_text, found.similar_names)
+    return [*lines, *map(_similar_text, found.similar_names)]
+
+
+def _list_weaknesses(found: Findings) -> list[str]:
+    """What makes the classifier worse than it could be, or its measure coarse."""
+    lines: list[str] = []
     for split in ("val", "test"):
         if absent := [name for name, gap in found.gaps if gap == split]:
             lines.append(f"{_classes(absent)} no photo in {split}: {quote(absent)}. Nothing is measured there")
