@@ -9,7 +9,6 @@ import torch
 from fieldmark.augment.device import augment_device
 from fieldmark.augment.fast import augment_fast
 from fieldmark.augment.sample import AugmentSpec, sample_params
-from fieldmark.errors import DataError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
@@ -108,15 +107,6 @@ def test_erasing_is_the_same_rectangle_and_noise(photos, value):
 
 def test_parameters_of_larger_sources_fit_smaller_photos(photos, psnr):
     assert np.mean([psnr(a, b) for a, b in zip(*both(photos, AFFINE, enlarged=3), strict=True)]) > 40
-
-
-def test_wrong_tensors_are_refused(photos):
-    params = sample_params(PLAIN, [(8, 8)], seed=0, epoch=0, numbers=[0])
-    with pytest.raises(DataError, match=r"photos are \(B, 3, H, W\) uint8; got \(1, 3, 8, 8\) torch.float32"):
-        augment_device(torch.zeros(1, 3, 8, 8), [(8, 8)], [(8, 8)], params, PLAIN, MEAN, STD, compiled=False)
-    slots = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(DataError, match="2 photos, but sizes of 2 and 2 and 1 parameters"):
-        augment_device(slots, [(8, 8)] * 2, [(8, 8)] * 2, params, PLAIN, MEAN, STD, compiled=False)
 
 
 @pytest.mark.slow

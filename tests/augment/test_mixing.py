@@ -11,7 +11,6 @@ from scipy import stats
 
 from fieldmark.augment.mixing import MixSpec, apply_mix, draw_mix, lambda_draws, one_hot
 from fieldmark.augment.sample import MIX, uniforms
-from fieldmark.errors import DataError
 
 SPEC = MixSpec(share=0.8, cutmix_share=0.5, mixup_alpha=(0.4, 0.6), cutmix_alpha=(0.8, 1.2))
 BATCHES = st.fixed_dictionaries(
@@ -159,15 +158,3 @@ def test_one_hot_spreads_the_smoothing_over_all_classes():
     logits = torch.randn(2, 4)
     theirs = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0]), label_smoothing=0.1)
     assert torch.nn.functional.cross_entropy(logits, targets).item() == pytest.approx(theirs.item(), abs=1e-6)
-
-
-def test_without_a_spec_nothing_is_mixed():
-    assert draw_mix(None, seed=0, epoch=0, step=0, batch_size=3, image_size=8).kind == "none"
-
-
-def test_a_mix_of_another_batch_is_refused():
-    mix = draw_mix(replace(SPEC, share=1.0, cutmix_share=1.0), seed=0, epoch=0, step=1, batch_size=3, image_size=64)
-    with pytest.raises(DataError, match="mix drawn for 3 photos; got 2 images, 2 targets"):
-        apply_mix(torch.zeros(2, 3, 64, 64), torch.eye(2), mix)
-    with pytest.raises(DataError, match="does not lie in images of 4×4"):
-        apply_mix(torch.zeros(3, 3, 4, 4), torch.eye(3), mix)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import cv2
 import numpy as np
@@ -52,6 +52,10 @@ def sizes_of(photos):
 
 def params_for(photos, spec, seed: int = 0) -> BatchParams:
     return sample_params(spec, sizes_of(photos), seed=seed, epoch=0, numbers=np.arange(len(photos)))
+
+
+def take(params: BatchParams, rows: list[int]) -> BatchParams:
+    return BatchParams(*[getattr(params, field.name)[rows] for field in fields(BatchParams)])
 
 
 def reference(photos, params, spec):
@@ -156,7 +160,7 @@ def test_color_is_the_references_color(scenes, birds, spec, mean_error):
 
 def test_color_operations_keep_their_order(scenes):
     photos = scenes[:1] * 2
-    params = params_for(photos, COLOR).rows([0, 0])
+    params = take(params_for(photos, COLOR), [0, 0])
     params.color_order[:] = [[0, 1, 2, 3], [3, 2, 1, 0]]
     params.factors[:] = (1.9, 0.3, 1.8, 0.2)
     spec = replace(COLOR, brightness=1.0, contrast=1.0, saturation=1.0)
@@ -256,7 +260,7 @@ def test_pictures_do_not_depend_on_the_batch(scenes):
     params = params_for(photos, spec)
     whole = augment_fast(photos, sizes_of(photos), params, spec, MEAN, STD)
     for row in range(4):
-        alone = augment_fast([photos[row]], [sizes_of(photos)[row]], params.rows([row]), spec, MEAN, STD)
+        alone = augment_fast([photos[row]], [sizes_of(photos)[row]], take(params, [row]), spec, MEAN, STD)
         assert np.array_equal(alone[0], whole[row])
 
 
@@ -273,13 +277,6 @@ def test_read_only_and_strided_photos_are_left_alone(scenes, large):
     assert all(np.array_equal(a, b) for a, b in zip(locked, photos, strict=True))
 
 
-def test_pictures_are_written_where_asked(scenes):
-    params = params_for(scenes, PLAIN)
-    out = np.full((2, 3, 224, 224), np.nan, dtype=np.float32)
-    assert augment_fast(scenes, sizes_of(scenes), params, PLAIN, MEAN, STD, out=out) is out
-    assert np.isfinite(out).all()
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (2, 2), (3, 500)])
 @pytest.mark.parametrize("crop", ["random_resized", "zoom", "squash", "weights"])
 def test_tiny_photos_work(shape, crop):
@@ -291,7 +288,5 @@ def test_tiny_photos_work(shape, crop):
 
 def test_what_is_no_photo_is_refused(scenes):
     params = params_for(scenes, PLAIN)
-    with pytest.raises(DataError, match="parameters of 2 photos, but 1 photos and 1 sizes"):
-        augment_fast(scenes[:1], sizes_of(scenes[:1]), params, PLAIN, MEAN, STD)
     with pytest.raises(DataError, match=r"a photo is \(H, W, 3\) uint8; got \(427, 640\) uint8"):
         augment_fast([scene[:, :, 0] for scene in scenes], sizes_of(scenes), params, PLAIN, MEAN, STD)

@@ -1,4 +1,4 @@
-"""The executor for accelerators: uint8 photos that already lie on the device to normalized images, as one batch.
+"""The executor for accelerators: uint8 photos that are already on the device to normalized images, as one batch.
 
 It executes the same parameters as the other two and runs on every device that torch has, so it is tested on the CPU.
 All that is random or of varying shape is decided from the parameters on the host: nothing here waits for the device.
@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fieldmark.augment.fast import compose, crop_matrices, picture_matrices
-from fieldmark.augment.policy import apply_operation, is_geometric
+from fieldmark.augment.fast import apply_policy_colors, compose, crop_limits, crop_matrices, picture_matrices
+from fieldmark.augment.reference import RGB
 from fieldmark.augment.sample import BRIGHTNESS, CONTRAST, SATURATION, AugmentSpec, BatchParams, noise_bank
-from fieldmark.errors import DataError
 
 SINGLE_LOOK = 1.25
 """Source pixels per output pixel that one bilinear look may step over; more looks are averaged beyond."""
@@ -30,13 +29,11 @@ SINGLE_LOOK = 1.25
 MOST_LOOKS = 8
 """Looks per output pixel and direction: enough for photos eight to ten times as large as the output."""
 
-RGB = tuple[float, float, float]
-
 
 def augment_device(
     photos: Tensor,
-    valid_sizes: ArrayLike,
-    source_sizes: ArrayLike,
+    valid_sizes: NDArray[np.int64],
+    source_sizes: NDArray[np.int64],
     params: BatchParams,
     spec: AugmentSpec,
     mean: RGB,
@@ -44,33 +41,23 @@ def augment_device(
     *,
     compiled: bool,
 ) -> Tensor:
-    """Execute the parameters of a batch on the device of `photos`.
+    """Execute the parameters of a batch on the device of `photos`: (B, 3, S, S) float32.
+
+    With `crop = "weights"` the filter is bilinear whatever the weights' own.
 
     Args:
         photos: (B, 3, H, W) uint8, upright, each in the upper left corner of its slot.
         valid_sizes: (B, 2) width and height of each photo in its slot.
         source_sizes: (B, 2) upright width and height for which the parameters were drawn.
         params: Of the batch.
-        spec: What they were drawn from. With `crop = "weights"` the filter is bilinear whatever the weights' own.
-        mean: Per-channel mean, for values in [0, 1].
-        std: Per-channel standard deviation, for values in [0, 1].
+        spec: What they were drawn from.
+        mean: Of normalization, for values in [0, 1].
+        std: The same.
         compiled: Compile color, normalization and erasing with `torch.compile`; pays on a GPU only.
-
-    Returns:
-        (B, 3, S, S) float32 on the same device.
-
-    Raises:
-        DataError: The tensor is not (B, 3, H, W) uint8, or sizes and parameters are not of B photos.
     """
-    valid = np.asarray(valid_sizes, dtype=np.float64).reshape(-1, 2)
-    sizes = np.asarray(source_sizes, dtype=np.float64).reshape(-1, 2)
-    if photos.dim() != 4 or photos.shape[1] != 3 or photos.dtype != torch.uint8:
-        raise DataError(f"photos are (B, 3, H, W) uint8; got {tuple(photos.shape)} {photos.dtype}")
-    if not len(photos) == len(valid) == len(sizes) == len(params):
-        raise DataError(
-            f"{len(photos)} photos, but sizes of {len(valid)} and {len(sizes)} and {len(params)} parameters"
-        )
-    images = _apply_policy_colors(_warp(photos, valid, valid / sizes, params, spec), params, spec)
+    images = _warp(photos, valid_sizes, valid_sizes / source_sizes, params, spec)
+    for image, ops, magnitudes in zip(images, params.ops, params.magnitudes, strict=True):
+        apply_policy_colors(image, ops, magnitudes, spec.fill)
     kinds = [kind for kind, width in enumerate(spec.color_ranges) if width]
     finish = _compiled_finish() if compiled else _finish
     put = _placer(photos.device)
@@ -107,7 +94,7 @@ def _compiled_finish() -> Callable[..., Tensor]:
 
 
 def _warp(
-    photos: Tensor, valid: NDArray[np.float64], ratio: NDArray[np.float64], params: BatchParams, spec: AugmentSpec
+    photos: Tensor, valid: NDArray[np.int64], ratio: NDArray[np.float64], params: BatchParams, spec: AugmentSpec
 ) -> Tensor:
     """Crop, resize, flips and all geometry: (B, 3, S, S) float32, 0 to 255."""
     pictures = picture_matrices(params, spec)
@@ -115,17 +102,17 @@ def _warp(
     last = compose(crop, pictures[-1]) if pictures else crop
     steps = np.hypot(last[:, 0, :2], last[:, 1, :2]).max(axis=0, initial=1.0)  # the longest of the batch, per direction
     across, down = (min(max(ceil(step / SINGLE_LOOK), 1), MOST_LOOKS) for step in steps.tolist())
-    box = params.box * np.tile(ratio, 2)
-    first = np.clip(np.floor(box[:, :2] + 1e-6), 0, valid - 1)
-    end = np.clip(np.ceil(box[:, :2] + box[:, 2:] - 1e-6), first + 1, valid)
+    first, end = crop_limits(params.box * np.tile(ratio, 2), valid)
     if spec.crop == "weights":  # the evaluation's filter sees beyond the box
         first, end = np.zeros_like(first), valid
-    put = _placer(photos.device)
-    as_float = np.float32
-    places = _points(put(last.astype(as_float)), spec.size, across, down)
-    low, high = put(first.astype(as_float))[:, None, None], put(end.astype(as_float) - 1)[:, None, None]
+    put_any = _placer(photos.device)
+
+    def put(array: NDArray[Any]) -> Tensor:
+        return put_any(array.astype(np.float32))
+
+    low, high = put(first)[:, None, None], put(end - 1)[:, None, None]
     extent = torch.tensor([photos.shape[3], photos.shape[2]], dtype=torch.float32, device=photos.device)
-    pixels = torch.minimum(torch.maximum(places - 0.5, low), high)
+    pixels = torch.minimum(torch.maximum(_points(put(last), spec.size, across, down) - 0.5, low), high)
     grid = (2 * pixels + 1) / extent - 1
     images = functional.grid_sample(photos.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     if across * down > 1:
@@ -134,33 +121,18 @@ def _warp(
     if spec.crop == "zoom":
         limits.append((last, valid))
     for matrix, limit in limits:
-        points = _points(put(matrix.astype(as_float)), spec.size, 1, 1)
-        inside = ((points >= 0) & (points < put(limit.astype(as_float))[:, None, None])).all(dim=3)
-        fill = put(np.array(spec.fill, dtype=as_float))[:, None, None]
-        images = torch.where(inside[:, None], images, fill)
+        points = _points(put(matrix), spec.size, 1, 1)
+        inside = ((points >= 0) & (points < put(limit)[:, None, None])).all(dim=3)
+        images = torch.where(inside[:, None], images, put(np.array(spec.fill))[:, None, None])
     return images
 
 
 def _points(matrices: Tensor, size: int, across: int, down: int) -> Tensor:
-    """(B, S · down, S · across, 2) where each look of each output pixel falls, x before y."""
+    """(B, S · down, S · across, 2) x and y in the source of each look of each output pixel."""
     columns = (torch.arange(size * across, device=matrices.device) + 0.5) / across
     rows = (torch.arange(size * down, device=matrices.device) + 0.5) / down
-    x, y, one = (matrices[:, None, None, :, place] for place in range(3))
+    x, y, one = matrices[:, None, None].unbind(dim=4)
     return x * columns[None, None, :, None] + y * rows[None, :, None, None] + one
-
-
-def _apply_policy_colors(images: Tensor, params: BatchParams, spec: AugmentSpec) -> Tensor:
-    """The policy's color operations, by torchvision on uint8, after all geometry."""
-    from torchvision.transforms import InterpolationMode
-
-    nearest = InterpolationMode.NEAREST
-    for column in range(params.ops.shape[1]):
-        for row, op in enumerate(params.ops[:, column].tolist()):
-            if op and not is_geometric(op):
-                strength = float(params.magnitudes[row, column])
-                image = images[row].round().to(torch.uint8)
-                images[row] = apply_operation(image, op, strength, interpolation=nearest, fill=spec.fill).float()
-    return images
 
 
 def _finish(
@@ -176,21 +148,21 @@ def _finish(
 ) -> Tensor:
     """Color in each photo's own order, normalize, erase.
 
-    Every operation runs at every place of the order, neutral for the photos whose turn it isn't: choosing rows would
+    Every operation runs at every position of the order, neutral for the photos whose turn it isn't: choosing rows would
     cost a wait for the device, and compiled it is one pass over memory.
     """
-    for place in range(4 if kinds else 0):
+    for position in range(4 if kinds else 0):
         for kind in kinds:
             neutral = 0.0 if kind > SATURATION else 1.0
-            strength = torch.where(order[:, place] == kind, factors[:, kind], neutral)[:, None, None]
+            strength = torch.where(order[:, position] == kind, factors[:, kind], neutral)[:, None, None]
             images = _recolor(images, kind, strength)
     images = (images / 255 - mean[:, None, None]) / std[:, None, None]
     if erase is None:
         return images
     size = images.shape[3]
-    places = torch.arange(size, device=images.device)
-    x, y, width, height = (erase[:, column, None] for column in range(4))
-    columns, rows = (places >= x) & (places < x + width), (places >= y) & (places < y + height)
+    numbers = torch.arange(size, device=images.device)
+    x, y, width, height = erase[:, :, None].unbind(dim=1)
+    columns, rows = (numbers >= x) & (numbers < x + width), (numbers >= y) & (numbers < y + height)
     covered = (rows[:, :, None] & columns[:, None, :])[:, None]
     if bank is None:
         return torch.where(covered, 0.0, images)
@@ -219,8 +191,5 @@ def _turn_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> Tensor
     scale = 1 / chroma.clamp(min=1e-6)
     hue = torch.where(green == value, (blue - red) * scale + 2, (red - green) * scale + 4)
     hue = torch.where(red == value, (green - blue) * scale, hue) + 6 * shift
-    channels: list[Tensor] = []
-    for offset in (5, 3, 1):
-        k = torch.remainder(hue + offset, 6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    turned = [torch.remainder(hue + offset, 6) for offset in (5, 3, 1)]
+    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in turned], dim=1)

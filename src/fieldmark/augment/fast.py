@@ -13,60 +13,17 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from fieldmark.augment.kernels import finish, soften, warp
 from fieldmark.augment.policy import apply_operation, is_geometric, operation_matrix
-from fieldmark.augment.reference import RGB, resize_box, to_pil
+from fieldmark.augment.reference import RGB, require_photo, resize_box, to_pil
 from fieldmark.augment.sample import AugmentSpec, BatchParams, noise_bank
-from fieldmark.errors import DataError
 
-Matrix = NDArray[np.float64]
-
-
-def compose(outer: Matrix, inner: Matrix) -> Matrix:
-    """The matrix that applies `inner` to a point first, then `outer`."""
-    linear = outer[..., :2]
-    return np.concatenate([linear @ inner[..., :2], linear @ inner[..., 2:] + outer[..., 2:]], axis=-1)
-
-
-def affine_matrices(params: BatchParams, size: int) -> Matrix:
-    """(B, 2, 3) inverse affine matrices of torchvision: rotation and x-shear about the center, shift in pixels."""
-    turn, tangent, half = np.radians(params.angle), np.tan(np.radians(params.shear)), size / 2
-    cos, sin = np.cos(turn), np.sin(turn)
-    linear = np.stack([cos - sin * tangent, cos * tangent + sin, -sin, cos], axis=1).reshape(-1, 2, 2)
-    offset = half - linear @ (half + params.shift)[:, :, None]
-    return np.concatenate([linear, offset], axis=2)
-
-
-def picture_matrices(params: BatchParams, spec: AugmentSpec) -> list[Matrix]:
-    """From the output back to the crop resized to S×S, step by step.
-
-    A point that leaves [0, S]² after any of them shows the fill, because the stages one after another would have lost
-    it there.
-
-    Returns:
-        K arrays (B, 2, 3), each from the output: cumulative. K is 0 if nothing moves after the crop and the flips.
-    """
-    steps: list[Matrix] = []
-    if spec.has_affine:
-        steps.append(affine_matrices(params, spec.size))
-    for column in reversed(range(params.ops.shape[1])):
-        pairs = zip(params.ops[:, column].tolist(), params.magnitudes[:, column].tolist(), strict=True)
-        steps.append(np.stack([operation_matrix(op, magnitude, spec.size) for op, magnitude in pairs]))
-    return [*accumulate(steps, lambda first, then: compose(then, first))]
-
-
-def crop_matrices(params: BatchParams, size: int) -> Matrix:
-    """(B, 2, 3) from the S×S crop, flipped, to upright source pixels."""
-    corner, extent = params.box[:, :2], params.box[:, 2:]
-    flips = np.stack([params.flip_x, params.flip_y], axis=1)
-    scale = np.where(flips, -extent, extent) / size
-    matrices = np.zeros((len(corner), 2, 3))
-    matrices[:, 0, 0], matrices[:, 1, 1] = scale[:, 0], scale[:, 1]
-    matrices[:, :, 2] = corner + np.where(flips, extent, 0.0)
-    return matrices
-
+Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
 
 MOST_LEFT = 2.0
 """Source pixels per output pixel, along its row or column, for which softening is antialiasing enough; beyond, photos
@@ -83,99 +40,115 @@ _TINY = 1e-6
 _FAR = 1e9  # beyond any photo; not infinity, which fast arithmetic leaves undefined
 
 
+def compose(outer: Floats, inner: Floats) -> Floats:
+    """The matrix that applies `inner` to a point first, then `outer`."""
+    linear = outer[..., :2]
+    return np.concatenate([linear @ inner[..., :2], linear @ inner[..., 2:] + outer[..., 2:]], axis=-1)
+
+
+def picture_matrices(params: BatchParams, spec: AugmentSpec) -> list[Floats]:
+    """From the output back to the crop resized to S×S, step by step: K cumulative arrays (B, 2, 3).
+
+    A point that leaves [0, S]² after any of them shows the fill, because the stages one after another would have lost
+    it there. K is 0 if nothing moves after the crop and the flips.
+    """
+    steps: list[Floats] = [_affine_matrices(params, spec.size)] if spec.has_affine else []
+    for ops, magnitudes in zip(params.ops.T[::-1].tolist(), params.magnitudes.T[::-1].tolist(), strict=True):
+        pairs = zip(ops, magnitudes, strict=True)
+        steps.append(np.stack([operation_matrix(op, magnitude, spec.size) for op, magnitude in pairs]))
+    return [*accumulate(steps, lambda first, then: compose(then, first))]
+
+
+def _affine_matrices(params: BatchParams, size: int) -> Floats:
+    """(B, 2, 3) inverse affine matrices of torchvision: rotation and x-shear about the center, shift in pixels."""
+    turn, tangent, half = np.radians(params.angle), np.tan(np.radians(params.shear)), size / 2
+    cos, sin = np.cos(turn), np.sin(turn)
+    linear = np.stack([cos - sin * tangent, cos * tangent + sin, -sin, cos], axis=1).reshape(-1, 2, 2)
+    offset = half - linear @ (half + params.shift)[:, :, None]
+    return np.concatenate([linear, offset], axis=2)
+
+
+def crop_matrices(params: BatchParams, size: int) -> Floats:
+    """(B, 2, 3) from the S×S crop, flipped, to upright source pixels."""
+    corner, extent = params.box[:, :2], params.box[:, 2:]
+    flips = np.stack([params.flip_x, params.flip_y], axis=1)
+    scale = np.where(flips, -extent, extent) / size
+    matrices = np.zeros((len(corner), 2, 3))
+    matrices[:, 0, 0], matrices[:, 1, 1] = scale[:, 0], scale[:, 1]
+    matrices[:, :, 2] = corner + np.where(flips, extent, 0.0)
+    return matrices
+
+
+def crop_limits(box: Floats, given: Whole) -> tuple[Whole, Whole]:
+    """(B, 2) first column and row, and one past the last, of crops (B, 4) within photos of (B, 2) pixels as given."""
+    first = np.clip(np.floor(box[:, :2] + _TINY).astype(np.int64), 0, given - 1)
+    return first, np.clip(np.ceil(box[:, :2] + box[:, 2:] - _TINY).astype(np.int64), first + 1, given)
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """How each photo's picture is made of the photo as given: structure of arrays, one row per photo."""
 
-    box: NDArray[np.float64]
-    """(B, 4) x, y, width, height of the crop in given pixels."""
-    first: NDArray[np.int64]
-    """(B, 2) first column and row that belongs to the crop."""
-    end: NDArray[np.int64]
-    """(B, 2) one past the last."""
-    extent: NDArray[np.int64]
-    """(B, 2) width and height to which `first` to `end` is reduced before the warp; equal to theirs for none."""
-    matrices: Matrix
-    """(B, K, 2, 3) from the output, stage by stage; the last ends in the reduced crop."""
-    limits: NDArray[np.float64]
-    """(B, K, 4) x low, high, y low, high after each stage: what lies outside shows the fill."""
-    softness: NDArray[np.uint16]
-    """(B, 2) weight of a pixel's neighbours in its row and in its column, in 1/256."""
+    box: Floats  # (B, 4) x, y, width, height of the crop in given pixels
+    first: Whole  # (B, 2) first column and row that belongs to the crop
+    end: Whole  # (B, 2) one past the last
+    extent: Whole  # (B, 2) size to which `first` to `end` is reduced before the warp; equal to theirs for none
+    matrices: Floats  # (B, K, 2, 3) from the output, stage by stage; the last ends in the reduced crop
+    limits: Floats  # (B, K, 4) x low, high, y low, high after each stage: points outside show the fill
+    softness: NDArray[np.uint16]  # (B, 2) weight of a pixel's neighbors in its row and in its column, in 1/256
 
 
 def augment_fast(
     photos: Sequence[NDArray[np.uint8]],
-    source_sizes: ArrayLike,
+    source_sizes: Whole,
     params: BatchParams,
     spec: AugmentSpec,
     mean: RGB,
     std: RGB,
-    *,
-    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Execute the parameters of a batch.
+    """Execute the parameters of a batch: (B, 3, S, S).
 
     Args:
         photos: B photos (H, W, 3) uint8, upright, each at its source size or smaller.
         source_sizes: (B, 2) upright width and height for which the parameters were drawn.
         params: Of the batch.
         spec: What they were drawn from.
-        mean: Per-channel mean, for values in [0, 1].
-        std: Per-channel standard deviation, for values in [0, 1].
-        out: (B, 3, S, S) float32 to write into; None makes one.
-
-    Returns:
-        (B, 3, S, S) float32.
-
-    Raises:
-        DataError: A photo is not (H, W, 3) uint8, or their number is not that of the parameters.
+        mean: Of normalization, for values in [0, 1].
+        std: The same.
     """
-    sizes = np.asarray(source_sizes, dtype=np.float64).reshape(-1, 2)
-    if not len(photos) == len(sizes) == len(params):
-        raise DataError(f"parameters of {len(params)} photos, but {len(photos)} photos and {len(sizes)} sizes")
-    if out is None:
-        out = np.empty((len(photos), 3, spec.size, spec.size), dtype=np.float32)
-    scale, offset = _normalization(mean, std)
+    out = np.empty((len(photos), 3, spec.size, spec.size), dtype=np.float32)
+    deviation = np.asarray(std, dtype=np.float64)
+    scale, offset = (1 / (255 * deviation)).astype(np.float32), (-np.asarray(mean) / deviation).astype(np.float32)
     bank = noise_bank() if spec.erase_value == "random" else noise_bank()[:0]
     colors = np.flatnonzero(spec.color_ranges)
     factors = params.factors.astype(np.float32)
     fill = np.array(spec.fill, dtype=np.float32)
-    plan = _plan(photos, sizes, params, spec)
+    plan = _plan(photos, source_sizes, params, spec)
     words = np.empty(int((plan.extent + 1).prod(axis=1).max(initial=0)), np.uint32)
     for row, photo in enumerate(photos):
         pixels, (left, top), (width, height) = _view(photo, plan, row, spec)
         part = words[: (height + 1) * (width + 1)].reshape(height + 1, width + 1)
         soften(pixels.reshape(len(pixels), -1), left, top, *plan.softness[row], part)
         warp(part, plan.matrices[row], plan.limits[row], fill, out[row])
-        _apply_policy_colors(out[row], params, row, spec)
+        apply_policy_colors(torch.from_numpy(out[row]), params.ops[row], params.magnitudes[row], spec.fill)
         order = params.color_order[row]
         kinds = order if len(colors) == 4 else order[np.isin(order, colors)]
         finish(out[row], kinds, factors[row, kinds], scale, offset, params.erase[row], bank, params.noise_offset[row])
     return out
 
 
-def _normalization(mean: RGB, std: RGB) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Factor and summand that normalize values of 0 to 255."""
-    deviation = np.asarray(std, dtype=np.float64)
-    return (1 / (255 * deviation)).astype(np.float32), (-np.asarray(mean) / deviation).astype(np.float32)
-
-
-def _plan(
-    photos: Sequence[NDArray[np.uint8]], source_sizes: NDArray[np.float64], params: BatchParams, spec: AugmentSpec
-) -> _Plan:
+def _plan(photos: Sequence[NDArray[np.uint8]], source_sizes: Whole, params: BatchParams, spec: AugmentSpec) -> _Plan:
     for photo in photos:
-        if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8 or 0 in photo.shape:
-            raise DataError(f"a photo is (H, W, 3) uint8; got {photo.shape} {photo.dtype}. Decode it with data.decode")
+        require_photo(photo)
     pictures = picture_matrices(params, spec)
     given = np.array([photo.shape[1::-1] for photo in photos], dtype=np.int64).reshape(-1, 2)
     ratio = given / source_sizes
     box = params.box * np.tile(ratio, 2)
-    first = np.clip(np.floor(box[:, :2] + _TINY).astype(np.int64), 0, given - 1)
-    end = np.clip(np.ceil(box[:, :2] + box[:, 2:] - _TINY).astype(np.int64), first + 1, given)
+    first, end = crop_limits(box, given)
     if spec.crop == "weights":  # the evaluation's own picture
         extent, corner, scale = np.full_like(first, spec.size), box[:, :2], spec.size / box[:, 2:]
     else:
-        extent = _reduced_extents(box, first, end, spec, is_plain=not pictures)
+        extent = _reduced_extents(box, end - first, spec, is_plain=not pictures)
         corner, scale = first, extent / (end - first)
     to_view = crop_matrices(params, spec.size) * ratio[:, :, None]
     to_view[:, :, 2] -= corner
@@ -185,34 +158,28 @@ def _plan(
     limits[:, :-1] = (0, spec.size, 0, spec.size)
     limits[:, -1] = (-_FAR, _FAR, -_FAR, _FAR)
     if spec.crop == "zoom":
-        limits[:, -1] = np.stack([0 * extent[:, 0], extent[:, 0], 0 * extent[:, 1], extent[:, 1]], axis=1)
+        limits[:, -1, 0::2], limits[:, -1, 1::2] = 0, extent
     return _Plan(box, first, end, extent, matrices, limits, _softness(matrices[:, -1], scale * ratio))
 
 
-def _reduced_extents(
-    box: NDArray[np.float64], first: NDArray[np.int64], end: NDArray[np.int64], spec: AugmentSpec, *, is_plain: bool
-) -> NDArray[np.int64]:
-    """(B, 2) width and height of the crops before the warp."""
+def _reduced_extents(box: Floats, extent: Whole, spec: AugmentSpec, *, is_plain: bool) -> Whole:
+    """(B, 2) width and height before the warp of crops of that extent."""
     # Whole pixels and no warp after the resize: the reference's own picture, so reduce straight to it.
     is_exact = np.abs(box - np.rint(box)).max(axis=1, keepdims=True, initial=0) < _TINY
     is_exact = is_exact & (is_plain and spec.crop != "zoom")
     left = box[:, 2:] / spec.size
     most, target = np.where(is_exact, 1.0, MOST_LEFT), np.where(is_exact, 1.0, REDUCED_TO)
-    reduced = np.maximum(np.rint((end - first) * target / left), 2).astype(np.int64)
-    return np.where(left > most, reduced, end - first)
+    reduced = np.maximum(np.rint(extent * target / left), 2).astype(np.int64)
+    return np.where(left > most, reduced, extent)
 
 
-def _softness(matrices: Matrix, reduction: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """(B, 2) what the neighbours of a pixel must weigh for a bilinear look to be an antialiased one.
+def _softness(matrices: Floats, reduction: Floats) -> NDArray[np.uint16]:
+    """(B, 2) what the neighbors of a pixel must weigh for a bilinear look to be an antialiased one.
 
     The reference resizes with a triangle as wide as `step` source pixels to either side, whose variance is step² / 6.
-    A bilinear look is a triangle of one pixel, and neighbours that weigh w each add 2 w. So w is (step² - 1) / 12, up
-    to the 1/4 of two pixels per step, where the two filters are one. A reduction by r has added (1 - 1 / r²) / 6
-    before.
-
-    Args:
-        matrices: (B, 2, 3) from the output to the pixels that are looked up.
-        reduction: (B, 2) size of these pixels' picture as a share of the source's: 1 / r.
+    A bilinear look is a triangle of one pixel, and neighbors that weigh w each add 2 w. So w is (step² - 1) / 12, up
+    to the 1/4 of two pixels per step, where the two filters are one. A reduction by r, of which (B, 2) 1 / r is given,
+    has added (1 - 1 / r²) / 6 before.
     """
     step_squared = np.square(matrices[:, :, :2]).sum(axis=2)
     weight = (step_squared - 1 - ALREADY_SOFT * (1 - np.square(reduction))) / 12
@@ -222,17 +189,12 @@ def _softness(matrices: Matrix, reduction: NDArray[np.float64]) -> NDArray[np.ui
 def _view(
     photo: NDArray[np.uint8], plan: _Plan, row: int, spec: AugmentSpec
 ) -> tuple[NDArray[np.uint8], Sequence[int], Sequence[int]]:
-    """Where the pixels of the crop lie, reduced where need be.
-
-    Returns:
-        (H, W, 3) uint8, contiguous; column and row where the crop begins in it; its width and height.
-    """
+    """Contiguous (H, W, 3) pixels with the crop, reduced where need be; where it begins in them; width and height."""
     first, end, extent = plan.first[row].tolist(), plan.end[row].tolist(), plan.extent[row].tolist()
     if spec.crop == "weights":
         # By Pillow's resize with the weights' own filter: training on the evaluation's picture is the point of this
         # crop (Touvron et al., FixRes, arXiv:1906.06423).
-        box = plan.box[row].tolist()
-        return np.array(resize_box(to_pil(photo), box[:2], box[2:], spec)), (0, 0), extent
+        return np.array(resize_box(to_pil(photo), plan.box[row].tolist(), spec)), (0, 0), extent
     (left, top), (right, bottom) = first, end
     if extent != [right - left, bottom - top]:
         return _reduce(photo[top:bottom, left:right], extent), (0, 0), extent
@@ -245,7 +207,6 @@ def _reduce(part: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[np.uint8]
     Done by torch's uint8 path, which is several times as fast as Pillow or OpenCV's area filter.
     """
     import cv2
-    import torch
 
     if not part.flags.writeable:  # a photo from a cache: torch warns of such, though nothing here writes
         part = part.copy()
@@ -255,25 +216,19 @@ def _reduce(part: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[np.uint8]
     return cv2.merge([*planes])  # pyright: ignore[reportReturnType]  # 25 times as fast as numpy's transposed copy
 
 
-def _apply_policy_colors(picture: NDArray[np.float32], params: BatchParams, row: int, spec: AugmentSpec) -> None:
-    """The policy's color operations, by torchvision on uint8, in place.
+def apply_policy_colors(picture: Tensor, ops: Whole, magnitudes: Floats, fill: tuple[int, int, int]) -> None:
+    """Apply the policy's color operations to one (3, S, S) picture of 0 to 255, by torchvision on uint8, in place.
 
     They come after all geometry, where the reference mixes both: the same picture, except that the fill of an earlier
     geometric step keeps its color in the reference's order only.
     """
-    steps = [
-        (op, strength)
-        for op, strength in zip(params.ops[row], params.magnitudes[row], strict=True)
-        if op and not is_geometric(op)
-    ]
+    pairs = zip(ops.tolist(), magnitudes.tolist(), strict=True)
+    steps = [(op, magnitude) for op, magnitude in pairs if op and not is_geometric(op)]
     if not steps:
         return
-    import torch
     from torchvision.transforms import InterpolationMode
 
-    image = torch.from_numpy(np.rint(picture).astype(np.uint8))
-    for op, strength in steps:
-        image = apply_operation(
-            image, int(op), float(strength), interpolation=InterpolationMode.NEAREST, fill=spec.fill
-        )
-    picture[:] = image.numpy()
+    image = picture.round().to(torch.uint8)
+    for op, magnitude in steps:
+        image = apply_operation(image, op, magnitude, interpolation=InterpolationMode.NEAREST, fill=fill)
+    picture.copy_(image)

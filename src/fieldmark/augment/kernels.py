@@ -44,10 +44,10 @@ def compiled(*signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @compiled(void(BYTES, BYTES, BYTES, uint16, types.Array(uint8, 1, "C")))
 def average(before: Any, here: Any, after: Any, share: Any, out: Any) -> None:
-    """Write the mean of three neighbours, the outer two with a weight of `share` / 256 each, the inner with the rest.
+    """Write the mean of three neighbors, the outer two with a weight of `share` / 256 each, the inner with the rest.
 
-    All in 16 bits, which wrap around and back. The weight comes as such, since the compiler widens bytes to the size of
-    their factor.
+    All in 16 bits, which wrap around and back. The weight is of 16 bits too, since the compiler widens bytes to the
+    size of their factor.
     """
     for i in range(len(out)):
         difference = np.uint16(before[i] + after[i] - 2 * here[i])
@@ -67,16 +67,11 @@ def pack(row: Any, words: Any) -> None:
 
 @compiled(void(types.Array(uint8, 2, "C", readonly=True), int64, int64, uint16, uint16, WORDS))
 def soften(photo: Any, left: int, top: int, across: Any, down: Any, words: Any) -> None:
-    """Copy a part of a photo, averaging each pixel with its neighbours inside the part.
+    """Copy a part of a photo (H, 3 W) that begins at `left` and `top`, averaging each pixel with its neighbors in it.
 
-    Args:
-        photo: (H, 3 W) uint8, the pixels of a row one after another.
-        left: First column of the part.
-        top: First row of the part.
-        across: Weight of the pixel on either side, in 1/256, at most 128; 0 averages nothing.
-        down: The same above and below.
-        words: (h + 1, w + 1) uint32, red in the lowest byte, then green and blue: written, the last row and column
-            twice, so that every pixel of the part has a neighbour.
+    `across` and `down` are the weights of the pixels on either side, in 1/256, at most 128. Written are (h + 1, w + 1)
+    words, red in the lowest byte, then green and blue, the last row and column twice, so that every pixel of the part
+    has a neighbor.
     """
     height, width = words.shape[0] - 1, words.shape[1] - 1
     start, count = 3 * left, 3 * width
@@ -126,15 +121,11 @@ def blend(a: Any, b: Any, c: Any, d: Any, at_a: Any, at_b: Any, at_c: Any, at_d:
 
 @compiled(void(WORDS, float64[:, :, ::1], float64[:, ::1], float32[::1], PICTURE))
 def warp(pixels: Any, matrices: Any, limits: Any, fill: Any, out: Any) -> None:
-    """Look each output pixel up in a picture, bilinearly; beyond its edges its last pixels go on.
+    """Write (3, S, S) values of 0 to 255, each looked up bilinearly; beyond the picture's edges its last pixels go on.
 
-    Args:
-        pixels: (H + 1, W + 1) uint32 as `soften` writes them. Whole words, because four of them cost less to read than
-            twelve bytes.
-        matrices: (K, 2, 3) float64 from the output, each; the last one ends in these pixels.
-        limits: (K, 4) float64 x low, high, y low, high after each; points outside show the fill.
-        fill: (3,) float32, 0 to 255.
-        out: (3, S, S) float32, 0 to 255: written.
+    The (H + 1, W + 1) pixels are whole words, as `soften` writes them: four cost less to read than twelve bytes. The
+    (K, 2, 3) matrices are each from the output, and the last ends in these pixels; a point outside of the (K, 4) limits
+    (x low, high, y low, high) after any of them shows the fill.
     """
     size = out.shape[1]
     stride = pixels.shape[1]
@@ -296,17 +287,10 @@ def cover(out: Any, erase: Any, bank: Any, noise_offset: int) -> None:
 def finish(
     out: Any, kinds: Any, factors: Any, scale: Any, offset: Any, erase: Any, bank: Any, noise_offset: int
 ) -> None:
-    """Color in the drawn order, normalize and erase, in place, row by row so that it stays in the nearest cache.
+    """Color in the drawn order, normalize and erase (3, S, S), row by row so that it stays in the nearest cache.
 
-    Args:
-        out: (3, S, S) float32 0 to 255; normalized afterwards.
-        kinds: (n,) int64 operations of color, in order; at most one of them is contrast.
-        factors: (n,) float32 their strengths.
-        scale: (3,) float32; a value v becomes v · scale + offset.
-        offset: (3,) float32.
-        erase: (4,) int64 x, y, width, height; width 0 erases nothing.
-        bank: Noise; empty erases with zero.
-        noise_offset: Start in the bank.
+    The n kinds of operations are in order, at most one of them contrast, with n factors. A value v becomes
+    v · scale + offset. The rectangle `erase` (x, y, width, height) gets zeros if the bank of noise is empty.
     """
     size, count = out.shape[1], len(kinds)
     before = 0  # operations ahead of contrast, which needs the mean of the whole picture

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.augment.sample import MIX, uniforms
-from fieldmark.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +27,7 @@ Method = Literal["mixup", "cutmix"]
 
 @dataclass(frozen=True, slots=True)
 class MixSpec:
-    """How often and how strongly batches are mixed.
-
-    Args:
-        share: Share of the batches that are mixed, in [0, 1].
-        cutmix_share: Share of those that get CutMix, in [0, 1]; the others get MixUp.
-        mixup_alpha: Range of α of MixUp's Beta(α, α), drawn per batch; two equal numbers fix it.
-        cutmix_alpha: The same for CutMix.
-    """
+    """How often and how strongly batches are mixed; `config.MixConfig` says what each field means."""
 
     share: float
     cutmix_share: float
@@ -56,40 +48,22 @@ class MixSpec:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What happens to one batch.
-
-    Args:
-        kind: `none` leaves the batch as it is.
-        lam: λ, the share in [0, 1] that each photo keeps of itself; 1 for `none`. Of CutMix, exactly the share of
-            pixels.
-        box: x, y, width, height in pixels of CutMix's rectangle, all 0 otherwise.
-        partners: (B,) int64, a permutation: the place in the batch of each photo's partner.
-    """
+    """What happens to one batch."""
 
     kind: Literal["none", "mixup", "cutmix"]
-    lam: float
-    box: tuple[int, int, int, int]
-    partners: NDArray[np.int64]
+    lam: float  # λ in [0, 1], the share that each photo keeps of itself; of CutMix exactly the share of pixels
+    box: tuple[int, int, int, int]  # x, y, width, height in pixels of CutMix's rectangle, all 0 otherwise
+    partners: NDArray[np.int64]  # (B,), a permutation: the index in the batch of each photo's partner
 
 
-def draw_mix(spec: MixSpec | None, *, seed: int, epoch: int, step: int, batch_size: int, image_size: int) -> Mix:
-    """Draw what happens to one batch.
+def draw_mix(spec: MixSpec, *, seed: int, epoch: int, step: int, batch_size: int, image_size: int) -> Mix:
+    """Draw what happens to one batch in the 0-based epoch and update of the run.
 
     One u ~ U(0, 1) decides: u < share (1 - cutmix_share) is MixUp, else u < share is CutMix, else none.
-
-    Args:
-        spec: How often and how strongly; None mixes nothing. The config checks its numbers.
-        seed: Seed of the run.
-        epoch: 0-based epoch.
-        step: 0-based update of the run.
-        batch_size: B, any number from 1.
-        image_size: Side of the square images, in pixels.
 
     Source:
         Zhang et al., "mixup", arXiv:1710.09412, sec. 2; Yun et al., "CutMix", arXiv:1905.04899, sec. 3.1.
     """
-    if spec is None or spec.share == 0:
-        return Mix("none", 1.0, (0, 0, 0, 0), np.arange(batch_size))
     u = float(uniforms(seed, epoch, [step], stream=MIX, count=1)[0, 0])
     if u >= spec.share:
         return Mix("none", 1.0, (0, 0, 0, 0), np.arange(batch_size))
@@ -106,48 +80,24 @@ def lambda_draws(spec: MixSpec, method: Method, *, count: int, seed: int, image_
 
 
 def apply_mix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
-    """Blend every photo, and its target, with its partner.
-
-    Args:
-        images: (B, C, H, W) float.
-        targets: (B, K) float, each row a distribution over classes.
-        mix: Drawn for this batch.
-
-    Returns:
-        Images and targets of the same shapes; the arguments are left as they were. Target rows still sum to 1.
-
-    Raises:
-        DataError: `mix` was drawn for another batch size, or its rectangle does not lie in the images.
-    """
+    """Blend every photo (B, C, H, W), and its target (B, K), with its partner; the arguments are left as they were."""
     import torch
 
     if mix.kind == "none":
         return images, targets
-    if not len(images) == len(targets) == len(mix.partners):
-        raise DataError(f"mix drawn for {len(mix.partners)} photos; got {len(images)} images, {len(targets)} targets")
     partners = torch.from_numpy(mix.partners).to(images.device, non_blocking=True)
     # lerp, not a·λ + b·(1 − λ): it leaves equal targets exactly as they are.
     mixed_targets = torch.lerp(targets[partners], targets, mix.lam)
     if mix.kind == "mixup":
         return torch.lerp(images[partners], images, mix.lam), mixed_targets
     x, y, width, height = mix.box
-    if x + width > images.shape[3] or y + height > images.shape[2]:
-        raise DataError(f"rectangle {mix.box} does not lie in images of {images.shape[3]}×{images.shape[2]}")
     mixed = images.clone()
     mixed[:, :, y : y + height, x : x + width] = images[partners, :, y : y + height, x : x + width]
     return mixed, mixed_targets
 
 
 def one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Targets of hard labels.
-
-    Args:
-        labels: (B,) int64 class numbers, 0 to `num_classes` - 1.
-        num_classes: K.
-        smoothing: Share of each row that is spread evenly over all classes, in [0, 1].
-
-    Returns:
-        (B, K) float32 whose rows sum to 1.
+    """(B, K) float32 targets of (B,) class numbers, with a share of each row spread evenly over all classes.
 
     Source:
         Szegedy et al., "Rethinking the Inception Architecture", arXiv:1512.00567, sec. 7.

@@ -11,7 +11,8 @@ Source:
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ OPERATIONS = (
     "AutoContrast",
     "Equalize",
 )
-"""Names of the operations; their places are the numbers in `BatchParams.ops`."""
+"""Names of the operations; their positions are the numbers in `BatchParams.ops`."""
 
 _SIGNED = np.array([1 <= number <= 9 for number in range(len(OPERATIONS))])
 _NUM_BINS = 31
@@ -59,14 +60,10 @@ def num_policy_uniforms(policy: Policy, num_ops: int) -> int:
 def sample_policy(
     policy: Policy, chances: NDArray[np.float64], *, num_ops: int, magnitude: int, size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Turn uniform numbers into operations and their strengths.
+    """Turn uniform numbers (B, num_policy_uniforms) into operations and their strengths.
 
-    Args:
-        policy: `trivial` draws one operation and its strength; `rand` draws `num_ops` operations of fixed strength.
-        chances: (B, num_policy_uniforms) in [0, 1).
-        num_ops: RandAugment's N.
-        magnitude: RandAugment's M, a bin of 0 to 30.
-        size: Side of the image in pixels; RandAugment's shifts are relative to it.
+    `trivial` draws one operation and its strength; `rand` draws `num_ops` operations with the strength of bin
+    `magnitude` of 0 to 30, shifts relative to the image's side of `size` pixels.
 
     Returns:
         (B, n) operation numbers and (B, n) signed strengths in the operation's own unit; n is 0 for `none`.
@@ -75,10 +72,7 @@ def sample_policy(
         return np.zeros((len(chances), 0), dtype=np.int64), np.zeros((len(chances), 0))
     draws = chances.reshape(len(chances), -1, _DRAWS)
     ops = (draws[..., 0] * len(OPERATIONS)).astype(np.int64)
-    if policy == "trivial":
-        bins = (draws[..., 1] * _NUM_BINS).astype(np.int64)
-    else:
-        bins = np.full(ops.shape, magnitude, dtype=np.int64)
+    bins = (draws[..., 1] * _NUM_BINS).astype(np.int64) if policy == "trivial" else magnitude
     strengths = _strengths(policy, size)[ops, bins]
     return ops, np.where(_SIGNED[ops] & (draws[..., 2] < 0.5), -strengths, strengths)
 
@@ -87,9 +81,9 @@ def sample_policy(
 def _strengths(policy: Policy, size: int) -> NDArray[np.float64]:
     """(operations, bins) strengths of torchvision's augmentation space."""
     bins = np.linspace(0.0, 1.0, _NUM_BINS)
-    wide = policy == "trivial"
-    shear, shift, turn = (0.99, 32.0, 135.0) if wide else (0.3, 150 / 331 * size, 30.0)
-    color, bits = (0.99, 6) if wide else (0.9, 4)
+    is_wide = policy == "trivial"
+    shear, shift, turn = (0.99, 32.0, 135.0) if is_wide else (0.3, 150 / 331 * size, 30.0)
+    color, bits = (0.99, 6) if is_wide else (0.9, 4)
     table = np.zeros((len(OPERATIONS), _NUM_BINS))
     table[1:3], table[3:5], table[5], table[6:10] = shear * bins, shift * bins, turn * bins, color * bins
     table[10] = 8 - np.rint(np.arange(_NUM_BINS) / ((_NUM_BINS - 1) / bits))
@@ -98,85 +92,44 @@ def _strengths(policy: Policy, size: int) -> NDArray[np.float64]:
 
 
 def operation_matrix(op: int, magnitude: float, size: int) -> NDArray[np.float64]:
-    """Where an operation takes each output point from.
-
-    Args:
-        op: Number in `OPERATIONS`; one that changes colors leaves points where they are.
-        magnitude: Its signed strength.
-        size: Side of the image in pixels.
-
-    Returns:
-        (2, 3) matrix from output to input, in pixels with the image spanning [0, size].
-    """
+    """(2, 3) matrix from output to input, in pixels with the image spanning [0, size]; colors move nothing."""
     half = size / 2
-    match OPERATIONS[op]:
-        case "ShearX":
-            return np.array([[1.0, magnitude, 0.0], [0.0, 1.0, 0.0]])
-        case "ShearY":
-            return np.array([[1.0, 0.0, 0.0], [magnitude, 1.0, 0.0]])
-        case "TranslateX":
-            return np.array([[1.0, 0.0, -int(magnitude)], [0.0, 1.0, 0.0]])
-        case "TranslateY":
-            return np.array([[1.0, 0.0, 0.0], [0.0, 1.0, -int(magnitude)]])
-        case "Rotate":  # counter-clockwise, about the center
-            c, s = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
-            return np.array([[c, -s, half - c * half + s * half], [s, c, half - s * half - c * half]])
-        case _:
-            return np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    cos, sin = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
+    matrices = {
+        "ShearX": [[1.0, magnitude, 0.0], [0.0, 1.0, 0.0]],
+        "ShearY": [[1.0, 0.0, 0.0], [magnitude, 1.0, 0.0]],
+        "TranslateX": [[1.0, 0.0, -int(magnitude)], [0.0, 1.0, 0.0]],
+        "TranslateY": [[1.0, 0.0, 0.0], [0.0, 1.0, -int(magnitude)]],
+        # counter-clockwise, about the center
+        "Rotate": [[cos, -sin, half - cos * half + sin * half], [sin, cos, half - sin * half - cos * half]],
+    }
+    return np.array(matrices.get(OPERATIONS[op], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
 
 
 def apply_operation(
     image: Any, op: int, magnitude: float, *, interpolation: InterpolationMode, fill: tuple[int, int, int]
 ) -> Any:
-    """One operation by torchvision's functions.
-
-    Args:
-        image: A PIL image, or a (..., 3, H, W) uint8 tensor.
-        op: Number in `OPERATIONS`.
-        magnitude: Its signed strength.
-        interpolation: How geometric operations resample.
-        fill: RGB outside the picture, 0 to 255.
-    """
-    from torchvision.transforms.v2 import functional
-
-    if is_geometric(op):
-        return _apply_geometric(image, op, magnitude, interpolation=interpolation, fill=fill)
-    match OPERATIONS[op]:
-        case "Brightness":
-            return functional.adjust_brightness(image, 1.0 + magnitude)
-        case "Color":
-            return functional.adjust_saturation(image, 1.0 + magnitude)
-        case "Contrast":
-            return functional.adjust_contrast(image, 1.0 + magnitude)
-        case "Sharpness":
-            return functional.adjust_sharpness(image, 1.0 + magnitude)
-        case "Posterize":
-            return functional.posterize(image, int(magnitude))
-        case "Solarize":
-            return functional.solarize(image, magnitude)
-        case "AutoContrast":
-            return functional.autocontrast(image)
-        case "Equalize":
-            return functional.equalize(image)
-        case _:
-            return image
-
-
-def _apply_geometric(
-    image: Any, op: int, magnitude: float, *, interpolation: InterpolationMode, fill: tuple[int, int, int]
-) -> Any:
+    """Apply one operation to a PIL image, or a (..., 3, H, W) uint8 tensor, by torchvision's functions."""
     from torchvision.transforms.v2 import functional
 
     options: dict[str, Any] = {"interpolation": interpolation, "fill": list(fill)}
-    degrees = math.degrees(math.atan(magnitude))
-    match OPERATIONS[op]:
-        case "ShearX":
-            return functional.affine(image, 0.0, [0, 0], 1.0, [degrees, 0.0], center=[0, 0], **options)
-        case "ShearY":
-            return functional.affine(image, 0.0, [0, 0], 1.0, [0.0, degrees], center=[0, 0], **options)
-        case "TranslateX":
-            return functional.affine(image, 0.0, [int(magnitude), 0], 1.0, [0.0, 0.0], **options)
-        case "TranslateY":
-            return functional.affine(image, 0.0, [0, int(magnitude)], 1.0, [0.0, 0.0], **options)
-        case _:
-            return functional.rotate(image, magnitude, **options)
+    degrees, pixels, factor = math.degrees(math.atan(magnitude)), int(magnitude), 1.0 + magnitude
+    shear = partial(functional.affine, image, 0.0, [0, 0], 1.0, center=[0, 0], **options)
+    shift = partial(functional.affine, image, 0.0, scale=1.0, shear=[0.0, 0.0], **options)
+    operations: dict[str, Callable[[], Any]] = {
+        "Identity": lambda: image,
+        "ShearX": lambda: shear([degrees, 0.0]),
+        "ShearY": lambda: shear([0.0, degrees]),
+        "TranslateX": lambda: shift(translate=[pixels, 0]),
+        "TranslateY": lambda: shift(translate=[0, pixels]),
+        "Rotate": lambda: functional.rotate(image, magnitude, **options),
+        "Brightness": lambda: functional.adjust_brightness(image, factor),
+        "Color": lambda: functional.adjust_saturation(image, factor),
+        "Contrast": lambda: functional.adjust_contrast(image, factor),
+        "Sharpness": lambda: functional.adjust_sharpness(image, factor),
+        "Posterize": lambda: functional.posterize(image, pixels),
+        "Solarize": lambda: functional.solarize(image, magnitude),
+        "AutoContrast": lambda: functional.autocontrast(image),
+        "Equalize": lambda: functional.equalize(image),
+    }
+    return operations[OPERATIONS[op]]()

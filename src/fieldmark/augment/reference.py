@@ -9,72 +9,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from fieldmark.augment.policy import apply_operation
-from fieldmark.augment.sample import BRIGHTNESS, CONTRAST, SATURATION, AugmentSpec, BatchParams, noise_bank
+from fieldmark.augment.sample import AugmentSpec, BatchParams, noise_bank
 from fieldmark.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as PILImage
-    from torch import Tensor
-
 
 RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class EvalSpec:
-    """The picture that a photo is judged on.
+    """The picture that a photo is evaluated on.
 
-    Args:
-        transform: `weights`: resize the short side to `size / crop_fraction`, cut the center. `squash`: resize to a
-            square, aspect lost.
-        size: Side of the output, in pixels.
-        crop_fraction: `size` over the resized short side, in (0, 1]; unused by `squash`.
-        interpolation: Filter of the resize, always antialiased.
-        mean: Per-channel mean of normalization, for values in [0, 1].
-        std: Per-channel standard deviation of normalization, for values in [0, 1].
+    `weights` resizes the short side to `size / crop_fraction` and cuts the center; `squash` resizes to a square.
     """
 
     transform: Literal["weights", "squash"]
-    size: int
-    crop_fraction: float
-    interpolation: Literal["bilinear", "bicubic"]
-    mean: RGB
+    size: int  # side of the output, in pixels
+    crop_fraction: float  # `size` over the resized short side, in (0, 1]; unused by `squash`
+    interpolation: Literal["bilinear", "bicubic"]  # filter of the resize, always antialiased
+    mean: RGB  # of normalization, for values in [0, 1]
     std: RGB
+
+
+@dataclass(frozen=True)
+class Views:
+    """Several evaluation pictures of one photo, made from one decoding; at least two, all different.
+
+    They travel as one (3, 1, P) array, pixel after pixel and picture after picture, because their sides differ.
+    """
+
+    specs: tuple[EvalSpec, ...]
 
 
 def augment_reference(
     photo: NDArray[np.uint8], params: BatchParams, row: int, spec: AugmentSpec, mean: RGB, std: RGB
 ) -> Tensor:
-    """Execute one row of the parameters as torchvision would.
+    """Execute one row of the parameters on an upright (H, W, 3) photo of full size as torchvision would: (3, S, S).
 
     The order is the report's: crop and resize, flips, policy, affine, color, normalize, erase.
-
-    Args:
-        photo: (H, W, 3) uint8, upright, at the full size for which the parameters were drawn.
-        params: Of the batch.
-        row: Which photo of the batch.
-        spec: What the parameters were drawn from.
-        mean: Per-channel mean, for values in [0, 1].
-        std: Per-channel standard deviation, for values in [0, 1].
-
-    Returns:
-        (3, S, S) float32.
-
-    Raises:
-        DataError: The photo is not (H, W, 3) uint8.
     """
     from torchvision.transforms import InterpolationMode
 
     functional = _functional()
-    image = _crop(to_pil(photo), params.box[row], spec)
+    image = _crop(to_pil(photo), params.box[row].tolist(), spec)
     if params.flip_x[row]:
         image = functional.horizontal_flip(image)
     if params.flip_y[row]:
@@ -92,57 +77,18 @@ def augment_reference(
             interpolation=interpolation,
             fill=list(spec.fill),
         )
-    image = _jitter(image, params, row, spec)
-    return _erase(normalize(image, mean, std), params, row, spec)
-
-
-def eval_reference(photo: NDArray[np.uint8], spec: EvalSpec) -> Tensor:
-    """The evaluation picture of a photo, by torchvision: the same numbers as timm's own evaluation transform.
-
-    Args:
-        photo: (H, W, 3) uint8, upright.
-        spec: Which picture.
-
-    Returns:
-        (3, S, S) float32.
-
-    Raises:
-        DataError: The photo is not (H, W, 3) uint8.
-    """
-    return normalize(eval_crop(to_pil(photo), spec), spec.mean, spec.std)
-
-
-def eval_crop(image: PILImage, spec: EvalSpec) -> PILImage:
-    """The (S, S) evaluation picture before it becomes numbers."""
-    from torchvision.transforms import InterpolationMode
-
-    functional = _functional()
-    interpolation = InterpolationMode(spec.interpolation)
-    if spec.transform == "squash":
-        return functional.resize(image, [spec.size, spec.size], interpolation)
-    short_side = int(spec.size / spec.crop_fraction)  # rounded down, as in timm
-    return functional.center_crop(functional.resize(image, [short_side], interpolation), [spec.size, spec.size])
-
-
-def to_pil(photo: NDArray[np.uint8]) -> PILImage:
-    """A PIL image of an (H, W, 3) uint8 photo.
-
-    Raises:
-        DataError: Another shape or type.
-    """
-    from PIL import Image
-
-    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8 or 0 in photo.shape:
-        raise DataError(f"a photo is (H, W, 3) uint8; got {photo.shape} {photo.dtype}. Decode it with data.decode")
-    return Image.fromarray(np.ascontiguousarray(photo))
-
-
-def normalize(image: PILImage, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(3, S, S) float32 of a PIL image: to [0, 1], minus mean, over std."""
-    # Not v2: its to_dtype multiplies by 1/255 where ToTensor, hence timm, divides by 255; the last bit differs.
-    from torchvision.transforms import functional
-
-    return functional.normalize(functional.to_tensor(image), list(mean), list(std), inplace=True)
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    for kind in params.color_order[row].tolist():
+        if spec.color_ranges[kind]:
+            image = getattr(functional, names[kind])(image, float(params.factors[row, kind]))
+    tensor = _normalize(image, mean, std)
+    x, y, width, height = params.erase[row].tolist()
+    if not width:
+        return tensor
+    values = torch.zeros(3, 1, 1)
+    if spec.erase_value == "random":
+        values = torch.from_numpy(erase_noise(int(params.noise_offset[row]), x, y, width, height, spec.size))
+    return functional.erase(tensor, y, x, height, width, values)
 
 
 def _functional() -> Any:
@@ -152,59 +98,34 @@ def _functional() -> Any:
     return functional
 
 
-def resize_box(image: PILImage, corner: Sequence[float], extent: Sequence[float], spec: AugmentSpec) -> PILImage:
-    """The (S, S) picture of a box with fractional edges, by the filter of the weights' evaluation transform."""
-    from PIL import Image
-
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    (x, y), (width, height) = corner, extent
-    inside = (max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height))
-    return image.resize((spec.size, spec.size), filters[spec.crop_interpolation], box=inside)
+def to_pil(photo: NDArray[np.uint8]) -> Image.Image:
+    """A PIL image of a photo; raises DataError unless it is (H, W, 3) uint8."""
+    require_photo(photo)
+    return Image.fromarray(np.ascontiguousarray(photo))
 
 
-def _crop(image: PILImage, box: NDArray[np.float64], spec: AugmentSpec) -> PILImage:
-    from PIL import Image
+def require_photo(photo: NDArray[Any]) -> None:
+    """Raise DataError unless the photo is (H, W, 3) uint8."""
+    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8 or 0 in photo.shape:
+        raise DataError(f"a photo is (H, W, 3) uint8; got {photo.shape} {photo.dtype}. Decode it with data.decode")
 
-    functional = _functional()
-    x, y, width, height = box.tolist()
+
+def _crop(image: Image.Image, box: Sequence[float], spec: AugmentSpec) -> Image.Image:
     if spec.crop == "weights":
-        return resize_box(image, [x, y], [width, height], spec)
-    x, y, width, height = int(x), int(y), int(width), int(height)
+        return resize_box(image, box, spec)
+    x, y, width, height = map(int, box)
     if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
         canvas = Image.new("RGB", (width, height), spec.fill)
         canvas.paste(image, (-x, -y))
         image, x, y = canvas, 0, 0
-    return functional.resized_crop(image, y, x, height, width, [spec.size, spec.size])
+    return _functional().resized_crop(image, y, x, height, width, [spec.size, spec.size])
 
 
-def _jitter(image: PILImage, params: BatchParams, row: int, spec: AugmentSpec) -> PILImage:
-    functional = _functional()
-    for kind in params.color_order[row].tolist():
-        factor = float(params.factors[row, kind])
-        if not spec.color_ranges[kind]:
-            continue
-        if kind == BRIGHTNESS:
-            image = functional.adjust_brightness(image, factor)
-        elif kind == CONTRAST:
-            image = functional.adjust_contrast(image, factor)
-        elif kind == SATURATION:
-            image = functional.adjust_saturation(image, factor)
-        else:
-            image = functional.adjust_hue(image, factor)
-    return image
-
-
-def _erase(tensor: Tensor, params: BatchParams, row: int, spec: AugmentSpec) -> Tensor:
-    import torch
-
-    functional = _functional()
-    x, y, width, height = params.erase[row].tolist()
-    if not width:
-        return tensor
-    if spec.erase_value == "zero":
-        return functional.erase(tensor, y, x, height, width, torch.zeros(3, 1, 1))
-    values = torch.from_numpy(erase_noise(int(params.noise_offset[row]), x, y, width, height, spec.size))
-    return functional.erase(tensor, y, x, height, width, values)
+def resize_box(image: Image.Image, box: Sequence[float], spec: AugmentSpec) -> Image.Image:
+    """The (S, S) picture of a box (x, y, width, height), by the filter of the weights' evaluation transform."""
+    x, y, width, height = box
+    inside = (max(x, 0.0), max(y, 0.0), min(x + width, image.width), min(y + height, image.height))
+    return image.resize((spec.size, spec.size), Image.Resampling[spec.crop_interpolation.upper()], box=inside)
 
 
 def erase_noise(offset: int, x: int, y: int, width: int, height: int, size: int) -> NDArray[np.float32]:
@@ -214,17 +135,25 @@ def erase_noise(offset: int, x: int, y: int, width: int, height: int, size: int)
     return bank[(offset + (channel * size + line) * size + column) % len(bank)]
 
 
-@dataclass(frozen=True)
-class Views:
-    """Several evaluation pictures of one photo, made from one decoding.
+def _normalize(image: Image.Image, mean: RGB, std: RGB) -> Tensor:
+    # Not v2: its to_dtype multiplies by 1/255 where ToTensor, hence timm, divides by 255; the last bit differs.
+    from torchvision.transforms import functional
 
-    They travel as one (3, 1, P) array, pixel after pixel and picture after picture, because their sides differ.
+    return functional.normalize(functional.to_tensor(image), list(mean), list(std), inplace=True)
 
-    Args:
-        specs: At least two, all different.
-    """
 
-    specs: tuple[EvalSpec, ...]
+def eval_reference(photo: NDArray[np.uint8], spec: EvalSpec) -> Tensor:
+    """(3, S, S) evaluation picture of an upright (H, W, 3) photo: the same numbers as timm's own transform."""
+    from torchvision.transforms import InterpolationMode
+
+    functional, image, square = _functional(), to_pil(photo), [spec.size, spec.size]
+    interpolation = InterpolationMode(spec.interpolation)
+    if spec.transform == "squash":
+        image = functional.resize(image, square, interpolation)
+    else:
+        short_side = int(spec.size / spec.crop_fraction)  # rounded down, as in timm
+        image = functional.center_crop(functional.resize(image, [short_side], interpolation), square)
+    return _normalize(image, spec.mean, spec.std)
 
 
 def join_specs(specs: Sequence[EvalSpec]) -> EvalSpec | Views:
@@ -241,11 +170,7 @@ def picture_shape(spec: EvalSpec | Views) -> tuple[int, int, int]:
 
 
 def eval_picture(photo: NDArray[np.uint8], spec: EvalSpec | Views) -> Tensor:
-    """The float32 evaluation picture, or pictures, of an upright (H, W, 3) uint8 photo, as `picture_shape` says.
-
-    Raises:
-        DataError: The photo is not (H, W, 3) uint8.
-    """
+    """The evaluation picture, or pictures, of an upright (H, W, 3) photo, as `picture_shape` says."""
     if isinstance(spec, Views):
         return torch.cat([eval_reference(photo, one).reshape(3, 1, -1) for one in spec.specs], dim=2)
     return eval_reference(photo, spec)
