@@ -138,7 +138,7 @@ def test_a_recipe_is_varied_without_a_file():
     assert len(cells) == 12
     assert {cell.config.optim.lr for cell in cells} == {1e-4, 1e-3}
     assert {cell.config.train.trackers for cell in cells} == {(), ("tensorboard",)}
-    assert {cell.seed for cell in cells} == {0, 1, 2}
+    assert {cell.config.train.seed for cell in cells} == {0, 1, 2}
     assert cells[0].config.model == load_config("laptop").model
     words = vary_recipe("laptop", ["augment.policy=none,trivial"], seeds=1)
     assert words.grid == {"augment.policy": ["none", "trivial"]}

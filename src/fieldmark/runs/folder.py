@@ -404,16 +404,13 @@ def _load_epochs(path: Path, order: list[int]) -> NDArray[np.int64] | None:
     return predictions[:, order].astype(np.int64)
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted key to value, of every setting."""
-    return dict(_leaves(config.model_dump(mode="json"), ""))
-
-
-def _leaves(table: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
+def flatten(settings: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value, of every setting; nested tables and dotted keys may be mixed, as in TOML."""
+    table = settings.model_dump(mode="json") if isinstance(settings, Config) else settings
+    flat: dict[str, Any] = {}
     for key, value in table.items():
-        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return leaves
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def format_value(value: Any) -> str:

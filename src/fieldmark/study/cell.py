@@ -1,7 +1,7 @@
-"""One cell of a sweep, trained in a process of its own: `python -m fieldmark.study.cell JOB.json`.
+"""One cell of a sweep: its folder, and the process that trains it: `python -m fieldmark.study.cell JOB.json`.
 
-All that a cell is told is in its job file, and all that it tells is in its run folder and its outcome file: so a cell
-may run on another machine that shares the folder, and whoever restarts the sweep finds out by reading.
+All that a cell is told is in its job file, and all that it reports is in its run folder and its outcome file: so a cell
+may run on another machine that shares the folder, and a sweep that was killed goes on by reading.
 """
 
 from __future__ import annotations
@@ -9,47 +9,61 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
-
-from fieldmark.config import Config, parse_config
-from fieldmark.errors import FieldmarkError, InterruptedRunError
-from fieldmark.runs.folder import METRICS, RECIPE, read_json_lines, run_status, write_json
+from fieldmark.config import Config, load_config, parse_config
+from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError
+from fieldmark.files import exclusive_lock
+from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_json_lines, run_status, write_json
 
 BOOKS = ".sweep"
-"""Folder inside a sweep's for job files, logs and outcomes."""
+"""Folder inside a sweep's for job files, logs, locks and outcomes."""
 
-OutcomeState = Literal["finished", "stopped", "failed", "interrupted"]
+NO_EFFECT = frozenset(
+    {
+        "description",
+        "loader.workers",
+        "cache.folder",
+        "cache.disk_gigabytes",
+        "train.threads",
+        "train.save_minutes",
+        "train.trackers",
+    }
+)
+"""Keys that change how fast a run is, or how it is described, but not what it learns."""
+
+SECONDS_TO_WAIT = 3600.0
+
+State = Literal["waiting", "running", "finished", "stopped", "failed", "interrupted"]
+"""How far a cell is; `stopped` is by successive halving."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep; the name is its folder's, readable and safe on every system."""
+
+    name: str
+    config: Config
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to know to train a cell.
-
-    Attributes:
-        sweep: The sweep's folder.
-        name: Of the cell, and of its run folder in the sweep's.
-        settings: Its resolved recipe.
-        trainer: Module with `train(config, out)` and `resume(out)`.
-        min_epochs: First rung of successive halving; 0 is off.
-        factor: Of successive halving.
-        parent: Process without which to stop after the epoch under way; 0 for none.
-    """
+    """What a process needs to know to train a cell."""
 
     sweep: str
     name: str
     settings: dict[str, Any]
-    trainer: str
-    min_epochs: int
+    trainer: str  # module with `train(config, out)` and `resume(out)`
+    min_epochs: int  # first rung of successive halving; 0 is off
     factor: int
-    parent: int
+    parent: int  # process without which to stop after the epoch under way; 0 for none
 
     @property
     def out(self) -> Path:
@@ -59,7 +73,7 @@ class Job:
     @property
     def path(self) -> Path:
         """The job file."""
-        return Path(self.sweep) / BOOKS / f"{self.name}.job.json"
+        return book(self.sweep, self.name, "job.json")
 
     def save(self) -> None:
         """Write the job file."""
@@ -68,65 +82,146 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: `stopped` by successive halving, `failed` with an error."""
+    """How a cell ended, with the error if it failed."""
 
-    state: OutcomeState
+    state: State
     error: str
-    seconds: float
+    seconds: float = 0.0
 
-    def save(self, sweep: Path, name: str) -> None:
+    def save(self, sweep: str | Path, name: str) -> None:
         """Write it beside the job file."""
-        write_json(sweep / BOOKS / f"{name}.outcome.json", asdict(self))
+        write_json(book(sweep, name, "outcome.json"), asdict(self))
+
+
+def book(sweep: str | Path, name: str, kind: str) -> Path:
+    """Path of what a sweep keeps of a cell beside its run folder: job, outcome, log, lock."""
+    return Path(sweep) / BOOKS / f"{name}.{kind}"
 
 
 def load_outcome(sweep: Path, name: str) -> Outcome | None:
     """How a cell ended last time; None if it did not, or was killed."""
     try:
-        return Outcome(**json.loads((sweep / BOOKS / f"{name}.outcome.json").read_text(encoding="utf-8")))
+        return Outcome(**json.loads(book(sweep, name, "outcome.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
+def load_drawn(sweep: Path, name: str, keys: Iterable[str]) -> dict[str, Any] | None:
+    """The values that a cell's job file has for these keys; None without such a file."""
+    try:
+        job = json.loads(book(sweep, name, "job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    settings = flatten(parse_config(job["settings"], name))
+    return {key: settings[key] for key in keys}
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """Rows of the epochs that a run folder reports."""
+    return read_json_lines(path / METRICS) if (path / METRICS).is_file() else []
+
+
+def best_value(rows: Iterable[Mapping[str, Any]], metric: str) -> float | None:
+    """Best value of a metric on the validation photos, negated where lower is better; None without any."""
+    from fieldmark.training.metrics import LOWER_IS_BETTER
+
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    return max((sign * row["val"][metric] for row in rows if metric in (row.get("val") or {})), default=None)
+
+
+def settled_state(out: Path, cell: Cell) -> Literal["finished", "stopped"] | None:
+    """How a cell ended, by its folder, if nothing is left to do for it."""
+    path = out / cell.name
+    if not (path / RECIPE).is_file() or _other_settings(path, cell):
+        return None
+    if run_status(path) == "finished":
+        is_scored = cell.config.data.train_on == "train+val" or (path / "predictions" / "val.parquet").is_file()
+        return "finished" if is_scored and (path / METRICS).is_file() else None
+    outcome = load_outcome(out, cell.name)
+    return "stopped" if outcome and outcome.state == "stopped" else None
+
+
+def _other_settings(path: Path, cell: Cell) -> list[str]:
+    """Settings that matter in which the run in a folder, if there is one, is not the cell's."""
+    try:
+        there = flatten(load_config(path / RECIPE))
+    except ConfigError:
+        return []
+    return [
+        f"{key} {there.get(key)!r} → {value!r}"
+        for key, value in flatten(cell.config).items()
+        if key not in NO_EFFECT and there.get(key) != value
+    ]
+
+
+def refuse_other_recipe(out: Path, cell: Cell) -> None:
+    """Check that a cell's folder does not hold a run of other settings.
+
+    Raises:
+        RunError: It does; the message says which.
+    """
+    if others := _other_settings(out / cell.name, cell):
+        raise RunError(
+            f"{out / cell.name} holds a run of other settings than the grid asks for ({'; '.join(others[:5])}). "
+            "Give the sweep another folder, or remove that one"
+        )
+
+
+def clear_broken(out: Path, cell: Cell) -> None:
+    """Remove what a cell left that can be neither used nor resumed.
+
+    Raises:
+        RunError: The folder was not made by this sweep.
+    """
+    path = out / cell.name
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    status = run_status(path)
+    if status == "missing" and (path / RECIPE).is_file():
+        (path / SUMMARY).unlink(missing_ok=True)  # torn or absent: the run's state says how far it is
+    elif status == "finished" or not (path / RECIPE).is_file():
+        if not book(out, cell.name, "job.json").is_file():
+            raise RunError(f"{path} is not empty and was not made by this sweep: remove it, or choose another folder")
+        shutil.rmtree(path)
+
+
 def run_job(job: Job) -> Outcome:
     """Train or resume a cell, and write down how it ended."""
-    sweep, started = Path(job.sweep), time.monotonic()
-    (sweep / BOOKS / f"{job.name}.outcome.json").unlink(missing_ok=True)
-    # A process that outlived its sweep may still be at this cell: it leaves after its epoch.
-    with FileLock(sweep / BOOKS / f"{job.name}.lock", timeout=3600):
-        try:
+    started = time.monotonic()
+    book(job.sweep, job.name, "outcome.json").unlink(missing_ok=True)
+    busy = f"another process has been at work on {job.out} for an hour: end it, and sweep again"
+    try:
+        # A process that outlived its sweep may still be at this cell: it leaves after its epoch.
+        with exclusive_lock(book(job.sweep, job.name, "lock"), busy=busy, wait_seconds=SECONDS_TO_WAIT):
             state, error = _train(job), ""
-        except InterruptedRunError as interruption:
-            state, error = "interrupted", str(interruption)
-        except FieldmarkError as problem:
-            state, error = "failed", str(problem)
-        except Exception as bug:  # one cell's bug must not end the others; its traceback is in the cell's log
-            traceback.print_exc()
-            state, error = "failed", f"{type(bug).__name__}: {bug}"
+    except InterruptedRunError as interruption:
+        state, error = "interrupted", str(interruption)
+    except FieldmarkError as problem:
+        state, error = "failed", str(problem)
+    except Exception as bug:  # one cell's bug must not end the others; its traceback is in the cell's log
+        traceback.print_exc()
+        state, error = "failed", f"{type(bug).__name__}: {bug}"
     outcome = Outcome(state, error, time.monotonic() - started)
-    outcome.save(sweep, job.name)
+    outcome.save(job.sweep, job.name)
     return outcome
 
 
-def _train(job: Job) -> OutcomeState:
+def _train(job: Job) -> State:
     if run_status(job.out) == "finished":
         return "finished"
     config = parse_config(job.settings, job.name)
-    module = importlib.import_module(job.trainer)
-    train: Callable[[Config, Path], Iterable[Any]] = module.train
-    resume: Callable[[Path], Iterable[Any]] = module.resume
-    reports = resume(job.out) if (job.out / RECIPE).is_file() else train(config, job.out)
+    trainer = importlib.import_module(job.trainer)
+    reports = trainer.resume(job.out) if (job.out / RECIPE).is_file() else trainer.train(config, job.out)
     for report in reports:
-        if report.epoch < config.train.epochs and _is_poor(job, config, report.epoch):
-            return "stopped"
-        if job.parent and os.getppid() != job.parent and report.epoch < config.train.epochs:
+        if report.epoch >= config.train.epochs:
+            continue
+        if job.min_epochs and is_rung(report.epoch, min_epochs=job.min_epochs, factor=job.factor):
+            values = _values_at(Path(job.sweep), config.train.metric, report.epoch)
+            if is_poor(values, job.name, factor=job.factor):
+                return "stopped"
+        if job.parent and os.getppid() != job.parent:
             return "interrupted"
     return "finished"
-
-
-def _is_poor(job: Job, config: Config, epoch: int) -> bool:
-    if not job.min_epochs or not is_rung(epoch, min_epochs=job.min_epochs, factor=job.factor):
-        return False
-    return is_poor(values_at(Path(job.sweep), config.train.metric, epoch), job.name, factor=job.factor)
 
 
 def is_rung(epoch: int, *, min_epochs: int, factor: int) -> bool:
@@ -137,13 +232,13 @@ def is_rung(epoch: int, *, min_epochs: int, factor: int) -> bool:
     return rung == epoch
 
 
-def is_poor(values: dict[str, float], name: str, *, factor: int) -> bool:
-    """Whether a cell is not among the best one in `factor` of those that came as far.
+def is_poor(values: Mapping[str, float], name: str, *, factor: int) -> bool:
+    """Whether a cell is not among the best one in `factor` of those that got as far; never of fewer than `factor`.
 
     Args:
         values: Cell name to value at the rung, higher is better, this cell's included.
         name: This cell.
-        factor: Of successive halving; with fewer values than this nothing is stopped.
+        factor: Of successive halving.
 
     Source:
         Li et al., "A System for Massively Parallel Hyperparameter Tuning", arXiv:1810.05934, section 3, in the form
@@ -155,18 +250,14 @@ def is_poor(values: dict[str, float], name: str, *, factor: int) -> bool:
     return num_better >= len(values) // factor
 
 
-def values_at(sweep: Path, metric: str, epoch: int) -> dict[str, float]:
-    """Best value up to an epoch of every cell that came as far; higher is better."""
-    from fieldmark.training.metrics import LOWER_IS_BETTER
-
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+def _values_at(sweep: Path, metric: str, epoch: int) -> dict[str, float]:
+    """Best value up to an epoch of every cell that got as far."""
     values: dict[str, float] = {}
     for path in sweep.glob(f"*/{METRICS}"):
         rows = read_json_lines(path)
-        if rows and rows[-1]["epoch"] >= epoch:
-            seen = [sign * row["val"][metric] for row in rows if row["epoch"] <= epoch and row.get("val")]
-            if seen:
-                values[path.parent.name] = max(seen)
+        best = best_value((row for row in rows if row["epoch"] <= epoch), metric)
+        if best is not None and rows[-1]["epoch"] >= epoch:
+            values[path.parent.name] = best
     return values
 
 

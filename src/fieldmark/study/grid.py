@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from fieldmark.config import Config, Section, apply_overrides, load_config, parse_config
+from fieldmark.config import Section, apply_overrides, load_config, parse_config
 from fieldmark.errors import ConfigError, MissingExtraError
 from fieldmark.overrides import parse_value
 from fieldmark.runs.folder import flatten, format_value
-from fieldmark.study.cell import BOOKS
+from fieldmark.study.cell import Cell, best_value, load_drawn, read_epochs, settled_state
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+
+MAX_NAME = 120
+SHIPPED = resources.files("fieldmark") / "study" / "grids"
 
 
 class Range(Section):
@@ -56,8 +57,9 @@ class Range(Section):
 
     def scaled(self, factor: float) -> Range:
         """The same distribution of values `factor` times as large."""
-        limits = {name: None if (value := getattr(self, name)) is None else value * factor for name in ("low", "high")}
-        return self.model_copy(update={"choices": tuple(value * factor for value in self.choices), **limits})
+        choices = tuple(value * factor for value in self.choices)
+        limits = {"low": self.low and self.low * factor, "high": self.high and self.high * factor}
+        return self.model_copy(update={"choices": choices, **limits})
 
 
 def uniform(low: float, high: float) -> Range:
@@ -134,7 +136,7 @@ class Grid(Section):
             raise ValueError("give exactly one of [grid], [[cells]] and [search]")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers, at least one; got {list(self.seeds)}")
-        for key, values in dotted(self.grid).items():
+        for key, values in flatten(self.grid).items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"grid.{key} must be a list of values; got {values!r}")
         return self
@@ -142,7 +144,7 @@ class Grid(Section):
 
 def grid_names() -> list[str]:
     """Names of the grids that are shipped, sorted."""
-    return sorted(path.name.removesuffix(".toml") for path in _shipped().iterdir() if path.name.endswith(".toml"))
+    return sorted(path.name.removesuffix(".toml") for path in SHIPPED.iterdir() if path.name.endswith(".toml"))
 
 
 def load_grid(grid: str | Path) -> Grid:
@@ -152,19 +154,14 @@ def load_grid(grid: str | Path) -> Grid:
         ConfigError: No such grid, not TOML, or not a valid grid. Names every problem.
     """
     path = Path(grid)
-    text = ""
+    source = path if path.is_file() else SHIPPED / f"{grid}.toml"
+    if not source.is_file():
+        raise ConfigError(
+            f"no grid {str(grid)!r}: it is neither a file nor a shipped grid ({', '.join(grid_names())}). To vary a "
+            "recipe without a file: fieldmark sweep RECIPE --vary optim.lr=1e-4,1e-3 --seeds 3"
+        )
     try:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-        elif (_shipped() / f"{grid}.toml").is_file():
-            text = (_shipped() / f"{grid}.toml").read_text(encoding="utf-8")
-        else:
-            names = ", ".join(grid_names())
-            raise ConfigError(
-                f"no grid {str(grid)!r}: it is neither a file nor a shipped grid ({names}). To vary a recipe "
-                "without a file: fieldmark sweep RECIPE --vary optim.lr=1e-4,1e-3 --seeds 3"
-            )
-        loaded = parse_grid(tomllib.loads(text), path.name)
+        loaded = parse_grid(tomllib.loads(source.read_text(encoding="utf-8")), path.name)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     if loaded.recipe and (path.parent / loaded.recipe).is_file():
@@ -181,15 +178,13 @@ def vary_recipe(recipe: str, vary: Iterable[str], *, seeds: int) -> Grid:
     load_config(recipe)
     axes: dict[str, list[Any]] = {}
     for pair in vary:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip() or not text.strip():
+        key, _, text = (part.strip() for part in pair.partition("="))
+        if not key or not text:
             raise ConfigError(f"--vary takes key=value,value, such as optim.lr=1e-4,1e-3; got {pair!r}")
-        if key.strip() in axes:
-            raise ConfigError(f"--vary {key.strip()} is given twice: list all its values in one")
+        if key in axes:
+            raise ConfigError(f"--vary {key} is given twice: list all its values in one")
         several = parse_value(f"[{text}]")  # lists as values have commas of their own
-        axes[key.strip()] = (
-            several if isinstance(several, list) else [parse_value(part.strip()) for part in text.split(",")]
-        )
+        axes[key] = several if isinstance(several, list) else [parse_value(part.strip()) for part in text.split(",")]
     content: dict[str, Any] = {"grid": axes} if axes else {"cells": [{"name": "base"}]}
     return parse_grid({"recipe": recipe, "seeds": list(range(seeds)), **content}, "the sweep")
 
@@ -210,38 +205,6 @@ def parse_grid(content: Mapping[str, Any], name: str) -> Grid:
         raise ConfigError(f"{name} is not a valid grid:\n  " + "\n  ".join(lines)) from None
 
 
-def dotted(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables and dotted keys alike, as dotted keys: TOML reads `mix.share = 0` as a table in a table."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _shipped() -> Any:
-    return resources.files("fieldmark") / "study" / "grids"
-
-
-MAX_NAME = 120
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a sweep.
-
-    Attributes:
-        name: Of its folder: readable, and safe on every system.
-        changes: Dotted key to value, over the base recipe.
-        seed: Its `train.seed`.
-        config: All its settings.
-    """
-
-    name: str
-    changes: Mapping[str, Any]
-    seed: int
-    config: Config
-
-
 def base_settings(grid: Grid, overrides: Iterable[str]) -> dict[str, Any]:
     """The settings that all cells start from: recipe, then the grid's `set`, then overrides.
 
@@ -250,7 +213,8 @@ def base_settings(grid: Grid, overrides: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: No such recipe, or an override without a `=`.
     """
-    settings = _with_changes(load_config(grid.recipe).model_dump(mode="json"), dotted(grid.set))
+    settings = load_config(grid.recipe).model_dump(mode="json")
+    apply_overrides(settings, flatten(grid.set))
     apply_overrides(settings, overrides)
     if settings["data"]["path"]:
         settings["data"]["path"] = str(Path(settings["data"]["path"]).resolve())
@@ -265,29 +229,37 @@ def grid_cells(grid: Grid, base: Mapping[str, Any]) -> list[Cell]:
     Raises:
         ConfigError: A cell's settings are not valid; or two cells are the same.
     """
-    cells = [
-        make_cell(base, changes, seed, name=name, seeds=grid.seeds)
-        for name, changes in _combinations(grid)
-        for seed in grid.seeds
+    axes = flatten(grid.grid)
+    product = [("", dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    listed = [
+        (str(cell.get("name", "")), flatten({key: value for key, value in cell.items() if key != "name"}))
+        for cell in grid.cells
     ]
+    cells = [_make_cell(grid, base, name, changes, seed) for name, changes in listed or product for seed in grid.seeds]
     # Folders of one name apart from case are one folder on some systems.
-    twins = [cell.name for number, cell in enumerate(cells) if cell.name.casefold() in _folded(cells[:number])]
-    if twins:
-        raise ConfigError(f"the grid has two cells named {twins[0]!r}: list each combination once, under its own name")
+    names: set[str] = set()
+    for cell in cells:
+        if cell.name.casefold() in names:
+            raise ConfigError(f"the grid has two cells named {cell.name!r}: list each combination once, under its own "
+                              "name")  # fmt: skip
+        names.add(cell.name.casefold())
     return cells
 
 
-def make_cell(
-    base: Mapping[str, Any], changes: Mapping[str, Any], seed: int, *, name: str, seeds: Sequence[int]
-) -> Cell:
-    """One cell; the seed is in its name where there are several."""
-    stem = name or ",".join(f"{key}={format_value(value)}" for key, value in changes.items()) or "base"
-    full = f"{stem},seed={seed}" if len(seeds) > 1 else stem
+def _make_cell(grid: Grid, base: Mapping[str, Any], name: str, changes: Mapping[str, Any], seed: int) -> Cell:
+    """One cell; without a name of its own it is named by its changes."""
+    changed = ",".join(f"{key}={format_value(value)}" for key, value in changes.items())
+    name = _add_seed(name or changed or "base", grid, seed)
+    settings = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
     try:
-        settings = _with_changes(base, {**changes, "train.seed": seed})
+        apply_overrides(settings, {**changes, "train.seed": seed})
     except ConfigError as error:
-        raise ConfigError(f"cell {full}: {error}") from None
-    return Cell(safe_name(full), dict(changes), seed, parse_config(settings, f"cell {full}"))
+        raise ConfigError(f"cell {name}: {error}") from None
+    return Cell(safe_name(name), parse_config(settings, f"cell {name}"))
+
+
+def _add_seed(name: str, grid: Grid, seed: int) -> str:
+    return f"{name},seed={seed}" if len(grid.seeds) > 1 else name
 
 
 def safe_name(text: str) -> str:
@@ -299,117 +271,29 @@ def safe_name(text: str) -> str:
     return f"{safe[: MAX_NAME - 9]}-{digest}"
 
 
-def _combinations(grid: Grid) -> Iterator[tuple[str, dict[str, Any]]]:
-    if grid.cells:
-        for cell in grid.cells:
-            changes = dotted({key: value for key, value in cell.items() if key != "name"})
-            yield str(cell.get("name", "")), changes
-        return
-    axes = dotted(grid.grid)
-    for values in itertools.product(*axes.values()):
-        yield "", dict(zip(axes, values, strict=True))
-
-
-def _folded(cells: Iterable[Cell]) -> set[str]:
-    return {cell.name.casefold() for cell in cells}
-
-
-def _with_changes(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    apply_overrides(changed, changes)
-    return changed
-
-
-class ListedCells:
-    """The cells of a grid or a list, in order."""
-
-    def __init__(self, grid: Grid, base: Mapping[str, Any]) -> None:
-        self._cells = grid_cells(grid, base)
-        self._next = 0
-
-    @property
-    def total(self) -> int:
-        """Cells in all."""
-        return len(self._cells)
-
-    def known(self) -> list[Cell]:
-        """Cells that are certain to come."""
-        return self._cells
-
-    def next_cell(self, values: Mapping[str, float | None]) -> Cell | None:
-        """The next cell, or None after the last; `values` do not matter."""
-        del values
-        if self._next == len(self._cells):
-            return None
-        self._next += 1
-        return self._cells[self._next - 1]
-
-
-class SearchedCells:
-    """Trials of a search; each is as many cells as there are seeds.
+def search_cells(grid: Grid, search: Search, base: Mapping[str, Any], out: Path) -> Iterator[Cell]:
+    """The trials of a search, each as many cells as there are seeds; a trial is drawn when its first cell is asked for.
 
     What earlier trials drew is read from their job files, so that a search that was interrupted goes on with the same.
     """
+    search = search.model_copy(update={"space": _with_new_names(search.space, base)})
+    past: list[tuple[dict[str, Any], list[Cell]]] = []
+    for number in range(search.trials):
+        name = f"trial-{number:03d}"
+        changes = load_drawn(out, safe_name(_add_seed(name, grid, grid.seeds[0])), search.space)
+        if changes is None:
+            changes = propose(search, [(drawn, _mean_value(out, cells)) for drawn, cells in past])
+        cells = [_make_cell(grid, base, name, changes, seed) for seed in grid.seeds]
+        past.append((changes, cells))
+        yield from cells
 
-    def __init__(self, grid: Grid, base: Mapping[str, Any], out: Path) -> None:
-        if grid.search is None:
-            raise ConfigError("the grid has no [search]")
-        self._search = grid.search.model_copy(update={"space": _with_new_names(grid.search.space, base)})
-        self._grid, self._base, self._out = grid, base, out
-        self._trials: list[dict[str, Any]] = []
-        self._queue: list[Cell] = []
-        from fieldmark.training.metrics import LOWER_IS_BETTER
 
-        self._higher_is_better = base["train"]["metric"] not in LOWER_IS_BETTER
-
-    @property
-    def total(self) -> int:
-        """Cells in all."""
-        return self._search.trials * len(self._grid.seeds)
-
-    def known(self) -> list[Cell]:
-        """None are certain before they are drawn."""
-        return []
-
-    def next_cell(self, values: Mapping[str, float | None]) -> Cell | None:
-        """The next cell; draws a trial when the one before has all of its cells.
-
-        Args:
-            values: Name of each cell that ended to its value; None for one that failed.
-        """
-        if not self._queue:
-            if len(self._trials) == self._search.trials:
-                return None
-            number = len(self._trials)
-            changes = self._drawn_before(number) or propose(
-                self._search, self._past(values), higher_is_better=self._higher_is_better
-            )
-            self._trials.append(changes)
-            self._queue = self._cells(number, changes)
-        return self._queue.pop(0)
-
-    def _cells(self, number: int, changes: Mapping[str, Any]) -> list[Cell]:
-        seeds = self._grid.seeds
-        return [make_cell(self._base, changes, seed, name=f"trial-{number:03d}", seeds=seeds) for seed in seeds]
-
-    def _drawn_before(self, number: int) -> dict[str, Any] | None:
-        # Names do not depend on what was drawn, so any draw finds the job file.
-        name = self._cells(number, {})[0].name
-        try:
-            job = json.loads((self._out / BOOKS / f"{name}.job.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        settings = flatten(parse_config(job["settings"], name))
-        return {key: settings[key] for key in self._search.space}
-
-    def _past(self, values: Mapping[str, float | None]) -> list[Trial]:
-        """Each trial with its mean over seeds, if at least one of its cells ended well."""
-        past: list[Trial] = []
-        for number, changes in enumerate(self._trials):
-            found = [values.get(cell.name) for cell in self._cells(number, changes)]
-            seen = [value for value in found if value is not None]
-            past.append(Trial(changes, sum(seen) / len(seen) if seen else None))
-        return past
+def _mean_value(out: Path, cells: Sequence[Cell]) -> float | None:
+    """Mean over a trial's cells that ended well, higher is better; None if none did."""
+    settled = [cell for cell in cells if settled_state(out, cell)]
+    values = [best_value(read_epochs(out / cell.name), cell.config.train.metric) for cell in settled]
+    seen = [value for value in values if value is not None]
+    return sum(seen) / len(seen) if seen else None
 
 
 def _with_new_names(space: Mapping[str, Range], base: Mapping[str, Any]) -> dict[str, Range]:
@@ -421,24 +305,11 @@ def _with_new_names(space: Mapping[str, Range], base: Mapping[str, Any]) -> dict
     }
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One combination that was tried: dotted key to value, and what it came to (None: failed or not done)."""
-
-    changes: Mapping[str, Any]
-    value: float | None
-
-
-def propose(search: Search, past: Sequence[Trial], *, higher_is_better: bool) -> dict[str, Any]:
-    """The next combination, from those before.
+def propose(search: Search, past: Sequence[tuple[Mapping[str, Any], float | None]]) -> dict[str, Any]:
+    """The next combination, from those before with their values; higher is better, None is failed or not done.
 
     Nothing is kept between calls: a study is made anew from `past`, seeded by its length, so that a sweep that was
     interrupted goes on as it would have.
-
-    Args:
-        search: Distributions and method.
-        past: All trials before, in order.
-        higher_is_better: Whether values are to rise.
 
     Raises:
         MissingExtraError: Optuna is not installed.
@@ -451,37 +322,30 @@ def propose(search: Search, past: Sequence[Trial], *, higher_is_better: bool) ->
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seed = search.seed * 100_003 + len(past)
     samplers = {"random": optuna.samplers.RandomSampler, "bayesian": optuna.samplers.TPESampler}
-    study = optuna.create_study(
-        direction="maximize" if higher_is_better else "minimize", sampler=samplers[search.method](seed=seed)
-    )
-    space = {key: _distribution(key, values) for key, values in search.space.items()}
-    for trial in past:
-        if trial.value is not None:
-            inner = {key: _to_optuna(search.space[key], value) for key, value in trial.changes.items()}
-            study.add_trial(optuna.trial.create_trial(params=inner, distributions=space, value=trial.value))
-    params = study.ask(space).params
-    return {key: _from_optuna(search.space[key], value) for key, value in params.items()}
+    study = optuna.create_study(direction="maximize", sampler=samplers[search.method](seed=seed))
+    space = {key: _distribution(values) for key, values in search.space.items()}
+    # Choices go by their number: Optuna knows no lists as categories.
+    choices = {key: [_plain(item) for item in values.choices] for key, values in search.space.items()}
+    for changes, value in past:
+        if value is not None:
+            params = {key: choices[key].index(_plain(at)) if choices[key] else at for key, at in changes.items()}
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=value))
+    return {
+        key: search.space[key].choices[drawn] if choices[key] else drawn
+        for key, drawn in study.ask(space).params.items()
+    }
 
 
-def _distribution(key: str, values: Range) -> BaseDistribution:
+def _distribution(values: Range) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if values.choices:
         return CategoricalDistribution(list(range(len(values.choices))))
-    if values.low is None or values.high is None:
-        raise ConfigError(f"search.space.{key}: give either choices = [...], or low and high")
+    assert values.low is not None
+    assert values.high is not None
     if values.integer:
         return IntDistribution(int(values.low), int(values.high), log=values.log)
     return FloatDistribution(values.low, values.high, log=values.log)
-
-
-def _to_optuna(values: Range, value: Any) -> Any:
-    # Choices go by their number: Optuna knows no lists as categories.
-    return [_plain(item) for item in values.choices].index(_plain(value)) if values.choices else value
-
-
-def _from_optuna(values: Range, value: Any) -> Any:
-    return values.choices[value] if values.choices else value
 
 
 def _plain(value: Any) -> Any:

@@ -6,44 +6,83 @@ extended goes on with exactly the cells that it lacks.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-from fieldmark.config import Config, load_config
-from fieldmark.errors import ConfigError, ResourceError, RunError
+from fieldmark.config import Config
+from fieldmark.errors import ConfigError, ResourceError
 from fieldmark.files import exclusive_lock
-from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_json_lines, run_status
-from fieldmark.study.cell import BOOKS, Job, Outcome, load_outcome
-from fieldmark.study.grid import Cell, Grid, ListedCells, Range, SearchedCells, base_settings, load_grid, parse_grid
-from fieldmark.study.variants import NO_EFFECT
+from fieldmark.runs.environment import count_slots, open_cluster
+from fieldmark.study.cell import (
+    BOOKS,
+    Cell,
+    Job,
+    Outcome,
+    State,
+    book,
+    clear_broken,
+    load_outcome,
+    read_epochs,
+    refuse_other_recipe,
+    run_job,
+    settled_state,
+)
+from fieldmark.study.grid import Grid, Range, base_settings, grid_cells, load_grid, parse_grid, search_cells
 
 MAX_INTERRUPTIONS = 3
+MAX_RETRIES = 3
+SECONDS_TO_SAVE = 120.0
 
 
-class Executor(Protocol):
-    """Where cells are trained: processes here, or tasks on a cluster."""
+@dataclass(frozen=True)
+class CellStatus:
+    """How far one cell is: `epoch` of `epochs`, and why it failed if it did."""
+
+    name: str
+    state: State
+    epoch: int
+    epochs: int
+    error: str
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """How far a sweep is.
+
+    Attributes:
+        out: Its folder.
+        cells: All cells known so far, in order.
+        total: Cells in all; a search finds its cells as it goes.
+        seconds_left: Time to finish at the speed so far; None while that is not known.
+    """
+
+    out: Path
+    cells: tuple[CellStatus, ...]
+    total: int
+    seconds_left: float | None
+
+    def num(self, state: State) -> int:
+        """Cells in a state."""
+        return sum(cell.state == state for cell in self.cells)
 
     @property
-    def num_slots(self) -> int:
-        """Cells that may run at a time."""
-        ...
+    def failed(self) -> list[CellStatus]:
+        """Cells that failed, with their errors."""
+        return [cell for cell in self.cells if cell.state == "failed"]
 
-    def start(self, job: Job) -> None:
-        """Begin a cell."""
-        ...
-
-    def collect(self) -> dict[str, str]:
-        """Cells that ended since the last call, with what went wrong outside of them."""
-        ...
-
-    def stop(self) -> None:
-        """Let running cells save and end."""
-        ...
+    @property
+    def runs(self) -> list[Path]:
+        """Run folders of the finished cells."""
+        return [self.out / cell.name for cell in self.cells if cell.state == "finished"]
 
 
 def sweep(
@@ -69,15 +108,14 @@ def sweep(
         ConfigError: `space` mixes lists and distributions, or `trials` does not fit it.
     """
     content: dict[str, Any] = {"set": config.model_dump(mode="json"), "seeds": list(seeds)}
+    odd = next((key for key, values in space.items() if isinstance(values, Range) == (trials is None)), None)
     if trials is None:
-        drawn = [key for key, values in space.items() if isinstance(values, Range)]
-        if drawn:
-            raise ConfigError(f"{drawn[0]} is drawn from a distribution: say how often with trials=20, say")
+        if odd:
+            raise ConfigError(f"{odd} is drawn from a distribution: say how often with trials=20, say")
         content["grid"] = {key: list(values) for key, values in space.items()}
     else:
-        listed = [key for key, values in space.items() if not isinstance(values, Range)]
-        if listed:
-            raise ConfigError(f"{listed[0]} is a list of values: with trials, use fieldmark.choice(...) for it")
+        if odd:
+            raise ConfigError(f"{odd} is a list of values: with trials, use fieldmark.choice(...) for it")
         content["search"] = {"trials": trials, "space": dict(space)}
     return run_sweep(parse_grid(content, "sweep"), out, on_status=on_status)
 
@@ -121,8 +159,8 @@ def run_sweep(
     if data is not None:
         base["data"]["path"] = str(Path(data).resolve())
     out = Path(out).resolve()
-    plan = SearchedCells(grid, base, out) if grid.search else ListedCells(grid, base)
-    for cell in plan.known():
+    known = [] if grid.search else grid_cells(grid, base)
+    for cell in known:
         refuse_other_recipe(out, cell)
     try:
         (out / BOOKS).mkdir(parents=True, exist_ok=True)
@@ -130,272 +168,258 @@ def run_sweep(
         raise ResourceError(f"{out} cannot be created: {error.strerror}") from None
     busy = f"another sweep is at work in {out}: wait for it, or give another folder"
     with exclusive_lock(out / BOOKS / "sweep.lock", busy=busy):
-        executor = _open_executor(base, jobs=jobs, ray=ray, ray_cpus=ray_cpus)
-        work = _Work(grid, out, plan, executor, trainer, on_status or _ignore)
+        executor = _open_executor(base["train"]["devices"], jobs=jobs, ray=ray, ray_cpus=ray_cpus)
+        cells = search_cells(grid, grid.search, base, out) if grid.search else iter(known)
+        total = grid.search.trials * len(grid.seeds) if grid.search else len(known)
+        work = _Work(grid, out, cells, total, executor, trainer, on_status or (lambda _: None))
         try:
-            return work.run(poll_seconds)
+            return work.run(known, poll_seconds)
         finally:
             executor.stop()
 
 
-def _open_executor(base: Mapping[str, Any], *, jobs: int | None, ray: str | None, ray_cpus: int) -> Executor:
-    devices = int(base["train"]["devices"])
+@dataclass(eq=False)
+class _Work:
+    """A sweep under way."""
+
+    grid: Grid
+    out: Path
+    cells: Iterator[Cell]
+    total: int
+    executor: LocalCells | RayCells
+    trainer: str
+    on_status: Callable[[SweepStatus], None]
+    statuses: dict[str, CellStatus] = field(default_factory=dict[str, CellStatus])
+    running: dict[str, Cell] = field(default_factory=dict[str, Cell])
+    interruptions: Counter[str] = field(default_factory=Counter[str])
+    epochs_before: dict[str, int] = field(default_factory=dict[str, int])
+    started: float = field(default_factory=time.monotonic)
+
+    def run(self, known: Sequence[Cell], poll_seconds: float) -> SweepStatus:
+        """Until nothing is left to do."""
+        for cell in known:
+            self.note(cell, "waiting")
+        shown: SweepStatus | None = None
+        while True:
+            self.start_cells()
+            status = self.status()
+            if shown is None or status.cells != shown.cells:
+                shown = status
+                self.on_status(status)
+            if not self.running:
+                return status
+            time.sleep(poll_seconds)
+            for name, trouble in self.executor.collect().items():
+                self.end(self.running.pop(name), trouble)
+            for cell in self.running.values():
+                self.note(cell, "running")
+
+    def start_cells(self) -> None:
+        """Fill the slots that are free; cells that are done take none."""
+        while len(self.running) < max(self.executor.num_slots, 1) and (cell := next(self.cells, None)):
+            if done := settled_state(self.out, cell):
+                self.note(cell, done)
+            else:
+                self.start(cell)
+
+    def start(self, cell: Cell) -> None:
+        """Train or resume one cell."""
+        refuse_other_recipe(self.out, cell)
+        clear_broken(self.out, cell)
+        self.note(cell, "running")
+        halving = self.grid.halving
+        min_epochs, factor = (halving.min_epochs, halving.factor) if halving else (0, 2)
+        settings = cell.config.model_dump(mode="json")
+        job = Job(str(self.out), cell.name, settings, self.trainer, min_epochs, factor, parent=os.getpid())
+        job.save()
+        self.executor.start(job)
+        self.running[cell.name] = cell
+
+    def end(self, cell: Cell, trouble: str) -> None:
+        """Write down how a cell ended, or start it again if it was interrupted."""
+        outcome = load_outcome(self.out, cell.name)
+        if trouble or outcome is None:
+            outcome = Outcome("failed", trouble or "its process ended without reporting a result")
+        if outcome.state == "interrupted":
+            # Not by us, or we would not be here: a machine is shutting down, say. It goes on elsewhere.
+            self.interruptions[cell.name] += 1
+            if self.interruptions[cell.name] < MAX_INTERRUPTIONS:
+                self.start(cell)
+                return
+            outcome = replace(outcome, state="failed")
+        outcome.save(self.out, cell.name)
+        self.note(cell, outcome.state, outcome.error)
+
+    def note(self, cell: Cell, state: State, error: str = "") -> None:
+        """Keep the status of one cell, with the epochs that its folder reports now."""
+        rows = read_epochs(self.out / cell.name)
+        epoch = int(rows[-1]["epoch"]) if rows else 0
+        self.epochs_before[cell.name] = min(epoch, self.epochs_before.get(cell.name, epoch))
+        self.statuses[cell.name] = CellStatus(cell.name, state, epoch, cell.config.train.epochs, error)
+
+    def status(self) -> SweepStatus:
+        """How far all cells are."""
+        cells = tuple(self.statuses.values())
+        done = sum(cell.epoch for cell in cells) - sum(self.epochs_before.values())
+        left = sum(cell.epochs - cell.epoch for cell in cells if cell.state in ("waiting", "running"))
+        mean_epochs = sum(cell.epochs for cell in cells) / max(len(cells), 1)
+        left += mean_epochs * (self.total - len(cells))
+        seconds = (time.monotonic() - self.started) * left / done if done else None
+        return SweepStatus(self.out, cells, self.total, seconds)
+
+
+def _open_executor(devices: int, *, jobs: int | None, ray: str | None, ray_cpus: int) -> LocalCells | RayCells:
     if ray is not None:
-        from fieldmark.study.executors import RayCells
-
         return RayCells(ray, cpus=ray_cpus, gpus=devices)
-    from fieldmark.study.executors import LocalCells, find_places
-
     places = find_places(devices)
     return LocalCells(places if jobs is None else [places[number % len(places)] for number in range(max(jobs, 1))])
 
 
-def _ignore(status: SweepStatus) -> None:
-    del status
+class LocalCells:
+    """Trains each cell in a process of its own, so that a crash or a leak of memory harms no other.
+
+    Args:
+        places: One for each cell that may run at a time: the GPUs it may use, such as ("0",) or ("0", "1"); an empty
+            tuple leaves the choice to the cell.
+    """
+
+    def __init__(self, places: Sequence[tuple[str, ...]]) -> None:
+        self.num_slots = len(places)
+        self._free = list(places)
+        self._running: dict[str, tuple[subprocess.Popen[bytes], tuple[str, ...]]] = {}
+
+    def start(self, job: Job) -> None:
+        """Begin a cell."""
+        place = self._free.pop(0)
+        env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(place)} if place else {})
+        with book(job.sweep, job.name, "log").open("ab") as log:
+            # A session of its own: Ctrl-C reaches this process alone, which then tells the cells to save.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fieldmark.study.cell", str(job.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+        self._running[job.name] = process, place
+
+    def collect(self) -> dict[str, str]:
+        """Cells that ended since the last call: name to what the process says of it, "" for nothing amiss."""
+        ended: dict[str, str] = {}
+        for name, (process, place) in list(self._running.items()):
+            if (code := process.poll()) is not None:
+                del self._running[name]
+                self._free.append(place)
+                ended[name] = "" if code in (0, 1) else f"its process ended with {_describe_exit(code)}"
+        return ended
+
+    def stop(self) -> None:
+        """Ask all cells to save and end, and wait for it; a cell that takes longer than two minutes is killed."""
+        processes = [process for process, _ in self._running.values()]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            try:
+                process.wait(SECONDS_TO_SAVE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-class _Work:
-    """A sweep under way."""
-
-    def __init__(
-        self,
-        grid: Grid,
-        out: Path,
-        plan: ListedCells | SearchedCells,
-        executor: Executor,
-        trainer: str,
-        on_status: Callable[[SweepStatus], None],
-    ) -> None:
-        self._grid, self._out, self._plan, self._executor = grid, out, plan, executor
-        self._trainer, self._on_status = trainer, on_status
-        self._statuses: dict[str, CellStatus] = {}
-        self._running: dict[str, Cell] = {}
-        self._interruptions: dict[str, int] = {}
-        self._started = time.monotonic()
-        self._epochs_before = 0
-        self._shown: SweepStatus | None = None
-
-    def run(self, poll_seconds: float) -> SweepStatus:
-        """Until nothing is left to do."""
-        for cell in self._plan.known():
-            self._note(cell, "waiting")
-        while True:
-            self._fill()
-            self._tell()
-            if not self._running:
-                return self._status()
-            time.sleep(poll_seconds)
-            for name, trouble in self._executor.collect().items():
-                self._end(self._running.pop(name), trouble)
-            for cell in self._running.values():
-                self._note(cell, "running")
-
-    def _fill(self) -> None:
-        while len(self._running) < max(self._executor.num_slots, 1):
-            cell = self._plan.next_cell(self._values())
-            if cell is None:
-                return
-            done = settled_state(self._out, cell)
-            if done:
-                self._note(cell, done)
-                self._epochs_before += self._statuses[cell.name].epoch
-                continue
-            self._start(cell)
-
-    def _start(self, cell: Cell) -> None:
-        refuse_other_recipe(self._out, cell)
-        clear_broken(self._out, cell)
-        halving = self._grid.halving
-        self._note(cell, "running")
-        if cell.name not in self._interruptions:
-            self._epochs_before += self._statuses[cell.name].epoch
-        job = Job(
-            sweep=str(self._out),
-            name=cell.name,
-            settings=cell.config.model_dump(mode="json"),
-            trainer=self._trainer,
-            min_epochs=halving.min_epochs if halving else 0,
-            factor=halving.factor if halving else 2,
-            parent=os.getpid(),
-        )
-        job.save()
-        self._executor.start(job)
-        self._running[cell.name] = cell
-
-    def _end(self, cell: Cell, trouble: str) -> None:
-        outcome = load_outcome(self._out, cell.name)
-        if trouble or outcome is None:
-            outcome = Outcome("failed", trouble or "its process ended without reporting a result", 0.0)
-            outcome.save(self._out, cell.name)
-        if outcome.state == "interrupted":
-            # Not by us, or we would not be here: a machine is shutting down, say. It goes on elsewhere.
-            self._interruptions[cell.name] = self._interruptions.get(cell.name, 0) + 1
-            if self._interruptions[cell.name] < MAX_INTERRUPTIONS:
-                self._start(cell)
-                return
-            outcome = replace(outcome, state="failed")
-            outcome.save(self._out, cell.name)
-        state: State = outcome.state if outcome.state in ("finished", "stopped") else "failed"
-        self._note(cell, state, outcome.error)
-
-    def _note(self, cell: Cell, state: State, error: str = "") -> None:
-        epoch = completed_epochs(self._out / cell.name)
-        self._statuses[cell.name] = CellStatus(cell.name, state, epoch, cell.config.train.epochs, error)
-
-    def _values(self) -> dict[str, float | None]:
-        """What each cell that ended came to; None for one that failed."""
-        ended = ("finished", "stopped", "failed")
-        return (
-            {
-                name: cell_value(self._out / name) if status.state != "failed" else None
-                for name, status in self._statuses.items()
-                if status.state in ended
-            }
-            if self._grid.search
-            else {}
-        )
-
-    def _status(self) -> SweepStatus:
-        cells = tuple(self._statuses.values())
-        done = sum(cell.epoch for cell in cells) - self._epochs_before
-        left = sum(cell.epochs - cell.epoch for cell in cells if cell.state in ("waiting", "running"))
-        mean_epochs = sum(cell.epochs for cell in cells) / len(cells) if cells else 0
-        left += mean_epochs * (self._plan.total - len(cells))
-        seconds = (time.monotonic() - self._started) * left / done if done else None
-        return SweepStatus(self._out, cells, self._plan.total, seconds)
-
-    def _tell(self) -> None:
-        status = self._status()
-        if self._shown is None or status.cells != self._shown.cells:
-            self._shown = status
-            self._on_status(status)
+def find_places(devices_per_cell: int) -> list[tuple[str, ...]]:
+    """Groups of GPUs for cells to run on at a time; one group without a name where there are too few."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = (
+        _gpu_numbers() if visible is None else [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    )
+    groups = [tuple(names[start : start + devices_per_cell]) for start in range(0, len(names), devices_per_cell)]
+    return [group for group in groups if len(group) == devices_per_cell] or [()]
 
 
-def settled_state(out: Path, cell: Cell) -> Literal["finished", "stopped"] | None:
-    """How a cell ended, by its folder, if nothing is left to do for it."""
-    path = out / cell.name
-    if not (path / RECIPE).is_file() or _other_keys(path, cell):
-        return None
-    if run_status(path) == "finished":
-        judged = cell.config.data.train_on == "train+val" or (path / "predictions" / "val.parquet").is_file()
-        return "finished" if judged and (path / METRICS).is_file() else None
-    outcome = load_outcome(out, cell.name)
-    return "stopped" if outcome and outcome.state == "stopped" else None
-
-
-def cell_value(path: Path) -> float | None:
-    """Best value of the run's own metric over its epochs so far; None before the first."""
-    from fieldmark.training.metrics import LOWER_IS_BETTER
-
-    metric = load_config(path / RECIPE).train.metric
-    rows = read_json_lines(path / METRICS) if (path / METRICS).is_file() else []
-    values = [float(row["val"][metric]) for row in rows if row.get("val")]
-    if not values:
-        return None
-    return min(values) if metric in LOWER_IS_BETTER else max(values)
-
-
-def completed_epochs(path: Path) -> int:
-    """Epochs that a run folder tells of."""
-    rows = read_json_lines(path / METRICS) if (path / METRICS).is_file() else []
-    return int(rows[-1]["epoch"]) if rows else 0
-
-
-def _other_keys(path: Path, cell: Cell) -> list[str]:
-    """Settings in which the run in a folder is not the cell's."""
+def _gpu_numbers() -> list[str]:
+    # Asked of the driver's tool: importing torch for the count takes seconds and a context on the GPU.
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
-        there = flatten(load_config(path / RECIPE))
-    except ConfigError:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return []
-    wanted = flatten(cell.config)
-    return [f"{key} {there.get(key)!r} → {wanted[key]!r}" for key in wanted if _differ(key, there, wanted)]
+    return listed.stdout.split()
 
 
-def _differ(key: str, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return key not in NO_EFFECT and there.get(key) != wanted[key]
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return name + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def refuse_other_recipe(out: Path, cell: Cell) -> None:
-    """Check that a cell's folder does not hold a run of other settings.
+class RayCells:
+    """Trains each cell as a Ray task.
 
-    Raises:
-        RunError: It does; the message says which.
-    """
-    keys = _other_keys(out / cell.name, cell) if (out / cell.name / RECIPE).is_file() else []
-    if keys:
-        raise RunError(
-            f"{out / cell.name} holds a run of other settings than the grid asks for ({'; '.join(keys[:5])}). "
-            "Give the sweep another folder, or remove that one"
-        )
+    Tasks, not Ray Tune: the sweep already knows what to run, keeps its state in the run folders and stops poor cells by
+    them, and Ray's own retry restarts a cell whose worker or machine died; the cell finds its folder and resumes.
 
-
-def clear_broken(out: Path, cell: Cell) -> None:
-    """Remove what a cell left that can be neither used nor resumed.
+    Args:
+        address: Of the cluster, such as `auto` or `ray://host:10001`; "" starts one on this machine.
+        cpus: Cores that a cell takes.
+        gpus: GPUs that a cell takes, where the cluster has any.
 
     Raises:
-        RunError: The folder was not made by this sweep.
-    """
-    path = out / cell.name
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    is_ours = (out / BOOKS / f"{cell.name}.job.json").is_file()
-    status = run_status(path)
-    if status == "missing" and (path / RECIPE).is_file():
-        (path / SUMMARY).unlink(missing_ok=True)  # torn or absent: the run's state says how far it is
-    elif status == "finished" or not (path / RECIPE).is_file():
-        if not is_ours:
-            raise RunError(f"{path} is not empty and was not made by this sweep: remove it, or choose another folder")
-        shutil.rmtree(path)
-
-
-State = Literal["waiting", "running", "finished", "stopped", "failed"]
-
-
-@dataclass(frozen=True)
-class CellStatus:
-    """How far one cell is.
-
-    Attributes:
-        name: Of its run folder.
-        state: `stopped` by successive halving; `failed` with `error`.
-        epoch: Completed epochs.
-        epochs: Epochs asked for.
-        error: Why it failed; "" otherwise.
+        MissingExtraError: Ray is not installed.
+        ResourceError: There is no cluster at the address, or no machine in it has room for a cell.
     """
 
-    name: str
-    state: State
-    epoch: int
-    epochs: int
-    error: str
-
-
-@dataclass(frozen=True)
-class SweepStatus:
-    """How far a sweep is.
-
-    Attributes:
-        out: Its folder.
-        cells: All cells known so far, in order.
-        total: Cells in all; a search finds its cells as it goes.
-        seconds_left: Time to finish at the speed so far; None while that is not known.
-    """
-
-    out: Path
-    cells: tuple[CellStatus, ...]
-    total: int
-    seconds_left: float | None
-
-    def num(self, state: State) -> int:
-        """Cells in a state."""
-        return sum(cell.state == state for cell in self.cells)
+    def __init__(self, address: str, *, cpus: int, gpus: int) -> None:
+        self._ray, self._owns = open_cluster(address)
+        self._needs = {"CPU": float(cpus), "GPU": float(gpus) if self._ray.cluster_resources().get("GPU") else 0.0}
+        self._task: Any = self._ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
+        self._running: dict[str, Any] = {}
+        if not self.num_slots:
+            self.stop()
+            raise ResourceError(
+                f"a cell needs {cpus} CPUs and {gpus} GPUs on one machine, and no machine of the Ray cluster has them"
+            )
 
     @property
-    def failed(self) -> list[CellStatus]:
-        """Cells that failed, with their errors."""
-        return [cell for cell in self.cells if cell.state == "failed"]
+    def num_slots(self) -> int:
+        """Cells that the cluster, as it is now, has room for."""
+        return count_slots(self._ray, self._needs)
 
-    @property
-    def runs(self) -> list[Path]:
-        """Run folders of the finished cells."""
-        return [self.out / cell.name for cell in self.cells if cell.state == "finished"]
+    def start(self, job: Job) -> None:
+        """Begin a cell."""
+        # Whether the parent lives is Ray's to watch: a worker's parent is the cluster's, not the sweep's.
+        alone = replace(job, parent=0)
+        options = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"], "name": job.name}
+        self._running[job.name] = self._task.options(**options).remote(alone)
+
+    def collect(self) -> dict[str, str]:
+        """Cells that ended since the last call: name to what Ray says of it, "" for nothing amiss."""
+        ended: dict[str, str] = {}
+        for name, reference in list(self._running.items()):
+            ready, _ = self._ray.wait([reference], timeout=0)
+            if ready:
+                del self._running[name]
+                try:
+                    self._ray.get(reference)
+                    ended[name] = ""
+                except self._ray.exceptions.RayError as error:
+                    ended[name] = f"its worker was lost {MAX_RETRIES + 1} times: {str(error).splitlines()[0]}"
+        return ended
+
+    def stop(self) -> None:
+        """Give up what is running, and leave the cluster."""
+        for reference in self._running.values():
+            self._ray.cancel(reference, force=True)
+        self._running.clear()
+        if self._owns:
+            self._ray.shutdown()
+
+
+def _train_cell(job: Job) -> str:
+    with (
+        book(job.sweep, job.name, "log").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        return run_job(job).state

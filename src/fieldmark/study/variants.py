@@ -15,22 +15,10 @@ from numpy.typing import NDArray
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, flatten, format_value
+from fieldmark.study.cell import NO_EFFECT
 
 CHANCE = frozenset({"train.seed", "data.fold"})
 """Runs that differ in these keys alone are runs of one variant."""
-
-NO_EFFECT = frozenset(
-    {
-        "description",
-        "loader.workers",
-        "cache.folder",
-        "cache.disk_gigabytes",
-        "train.threads",
-        "train.save_minutes",
-        "train.trackers",
-    }
-)
-"""Keys that change how fast a run is, or how it is described, but not what it learns."""
 
 # Where the photos are stored is no difference either: whether they are the same photos is checked by name.
 IGNORED = CHANCE | NO_EFFECT | {"data.path"}
