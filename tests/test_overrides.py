@@ -8,7 +8,7 @@ import pytest
 
 from fieldmark.config import Config, load_config
 from fieldmark.errors import ConfigError
-from fieldmark.overrides import find_setting, note, setting_keys
+from fieldmark.overrides import find_setting, list_settings, note
 from fieldmark.study.grid import base_settings, grid_cells, parse_grid
 
 
@@ -43,7 +43,7 @@ def test_a_setting_is_found_by_what_people_call_it(typed, meant):
 
 
 def test_every_setting_is_found_by_its_own_name_and_by_its_last_part_where_that_is_unique():
-    keys = setting_keys(Config)
+    keys = list_settings(Config)
     lasts = [key.rpartition(".")[2] for key in keys]
     for key, last in zip(keys, lasts, strict=True):
         assert find_setting(Config, key) == key

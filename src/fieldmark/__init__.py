@@ -24,30 +24,23 @@ if TYPE_CHECKING:
     from fieldmark.study.report import write_report
     from fieldmark.study.sweep import run_sweep, sweep
 
-_HOMES = {
-    "Classifier": "estimator",
-    "Config": "config",
-    "Evaluation": "inference.evaluation",
-    "FieldmarkError": "errors",
-    "Prediction": "inference.predictor",
-    "Predictor": "inference.predictor",
-    "Run": "runs.folder",
-    "calibrate_run": "inference.calibration",
-    "choice": "study.grid",
-    "combine": "inference.combine",
-    "compare_runs": "study.compare",
-    "evaluate": "inference.evaluation",
-    "export_run": "export.export",
-    "fit": "estimator",
-    "load_config": "config",
-    "log_uniform": "study.grid",
-    "resume": "runs.train",
-    "run_sweep": "study.sweep",
-    "sweep": "study.sweep",
-    "train": "runs.train",
-    "uniform": "study.grid",
-    "write_report": "study.report",
+_NAMES = {
+    "config": ("Config", "load_config"),
+    "errors": ("FieldmarkError",),
+    "estimator": ("Classifier", "fit"),
+    "export.export": ("export_run",),
+    "inference.calibration": ("calibrate_run",),
+    "inference.combine": ("combine",),
+    "inference.evaluation": ("Evaluation", "evaluate"),
+    "inference.predictor": ("Prediction", "Predictor"),
+    "runs.folder": ("Run",),
+    "runs.train": ("resume", "train"),
+    "study.compare": ("compare_runs",),
+    "study.grid": ("choice", "log_uniform", "uniform"),
+    "study.report": ("write_report",),
+    "study.sweep": ("run_sweep", "sweep"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Classifier",

@@ -6,6 +6,7 @@ turns them into plain values.
 
 from __future__ import annotations
 
+import copy
 import re
 import textwrap
 import tomllib
@@ -16,6 +17,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -30,8 +32,16 @@ from pydantic import (
 from fieldmark.errors import ConfigError
 from fieldmark.overrides import RENAMED_RECIPES, describe_problems, note, parse_pair, read_old_names, set_value
 
+
+def _check_range(values: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < values[0] <= values[1]:
+        raise ValueError(f"must be two numbers with 0 < low <= high; got {list(values)}")
+    return values
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Range = tuple[float, float]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
 
 
 class Section(BaseModel):
@@ -54,8 +64,7 @@ class DataConfig(Section):
     """Which photos, and how they are divided."""
 
     path: str = ""
-    """Folder of class folders, folder with train/ val/ test/, or a CSV or Parquet table. Relative to the working
-    directory."""
+    """Folder of class folders, folder with train/ val/ test/, or a CSV or Parquet table."""
 
     path_column: str = "path"
     """Column of a table that names the photo; relative names are relative to the table's folder."""
@@ -79,10 +88,10 @@ class DataConfig(Section):
     """Photos closer in capture time than this belong to one burst, for `group_by = "capture_time"`."""
 
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the labelled photos set aside for validation where the data do not say."""
+    """Share of the labeled photos set aside for validation where the data do not say."""
 
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the labelled photos set aside for a test where the data do not say."""
+    test_fraction: ShareBelowOne = 0.0
+    """Share of the labeled photos set aside for a test where the data do not say."""
 
     folds: Annotated[int, Field(ge=0)] = 0
     """k of k-fold cross-validation over train and val together; 0 is off."""
@@ -128,14 +137,13 @@ class CacheConfig(Section):
     """Decoded photos kept between epochs and runs."""
 
     mode: Literal["auto", "uint8", "jpeg", "off"] = "auto"
-    """`uint8`: pixels at `short_side`, fastest. `jpeg`: JPEG of quality 90 at `short_side`, nine times smaller.
-    `auto`: the first of the two that fits `disk_gigabytes`, else off."""
+    """`uint8`: pixels, fastest. `jpeg`: quality 90, a ninth of that. `auto`: the first that fits the disk, or off."""
 
     short_side: Literal[256, 320, 384, 448] = 320
     """Pixels of the short side of a cached photo; photos are never enlarged."""
 
     folder: str = ""
-    """Where the cache lives; empty is the user's cache folder."""
+    """Where the cache is; empty is the user's cache folder."""
 
     disk_gigabytes: PositiveFloat = 20.0
     """The most that one data set's cache may take on disk. Never more than half of what is free."""
@@ -155,11 +163,11 @@ class AugmentConfig(Section):
     """Side of the training image in pixels; None is the size that the weights were trained at."""
 
     executor: Literal["fast", "reference", "device"] = "fast"
-    """`reference` runs torchvision's transforms one after another. `fast` runs the same random numbers in one warp, on
-    the CPU, or as one batch on a CUDA GPU. `device` is the batch form wherever the model is."""
+    """`reference`: torchvision's transforms one after another. `fast`: the same random numbers in one warp, or as one
+    batch on a CUDA GPU. `device`: that batch form wherever the model is."""
 
     crop: Literal["random_resized", "zoom", "squash", "pretrained"] = "random_resized"
-    """`random_resized`: torchvision's RandomResizedCrop, including its fallback to a centre crop. `zoom`: the same
+    """`random_resized`: torchvision's RandomResizedCrop, including its fallback to a center crop. `zoom`: the same
     without the fallback, so a scale over 1 really zooms out over `fill`. `squash`: the whole photo, aspect lost.
     `pretrained`: the evaluation transform of the weights."""
 
@@ -176,21 +184,19 @@ class AugmentConfig(Section):
     """Probability of an upside-down image."""
 
     degrees: NonNegativeFloat = 0.0
-    """Rotation is drawn from ± this many degrees. Of the shipped recipes, only `competition` uses it."""
+    """Rotation is drawn from ± this many degrees; only `competition` uses it."""
 
     translate: tuple[Fraction, Fraction] = (0.0, 0.0)
-    """Shift is drawn from ± this share of width and height. Of the shipped recipes, only `competition` uses it."""
+    """Shift is drawn from ± this share of width and height; only `competition` uses it."""
 
     shear: NonNegativeFloat = 0.0
-    """Shear along x is drawn from ± this many degrees. Of the shipped recipes, only `competition` uses it."""
+    """Shear along x is drawn from ± this many degrees; only `competition` uses it."""
 
     affine_interpolation: Literal["nearest", "bilinear"] = "bilinear"
-    """How the reference executor resamples the affine stage. The fast executor always filters.
-    Of the shipped recipes, only `competition` uses it."""
+    """How the reference executor resamples the affine stage (fast always filters); only `competition` uses it."""
 
     fill: tuple[int, int, int] = (124, 116, 104)
-    """RGB outside the photo, 0 to 255. The default is ImageNet's mean.
-    Of the shipped recipes, only `competition` uses it."""
+    """RGB outside the photo, 0 to 255. The default is ImageNet's mean; only `competition` uses it."""
 
     brightness: NonNegativeFloat = 0.0
     """Factor is drawn from 1 ± this."""
@@ -202,7 +208,7 @@ class AugmentConfig(Section):
     """Factor is drawn from 1 ± this."""
 
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Shift is drawn from ± this share of the colour circle. Of the shipped recipes, only `competition` uses it."""
+    """Shift is drawn from ± this share of the color circle; only `competition` uses it."""
 
     policy: Literal["none", "trivial", "rand"] = "none"
     """TrivialAugmentWide (arXiv:2103.10158) or RandAugment (arXiv:1909.13719) after crop and flips."""
@@ -223,16 +229,7 @@ class AugmentConfig(Section):
     """Height over width of the erased rectangle."""
 
     erase_value: Literal["random", "zero"] = "random"
-    """`random`: normal noise per pixel, after normalisation. `zero`: the mean colour.
-    Of the shipped recipes, only `competition` uses it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in ("crop_scale", "crop_ratio", "erase_scale", "erase_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be two numbers with 0 < low <= high; got [{low}, {high}]")
-        return self
+    """`random`: normal noise per pixel, after normalization. `zero`: the mean color; only `competition` uses it."""
 
 
 class MixConfig(Section):
@@ -253,21 +250,12 @@ class MixConfig(Section):
     off_epochs: NonNegativeInt = 0
     """The last epochs are trained without mixing."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be two numbers with 0 < low <= high; got [{low}, {high}]")
-        return self
-
 
 class EvalConfig(Section):
-    """The picture that a photo is judged on."""
+    """The picture that a photo is evaluated on."""
 
     transform: Literal["pretrained", "squash"] = "pretrained"
-    """`pretrained`: resize and centre-crop as the weights' own data configuration says. `squash`: to a square, aspect
-    lost."""
+    """`pretrained`: resize and center-crop as the weights ask for. `squash`: to a square, aspect lost."""
 
     size: PositiveInt | None = None
     """Side in pixels; None is the weights' test size for `pretrained`, else `augment.size`."""
@@ -295,16 +283,15 @@ class ModelConfig(Section):
     """`mlp` is the report's Linear-Dropout-ReLU-Linear."""
 
     head_hidden: PositiveInt = 1024
-    """Width of the `mlp` head. Of the shipped recipes, only `competition` uses it."""
+    """Width of the `mlp` head; only `competition` uses it."""
 
-    head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Dropout of the `mlp` head, before its ReLU; of the features, before a `linear` head: see `feature_dropout`.
-    Of the shipped recipes, only `competition` uses it."""
+    head_dropout: ShareBelowOne = 0.3
+    """Dropout before the ReLU of an `mlp` head, or of the features of a `linear` one; only `competition` uses it."""
 
-    feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    feature_dropout: ShareBelowOne = 0.0
     """Dropout of the pooled features before the head."""
 
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: ShareBelowOne = 0.0
     """Stochastic depth (arXiv:1603.09382), for backbones that have it."""
 
     stride_in_1x1: bool = False
@@ -317,8 +304,7 @@ class ModelConfig(Section):
     """Frozen stages, counted from the input; `all` freezes the backbone. BatchNorm of a frozen stage stays frozen."""
 
     freeze_batchnorm: bool = False
-    """BatchNorm keeps and uses its pre-trained statistics, while its weights learn: for small batches and for photos
-    unlike those of the pre-training, and so that a probed head meets the features that it was fitted on."""
+    """BatchNorm keeps its pre-trained statistics while its weights learn: for small batches, and after a probe."""
 
     unfreeze_every_epochs: NonNegativeInt = 0
     """Gradual unfreezing: one stage more, from the output inwards, each so many epochs; 0 is off."""
@@ -328,7 +314,7 @@ class OptimConfig(Section):
     """How the weights move."""
 
     name: str = "adamw"
-    """`adamw`, `sgd` (Nesterov momentum 0.9), or any optimiser of timm.optim."""
+    """`adamw`, `sgd` (Nesterov momentum 0.9), or any optimizer of timm.optim."""
 
     lr: PositiveFloat = 1e-3
     """Peak learning rate of the head, for one update of `train.batch_size` photos."""
@@ -343,8 +329,7 @@ class OptimConfig(Section):
     """Decoupled decay per update (AdamW, arXiv:1711.05101)."""
 
     decay_norms_and_biases: bool = False
-    """Also decay normalisation weights and biases, as plain AdamW over all parameters does.
-    Of the shipped recipes, only `competition` uses it."""
+    """Decay normalization weights and biases too, as plain AdamW does; only `competition` uses it."""
 
     clip_norm: NonNegativeFloat = 0.0
     """Largest global gradient norm; 0 is off."""
@@ -354,18 +339,16 @@ class ScheduleConfig(Section):
     """Learning rate over time, as a factor of `optim.lr`."""
 
     name: Literal["cosine", "warm_restarts", "constant"] = "cosine"
-    """`cosine`: linear warm-up, then a cosine to zero, per update. `warm_restarts`: the report's, per epoch.
-    `constant`: warm-up, then level."""
+    """`cosine`: warm-up, then a cosine to zero. `constant`: warm-up, then level. `warm_restarts`: the report's."""
 
     warmup_epochs: NonNegativeFloat = 1.0
     """Length of the linear warm-up, for `cosine` and `constant`."""
 
     restart_epochs: PositiveInt | None = None
-    """T_0 of `warm_restarts`, in epochs; None is all of `train.epochs`: one cycle.
-    Of the shipped recipes, only `competition` uses it."""
+    """T_0 of `warm_restarts`; None is all of `train.epochs`, one cycle; only `competition` uses it."""
 
     restart_factor: PositiveInt = 2
-    """T_mult of `warm_restarts`. Of the shipped recipes, only `competition` uses it."""
+    """T_mult of `warm_restarts`; only `competition` uses it."""
 
     min_factor: Fraction = 0.0
     """Lowest learning rate over the peak."""
@@ -397,8 +380,7 @@ class TrainConfig(Section):
     """Photos per update, over all devices and micro-batches."""
 
     micro_batch_size: PositiveInt | None = None
-    """Photos per forward pass on one device; None is as many as `batch_size` allows. Lowered by itself when memory
-    runs out, if `fit_memory`."""
+    """Photos per forward pass on one device; None is as many as `batch_size` and, with `fit_memory`, memory allow."""
 
     fit_memory: bool = True
     """When memory runs out, halve `micro_batch_size` and accumulate gradients instead of stopping."""
@@ -406,13 +388,13 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     """Seed of weights, order, augmentation and mixing."""
 
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     """Share of every target spread over all classes (arXiv:1512.00567, section 7)."""
 
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced` weighs each class by the inverse of its count; the mean weight over the photos is 1."""
 
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: ShareBelowOne = 0.0
     """Running average of weights and buffers per update; 0 is off. The average is what is evaluated and kept."""
 
     metric: Literal["top1", "macro_recall", "prior_top1", "log_loss"] = "top1"
@@ -462,11 +444,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.resolution_steps:
-            starts = [start for start, _ in self.resolution_steps]
-            if starts[0] != 0 or starts != sorted(set(starts)):
-                raise ValueError(f"resolution_steps must start at 0 and rise; got starts {starts}")
-        if self.epochs and self.fixres_epochs > self.epochs:
+        starts = [start for start, _ in self.resolution_steps]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ValueError(f"resolution_steps must start at 0 and rise; got starts {starts}")
+        if 0 < self.epochs < self.fixres_epochs:
             raise ValueError(f"fixres_epochs {self.fixres_epochs} is more than epochs {self.epochs}")
         return self
 
@@ -492,27 +473,27 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_old_names(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        tables: dict[str, Any] = values
-        settings = {name: dict(value) if isinstance(value, dict) else value for name, value in tables.items()}
-        read_old_names(settings)
-        return settings
+        if isinstance(values, dict):
+            values = copy.deepcopy(values)
+            read_old_names(values)
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.train.epochs and not self.probe.epochs:
+        train, schedule = self.train, self.schedule
+        is_restarting = schedule.name == "warm_restarts"
+        cycle = (schedule.restart_epochs or train.epochs) if is_restarting else 0
+        if not train.epochs and not self.probe.epochs:
             raise ValueError("train.epochs and probe.epochs are both 0: nothing would be trained")
-        if self.schedule.name != "warm_restarts" and self.schedule.warmup_epochs > max(self.train.epochs, 1):
-            warmup = self.schedule.warmup_epochs
-            raise ValueError(f"schedule.warmup_epochs {warmup:g} is longer than train.epochs {self.train.epochs}")
-        cycle = (self.schedule.restart_epochs or self.train.epochs) if self.schedule.name == "warm_restarts" else 0
-        if 0 < self.train.patience_epochs < cycle:
+        if not is_restarting and schedule.warmup_epochs > max(train.epochs, 1):
+            warmup = schedule.warmup_epochs
+            raise ValueError(f"schedule.warmup_epochs {warmup:g} is longer than train.epochs {train.epochs}")
+        if 0 < train.patience_epochs < cycle:
             raise ValueError(
-                f"train.patience_epochs {self.train.patience_epochs} is shorter than a cycle of {cycle} epochs: "
+                f"train.patience_epochs {train.patience_epochs} is shorter than a cycle of {cycle} epochs: "
                 "the rate is high when patience ends. Give at least the cycle, or 0"
             )
-        if self.data.train_on == "train+val" and self.train.select == "best":
+        if self.data.train_on == "train+val" and train.select == "best":
             raise ValueError('data.train_on = "train+val" leaves nothing to select on: set train.select = "last"')
         return self
 
@@ -563,35 +544,30 @@ def parse_config(settings: Mapping[str, Any], name: str = "settings") -> Config:
 
 
 def dump_config(config: Config, *, with_comments: bool = False) -> str:
-    """The whole tree as TOML, every default filled in; `load_config` reads it back to an equal Config.
+    """The whole tree as TOML, every default filled in, with the meaning of each setting above it where asked for.
 
-    Args:
-        config: The settings.
-        with_comments: Whether the meaning of each setting stands above it.
+    `load_config` reads it back to an equal Config.
     """
     import tomlkit
 
-    document = tomlkit.document()
-    tree = config.model_dump(mode="json")
-    for name, field in Config.model_fields.items():
-        if not isinstance(tree[name], dict):
-            _add_setting(document, name, tree[name], field.description if with_comments else None)
-            continue
-        table, section = tomlkit.table(), type(getattr(config, name))
-        for key, inner in section.model_fields.items():
-            _add_setting(table, key, tree[name][key], inner.description if with_comments else None)
-        document.add(name, table)
-    return tomlkit.dumps(document)
+    return tomlkit.dumps(_fill_table(tomlkit.document(), config, with_comments=with_comments))
 
 
-def _add_setting(table: Any, name: str, value: Any, meaning: str | None) -> None:
+def _fill_table(table: Any, section: Section, *, with_comments: bool) -> Any:
     import tomlkit
 
-    for line in textwrap.wrap(" ".join((meaning or "").split()), 100):
-        table.add(tomlkit.comment(line))
-    table.add(name, "none" if value is None else value)
-    if meaning:
-        table.add(tomlkit.nl())
+    for name, value in section.model_dump(mode="json").items():
+        inner = getattr(section, name)
+        if isinstance(inner, Section):
+            table.add(name, _fill_table(tomlkit.table(), inner, with_comments=with_comments))
+            continue
+        meaning = (type(section).model_fields[name].description or "") if with_comments else ""
+        for line in textwrap.wrap(" ".join(meaning.split()), 100):
+            table.add(tomlkit.comment(line))
+        table.add(name, "none" if value is None else value)
+        if meaning:
+            table.add(tomlkit.nl())
+    return table
 
 
 def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
@@ -604,21 +580,19 @@ def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
         return "settings", {}
     path, shipped = Path(recipe), _recipes() / f"{RENAMED_RECIPES.get(str(recipe), recipe)}.toml"
     try:
-        if path.is_file():
-            settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        elif shipped.is_file():
-            settings = tomllib.loads(shipped.read_text(encoding="utf-8"))
-        else:
+        file = path if path.is_file() else shipped
+        if not file.is_file():
             names = ", ".join(recipe_names())
             raise ConfigError(f"no recipe {str(recipe)!r}: it is neither a file nor a shipped recipe ({names})")
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    if str(recipe) in RENAMED_RECIPES and not path.is_file():
+    if str(recipe) in RENAMED_RECIPES and file != path:
         note(f"the recipe {recipe!r} is now called {RENAMED_RECIPES[str(recipe)]!r}")
     read_old_names(settings)
-    return path.name if path.is_file() else str(recipe), settings
+    return path.name if file == path else str(recipe), settings
 
 
 def _recipes() -> Any:

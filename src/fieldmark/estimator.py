@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
+from fieldmark.data.tables import write_csv
 from fieldmark.errors import DataError, PhotoError
 
 if TYPE_CHECKING:
@@ -60,20 +61,19 @@ def fit(
     from fieldmark.progress import open_progress
     from fieldmark.runs.folder import Run
     from fieldmark.runs.train import new_run_folder, train
+    from fieldmark.study.grid import dotted
 
     name, tree = read_recipe(recipe)
-    apply_overrides(tree, _dotted(settings))
+    apply_overrides(tree, dotted(settings))
     tree["data"] = {**tree.get("data", {}), "path": str(photos)}
     config = parse_config(tree, name)
     folder = Path(out) if out is not None else new_run_folder(config, str(recipe or "minutes"))
-    if progress is None:
-        with open_progress("train") as shown:
-            return fit(photos, minutes=minutes, recipe=recipe, out=folder, progress=shown, **settings)
-    if minutes is None and recipe is not None:
-        for _ in train(config, folder, progress=progress):
+    with nullcontext(progress) if progress else open_progress("train") as shown:
+        if minutes is not None or recipe is None:
+            return train_within(config, folder, minutes=minutes or machine_minutes(config), progress=shown)
+        for _ in train(config, folder, progress=shown):
             pass
         return Run(folder)
-    return train_within(config, folder, minutes=minutes or machine_minutes(config), progress=progress)
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
@@ -109,11 +109,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self.settings = settings
 
     def fit(self, X: Sequence[str | Path], y: Sequence[Any]) -> Self:  # noqa: N803
-        """Train on files and their labels.
-
-        Args:
-            X: (N,) paths of photos.
-            y: (N,) labels of at least two classes.
+        """Train on (N,) files and their labels, of at least two classes.
 
         Raises:
             DataError: Not as many labels as photos, or fewer than two classes.
@@ -132,10 +128,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
             weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
             out = Path(temporary) / "run"
         table = out.with_name(out.name + "-photos.csv")
-        with table.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "label"])
-            writer.writerows(zip(files, numbers.tolist(), strict=True))
+        write_csv(table, ("path", "label"), list(zip(files, map(str, numbers), strict=True)))
         self.run_ = fit(table, minutes=self.minutes, recipe=self.recipe, out=out, **(self.settings or {}))
         self.n_features_in_ = 1
         return self
@@ -163,7 +156,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         Raises:
             PhotoError: A photo cannot be read.
         """
-        best = self.predict_proba(X).argmax(axis=1)
+        best = self.predict_proba(X).argmax(axis=1)  # first, as it asks whether there are classes
         return self.classes_[best]
 
 
@@ -172,11 +165,3 @@ def _paths(photos: Sequence[str | Path]) -> list[str]:
     if not files:
         raise DataError("there are no photos: give a list of at least one path")
     return files
-
-
-def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with sections spelled out: `optim={"lr": 1e-4}` is `optim.lr`."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, Mapping) else {key: value}
-    return flat

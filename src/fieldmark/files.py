@@ -34,8 +34,7 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
-        # In a folder that is not there, or is a file, there is nothing to take away either.
-        with suppress(OSError):
+        with suppress(OSError):  # in a folder that is not there, or is a file, there is nothing to take away either
             part.unlink()
         if failure := explain_disk_error(path, error):
             raise failure from error
@@ -43,17 +42,14 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def explain_disk_error(path: Path, error: BaseException) -> ResourceError | None:
-    """What to raise where writing `path` failed for the disk's sake; None if the disk is not the reason."""
+    """Return what to raise where writing `path` failed because of the disk; None if the disk is not the reason."""
     # torch, safetensors and OpenVINO report a full disk by errors of their own.
     if not isinstance(error, OSError) and not any(sign in str(error) for sign in _DISK_SIGNS):
         return None
     reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-    hint = "Free some space" if _is_full(error) else "Make the folder writable, or choose another"
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+    hint = "Free some space" if is_full else "Make the folder writable, or choose another"
     return ResourceError(f"{path} could not be written: {reason}. What was there before is intact. {hint}")
-
-
-def _is_full(error: BaseException) -> bool:
-    return not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 
 
 def _umask() -> int:
@@ -86,22 +82,14 @@ def exclusive_lock(
 ) -> Generator[None]:
     """Hold a lock to the end of the block; the system takes it back from a process that dies.
 
-    Args:
-        lock: File of the lock, in a folder that exists.
-        busy: What to say if another process holds it.
-        wait_seconds: How long to wait for that process.
-        on_wait: Called once before waiting.
-
     Raises:
-        RunError: Another process holds it, and goes on holding it.
+        RunError: Another process holds it, and goes on holding it for `wait_seconds`; the message is `busy`.
     """
     held = FileLock(lock, thread_local=False)
     try:
         try:
             held.acquire(timeout=0)
         except Timeout:
-            if not wait_seconds:
-                raise
             if on_wait is not None:
                 on_wait()
             held.acquire(timeout=wait_seconds)
@@ -114,7 +102,7 @@ def exclusive_lock(
 
 
 def read_values(kind: type[Value], values: Any) -> Value:
-    """Plain values, as JSON has them, as a dataclass whose fields say what they may be.
+    """Turn plain values, as JSON has them, into a dataclass whose fields say what they may be.
 
     Raises:
         ValueError: A value is missing or not what it should be; names its key, what was expected and what was found.

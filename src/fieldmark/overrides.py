@@ -15,29 +15,31 @@ from pydantic import BaseModel
 from fieldmark.errors import ConfigError
 
 # Names from other tools, and last parts that several sections have: the one that is usually meant.
-SYNONYMS = {
-    **dict.fromkeys(("lr", "learning_rate", "base_lr", "peak_lr", "lr0"), "optim.lr"),
-    **dict.fromkeys(("batch_size", "bs", "batch", "train_batch_size"), "train.batch_size"),
-    **dict.fromkeys(("arch", "architecture", "backbone", "model_name"), "model.name"),
-    **dict.fromkeys(("epochs", "epoch", "num_epochs", "max_epochs", "n_epochs"), "train.epochs"),
-    **dict.fromkeys(("size", "image_size", "img_size", "imgsz", "resolution", "input_size"), "augment.size"),
-    **dict.fromkeys(("seed", "random_seed", "random_state"), "train.seed"),
-    **dict.fromkeys(("weight_decay", "wd"), "optim.weight_decay"),
-    **dict.fromkeys(("optimizer", "optimiser", "opt"), "optim.name"),
-    **dict.fromkeys(("scheduler", "lr_scheduler", "sched"), "schedule.name"),
-    **dict.fromkeys(("num_workers", "n_workers"), "loader.workers"),
-    **dict.fromkeys(("amp", "dtype"), "train.precision"),
-    **dict.fromkeys(("warmup", "num_warmup_epochs"), "schedule.warmup_epochs"),
-    **dict.fromkeys(("smoothing", "label_smooth"), "train.label_smoothing"),
-    **dict.fromkeys(("patience", "early_stopping"), "train.patience_epochs"),
-    **dict.fromkeys(("track", "tracker", "logger", "report_to"), "train.trackers"),
-    **dict.fromkeys(("clip", "grad_clip", "clip_grad", "max_grad_norm", "clip_grad_norm"), "optim.clip_norm"),
-    **dict.fromkeys(("gpus", "num_gpus"), "train.devices"),
-    **dict.fromkeys(("ema", "model_ema_decay"), "train.ema_decay"),
-    **dict.fromkeys(("frozen_stages", "freeze_stages"), "model.freeze"),
+_MEANT = {
+    "optim.lr": "lr learning_rate base_lr peak_lr lr0",
+    "train.batch_size": "batch_size bs batch train_batch_size",
+    "model.name": "arch architecture backbone model_name",
+    "train.epochs": "epochs epoch num_epochs max_epochs n_epochs",
+    "augment.size": "size image_size img_size imgsz resolution input_size",
+    "train.seed": "seed random_seed random_state",
+    "optim.weight_decay": "weight_decay wd",
+    "optim.name": "optimizer optimiser opt",
+    "schedule.name": "scheduler lr_scheduler sched",
+    "loader.workers": "num_workers n_workers",
+    "train.precision": "amp dtype",
+    "schedule.warmup_epochs": "warmup num_warmup_epochs",
+    "train.label_smoothing": "smoothing label_smooth",
+    "train.patience_epochs": "patience early_stopping",
+    "train.trackers": "track tracker logger report_to",
+    "optim.clip_norm": "clip grad_clip clip_grad max_grad_norm clip_grad_norm",
+    "train.devices": "gpus num_gpus",
+    "train.ema_decay": "ema model_ema_decay",
+    "model.freeze": "frozen_stages freeze_stages",
 }
+SYNONYMS = {word: key for key, words in _MEANT.items() for word in words.split()}
 
 RENAMED_RECIPES = {"report": "competition"}
+OLD_KEYS = ("mix.prob", "mix.methods")
 RENAMED_VALUES = {("eval", "transform"): {"weights": "pretrained"}, ("augment", "crop"): {"weights": "pretrained"}}
 
 
@@ -62,27 +64,28 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def setting_keys(model: type[BaseModel]) -> list[str]:
-    """List every setting as a dotted key, in the order of the sections."""
-    keys: list[str] = []
+@cache
+def list_settings(model: type[BaseModel]) -> dict[str, Any]:
+    """Every setting's dotted key, in the order of the sections, with the type that it takes."""
+    settings: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        inner = _section(field.annotation)
-        keys += [f"{name}.{key}" for key in inner.model_fields] if inner else [name]
-    return keys
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            settings |= {f"{name}.{key}": inner.annotation for key, inner in kind.model_fields.items()}
+        else:
+            settings[name] = kind
+    return settings
 
 
 def setting_words(model: type[BaseModel], key: str) -> list[str]:
     """List the words that a setting takes, for completion; none for numbers and free text."""
     try:
-        section, _, name = find_setting(model, key).rpartition(".")
+        kinds = _kinds(list_settings(model).get(find_setting(model, key)))
     except ConfigError:
         return []
-    kinds = _kinds(_annotation(model, section, name))
     if bool in kinds:
         return ["true", "false"]
-    inner = [kind for outer in kinds for kind in (get_args(outer) if get_origin(outer) is tuple else (outer,))]
-    words = [word for kind in inner if get_origin(kind) is Literal for word in get_args(kind)]
-    return [*map(str, words), *(["none"] if NoneType in kinds else [])]
+    return [*map(str, _words(kinds)), *(["none"] if NoneType in kinds else [])]
 
 
 def find_setting(model: type[BaseModel], key: str) -> str:
@@ -91,50 +94,34 @@ def find_setting(model: type[BaseModel], key: str) -> str:
     Raises:
         ConfigError: No setting is called so, or several are. Names the likely ones.
     """
-    keys = setting_keys(model)
+    keys = list_settings(model)
     asked = key.lower().replace("-", "_")
     if asked in keys or asked in OLD_KEYS:
         return asked
     section, _, last = asked.rpartition(".")
     if not section and f"{asked}.name" in keys:
         return f"{asked}.name"
-    inside = [name for name in keys if name.startswith(f"{asked}.")]
-    if inside:
+    if inside := [name for name in keys if name.startswith(f"{asked}.")]:
         raise ConfigError(f"{key} is a group of settings; give one of them, such as {inside[0]}")
     wanted = SYNONYMS.get(last, "")
-    local = f"{section}.{wanted.rpartition('.')[2]}"
+    local = f"{section}.{_last(wanted)}"
     if wanted and local in keys:
         return local  # probe.learning_rate is probe.lr
-    close = difflib.get_close_matches(
-        last, [name.rpartition(".")[2] for name in keys if name.startswith(f"{section}.")]
-    )
-    if close and section:
+    siblings = [_last(name) for name in keys if name.startswith(f"{section}.")]
+    if close := difflib.get_close_matches(last, siblings, n=1):
         raise ConfigError(f"{key}: no such setting; did you mean {section}.{close[0]}?")
-    if wanted:
-        return wanted
-    found = [name for name in (*keys, *OLD_KEYS) if name.rpartition(".")[2] == last]
+    found = [wanted] if wanted else [name for name in (*keys, *OLD_KEYS) if _last(name) == last]
     if len(found) == 1:
         return found[0]
-    raise ConfigError(f"{key}: no such setting{_suggest(last, found, keys)}")
-
-
-def suggest_setting(model: type[BaseModel], key: str) -> str:
-    """Return `; did you mean optim.lr?` for a key that is none, or nothing if none is like it."""
-    try:
-        return f"; did you mean {find_setting(model, key)}?"
-    except ConfigError as error:
-        _, mark, hint = str(error).partition("; did you mean ")
-        return f"{mark}{hint}"
+    by_last = {_last(word): SYNONYMS.get(word, word) for word in reversed((*keys, *SYNONYMS))}
+    found = found or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=2)]
+    likely = " or ".join(list(dict.fromkeys(found))[:4])
+    hint = f"did you mean {likely}?" if likely else "`fieldmark config show` lists them all"
+    raise ConfigError(f"{key}: no such setting; {hint}")
 
 
 def set_value(settings: dict[str, Any], model: type[BaseModel], key: str, value: Any) -> None:
-    """Put a value into nested settings under the key that is meant, and read old names as new ones.
-
-    Args:
-        settings: Section to setting to value; changed in place.
-        model: The tree that they are settings of.
-        key: As typed.
-        value: Parsed, or text as typed.
+    """Put a value, parsed or as typed, into nested settings under the key that is meant, and read old names as new.
 
     Raises:
         ConfigError: No such setting.
@@ -144,48 +131,46 @@ def set_value(settings: dict[str, Any], model: type[BaseModel], key: str, value:
     table: Any = settings.setdefault(section, {}) if section else settings
     if not isinstance(table, dict):
         raise ConfigError(f"{key}: {section} is a group of settings, but has the value {table!r}")
-    table[name] = _fit(_annotation(model, section, name), value) if isinstance(value, str) else value
+    table[name] = _fit(list_settings(model).get(found), value) if isinstance(value, str) else value
     read_old_names(settings)
 
 
 def read_old_names(settings: dict[str, Any]) -> None:
-    """Replace the names of earlier versions by those of today, in place, with one note each.
-
-    `mix.prob` and `mix.methods`: the probability was of each method, so 0.4 of two methods mixed 80 % of the batches.
-    """
+    """Replace the names of earlier versions by those of today, in place, with one note each."""
     for (section, name), values in RENAMED_VALUES.items():
         table = settings.get(section)
         if isinstance(table, dict) and isinstance(old := table.get(name), str) and old in values:
             table[name] = values[old]
             note(f'{section}.{name} = "{old}" is now called "{values[old]}"')
     mix = settings.get("mix")
-    if not isinstance(mix, dict) or not {"prob", "methods"} & mix.keys():
-        return
-    share, cutmix_share = mix.get("share", 0.0), mix.get("cutmix_share", 0.5)
-    before = 1 if cutmix_share in (0, 1) else 2
+    if isinstance(mix, dict) and {"prob", "methods"} & mix.keys():
+        _read_mix_prob(mix)
+
+
+def _read_mix_prob(mix: dict[str, Any]) -> None:
+    """Replace `prob` and `methods`: the probability was of each method, so 0.4 of two mixed 80 % of the batches."""
+    given = {key: mix[key] for key in ("prob", "methods") if mix.get(key) is not None}
+    before = 1 if mix.get("cutmix_share", 0.5) in (0, 1) else 2
     methods = mix.pop("methods", None)
-    given = {key: value for key, value in (("prob", mix.get("prob")), ("methods", methods)) if value is not None}
-    prob = mix.pop("prob", share / before)
-    if isinstance(methods, str):
-        methods = [methods]
+    prob = mix.pop("prob", mix.get("share", 0.0) / before)
+    methods = [methods] if isinstance(methods, str) else methods
     if not isinstance(prob, int | float) or any(method not in ("mixup", "cutmix") for method in methods or ()):
-        wanted = "mix.share (share of the batches that are mixed) and mix.cutmix_share (share of those that get CutMix)"
         raise ConfigError(
-            f"mix.prob is a number and mix.methods a list of mixup and cutmix; got {given}. Give {wanted}"
+            f"mix.prob is a number and mix.methods a list of mixup and cutmix; got {given}. Give mix.share (share of "
+            "the batches that are mixed) and mix.cutmix_share (share of those that get CutMix)"
         )
     count = before if methods is None else len(methods)
     if prob * count > 1:
-        raise ConfigError(f"mix.prob is per method: of {count} methods at most {1 / count:g}; got {prob:g}. Give "
-                          "mix.share, the share of all batches that are mixed")  # fmt: skip
+        raise ConfigError(
+            f"mix.prob is per method: of {count} methods at most {1 / count:g}; got {prob:g}. Give mix.share, the "
+            "share of all batches that are mixed"
+        )
     mix["share"] = prob * count
     if methods:
         mix["cutmix_share"] = list(methods).count("cutmix") / count
     changed = " and ".join(f"mix.{key} = {value}" for key, value in given.items())
     share_text = f"mix.share = {mix['share']:g} and mix.cutmix_share = {mix.get('cutmix_share', 0.5):g}"
     note(f"{changed} of earlier versions is read as {share_text}: shares of the batches, not per method")
-
-
-OLD_KEYS = ("mix.prob", "mix.methods")
 
 
 @cache
@@ -196,41 +181,30 @@ def note(text: str) -> None:
 
 def _fit(annotation: Any, text: str) -> Any:
     """Read text by what the setting takes: a word for a list of one, digits as a name, `true` for `on`."""
-    value = parse_value(text)
-    kinds = _kinds(annotation)
+    value, kinds = parse_value(text), _kinds(annotation)
     if any(get_origin(kind) is tuple for kind in kinds) and not isinstance(value, list):
         several = parse_value(f"[{text}]")
         return several if isinstance(several, list) else [part.strip() for part in text.split(",")]
     if str in kinds and not isinstance(value, str):
         return text
-    words = {word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)}
-    if isinstance(value, bool) and "on" in words:
+    if isinstance(value, bool) and "on" in _words(kinds):
         return "on" if value else "off"
     return value
 
 
 def _kinds(annotation: Any) -> list[Any]:
+    """The branches of a union, or the one type."""
     is_union = get_origin(annotation) in (Union, UnionType)
     return [kind for part in get_args(annotation) for kind in _kinds(part)] if is_union else [annotation]
 
 
-def _annotation(model: type[BaseModel], section: str, name: str) -> Any:
-    inner = _section(model.model_fields[section].annotation) if section else model
-    field = inner.model_fields.get(name) if inner else None
-    return field.annotation if field else None
+def _words(kinds: list[Any]) -> list[Any]:
+    inner = [kind for outer in kinds for kind in (get_args(outer) if get_origin(outer) is tuple else (outer,))]
+    return [word for kind in inner if get_origin(kind) is Literal for word in get_args(kind)]
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _suggest(last: str, found: list[str], keys: list[str]) -> str:
-    by_last: dict[str, str] = {}
-    for key in (*keys, *SYNONYMS):
-        by_last.setdefault(key.rpartition(".")[2], SYNONYMS.get(key, key))
-    close = found or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=2)]
-    close = list(dict.fromkeys(close))[:4]
-    return f"; did you mean {' or '.join(close)}?" if close else "; `fieldmark config show` lists them all"
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 # What pydantic found, in words that name what to give.
@@ -255,20 +229,22 @@ def describe_problems(model: type[BaseModel], problems: list[Mapping[str, Any]])
         # A union's branches stand in pydantic's location too; the dotted key ends before them.
         depth = None if problem["type"] == "extra_forbidden" else 2
         refused.setdefault(".".join(map(str, problem["loc"][:depth])) or "recipe", []).append(problem)
-    return [f"{key}: {_describe(model, key, found)}" for key, found in refused.items()]
+    return [_describe(model, key, found) for key, found in refused.items()]
 
 
 def _describe(model: type[BaseModel], key: str, problems: list[Mapping[str, Any]]) -> str:
-    first = problems[0]
-    if first["type"] == "extra_forbidden":
-        return f"no such setting{suggest_setting(model, key)}"
-    if first["type"] == "value_error":
-        return str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "model_type":
-        inside = next((name for name in setting_keys(model) if name.startswith(f"{key}.")), key)
-        return f"is a group of settings; give one of them, such as {inside}; got {first['input']!r}"
-    section, _, name = key.rpartition(".")
-    if first["type"] in ("missing", "too_short", "too_long"):  # in a list: pairs are all that have a length
-        return f"must be a list of {len(get_args(_annotation(model, section, name)))} values; got {first['input']!r}"
+    kind, given = problems[0]["type"], problems[0]["input"]
+    if kind == "extra_forbidden":
+        try:
+            return f"{key}: no such setting; did you mean {find_setting(model, key)}?"
+        except ConfigError as error:
+            return str(error)
+    if kind == "value_error":
+        return f"{key}: {str(problems[0]['msg']).removeprefix('Value error, ')}"
+    if kind == "model_type":
+        inside = next((name for name in list_settings(model) if name.startswith(f"{key}.")), key)
+        return f"{key}: is a group of settings; give one of them, such as {inside}; got {given!r}"
+    if kind in ("missing", "too_short", "too_long"):  # in a list: pairs are all that have a length
+        return f"{key}: must be a list of {len(get_args(list_settings(model)[key]))} values; got {given!r}"
     words = [_WORDS[p["type"]](p.get("ctx", {})) if p["type"] in _WORDS else str(p["msg"]) for p in problems]
-    return f"must be {' or '.join(dict.fromkeys(words))}; got {first['input']!r}"
+    return f"{key}: must be {' or '.join(dict.fromkeys(words))}; got {given!r}"

@@ -7,32 +7,63 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def open_progress(title: str, *, stream: TextIO | None = None) -> TerminalProgress | PlainProgress:
-    """Progress fit for where it is seen.
+class Progress(Protocol):
+    """Where long work reports how far it is."""
 
-    Args:
-        title: What is going on, such as "train".
-        stream: Where to write; None is stderr, as it is when called.
-    """
+    def start(self, total: int, done: int) -> None:
+        """Work of `total` units begins, `done` of which were finished before (a resumed run)."""
+
+    def advance(self, n: int) -> None:
+        """`n` more units are finished."""
+
+    def message(self, text: str) -> None:
+        """One line that stays."""
+
+
+class Quiet(Progress):
+    """Progress that nobody watches."""
+
+
+class Logged(Progress):
+    """Progress whose messages are added to a file too, with the time."""
+
+    def __init__(self, inner: Progress, path: Path) -> None:
+        self._inner = inner
+        self._path = path
+
+    def start(self, total: int, done: int) -> None:  # noqa: D102
+        self._inner.start(total, done)
+
+    def advance(self, n: int) -> None:  # noqa: D102
+        self._inner.advance(n)
+
+    def message(self, text: str) -> None:  # noqa: D102
+        self.write(text)
+        self._inner.message(text)
+
+    def write(self, text: str) -> None:
+        """Add a line to the file alone."""
+        with self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def open_progress(title: str, *, stream: TextIO | None = None) -> TerminalProgress | PlainProgress:
+    """Progress for a terminal or a file, under a title such as "train"; on stderr unless told otherwise."""
     # Windows programs without a console have no stderr at all.
     target = stream or sys.stderr or io.StringIO()
-    if target.isatty():
-        return TerminalProgress(title, stream=target)
-    return PlainProgress(title, stream=target, clock=time.monotonic)
+    return TerminalProgress(title, stream=target) if target.isatty() else PlainProgress(title, stream=target)
 
 
-class TerminalProgress:
+class TerminalProgress(Progress):
     """A bar with share, count and time to finish, that messages scroll above."""
 
     def __init__(self, title: str, *, stream: TextIO) -> None:
@@ -44,14 +75,12 @@ class TerminalProgress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def start(self, total: int, done: int) -> None:
-        """Show the bar; `done` of `total` were finished before (a resumed run). A second call starts anew."""
+        """Show the bar; a second call starts anew."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -72,55 +101,39 @@ class TerminalProgress:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(self._title, total=total, completed=done)
 
-    def advance(self, n: int) -> None:
-        """`n` more are finished."""
+    def advance(self, n: int) -> None:  # noqa: D102
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, n)
 
-    def message(self, text: str) -> None:
-        """One line that stays, above the bar."""
+    def message(self, text: str) -> None:  # noqa: D102
         if self._bar is None:
             self._stream.write(text + "\n")
         else:
-            # Not rich's print: a class name in brackets is not markup, and colours would differ from plain lines.
+            # Not rich's print: a class name in brackets is not markup, and colors would differ from plain lines.
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class PlainProgress:
-    """A line at most each ten seconds, for log files and pipes.
+class PlainProgress(Progress):
+    """A line at most each ten seconds, for log files and pipes."""
 
-    Args:
-        title: What is going on.
-        stream: Where to write.
-        clock: Seconds from any fixed moment; an argument so that tests need not wait.
-    """
-
-    def __init__(self, title: str, *, stream: TextIO, clock: Callable[[], float]) -> None:
+    def __init__(self, title: str, *, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._title = title
         self._stream = stream
-        self._clock = clock
-        self._total = 0
-        self._done = 0
-        self._done_at_start = 0
-        self._started = clock()
-        self._last_line = self._started
+        self._clock = clock  # an argument so that tests need not wait
+        self.start(0, 0)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.flush()
 
-    def start(self, total: int, done: int) -> None:
-        """Count from here; `done` of `total` were finished before (a resumed run)."""
+    def start(self, total: int, done: int) -> None:  # noqa: D102
         self._total = total
         self._done = self._done_at_start = done
         self._started = self._last_line = self._clock()
 
-    def advance(self, n: int) -> None:
-        """`n` more are finished."""
+    def advance(self, n: int) -> None:  # noqa: D102
         self._done += n
         now = self._clock()
         if now - self._last_line < SECONDS_BETWEEN_LINES:
@@ -128,13 +141,9 @@ class PlainProgress:
         self._last_line = now
         per_second = (self._done - self._done_at_start) / max(now - self._started, 1e-9)
         left = format_seconds((self._total - self._done) / per_second) if per_second > 0 else "unknown time"
-        self._write(f"{self._title}: {self._done}/{self._total}, {left} to finish")
+        self.message(f"{self._title}: {self._done}/{self._total}, {left} to finish")
 
-    def message(self, text: str) -> None:
-        """One line."""
-        self._write(text)
-
-    def _write(self, text: str) -> None:
+    def message(self, text: str) -> None:  # noqa: D102
         self._stream.write(text + "\n")
         self._stream.flush()
 
@@ -151,60 +160,3 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-class Progress(Protocol):
-    """Where long work tells how far it is."""
-
-    def start(self, total: int, done: int) -> None:
-        """Work of `total` units begins, `done` of which were finished before."""
-
-    def advance(self, n: int) -> None:
-        """`n` more units are finished."""
-
-    def message(self, text: str) -> None:
-        """One line that stays."""
-
-
-class Quiet:
-    """Progress that nobody watches."""
-
-    def start(self, total: int, done: int) -> None:
-        """Nothing."""
-
-    def advance(self, n: int) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-
-class Logged:
-    """Progress whose messages are kept in a file too, with the time.
-
-    Args:
-        inner: Who watches.
-        path: The file; lines are added to it.
-    """
-
-    def __init__(self, inner: Progress, path: Path) -> None:
-        self._inner = inner
-        self._path = path
-
-    def start(self, total: int, done: int) -> None:
-        """As `Progress`."""
-        self._inner.start(total, done)
-
-    def advance(self, n: int) -> None:
-        """As `Progress`."""
-        self._inner.advance(n)
-
-    def message(self, text: str) -> None:
-        """As `Progress`, and into the file."""
-        self.write(text)
-        self._inner.message(text)
-
-    def write(self, text: str) -> None:
-        """Into the file alone."""
-        with self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -18,7 +18,7 @@ from fieldmark.cli import train
 from fieldmark.cli.app import app, main
 from fieldmark.cli.options import complete_recipe, complete_run, complete_setting, flag_overrides
 from fieldmark.config import Config, load_config
-from fieldmark.overrides import setting_keys
+from fieldmark.overrides import list_settings
 
 HIDDEN = {"split", "cache", "preview", "find-lr", "recipes"}
 
@@ -83,7 +83,7 @@ def test_recipes_settings_values_and_runs_are_completed(tmp_path, monkeypatch):
         (tmp_path / name / "recipe.toml").touch()
     assert complete_recipe("la") == ["lake.toml", "laptop"]
     assert complete_setting("mix.s") == ["mix.share="]
-    assert len(complete_setting("")) == len(setting_keys(Config))
+    assert len(complete_setting("")) == len(list_settings(Config))
     assert complete_setting("eval.transform=") == ["eval.transform=pretrained", "eval.transform=squash"]
     assert complete_setting("train.deterministic=t") == ["train.deterministic=true"]
     assert complete_run("") == ["runs/one", "two"]
@@ -104,7 +104,7 @@ def test_a_shell_gets_its_completions():
 def test_config_show_explains_each_setting_and_is_a_recipe(tmp_path):
     text = invoke("config", "show", "strong", "--set", "epochs=3").output
     assert "# Share of the batches that are mixed; the others stay as they are.\nshare = 0.5\n" in text
-    assert text.count("# ") >= len(setting_keys(Config))
+    assert text.count("# ") >= len(list_settings(Config))
     (tmp_path / "shown.toml").write_text(text)
     assert load_config(tmp_path / "shown.toml") == load_config("strong", ["train.epochs=3"])
     plain = invoke("config", "show", "strong", "--set", "epochs=3", "--no-comments").output
@@ -118,7 +118,7 @@ def test_recipes_are_listed_under_config_and_by_the_old_verb():
 
 
 def test_doctor_describes_machine_versions_weights_extras_and_folders(monkeypatch):
-    monkeypatch.setattr("fieldmark.cli.doctor.hub_answers", lambda: False)
+    monkeypatch.setattr("fieldmark.cli.prepare.hub_answers", lambda: False)
     found = json.loads(invoke("doctor", "--json").stdout)
     assert found["versions"]["torch"]
     assert "tf_efficientnet_lite0 (package:efficientnet-lite0)" in found["weights"]
@@ -132,10 +132,10 @@ def test_doctor_describes_machine_versions_weights_extras_and_folders(monkeypatc
 
 
 def test_an_extra_that_lacks_a_package_is_named(monkeypatch):
-    from fieldmark.cli import doctor
+    from fieldmark.cli import prepare
 
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "uvicorn" else "1")
-    assert doctor.find_extras()["serve"] == ["uvicorn"]
+    monkeypatch.setattr(prepare, "find_version", lambda name: None if name == "uvicorn" else "1")
+    assert prepare.find_extras()["serve"] == ["uvicorn"]
 
 
 def test_a_notebooks_backend_of_matplotlib_does_not_matter(monkeypatch):

@@ -6,19 +6,11 @@ import json
 
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from fieldmark.cli.use import add_verbs
+from fieldmark.cli.app import app
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import write_predictions
-
-
-@pytest.fixture
-def app():
-    made = typer.Typer()
-    add_verbs(made)
-    return made
 
 
 @pytest.fixture
@@ -39,7 +31,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_calibrate_writes_its_result_and_prints_it_as_json(app, run):
+def test_calibrate_writes_its_result_and_prints_it_as_json(run):
     answer = CliRunner().invoke(app, ["calibrate", str(run), "--coverage", "0.5", "--json"])
     assert answer.exit_code == 0, answer.output
     printed = json.loads(answer.stdout)
@@ -48,13 +40,13 @@ def test_calibrate_writes_its_result_and_prints_it_as_json(app, run):
     assert (run / "calibration.png").is_file()
 
 
-def test_calibrate_takes_one_wish(app, run):
+def test_calibrate_takes_one_wish(run):
     answer = CliRunner().invoke(app, ["calibrate", str(run), "--coverage", "0.5", "--accuracy", "0.9"])
     assert answer.exit_code == 2
     assert "not both" in answer.output
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "export", "serve", "review"])
-def test_a_folder_that_is_no_run_is_the_users_to_mend(app, tmp_path, verb):
+def test_a_folder_that_is_no_run_is_the_users_to_fix(tmp_path, verb):
     answer = CliRunner().invoke(app, [verb, str(tmp_path / "none")])
     assert isinstance(answer.exception, RunError)

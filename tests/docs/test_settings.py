@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 from fieldmark.config import Config, load_config, recipe_names
-from fieldmark.overrides import setting_keys
+from fieldmark.overrides import list_settings
 from fieldmark.runs.folder import flatten
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_reference_of_settings_is_current_and_has_every_setting():
     page = (ROOT / "docs/reference/settings.md").read_text(encoding="utf-8")
     assert page == runpy.run_path(str(ROOT / "scripts/settings"))["page"](), "run: scripts/settings"
-    for key in setting_keys(Config):
+    for key in list_settings(Config):
         assert key == "description" or f"| `{key}` |" in page
 
 

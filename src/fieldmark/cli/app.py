@@ -10,12 +10,13 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from fieldmark.cli import prepare, study, train, use
-from fieldmark.cli.options import GroupedHelp
+from fieldmark.cli import prepare, train, use
+from fieldmark.cli.options import COMPARE, PREPARE, TRAIN, USE, BareRay, GroupedHelp
 from fieldmark.errors import FieldmarkError, InterruptedRunError, ReportedElsewhereError
 
 app = typer.Typer(
@@ -55,8 +56,24 @@ def fieldmark_options(
     """Train an image classifier from a folder of photos, and know which choices made it better."""
 
 
-for verbs in (prepare, train, use, study):
-    verbs.add_verbs(app)
+VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+    PREPARE: (prepare.check, prepare.models, prepare.doctor),
+    TRAIN: (train.demo, train.train, train.sweep),
+    USE: (use.evaluate, use.predict, use.calibrate, use.combine, use.export, use.serve),
+    COMPARE: (use.review, train.compare, train.report),
+}
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(cls=BareRay, rich_help_panel=panel)(verb)
+for verb in (prepare.preview, prepare.split, prepare.cache, prepare.find_lr):  # what `check` and `train` do themselves
+    app.command(hidden=True)(verb)
+config = typer.Typer(help="Show settings and recipes.", no_args_is_help=True, rich_markup_mode=None)
+config.command("show")(prepare.config_show)
+config.command("recipes")(prepare.recipes_list)
+app.add_typer(config, name="config", rich_help_panel=PREPARE)
+recipes = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_markup_mode=None)
+recipes.command("list")(prepare.recipes_list)
+app.add_typer(recipes, name="recipes", hidden=True)
 
 
 def main() -> None:
@@ -67,12 +84,6 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         app()
-    except InterruptedRunError as error:
-        from fieldmark.runs.environment import is_main_process
-
-        if is_main_process():
-            typer.echo(str(error), err=True)
-        sys.exit(130)
     except FieldmarkError as error:
         sys.exit(_report(error))
     except OSError as error:
@@ -89,6 +100,12 @@ def main() -> None:
 
 def _report(error: FieldmarkError) -> int:
     """Print an error that no other process of the same training prints; give the exit code."""
+    if isinstance(error, InterruptedRunError):
+        from fieldmark.runs.environment import is_main_process
+
+        if is_main_process():
+            typer.echo(str(error), err=True)
+        return 130
     if not isinstance(error, ReportedElsewhereError):
         typer.echo(f"error: {error}", err=True)
     return 2

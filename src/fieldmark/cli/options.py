@@ -24,23 +24,19 @@ class GroupedHelp(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each panel. Typer itself would need rich, which slows every call."""
-        panels: dict[str, list[tuple[str, str]]] = {PREPARE: [], TRAIN: [], USE: [], COMPARE: []}
-        hidden: list[str] = []
-        for name in self.list_commands(ctx):
-            command: Any = self.get_command(ctx, name)
-            if command.hidden:
-                hidden.append(name)
-                continue
-            panel = getattr(command, "rich_help_panel", None)
-            rows = panels.setdefault(panel if isinstance(panel, str) else "Commands", [])
-            rows.append((name, command.get_short_help_str(80)))
-        for title, rows in panels.items():
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
-        if hidden:
-            with formatter.section("More"):
-                formatter.write_text(f"{', '.join(hidden)}: fieldmark VERB -h")
+        commands: dict[str, Any] = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        for title in (PREPARE, TRAIN, USE, COMPARE):
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (name, command.get_short_help_str(80))
+                        for name, command in commands.items()
+                        if command.rich_help_panel == title
+                    ]
+                )
+        with formatter.section("More"):
+            hidden = ", ".join(name for name, command in commands.items() if command.hidden)
+            formatter.write_text(f"{hidden}: fieldmark VERB -h")
 
 
 class BareRay(TyperCommand):
@@ -64,12 +60,12 @@ def complete_recipe(incomplete: str) -> list[str]:
 def complete_setting(incomplete: str) -> list[str]:
     """Keys of settings; after the `=`, the words that a setting takes."""
     from fieldmark.config import Config
-    from fieldmark.overrides import setting_keys, setting_words
+    from fieldmark.overrides import list_settings, setting_words
 
     key, equals, _ = incomplete.partition("=")
     if equals:
         return _starting(incomplete, [f"{key}={word}" for word in setting_words(Config, key)])
-    return _starting(incomplete, [f"{name}=" for name in setting_keys(Config)])
+    return _starting(incomplete, [f"{name}=" for name in list_settings(Config)])
 
 
 def complete_run(incomplete: str) -> list[str]:
@@ -88,14 +84,6 @@ def _starting(incomplete: str, words: Iterable[str]) -> list[str]:
 Data = Annotated[Path, typer.Argument(help="Folder of class folders, or a table.")]
 Recipe = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
 RecipeArgument = Annotated[str, typer.Argument(help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
-RecipeOrTime = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        help="Shipped recipe or TOML file; without one the time decides.",
-        autocompletion=complete_recipe,
-    ),
-]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -113,27 +101,9 @@ RunFolders = Annotated[
 NewRun = Annotated[Path | None, typer.Option("--out", help="Run folder to make; default: a new one in runs/.")]
 Ray = Annotated[str | None, typer.Option("--ray", help="Share the work on a Ray cluster; alone, start one here.")]
 
-# Short forms of --set.
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Short for --set train.epochs=N.")]
-ModelName = Annotated[str | None, typer.Option("--model", help="Short for --set model.name=NAME.")]
-Size = Annotated[int | None, typer.Option("--size", help="Side of the training images (augment.size), in pixels.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Short for --set train.batch_size=N.")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Short for --set optim.lr=RATE.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Short for --set train.seed=N.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps (train.device).")]
-Track = Annotated[
-    list[str] | None, typer.Option("--track", help="tensorboard, wandb or mlflow (train.trackers); may be repeated.")
-]
-
 
 def flag_overrides(recipe: str | None, *, track: list[str] | None, **flags: float | str | None) -> list[str]:
-    """Short options as `key=value` pairs.
-
-    Args:
-        recipe: What they change. Where it fixes the size of evaluation, `size` changes that too.
-        track: Names of trackers.
-        flags: Key by its short name, to value; None where the option was not given.
-    """
+    """Short options as `key=value` pairs; where the recipe fixes the size of evaluation, `size` changes that too."""
     pairs = [f"{key}={value}" for key, value in flags.items() if value is not None]
     if flags.get("size") is not None and recipe is not None:
         from fieldmark.config import read_recipe
@@ -144,11 +114,7 @@ def flag_overrides(recipe: str | None, *, track: list[str] | None, **flags: floa
 
 
 def read_settings(recipe: str | None, data: Path | None, overrides: list[str] | None) -> Config:
-    """A recipe with overrides, of photos that the command line names.
-
-    Raises:
-        ConfigError: No such recipe, or a setting that is not valid.
-    """
+    """Read a recipe with overrides, for photos that the command line names."""
     from fieldmark.config import load_config
 
     if recipe is not None and Path(recipe).is_dir():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import platform
+import re
+import shutil
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fieldmark.cli.options import (
     DEFAULT_RECIPE,
-    PREPARE,
     Data,
     Json,
     Overrides,
@@ -20,21 +23,11 @@ from fieldmark.cli.options import (
 )
 from fieldmark.progress import open_progress
 
-
-def add_verbs(app: typer.Typer) -> None:
-    """Add these verbs to the command line; what `check` and `train` do by themselves is not listed in the help."""
-    for verb in (check, models, doctor):
-        app.command(rich_help_panel=PREPARE)(verb)
-    shown = typer.Typer(help="Show settings and recipes.", no_args_is_help=True, rich_markup_mode=None)
-    shown.command("show")(config_show)
-    shown.command("recipes")(recipes_list)
-    app.add_typer(shown, name="config", rich_help_panel=PREPARE)
-    recipes = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_markup_mode=None)
-    recipes.command("list")(recipes_list)
-    app.add_typer(recipes, name="recipes", hidden=True)
-    for verb in (preview, split, cache):
-        app.command(hidden=True)(verb)
-    app.command("find-lr", hidden=True)(find_lr)
+HUB = "https://huggingface.co/"
+HUB_SECONDS = 3.0
+LIBRARIES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "numba", "pillow", "simplejpeg",
+             "opencv-python-headless", "scipy", "scikit-learn", "pyarrow", "pydantic", "typer")  # fmt: skip
+NOT_FOR_USERS = ("test", "bench", "docs", "all")
 
 
 def check(
@@ -172,7 +165,99 @@ def doctor(as_json: Json = False) -> None:
 
     Versions, processor and GPU, weights at hand, extras, caches and disk, and whether the hub answers.
     """
-    from fieldmark.cli.doctor import examine, format_findings
-
     found = examine()
     print_result(found, format_findings(found), as_json=as_json)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` prints, for JSON. Contains no user name: paths are shown from the home folder on."""
+    import fieldmark
+    from fieldmark.budget.candidates import find_backbones
+    from fieldmark.config import Config
+    from fieldmark.errors import FieldmarkError
+    from fieldmark.runs.dataset import user_folder
+    from fieldmark.runs.environment import describe_hardware
+
+    try:
+        weights = [f"{found.name} ({found.weights})" for found in find_backbones(Config())]
+    except FieldmarkError:
+        weights = []
+    folders = {"cache": user_folder("cache").parent, "runs": Path.cwd() / "runs"}
+    return {
+        "fieldmark": fieldmark.__version__,
+        "python": platform.python_version(),
+        "machine": describe_hardware(),
+        "versions": {name: version for name in LIBRARIES if (version := find_version(name))},
+        "weights": weights,
+        "extras": find_extras(),
+        "folders": [measure_folder(name, path) for name, path in folders.items()],
+        "hub_answers": hub_answers(),
+    }
+
+
+def find_version(name: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def find_extras() -> dict[str, list[str]]:
+    """Extra to the packages of it that are not installed; an empty list is a complete extra."""
+    missing: dict[str, list[str]] = {}
+    for line in metadata.requires("fieldmark") or ():
+        requirement, _, marker = line.partition(";")
+        extra = re.search(r"""extra == ['"]([^'"]+)['"]""", marker)
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if not extra or not name or extra[1] in NOT_FOR_USERS:
+            continue
+        absent = missing.setdefault(extra[1], [])
+        if name[0] != "fieldmark" and find_version(name[0]) is None:
+            absent.append(name[0])
+    return missing
+
+
+def measure_folder(name: str, path: Path) -> dict[str, Any]:
+    """Size of a folder and free space of its disk, in gigabytes."""
+    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()] if path.is_dir() else []
+    free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+    used = sum(file.stat().st_size for file in files)
+    shown = str(path).replace(str(Path.home()), "~", 1)
+    return {"name": name, "path": shown, "gigabytes": round(used / 1e9, 2), "free_gigabytes": round(free / 1e9, 1)}
+
+
+def hub_answers() -> bool:
+    """Whether the model hub can be reached, directly or by the proxy that the environment names."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(HUB, timeout=HUB_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def format_findings(found: dict[str, Any]) -> str:
+    """The findings as text for people."""
+    machine = found["machine"]
+    extras = {name: "yes" if not absent else "missing " + ", ".join(absent) for name, absent in found["extras"].items()}
+    return "\n".join(
+        [
+            f"fieldmark {found['fieldmark']}, Python {found['python']}, {machine['system']}",
+            f"processor  {machine['processor']} ({machine['cpu_capability']}), {machine['cores']} usable cores",
+            f"memory     {machine['memory_gigabytes']:g} GB",
+            f"GPU        {', '.join(machine['gpus']) or 'none'}",
+            f"weights    {', '.join(found['weights']) or 'none at hand: name a file by model.weights, or use the hub'}",
+            f"hub        {'answers' if found['hub_answers'] else 'does not answer: weights must be at hand'}",
+            *(
+                f"{name:10} {path}: {used:g} GB used, {free:g} GB free on the disk"
+                for name, path, used, free in (folder.values() for folder in found["folders"])
+            ),
+            "versions   " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+            "extras     " + "; ".join(f"{name}: {state}" for name, state in extras.items()),
+        ]
+    )

@@ -1,51 +1,39 @@
-"""The verbs that train one model."""
+"""The verbs that train, and those that turn runs into evidence: demo, train, sweep, compare, report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fieldmark.cli.options import (
-    TRAIN,
-    BatchSize,
-    Device,
-    Epochs,
     Json,
-    LearningRate,
-    ModelName,
     NewRun,
     Overrides,
-    RecipeOrTime,
-    Seed,
-    Size,
-    Track,
+    Ray,
+    RunFolders,
+    complete_recipe,
     complete_run,
     flag_overrides,
     print_result,
     read_settings,
 )
-from fieldmark.progress import open_progress
+from fieldmark.errors import RunError
+from fieldmark.progress import format_seconds, open_progress
 
 if TYPE_CHECKING:
-    from fieldmark.config import Config
-    from fieldmark.progress import Progress
+    from fieldmark.study.compare import Comparison
+    from fieldmark.study.sweep import SweepStatus
+
+Metric = Annotated[Literal["top1", "macro_recall", "prior_top1", "log_loss"], typer.Option(help="What to compare by.")]
+Split = Annotated[str, typer.Option("--split", help="val or test.")]
 
 
-def add_verbs(app: typer.Typer) -> None:
-    """Add these verbs to the command line."""
-    for verb in (demo, train):
-        app.command(rich_help_panel=TRAIN)(verb)
-
-
-def demo(
-    out: NewRun = None,
-    set_: Overrides = None,
-) -> None:
+def demo(out: NewRun = None, set_: Overrides = None) -> None:
     """Train on real photos in a few minutes.
 
-    Solar cells, functional or defective: probe, fine-tune, judge, predict.
+    Solar cells, functional or defective: probe, fine-tune, evaluate, predict.
     """
     from fieldmark.demo import run_demo
     from fieldmark.runs.train import free_folder
@@ -56,23 +44,27 @@ def demo(
 
 def train(
     data: Annotated[Path | None, typer.Argument(help="Folder of class folders, or a table.")] = None,
-    recipe: RecipeOrTime = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Shipped recipe or TOML file; without one the time decides.", autocompletion=complete_recipe),
+    ] = None,
     out: NewRun = None,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0.1, help="Make the best model that this time can make, and stop.")
+        float | None, typer.Option(min=0.1, help="Make the best model that this time can make, and stop.")
     ] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option("--resume", help="Continue this run, with its own settings.", autocompletion=complete_run),
+        Path | None, typer.Option(help="Continue this run, with its own settings.", autocompletion=complete_run)
     ] = None,
-    epochs: Epochs = None,
-    model: ModelName = None,
-    size: Size = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Seed = None,
-    device: Device = None,
-    track: Track = None,
+    epochs: Annotated[int | None, typer.Option(help="Short for --set train.epochs=N.")] = None,
+    model: Annotated[str | None, typer.Option(help="Short for --set model.name=NAME.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the training images (augment.size), in pixels.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Short for --set train.batch_size=N.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Short for --set optim.lr=RATE.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set train.seed=N.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps (train.device).")] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or mlflow (train.trackers); may be repeated.")
+    ] = None,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -99,48 +91,126 @@ def run_training(
     as_json: bool,
 ) -> None:
     """Train by a recipe or within a time, and print the result."""
-    from fieldmark.runs.environment import is_main_process
-    from fieldmark.runs.folder import Run
-    from fieldmark.runs.train import new_run_folder
-
-    config = read_settings(recipe, data, overrides)
-    folder = resume or out or new_run_folder(config, recipe or "minutes")
-    with open_progress("train") as progress:
-        if _has_budget(recipe, minutes, resume):
-            result = _train_within(config, folder, minutes, is_new=resume is None, progress=progress)
-        else:
-            result = _train_recipe(config, folder, is_new=resume is None, progress=progress)
-    if is_main_process():
-        print_result({"run": str(folder), **Run(folder).summary}, result, as_json=as_json)
-
-
-def _has_budget(recipe: str | None, minutes: float | None, resume: Path | None) -> bool:
-    from fieldmark.budget.run import is_budgeted
-
-    if resume is None:
-        return minutes is not None or recipe is None
-    if minutes is not None and not is_budgeted(resume):
-        raise typer.BadParameter(f"{resume} was not trained within a budget: --resume goes on with its own recipe")
-    return is_budgeted(resume)
-
-
-def _train_within(config: Config, folder: Path, minutes: float | None, *, is_new: bool, progress: Progress) -> str:
     from fieldmark.budget import run as budget
-
-    if not is_new:
-        return budget.format_result(budget.resume_within(folder, minutes=minutes, progress=progress))
-    if minutes is None:
-        minutes = budget.machine_minutes(config)
-        progress.message(f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine")
-    return budget.format_result(budget.train_within(config, folder, minutes=minutes, progress=progress))
-
-
-def _train_recipe(config: Config, folder: Path, *, is_new: bool, progress: Progress) -> str:
     from fieldmark.runs import train as runs
     from fieldmark.runs.environment import is_main_process
 
-    reports = runs.train(config, folder, progress=progress) if is_new else runs.resume(folder, progress=progress)
-    for report in reports:
-        if is_main_process():
-            progress.message(runs.format_epoch(report))
-    return runs.format_result(runs.Run(folder)) if is_main_process() else ""
+    config = read_settings(recipe, data, overrides)
+    has_budget = budget.is_budgeted(resume) if resume else minutes is not None or recipe is None
+    if minutes is not None and not has_budget:
+        raise typer.BadParameter(f"{resume} was not trained within a budget: --resume goes on with its own recipe")
+    path = resume or out or runs.new_run_folder(config, recipe or "minutes")
+    with open_progress("train") as progress:
+        if not has_budget:
+            reports = runs.resume(path, progress=progress) if resume else runs.train(config, path, progress=progress)
+            for report in reports:
+                if is_main_process():
+                    progress.message(runs.format_epoch(report))
+        elif resume:
+            budget.resume_within(path, minutes=minutes, progress=progress)
+        else:
+            if minutes is None:
+                minutes = budget.machine_minutes(config)
+                progress.message(f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine")
+            budget.train_within(config, path, minutes=minutes, progress=progress)
+    if is_main_process():
+        run = runs.Run(path)
+        result = budget.format_result(run) if has_budget else runs.format_result(run)
+        print_result({"run": str(path), **run.summary}, result, as_json=as_json)
+
+
+def sweep(
+    grid: Annotated[str, typer.Argument(help="Grid file or name of a shipped one; a recipe with --vary or --seeds.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs (sweeps/NAME); again to go on.")] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="KEY=VALUE,VALUE", help="Try each value; several: all combinations."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Train each combination this many times.", min=1)] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Photos of all cells.")] = None,
+    set_: Overrides = None,
+    jobs: Annotated[int | None, typer.Option(help="Cells at a time; default: one per device.", min=1)] = None,
+    ray: Ray = None,
+) -> None:
+    """Train many runs from one plan.
+
+    Finished cells are left alone, half-done ones resumed, missing ones trained. Exit code 2 if a cell failed.
+    """
+    from fieldmark.study.grid import vary_recipe
+    from fieldmark.study.sweep import run_sweep
+
+    plan = vary_recipe(grid, vary or (), seeds=seeds or 1) if vary or seeds else grid
+    out = out or Path("sweeps") / Path(grid).stem
+    shown = [""]
+    with open_progress("sweep") as progress:
+
+        def show(status: SweepStatus) -> None:
+            if (line := _progress_line(status)) != shown[-1]:
+                progress.message(line)
+                shown.append(line)
+
+        status = run_sweep(plan, out, data=data, overrides=set_ or (), jobs=jobs, ray=ray, on_status=show)
+    for cell in status.cells:
+        typer.echo(f"{cell.state:9} {cell.name}" + (f": {cell.error}" if cell.error else ""))
+    if status.failed:
+        raise RunError(f"{len(status.failed)} of {status.total} cells failed; their output is in {out}/.sweep")
+    typer.echo(f"next: fieldmark report {out} --out report.html")
+
+
+def compare(
+    runs: RunFolders,
+    metric: Metric = "top1",
+    split: Split = "val",
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Compare each with this run alone, not every two.")
+    ] = None,
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a paper or a page.")] = False,
+) -> None:
+    """Say which runs are better, and how sure that is."""
+    from fieldmark.study.compare import compare_runs
+
+    comparison = compare_runs(runs, metric=metric, split=split, against=against)
+    if markdown and not as_json:
+        from fieldmark.study.report import effects_table, markdown_table, pairs_table
+
+        typer.echo(markdown_table(effects_table(comparison) if comparison.baseline else pairs_table(comparison)))
+    else:
+        print_result(comparison.as_dict(), _format_comparison(comparison), as_json=as_json)
+
+
+def report(
+    runs: RunFolders,
+    out: Annotated[Path, typer.Option("--out", help="Page to write: .html, or .md with PNG beside it.")] = Path(
+        "report.html"
+    ),
+    metric: Metric = "top1",
+    split: Split = "val",
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
+    photos: Annotated[bool, typer.Option("--photos/--no-photos", help="Show the most confused photos.")] = True,
+) -> None:
+    """Write one page that shows the results of runs."""
+    from fieldmark.study.report import write_report
+
+    for path in write_report(runs, out, metric=metric, split=split, title=title, with_photos=photos):
+        typer.echo(f"wrote {path}")
+
+
+def _format_comparison(comparison: Comparison) -> str:
+    """A table of the variants, and a sentence for every two of them."""
+    width = max(len(variant.name) for variant in comparison.variants)
+    lines = [f"{comparison.metric} on {comparison.num_photos} photos, {comparison.level:.0%} intervals"]
+    for variant in comparison.variants:
+        seeds, interval = len(variant.seeds), variant.interval
+        lines.append(
+            f"  {variant.name:{width}}  {interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f}), "
+            f"{seeds} seed{'s' * (seeds > 1)}"
+        )
+    return "\n".join([*lines, *(pair.verdict for pair in comparison.pairs), *comparison.notes])
+
+
+def _progress_line(status: SweepStatus) -> str:
+    running = ", ".join(f"{cell.name} {cell.epoch}/{cell.epochs}" for cell in status.cells if cell.state == "running")
+    left = f", {format_seconds(status.seconds_left)} to finish" if status.seconds_left is not None else ""
+    failed = f", {len(status.failed)} failed" if status.failed else ""
+    return f"{status.num('finished')}/{status.total} cells{failed}{left}" + (f" | {running}" if running else "")

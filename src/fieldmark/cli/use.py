@@ -9,27 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from fieldmark.cli.options import (
-    COMPARE,
-    USE,
-    BareRay,
-    Json,
-    Model,
-    Ray,
-    RunFolder,
-    print_result,
-)
+from fieldmark.cli.options import Json, Model, Ray, RunFolder, RunFolders, print_result
 from fieldmark.progress import open_progress
-
-
-def add_verbs(app: typer.Typer) -> None:
-    """Add these verbs to the command line."""
-    app.command(rich_help_panel=USE)(evaluate)
-    app.command(cls=BareRay, rich_help_panel=USE)(predict)
-    for verb in (calibrate, combine, export):
-        app.command(rich_help_panel=USE)(verb)
-    app.command(cls=BareRay, rich_help_panel=USE)(serve)
-    app.command(rich_help_panel=COMPARE)(review)
 
 
 def evaluate(
@@ -109,7 +90,7 @@ def predict(
 
 
 def combine(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them, such as a sweep.")],
+    runs: RunFolders,
     out: Annotated[Path, typer.Option("--out", help="Folder to make; it predicts alone.")],
     method: Annotated[
         Literal["ensemble", "soup"], typer.Option(help="Average the answers; or the weights, into one model.")
@@ -170,7 +151,7 @@ def export(
     run: RunFolder,
     to: Annotated[Literal["onnx", "openvino", "torch", "timm"], typer.Option(help="Form of the model.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="Folder to create; RUN-FORM if not given.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise (onnx, openvino): smaller and faster.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize (onnx, openvino): smaller and faster.")] = False,
     max_accuracy_loss: Annotated[float, typer.Option(help="Most accuracy that int8 may lose; 0.01 is a point.")] = 0.01,
     photos: Annotated[int, typer.Option(help="Most validation photos to prove it on.", min=1)] = 600,
 ) -> None:
@@ -257,7 +238,7 @@ def review(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8001,
     near: Annotated[int, typer.Option(help="Near-duplicates differ in at most so many of 64 bits.", min=0, max=11)] = 6,
 ) -> None:
-    """Look at mistakes and mend labels, in a local web page.
+    """Look at mistakes and fix labels, in a local web page.
 
     The photos are only read. Train with the table by --set data.corrections=TABLE.
     """
