@@ -168,6 +168,7 @@ class Ours:
     def open_cache(self) -> Any:
         """Write the cache, or find it written."""
         from fieldmark.data.cache import open_cache
+        from fieldmark.data.decode import DecodeSpec
         from fieldmark.progress import Quiet
 
         files, sizes, folder, mode, short_side = self._settings
@@ -178,8 +179,7 @@ class Ours:
             short_side=short_side,
             folder=folder,
             disk_gigabytes=50.0,
-            background=(0, 0, 0),
-            max_pixels=10**9,
+            decoding=DecodeSpec((0, 0, 0), 10**9),
             threads=1,
             progress=Quiet(),
         )

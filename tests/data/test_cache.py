@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fieldmark.data import cache as cache_module
-from fieldmark.data import packs
+from fieldmark.data import decode as decode_module
 from fieldmark.data.cache import CacheReport, PhotoCache, Preset, choose_mode, open_cache, reduce_photo
-from fieldmark.data.decode import decode
+from fieldmark.data.decode import DecodeSpec, decode
 
 WHITE = (255, 255, 255)
 
@@ -59,15 +59,16 @@ def make_photos(folder: Path, count: int, size: tuple[int, int] = (60, 45)) -> l
     return files
 
 
-def opened(files: list[Path], folder: Path, **changes: Any) -> tuple[PhotoCache | None, CacheReport]:
+def opened(
+    files: list[Path], folder: Path, background: tuple[int, int, int] = WHITE, **changes: Any
+) -> tuple[PhotoCache | None, CacheReport]:
     arguments: dict[str, Any] = {
         "sizes": np.array([(60, 45)] * len(files)),
         "mode": "uint8",
         "short_side": 32,
         "folder": folder,
         "disk_gigabytes": 1.0,
-        "background": WHITE,
-        "max_pixels": 10**9,
+        "decoding": DecodeSpec(background, 10**9),
         "threads": 2,
         "progress": Watch(),
     }
@@ -144,7 +145,7 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     files = make_photos(tmp_path / "data", 5)
     first, report = opened(files, tmp_path / "cache")
     assert (report.hits, report.photos) == (0, 5)
-    monkeypatch.setattr(cache_module, "decode", None)
+    monkeypatch.setattr(decode_module, "decode", None)
     second, report = opened(files, tmp_path / "cache")
     assert (report.hits, report.photos, report.mode) == (5, 5, "uint8")
     assert first is not None
@@ -184,7 +185,7 @@ def test_a_photo_that_changes_while_it_is_decoded_is_not_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = make_photos(tmp_path / "data", 3)
-    whole = cache_module.decode
+    whole = decode_module.decode
 
     def decode_slowly(file: Path, **options: Any) -> Any:
         photo = whole(file, **options)
@@ -192,7 +193,7 @@ def test_a_photo_that_changes_while_it_is_decoded_is_not_served(
             replace_photo(file)
         return photo
 
-    monkeypatch.setattr(cache_module, "decode", decode_slowly)
+    monkeypatch.setattr(decode_module, "decode", decode_slowly)
     cache = filled(files, tmp_path / "cache")
     assert [cache.get(number) is not None for number in range(3)] == [True, False, True]
 
@@ -215,7 +216,7 @@ def test_settings_that_change_pixels_have_caches_of_their_own(tmp_path: Path) ->
 def test_an_older_format_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = make_photos(tmp_path / "data", 2)
     opened(files, tmp_path / "cache")
-    monkeypatch.setattr("fieldmark.data.cache.FORMAT", 2)
+    monkeypatch.setattr("fieldmark.data.cache.FORMAT", cache_module.FORMAT + 1)
     _, report = opened(files, tmp_path / "cache")
     assert report.hits == 0
 
@@ -246,6 +247,20 @@ def test_a_damaged_photo_is_absent_and_the_others_are_there(tmp_path: Path) -> N
     cache = filled(files, tmp_path / "cache")
     assert [cache.get(number) is None for number in range(3)] == [False, True, False]
     assert cache.get(1) is None
+
+
+def test_a_flipped_byte_anywhere_in_the_table_is_noticed(tmp_path: Path) -> None:
+    files = make_photos(tmp_path / "data", 1)
+    opened(files, tmp_path / "cache")
+    folder = one_pack(tmp_path / "cache").parent
+    table = one_pack(tmp_path / "cache").with_suffix(".idx")
+    whole = table.read_bytes()
+    assert cache_module.load_packs(folder)
+    for place in range(len(whole)):
+        table.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert not cache_module.load_packs(folder)
+    _, report = opened(files, tmp_path / "cache")
+    assert (report.hits, report.photos) == (0, 1)
 
 
 def test_the_checksum_is_computed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +350,7 @@ from pathlib import Path
 import numpy as np
 from fieldmark.data import cache as cache_module
 from fieldmark.data.cache import open_cache
+from fieldmark.data.decode import DecodeSpec
 
 class Tell:
     def start(self, total, done): print("start", done, flush=True)
@@ -344,14 +360,14 @@ class Tell:
 delay, folder, pack_bytes = float(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 cache_module._PACK_BYTES = pack_bytes
 make = cache_module.Preset.make
-def slowly(self, file, max_pixels):
+def slowly(self, file):
     time.sleep(delay)
-    return make(self, file, max_pixels)
+    return make(self, file)
 cache_module.Preset.make = slowly
 files = sorted((folder / "data").glob("*.jpg"), key=lambda file: int(file.stem))
 cache, report = open_cache(
     files, sizes=np.array([(60, 45)] * len(files)), mode="uint8", short_side=64, folder=folder / "cache",
-    disk_gigabytes=1.0, background=(255, 255, 255), max_pixels=10**9, threads=2, progress=Tell(),
+    disk_gigabytes=1.0, decoding=DecodeSpec((255, 255, 255), 10**9), threads=2, progress=Tell(),
 )
 print("report", report.hits, report.photos, report.mode, flush=True)
 print("reason", report.reason, flush=True)
@@ -373,7 +389,7 @@ def test_two_trainings_that_start_at_once_write_every_photo_once(tmp_path: Path)
     truth = f"sum {sum(int(expected(file, 64).sum()) for file in files)}"
     assert all("30 uint8" in output and truth in output for output in outputs), outputs
     stored = sum(
-        len(rows) for folder in (tmp_path / "cache").glob("*/*/*") for rows in packs.load_packs(folder).values()
+        len(rows) for folder in (tmp_path / "cache").glob("*/*/*") for rows in cache_module.load_packs(folder).values()
     )
     assert stored == 30
     assert not list((tmp_path / "cache").rglob("*.part"))
@@ -461,17 +477,16 @@ def test_a_full_disk_means_a_part_of_the_cache_or_none(
 ) -> None:
     files = make_photos(tmp_path / "data", 9)
     monkeypatch.setattr(cache_module, "_PACK_BYTES", 2 * 32 * 43 * 3)
-    add = packs.PackWriter.add
+    add = cache_module.PackWriter.add
     calls = []
 
-    def add_until_full(self: packs.PackWriter, *photo: Any) -> None:
+    def add_until_full(self: cache_module.PackWriter, *photo: Any) -> None:
         calls.append(photo)
         if len(calls) == at:
-            self.discard()
             raise OSError(errno.ENOSPC, "No space left on device")
         add(self, *photo)
 
-    monkeypatch.setattr(packs.PackWriter, "add", add_until_full)
+    monkeypatch.setattr(cache_module.PackWriter, "add", add_until_full)
     cache, report = opened(files, tmp_path / "cache")
     assert report.reason == "the disk is full"
     if at == 1:
@@ -487,11 +502,13 @@ def test_a_full_disk_means_a_part_of_the_cache_or_none(
 def test_a_disk_that_fills_while_the_table_is_written_leaves_no_pack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    files = make_photos(tmp_path / "data", 2)
+
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(packs.np, "save", fail)
-    cache, report = opened(make_photos(tmp_path / "data", 2), tmp_path / "cache")
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    cache, report = opened(files, tmp_path / "cache")
     assert cache is None
     assert report.reason == "the disk is full"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix in {".pack", ".idx", ".part"}]
@@ -566,7 +583,9 @@ def test_the_mode_follows_disk_and_memory(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free * GIGA))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory * GIGA))
     sizes = np.array([(640, 480)] * 10000)  # 320 x 426.7 x 3 = 410 KB each
-    candidates = [Preset(one, 320, WHITE) for one in (("uint8", "jpeg") if mode == "auto" else (mode,))]
+    candidates = [
+        Preset(one, 320, DecodeSpec(WHITE, 10**9)) for one in (("uint8", "jpeg") if mode == "auto" else (mode,))
+    ]
     chosen, reason = choose_mode(mode, candidates, sizes, folder=tmp_path, disk_gigabytes=disk)
     assert (chosen.mode if chosen else None) == expected_mode
     assert words in reason
@@ -576,7 +595,9 @@ def test_the_estimate_for_pixels_is_what_they_take(tmp_path: Path) -> None:
     files = make_photos(tmp_path / "data", 5)
     _, report = opened(files, tmp_path / "cache")
     assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.pack"))
-    assert report.bytes == pytest.approx(Preset("uint8", 32, WHITE).num_bytes(np.array([(60, 45)] * 5)), rel=0.02)
+    assert report.bytes == pytest.approx(
+        Preset("uint8", 32, DecodeSpec(WHITE, 10**9)).num_bytes(np.array([(60, 45)] * 5)), rel=0.02
+    )
 
 
 def test_real_photos_keep_their_quality(tmp_path: Path, shared: Path) -> None:

@@ -4,6 +4,11 @@ A photo is found again by its path, size and modification time. It is written wh
 process reads it for the first time, and counts as absent when anything is wrong: the cache can cost time, never a
 wrong pixel.
 
+Photos are appended to packs. A pack is `NAME.pack`, the photos one after another, and `NAME.idx`, a checksum and a
+table of where each is. Both are written as `.part` and renamed, the table last, so a pack that has a table is
+complete. Only the holder of the folder's lock writes; anybody reads at any time. A pack never changes, and may be
+deleted while others still read it.
+
 Shape letters: N photos; H, W height and width of a cached photo, in pixels.
 """
 
@@ -15,57 +20,60 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 import weakref
 import zlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.data.decode import RGB, Pixels, decode
-from fieldmark.data.packs import KEY_BYTES, PackReader, PackWriter, clean, load_packs, remove
-from fieldmark.errors import PhotoError
+from fieldmark.data.decode import DecodeSpec, Pixels
+from fieldmark.data.inspection import map_in_threads
+from fieldmark.errors import PhotoError, RunError
+from fieldmark.files import exclusive_lock
+from fieldmark.progress import Progress
 
-FORMAT = 1
-"""Raised when the content or the meaning of a pack changes; older packs are then not found."""
-
+FORMAT = 2  # raised when the content or the meaning of a pack changes; older packs are then not found
+JPEG_QUALITY = 90
+_JPEG_BYTES_PER_PIXEL = 0.35  # photographs at quality 90 and 320 pixels: 45 KB each
 _GIGA = 1e9
+_PACK_BYTES = 128 * 2**20  # what a kill while writing loses at most
+_WAIT_SECONDS = 3600.0
+_KEY_BYTES, _CHECKSUM_BYTES = 16, 4
+_SOUND, _DAMAGED = 1, 2
+
+ROW = np.dtype(
+    [
+        ("key", f"V{_KEY_BYTES}"),
+        ("offset", "<i8"),
+        ("length", "<i8"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("checksum", "<u4"),
+    ]
+)
+"""Where a photo is in its pack."""
 
 
 @dataclass(frozen=True)
 class CacheReport:
     """What the cache did, what it holds and what it cost. `str()` is one readable sentence."""
 
-    mode: str
-    """`uint8`, `jpeg` or `off`."""
-
-    photos: int
-    """Photos that are cached now."""
-
-    total: int
-    """Photos that were asked for."""
-
-    bytes: int
-    """Of the cached photos on disk."""
-
-    seconds: float
-    """From asking to having."""
-
-    hits: int
-    """Photos that were cached before."""
-
-    reason: str
-    """Why this mode, or why not all photos are there."""
-
-    broken: tuple[tuple[str, str], ...] = ()
-    """(path, reason) of photos that cannot be decoded; they are not cached."""
+    mode: str  # `uint8`, `jpeg` or `off`
+    photos: int  # that are cached now
+    total: int  # photos that were asked for
+    bytes: int  # of the cached photos on disk
+    seconds: float  # from asking to having
+    hits: int  # photos that were cached before
+    reason: str  # why this mode, or why not all photos are there
+    broken: tuple[tuple[str, str], ...] = ()  # (path, reason) of photos that cannot be decoded; they are not cached
 
     def __str__(self) -> str:
         if self.mode == "off":
@@ -77,23 +85,41 @@ class CacheReport:
         )
 
 
+class Matched(NamedTuple):
+    """What a folder holds of a data set of N photos."""
+
+    rows: NDArray[np.void]  # (N,) of ROW
+    pack_of: NDArray[np.int64]  # (N,) number of each photo's pack, -1 for photos that are not cached
+    packs: list[Path]
+
+    def count(self) -> int:
+        """Count the photos that are cached."""
+        return int((self.pack_of >= 0).sum())
+
+
 class PhotoCache:
     """Cached photos by number. Picklable; any number of threads and processes may read at once.
 
     Args:
-        files: N originals.
-        entries: (N,) of dtype `filling.CACHED`; `pack` is -1 for photos that are not cached.
-        packs: The packs that entries refer to.
-        is_jpeg: Whether entries are JPEG files, else pixels.
+        files: N originals, absolute.
+        matched: Where the cached photos are.
+        is_jpeg: Whether cached photos are JPEG files, else pixels.
+        identity: Of the cache that this is a copy of, "" for a new one.
     """
 
-    def __init__(self, files: Sequence[Path], entries: NDArray[np.void], packs: Sequence[Path], is_jpeg: bool) -> None:
-        self._state = (tuple(files), entries, tuple(packs), is_jpeg, uuid.uuid4().hex)
-        self._attach()
+    def __init__(self, files: Sequence[Path], matched: Matched, is_jpeg: bool, identity: str = "") -> None:
+        identity = identity or uuid.uuid4().hex
+        self._arguments = (files, matched, is_jpeg, identity)
+        self._files, self._matched, self._is_jpeg = files, matched, is_jpeg
+        self._reader = _READERS.get(identity) or _Reader(matched.packs, len(files))
+        _READERS[identity] = self._reader
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
 
     def __len__(self) -> int:
         """Number of photos that are cached."""
-        return int((self._entries["pack"] >= 0).sum())
+        return self._matched.count()
 
     def get(self, number: int) -> Pixels | None:
         """One cached photo, or None where the original must be decoded.
@@ -104,21 +130,18 @@ class PhotoCache:
             (H, W, 3) uint8, writable and the caller's own; the whole upright photo, with the short side of the cache or
             the photo's own if that is smaller.
         """
-        pack, offset, length, height, width, checksum, size, mtime_ns = self._entries[number].item()
-        if pack < 0 or self._shared.checked[number] == _DAMAGED:
+        pack = int(self._matched.pack_of[number])
+        if pack < 0 or self._reader.checked[number] == _DAMAGED:
             return None
-        try:
-            status = os.stat(self._files[number])  # noqa: PTH116  # half the time of Path.stat, for every photo
-        except OSError:
+        key, offset, length, height, width, checksum = self._matched.rows[number].item()
+        if _key(self._files[number]) != key:
             return None
-        if status.st_size != size or status.st_mtime_ns != mtime_ns:
-            return None
-        data = self._shared.reader.read(pack, offset, length)
+        data = self._reader.read(pack, offset, length)
         if data is None:
             return None
-        if self._shared.checked[number] != _SOUND:
+        if self._reader.checked[number] != _SOUND:
             is_sound = zlib.crc32(data.data) == checksum
-            self._shared.checked[number] = _SOUND if is_sound else _DAMAGED
+            self._reader.checked[number] = _SOUND if is_sound else _DAMAGED
             if not is_sound:
                 return None
         if not self._is_jpeg:
@@ -127,31 +150,52 @@ class PhotoCache:
 
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
-    def _attach(self) -> None:
-        self._files, self._entries, packs, self._is_jpeg, identity = self._state
-        shared = _SHARED.get(identity)
-        if shared is None:
-            shared = _SHARED[identity] = _Shared(PackReader(packs), bytearray(len(self._files)))
-        self._shared = shared
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self._state
+class _Reader:
+    """Open packs, and which photos were checked: shared by the copies of a cache that reach a process every epoch.
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._state = state
-        self._attach()
+    Reads copy instead of mapping files into memory: a map would count as this process's memory, growing with the data
+    set, and would kill the process where a file is cut short or a disk fails. It costs about 40 microseconds a photo.
+    """
+
+    def __init__(self, packs: Sequence[Path], num_photos: int) -> None:
+        self.checked = bytearray(num_photos)
+        self._packs = packs
+        self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, pack: int, offset: int, length: int) -> NDArray[np.uint8] | None:
+        """`length` bytes as a new array; None if they cannot be read."""
+        data = np.empty(length, np.uint8)
+        try:
+            file = self._files.get(pack)
+            if file is None:
+                file = self._open(pack)
+            if hasattr(os, "preadv"):
+                num_read = os.preadv(file, [data.data], offset)
+            else:  # Windows
+                with self._lock:
+                    os.lseek(file, offset, os.SEEK_SET)
+                    chunk = os.read(file, length)
+                num_read = len(chunk)
+                data[:num_read] = np.frombuffer(chunk, np.uint8)
+        except OSError:
+            return None
+        return data if num_read == length else None
+
+    def _open(self, pack: int) -> int:
+        with self._lock:
+            if pack not in self._files:
+                self._files[pack] = os.open(self._packs[pack], os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            return self._files[pack]
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(file)
 
 
-class _Shared:
-    """Open files and what was checked: shared by the copies of a cache that reach a process, epoch after epoch."""
-
-    def __init__(self, reader: PackReader, checked: bytearray) -> None:
-        self.reader = reader
-        self.checked = checked
-
-
-_SHARED: weakref.WeakValueDictionary[str, _Shared] = weakref.WeakValueDictionary()
-_SOUND, _DAMAGED = 1, 2
+_READERS: weakref.WeakValueDictionary[str, _Reader] = weakref.WeakValueDictionary()
 
 
 def open_cache(
@@ -162,8 +206,7 @@ def open_cache(
     short_side: int,
     folder: Path,
     disk_gigabytes: float,
-    background: RGB,
-    max_pixels: int,
+    decoding: DecodeSpec,
     threads: int,
     progress: Progress,
 ) -> tuple[PhotoCache | None, CacheReport]:
@@ -179,48 +222,38 @@ def open_cache(
             `disk_gigabytes`, half the free disk and half of this machine's memory; else `jpeg` if that fits the disk;
             else `off`.
         short_side: Of a cached photo, in pixels; photos are never enlarged.
-        folder: Where caches live.
+        folder: Where caches are kept.
         disk_gigabytes: The most that this data set's cache may take, in 10^9 bytes.
-        background: As in `decode`.
-        max_pixels: As in `decode`.
+        decoding: How files become pixels.
         threads: That decode while filling.
         progress: Told of each photo that is written.
-
-    Returns:
-        The cache, None if there is none; and the report.
     """
     started = time.perf_counter()
     absolute = [Path(os.path.abspath(file)) for file in files]  # noqa: PTH100  # Path.resolve would follow links
-
-    def off(reason: str) -> tuple[None, CacheReport]:
-        return None, CacheReport("off", 0, len(files), 0, time.perf_counter() - started, 0, reason)
-
-    if mode == "off" or not absolute:
-        return off("as asked" if absolute else "no photos")
-    home = folder / f"v{FORMAT}" / _folder_name(absolute)
-    modes = ("uint8", "jpeg") if mode == "auto" else (mode,)
-    presets = [Preset(one, short_side, background) for one in modes]
-    preset, reason = choose_mode(mode, presets, sizes, folder=home, disk_gigabytes=disk_gigabytes)
-    if preset is None:
-        return off(reason)
-    there = CacheFolder(absolute, home / preset.name, preset)
-    matched = there.match()
-    hits = int((matched.entries["pack"] >= 0).sum())
-    broken: list[tuple[str, str]] = []
-    if hits < len(files):
-        room = int(disk_gigabytes * _GIGA)
-        problem, broken = there.fill(max_pixels=max_pixels, room_bytes=room, threads=threads, progress=progress)
-        reason = problem or reason
-        matched = there.match()
-    cache = PhotoCache(absolute, matched.entries, matched.packs, is_jpeg=preset.mode == "jpeg")
-    if not len(cache):
-        return off(reason)
-    seconds = time.perf_counter() - started
-    report = CacheReport(preset.mode, len(cache), len(files), matched.num_bytes, seconds, hits, reason, tuple(broken))
-    return cache, report
+    preset: Preset | None = None
+    reason = "as asked" if absolute else "no photos"
+    home = folder / f"v{FORMAT}" / _name_folder(absolute) if absolute else folder
+    if mode != "off" and absolute:
+        presets = [Preset(one, short_side, decoding) for one in (("uint8", "jpeg") if mode == "auto" else (mode,))]
+        preset, reason = choose_mode(mode, presets, sizes, folder=home, disk_gigabytes=disk_gigabytes)
+    if preset is not None:
+        there = CacheFolder(absolute, home / preset.name, preset)
+        matched, broken = there.match(), list[PhotoError]()
+        hits = matched.count()
+        if hits < len(files):
+            problem, broken = there.fill(room_bytes=int(disk_gigabytes * _GIGA), threads=threads, progress=progress)
+            reason = problem or reason
+            matched = there.match()
+        if cached := matched.count():
+            num_bytes = int(matched.rows["length"].sum())
+            seconds = time.perf_counter() - started
+            told = tuple((error.path, error.reason) for error in broken)
+            report = CacheReport(preset.mode, cached, len(files), num_bytes, seconds, hits, reason, told)
+            return PhotoCache(absolute, matched, preset.mode == "jpeg"), report
+    return None, CacheReport("off", 0, len(files), 0, time.perf_counter() - started, 0, reason)
 
 
-def _folder_name(files: Sequence[Path]) -> str:
+def _name_folder(files: Sequence[Path]) -> str:
     """Of the data set: readable, and its own for each common folder of the photos."""
     try:
         root = os.path.commonpath([file.parent for file in files])
@@ -230,221 +263,18 @@ def _folder_name(files: Sequence[Path]) -> str:
     return f"{readable}-{hashlib.blake2b(root.encode(errors='surrogateescape'), digest_size=6).hexdigest()}"
 
 
-_PACK_BYTES = 128 * 2**20  # what a kill while writing loses at most
-_WAIT_SECONDS = 3600.0
-T = TypeVar("T")
-
-CACHED = np.dtype(
-    [
-        ("pack", "<i4"),
-        ("offset", "<i8"),
-        ("length", "<i8"),
-        ("height", "<i4"),
-        ("width", "<i4"),
-        ("checksum", "<u4"),
-        ("size", "<i8"),
-        ("mtime_ns", "<i8"),
-    ]
-)
-"""Where a photo lies (`pack` is -1 for nowhere), and what its original was when it was put there."""
-
-
-class Progress(Protocol):
-    """Where filling tells how far it is."""
-
-    def start(self, total: int, done: int) -> None:
-        """Work on `total` photos begins, `done` of which were there before."""
-        ...
-
-    def advance(self, n: int) -> None:
-        """`n` more photos are done."""
-        ...
-
-    def message(self, text: str) -> None:
-        """One line that stays."""
-        ...
-
-
-class Matched(NamedTuple):
-    """What a folder holds of a data set."""
-
-    entries: NDArray[np.void]  # (N,) of CACHED
-    packs: list[Path]
-    num_bytes: int
-
-
-class CacheFolder:
-    """The photos of one data set in one form, on disk.
-
-    Args:
-        files: N originals, absolute.
-        folder: Where their packs lie.
-        preset: Their form.
-    """
-
-    def __init__(self, files: Sequence[Path], folder: Path, preset: Preset) -> None:
-        self._files = files
-        self.folder = folder
-        self.preset = preset
-
-    def match(self) -> Matched:
-        """What is there of the photos as they are now."""
-        places: dict[bytes, tuple[int, int]] = {}
-        tables = load_packs(self.folder)
-        for pack, rows in enumerate(tables.values()):
-            for row, key in enumerate(rows["key"]):
-                places[bytes(key)] = (pack, row)
-        entries = np.zeros(len(self._files), CACHED)
-        entries["pack"] = -1
-        all_rows = list(tables.values())
-        for number, file in enumerate(self._files):
-            identity = _identity(file)
-            place = places.get(_key(file, identity)) if identity else None
-            if identity and place:
-                row = all_rows[place[0]][place[1]]
-                where = tuple(row[name] for name in ("offset", "length", "height", "width", "checksum"))
-                entries[number] = (place[0], *where, *identity)
-        found = entries["length"][entries["pack"] >= 0]
-        return Matched(entries, list(tables), int(found.sum()))
-
-    def fill(
-        self, *, max_pixels: int, room_bytes: int, threads: int, progress: Progress
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """Write the photos that are missing, as far as there is room.
-
-        Waits while another process writes to the same folder.
-
-        Returns:
-            What kept it from being complete ("" for nothing), and (path, reason) of broken photos.
-        """
-        from filelock import Timeout
-
-        broken: list[tuple[str, str]] = []
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _only_writer(self.folder, progress):
-                clean(self.folder)
-                problem = self._write_missing(max_pixels, room_bytes, threads, progress, broken)
-        except Timeout:
-            problem = "another process has been writing it for more than an hour"
-        except OSError as error:
-            is_full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-            problem = "the disk is full" if is_full else f"{self.folder} cannot be written: {error.strerror or error}"
-        return problem, broken
-
-    def _write_missing(
-        self, max_pixels: int, room_bytes: int, threads: int, progress: Progress, broken: list[tuple[str, str]]
-    ) -> str:
-        matched = self.match()
-        missing = np.flatnonzero(matched.entries["pack"] < 0).tolist()
-        if not missing:
-            return ""
-        room = room_bytes - self._make_room(matched, room_bytes)
-        writer = PackWriter(self.folder, pack_bytes=_PACK_BYTES)
-        progress.start(len(self._files), len(self._files) - len(missing))
-        problem = ""
-        try:
-            for made in _in_order(lambda number: self._make(number, max_pixels), missing, threads):
-                if isinstance(made, PhotoError):
-                    broken.append((made.path, made.reason))
-                elif made is not None:
-                    key, height, width, data = made
-                    room -= len(data)
-                    if room < 0:
-                        problem = f"cache.disk_gigabytes = {room_bytes / _GIGA:g} is used up"
-                        break
-                    writer.add(key, height, width, data)
-                progress.advance(1)
-        except OSError:
-            raise
-        except BaseException:  # Ctrl-C: keep what is done
-            with contextlib.suppress(OSError):
-                writer.seal()
-            raise
-        writer.seal()
-        return problem
-
-    def _make(self, number: int, max_pixels: int) -> tuple[bytes, int, int, bytes | memoryview] | PhotoError | None:
-        """One photo's key and content; None if it vanished at that moment."""
-        file = self._files[number]
-        # Taken first: a file that changes while it is read lies under a key that will not be asked for again.
-        identity = _identity(file)
-        try:
-            made = self.preset.make(file, max_pixels)
-        except PhotoError as error:
-            return error
-        return (_key(file, identity), *made) if identity else None
-
-    def _make_room(self, matched: Matched, room_bytes: int) -> int:
-        """Bytes of the packs that stay. Packs of photos that are gone go too, once more than half the room is taken."""
-        taken = {pack: pack.stat().st_size for pack in matched.packs}
-        if sum(taken.values()) > room_bytes / 2:
-            used = set(matched.entries["pack"].tolist())
-            for place, pack in enumerate(matched.packs):
-                if place not in used:
-                    remove(pack)
-                    del taken[pack]
-        return sum(taken.values())
-
-
-@contextlib.contextmanager
-def _only_writer(folder: Path, progress: Progress) -> Generator[None]:
-    """Hold the folder's lock. The system takes it back from a process that is killed."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / "writing.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress.message("cache: another process is writing it; waiting until it is done")
-        lock.acquire(timeout=_WAIT_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _identity(file: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(file)  # noqa: PTH116  # half the time of Path.stat, for every photo
-    except (OSError, ValueError):
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def _key(file: Path, identity: tuple[int, int] | None) -> bytes:
-    text = f"{file}\0{identity}".encode(errors="surrogateescape")
-    return hashlib.blake2b(text, digest_size=KEY_BYTES).digest()
-
-
-def _in_order(make: Callable[[int], T], numbers: Sequence[int], threads: int) -> Iterator[T]:
-    """`make` of each number by threads, in order, a few ahead of the consumer."""
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(max(threads, 1), "fieldmark-cache") as pool:
-        for number in numbers:
-            waiting.append(pool.submit(make, number))
-            if len(waiting) > 4 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-JPEG_QUALITY = 90
-_JPEG_BYTES_PER_PIXEL = 0.35  # photographs at quality 90 and 320 pixels: 45 KB each
-
-
 @dataclass(frozen=True)
 class Preset:
     """In which form photos are kept."""
 
     mode: str  # "uint8" or "jpeg"
     short_side: int
-    background: RGB
+    decoding: DecodeSpec
 
     @property
     def name(self) -> str:
         """Of the folder of photos in this form."""
-        return f"{self.mode}-{self.short_side}-{bytes(self.background).hex()}"
+        return f"{self.mode}-{self.short_side}-{bytes(self.decoding.background).hex()}"
 
     def num_bytes(self, sizes: NDArray[np.int64]) -> int:
         """Of all photos in this form, estimated from their (N, 2) sizes."""
@@ -453,20 +283,40 @@ class Preset:
         pixels = float((sizes.prod(axis=1) * scale**2).sum())
         return int(pixels * (3 if self.mode == "uint8" else _JPEG_BYTES_PER_PIXEL))
 
-    def make(self, file: Path, max_pixels: int) -> tuple[int, int, bytes | memoryview]:
-        """Height, width and content of one photo in this form.
-
-        Raises:
-            PhotoError: It cannot be decoded.
-        """
-        photo = decode(file, min_short_side=self.short_side, background=self.background, max_pixels=max_pixels)
-        pixels = reduce_photo(photo, self.short_side)
+    def make(self, file: Path) -> tuple[int, int, bytes | memoryview]:
+        """Height, width and content of one photo in this form; raises PhotoError."""
+        pixels = reduce_photo(self.decoding.read(file, min_short_side=self.short_side), self.short_side)
         height, width, _ = pixels.shape
         if self.mode == "uint8":
             return height, width, pixels.data.cast("B")
         import simplejpeg
 
         return height, width, simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorsubsampling="420")
+
+
+def choose_mode(
+    mode: str, presets: Sequence[Preset], sizes: NDArray[np.int64], *, folder: Path, disk_gigabytes: float
+) -> tuple[Preset | None, str]:
+    """The first preset that fits the disk of `folder`, and why; what is there of it already counts as fitting."""
+    import psutil
+
+    reasons: list[str] = []
+    half_free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 2
+    half_memory = psutil.virtual_memory().total / 2
+    for preset in presets:
+        num_bytes = preset.num_bytes(sizes)
+        there = sum(path.stat().st_size for path in (folder / preset.name).glob("*.pack"))
+        if num_bytes > disk_gigabytes * _GIGA:
+            limit = f"cache.disk_gigabytes = {disk_gigabytes:g}"
+        elif num_bytes - there > half_free:
+            limit = f"half of the free disk, {half_free / _GIGA:.2f} GB"
+        elif mode == "auto" and preset.mode == "uint8" and num_bytes > half_memory:
+            limit = f"half of the memory, {half_memory / _GIGA:.2f} GB"
+        else:
+            asked = "as asked" if mode != "auto" else f"{num_bytes / _GIGA:.2f} GB fit the disk"
+            return preset, "; ".join([*reasons, asked])
+        reasons.append(f"{preset.mode} would take {num_bytes / _GIGA:.2f} GB, more than {limit}")
+    return None, "; ".join(reasons)
 
 
 def reduce_photo(pixels: Pixels, short_side: int) -> Pixels:
@@ -488,40 +338,185 @@ def reduce_photo(pixels: Pixels, short_side: int) -> Pixels:
     return cv2.merge([*planes])  # pyright: ignore[reportReturnType]  # 25 times as fast as numpy's transposed copy
 
 
-def choose_mode(
-    mode: str, presets: Sequence[Preset], sizes: NDArray[np.int64], *, folder: Path, disk_gigabytes: float
-) -> tuple[Preset | None, str]:
-    """The first preset that fits, and why.
+class CacheFolder:
+    """The photos of one data set in one form, on disk.
 
     Args:
-        mode: As in `open_cache`; not "off".
-        presets: The candidates in order of preference.
-        sizes: (N, 2) width and height.
-        folder: Whose disk must hold it; what is there of it already counts as fitting.
-        disk_gigabytes: As in `open_cache`.
+        files: N originals, absolute.
+        folder: Where their packs are.
+        preset: Their form.
     """
-    import psutil
 
-    reasons: list[str] = []
-    for preset in presets:
-        num_bytes = preset.num_bytes(sizes)
-        there = sum(path.stat().st_size for path in (folder / preset.name).glob("*.pack"))
-        half_free = shutil.disk_usage(_existing(folder)).free / 2
-        half_memory = psutil.virtual_memory().total / 2
-        if num_bytes > disk_gigabytes * _GIGA:
-            limit = f"cache.disk_gigabytes = {disk_gigabytes:g}"
-        elif num_bytes - there > half_free:
-            limit = f"half of the free disk, {half_free / _GIGA:.2f} GB"
-        elif mode == "auto" and preset.mode == "uint8" and num_bytes > half_memory:
-            limit = f"half of the memory, {half_memory / _GIGA:.2f} GB"
-        else:
-            asked = "as asked" if mode != "auto" else f"{num_bytes / _GIGA:.2f} GB fit the disk"
-            return preset, "; ".join([*reasons, asked])
-        reasons.append(f"{preset.mode} would take {num_bytes / _GIGA:.2f} GB, more than {limit}")
-    return None, "; ".join(reasons)
+    def __init__(self, files: Sequence[Path], folder: Path, preset: Preset) -> None:
+        self._files = files
+        self._folder = folder
+        self._preset = preset
+
+    def match(self) -> Matched:
+        """What is there of the photos as they are now."""
+        packs = load_packs(self._folder)
+        rows = np.concatenate([*packs.values(), np.zeros(1, ROW)])  # the last is that of photos that are not there
+        pack_of = np.repeat([*range(len(packs)), -1], [*map(len, packs.values()), 1])
+        places = {key: place for place, key in enumerate(rows["key"].tolist())}
+        found = [places.get(_key(file), -1) for file in self._files]
+        return Matched(rows[found], pack_of[found], list(packs))
+
+    def fill(self, *, room_bytes: int, threads: int, progress: Progress) -> tuple[str, list[PhotoError]]:
+        """Write the photos that are missing, as far as there is room, waiting while another process does.
+
+        Returns:
+            What kept it from being complete ("" for nothing), and what is wrong with broken photos.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with exclusive_lock(
+                self._folder / "writing.lock",
+                busy="another process has been writing it for more than an hour",
+                wait_seconds=_WAIT_SECONDS,
+                on_wait=lambda: progress.message("cache: another process is writing it; waiting until it is done"),
+            ):
+                clean(self._folder)
+                return self._write_missing(room_bytes, threads, progress)
+        except RunError as error:
+            return str(error), []
+        except OSError as error:
+            is_full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+            why = f"{self._folder} cannot be written: {error.strerror or error}"
+            return "the disk is full" if is_full else why, []
+
+    def _write_missing(self, room_bytes: int, threads: int, progress: Progress) -> tuple[str, list[PhotoError]]:
+        matched = self.match()
+        missing = np.flatnonzero(matched.pack_of < 0).tolist()
+        room = room_bytes - self._make_room(matched, room_bytes)
+        broken: list[PhotoError] = []
+        progress.start(len(self._files), len(self._files) - len(missing))
+        with PackWriter(self._folder) as writer:
+            for made in map_in_threads(self._make, missing, threads):
+                if isinstance(made, PhotoError):
+                    broken.append(made)
+                elif made is not None:
+                    room -= len(made[-1])
+                    if room < 0:
+                        return f"cache.disk_gigabytes = {room_bytes / _GIGA:g} is used up", broken
+                    writer.add(*made)
+                progress.advance(1)
+        return "", broken
+
+    def _make(self, number: int) -> tuple[bytes, int, int, bytes | memoryview] | PhotoError | None:
+        """One photo's key and content; None if it vanished at that moment."""
+        # Taken first: a file that changes while it is read is kept under a key that will not be asked for again.
+        key = _key(self._files[number])
+        try:
+            made = self._preset.make(self._files[number])
+        except PhotoError as error:
+            return error
+        return (key, *made) if key else None
+
+    def _make_room(self, matched: Matched, room_bytes: int) -> int:
+        """Bytes of the packs that stay. Packs of photos that are gone go too, once more than half the room is taken."""
+        taken = [pack.stat().st_size for pack in matched.packs]
+        if sum(taken) > room_bytes / 2:
+            for number, pack in enumerate(matched.packs):
+                if number not in matched.pack_of:
+                    _remove(pack.with_suffix(".idx"), pack)
+                    taken[number] = 0
+        return sum(taken)
 
 
-def _existing(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
+def _key(file: Path) -> bytes | None:
+    """What a photo as it is now is called in packs; None if it is gone."""
+    try:
+        status = os.stat(file)  # noqa: PTH116  # half the time of Path.stat, for every photo
+    except (OSError, ValueError):
+        return None
+    text = f"{file}\0{(status.st_size, status.st_mtime_ns)}".encode(errors="surrogateescape")
+    return hashlib.blake2b(text, digest_size=_KEY_BYTES).digest()
+
+
+class PackWriter:
+    """Appends photos to packs in a folder, whose lock the caller holds; what is sealed stays, whatever happens later.
+
+    Leaving the `with` seals what is left, also after Ctrl-C; after a failure to write it is removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._part = folder
+        self._file: BinaryIO | None = None
+        self._rows: list[tuple[bytes, int, int, int, int, int]] = []
+        self._offset = 0
+
+    def add(self, key: bytes, height: int, width: int, data: bytes | memoryview) -> None:
+        """Append one photo; raises OSError."""
+        if self._file is None:
+            self._part = self._folder / f"{uuid.uuid4().hex}.pack.part"
+            self._file = self._part.open("wb")
+            self._rows, self._offset = [], 0
+        self._file.write(data)
+        self._rows.append((key, self._offset, len(data), height, width, zlib.crc32(data)))
+        self._offset += len(data)
+        if self._offset >= _PACK_BYTES:
+            self.seal()
+
+    def seal(self) -> None:
+        """Make what was added so far part of the cache; raises OSError."""
+        if self._file is None:
+            return
+        self._file.close()
+        pack = self._part.with_suffix("")
+        content = np.array(self._rows, ROW).tobytes()
+        table_part = pack.with_suffix(".idx.part")
+        table_part.write_bytes(zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little") + content)
+        self._part.replace(pack)
+        table_part.replace(pack.with_suffix(".idx"))
+        self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if not isinstance(error, OSError):
+                with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                    self.seal()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    self._file.close()
+                _remove(self._part, self._part.with_suffix("").with_suffix(".idx.part"))
+
+
+def load_packs(folder: Path) -> dict[Path, NDArray[np.void]]:
+    """The complete packs of a folder and their tables, (photos,) of dtype `ROW`; damaged ones are left out."""
+    packs: dict[Path, NDArray[np.void]] = {}
+    for table in sorted(folder.glob("*.idx")):
+        pack = table.with_suffix(".pack")
+        try:
+            content = table.read_bytes()
+            size = pack.stat().st_size
+        except OSError:
+            continue
+        checksum, content = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
+        if not content or zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
+            continue
+        rows = np.frombuffer(content, ROW)
+        if int(rows["offset"][-1] + rows["length"][-1]) <= size:
+            packs[pack] = rows
+    return packs
+
+
+def clean(folder: Path) -> None:
+    """Remove what a writer that was killed has left. The caller holds the folder's lock."""
+    whole = load_packs(folder)
+    for path in folder.iterdir():
+        is_lost_pack = path.suffix in {".pack", ".idx"} and path.with_suffix(".pack") not in whole
+        if path.suffix == ".part" or is_lost_pack:
+            _remove(path)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # another system may hold it open: next time
+            path.unlink(missing_ok=True)

@@ -140,8 +140,7 @@ def fill_cache(config: Config, dataset: Dataset, *, progress: Progress) -> tuple
         short_side=settings.short_side,
         folder=Path(settings.folder) if settings.folder else user_folder("photos"),
         disk_gigabytes=settings.disk_gigabytes,
-        background=config.data.background,
-        max_pixels=config.data.max_pixels,
+        decoding=DecodeSpec(config.data.background, config.data.max_pixels),
         threads=usable_cores(),
         progress=progress,
     )
