@@ -20,8 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmark.data.loader import Loader, auto_workers, cut_plan, epoch_order, shard_plan
-from fieldmark.data.workers import Batch, WorkerPool, join_batches
+from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan, epoch_order, join_batches, shard_plan
 from fieldmark.errors import PhotoError, ResourceError, TrainingError
 
 # Worker processes import what they unpickle, so what prepares batches must live in an importable module.
@@ -379,7 +378,9 @@ def test_workers_work_when_they_are_spawned(preparing: ModuleType, tmp_path: Pat
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_the_pool_prefers_a_start_without_the_locks_of_running_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_start_without_the_locks_of_running_threads(
+    preparing: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen: list[str] = []
 
     class Chosen(Exception):  # noqa: N818
@@ -393,7 +394,7 @@ def test_the_pool_prefers_a_start_without_the_locks_of_running_threads(monkeypat
     for platform in ("linux", "darwin", "win32"):
         monkeypatch.setattr(sys, "platform", platform)
         with pytest.raises(Chosen):
-            WorkerPool(1)
+            next(Loader(workers=1, threads=1).batches(preparing.Prepare(), PLAN, epoch=0))
     assert chosen == ["forkserver", "spawn", "spawn"]
 
 

@@ -23,8 +23,7 @@ from torch import nn
 
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, list_photos
-from fieldmark.data.loader import Loader, auto_workers, cut_plan
-from fieldmark.data.workers import Batch
+from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan
 from fieldmark.errors import MissingExtraError, PhotoError, RunError
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
 from fieldmark.inference.taxonomy import Answer, Fallback

@@ -21,7 +21,7 @@ from fieldmark.data.audit import find_doubts
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, apply_corrections, load_index, require_trainable
 from fieldmark.data.inspection import PhotoFacts, inspect_photos
-from fieldmark.data.workers import Batch
+from fieldmark.data.loader import Batch
 from fieldmark.errors import ConfigError, DataError, PhotoError
 from fieldmark.progress import Progress
 from fieldmark.runs.environment import usable_cores

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
     from fieldmark.augment.reference import EvalSpec
-    from fieldmark.data.workers import Batch
+    from fieldmark.data.loader import Batch
 
 
 SHOWN = 8

@@ -22,8 +22,7 @@ from fieldmark.augment.mixing import MixSpec, apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config, dump_config
 from fieldmark.data.index import PhotoIndex
-from fieldmark.data.loader import Loader, shard_plan
-from fieldmark.data.workers import Batch
+from fieldmark.data.loader import Batch, Loader, shard_plan
 from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError
 from fieldmark.models.classifier import freeze_stages, train_only_head_and_norms
 from fieldmark.progress import Logged, Progress, Quiet

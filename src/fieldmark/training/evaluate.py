@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fieldmark.data.workers import Batch
+from fieldmark.data.loader import Batch
 from fieldmark.errors import NonFiniteError
 
 if TYPE_CHECKING:
