@@ -13,7 +13,8 @@ Anything else that escapes is a bug, and shows its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 
 def did_you_mean(word: str, options: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
@@ -97,6 +98,15 @@ class MissingExtraError(FieldmarkError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Install it with: pip install 'fieldmark[{extra}]'")
+
+
+@contextmanager
+def needs_extra(package: str, extra: str) -> Generator[None]:
+    """Say which extra of `fieldmark` to install where an import in the block fails."""
+    try:
+        yield
+    except ImportError:
+        raise MissingExtraError(package, extra) from None
 
 
 class InterruptedRunError(FieldmarkError):

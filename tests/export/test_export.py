@@ -156,7 +156,7 @@ def test_timm_loads_its_form_with_label_names_and_the_same_logits_and_transform(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
-def test_int8_is_judged_on_photos_that_did_not_calibrate_it(kind, exported, tmp_path):
+def test_int8_is_evaluated_on_photos_that_did_not_calibrate_it(kind, exported, tmp_path):
     written = export(kind, tmp_path / "out", is_int8=True, loss=0.5)
     evidence = written.evidence["int8"]
     assert (evidence["photos"], evidence["calibration_photos"]) == (12, 12)
@@ -181,18 +181,14 @@ def test_logits_that_are_not_finite_never_agree():
     reference = np.ones((2, 3))
     with pytest.raises(ExportError, match="disagrees"):
         require_parity(reference, np.full((2, 3), np.nan), limit=0.1)
-    with pytest.raises(ExportError, match=r"gives logits \(1, 3\), the run's \(2, 3\)"):
-        require_parity(reference, reference[:1], limit=0.1)
 
 
 def test_int8_that_loses_too_much_is_refused_with_both_accuracies():
     reference, quantized, labels = np.eye(4), np.eye(4)[[0, 1, 2, 2]], np.arange(4)
-    kept = require_small_loss(reference, quantized, labels, calibration_photos=4, limit=0.25)
-    assert (kept.loss, kept.worse, kept.better) == (0.25, 1, 0)
+    kept = require_small_loss(reference, quantized, labels, limit=0.25)
+    assert (kept["loss"], kept["worse"], kept["better"]) == (0.25, 1, 0)
     with pytest.raises(ExportError, match=r"loses 25.00 points of accuracy \(100.00% to 75.00% on 4 photos\)"):
-        require_small_loss(reference, quantized, labels, calibration_photos=4, limit=0.01)
-    with pytest.raises(ExportError, match="no labelled photos to measure"):
-        require_small_loss(reference[:0], quantized[:0], labels[:0], calibration_photos=0, limit=0.01)
+        require_small_loss(reference, quantized, labels, limit=0.01)
 
 
 @pytest.mark.parametrize(
@@ -201,16 +197,13 @@ def test_int8_that_loses_too_much_is_refused_with_both_accuracies():
         ({"kind": "torch", "is_int8": True}, "int8 is made for onnx and openvino, not for torch"),
         ({"kind": "timm", "head": "mlp"}, "timm form holds a linear head only.*export --to onnx or torch"),
         ({"kind": "timm", "is_plain": False}, "cannot say that strides were moved"),
-        ({"kind": "onnx", "count": 0}, "proven on photos, and there are none"),
-        ({"kind": "onnx", "is_int8": True, "count": 3}, "at least 4 labelled photos"),
+        ({"kind": "onnx", "is_int8": True, "count": 3}, "at least 4 labeled photos"),
     ],
 )
 def test_what_a_form_cannot_hold_is_refused(settings, message, tmp_path):
     settings = dict(settings)
     model = make_model(settings.pop("head", "linear"))
-    photos = make_photos(model, settings.pop("count", 24) or 1)[0]
-    if "none" in message:
-        photos = Photos(labels=np.zeros(0, np.int64), load=photos.load)
+    photos = make_photos(model, settings.pop("count", 24))[0]
     with pytest.raises(ExportError, match=message):
         export(settings.pop("kind"), tmp_path / "out", model=model, photos=photos, **settings)
     assert list(tmp_path.iterdir()) == []
@@ -261,7 +254,7 @@ def test_an_incomplete_or_broken_export_says_so(tmp_path):
         ExportedModel.load(tmp_path, threads=1, precision="f32")
 
 
-def test_the_card_says_licence_limits_and_evidence_and_hostile_names_stay_text():
+def test_the_card_says_license_limits_and_evidence_and_hostile_names_stay_text():
     data = {"counts": {"10": {"train": 5, "val": 1}, "2": {"train": 3}}, "fingerprint": "abc"}
     summary = {"status": "finished", "val": {"top1": 0.9, "top1_interval": [0.85, 0.94]}}
     card = write_card(make_metadata("onnx"), data=data, summary=summary, calibration=None, recipe="a = '```'")

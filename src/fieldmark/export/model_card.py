@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,10 @@ def model_card(run: Run, metadata: ModelMetadata) -> str:
     """Markdown from what the run folder and the export measured; says so where something is not known."""
     from fieldmark.inference.calibration import load_calibration
 
+    path = run.path / "recipe.toml"
+    recipe = path.read_text(encoding="utf-8") if path.is_file() else "The run folder has no recipe."
     return write_card(
-        metadata, data=run.data_info, summary=run.summary, calibration=load_calibration(run), recipe=_recipe(run)
+        metadata, data=run.data_info, summary=run.summary, calibration=load_calibration(run), recipe=recipe
     )
 
 
@@ -50,13 +52,13 @@ def write_card(
         "## Limits\n\n" + _limits(metadata),
         f"## Classes\n\n{', '.join(markdown_text(name) for name in metadata.classes)}",
         f"## Recipe\n\n<details>\n<summary>All settings</summary>\n\n{_fenced(without_folders(recipe))}\n\n</details>",
-        _use(metadata),
+        "## Use\n\n" + _use(metadata),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _front_matter(metadata: ModelMetadata) -> str:
-    # JSON strings are YAML strings, so a licence or a name with a colon cannot break the front matter.
+    # JSON strings are YAML strings, so a license or a name with a colon cannot break the front matter.
     library = "timm" if metadata.kind == "timm" else "fieldmark"
     return (
         f"---\nlibrary_name: {library}\npipeline_tag: image-classification\n"
@@ -65,73 +67,83 @@ def _front_matter(metadata: ModelMetadata) -> str:
 
 
 def _facts(metadata: ModelMetadata) -> str:
-    spec = metadata.preprocessing
+    spec = metadata.eval_spec()
+    size = f"{spec.size}×{spec.size}"
+    is_cropped = spec.transform == "weights"
     picture = (
-        f"short side to {int(spec['size'] / spec['crop_fraction'])} pixels, centre {spec['size']}×{spec['size']}"
-        if spec["transform"] == "weights"
-        else f"squashed to {spec['size']}×{spec['size']}"
+        f"short side to {int(spec.size / spec.crop_fraction)} pixels, center {size}"
+        if is_cropped
+        else f"squashed to {size}"
     )
-    unknown = (
-        f'"unknown" below a probability of {metadata.threshold:.3f}'
-        if metadata.threshold > 0
-        else "every photo is answered, none is called unknown"
-    )
-    groups = metadata.groups()
-    if groups:
+    unknown = "every photo is answered, none is called unknown"
+    if metadata.threshold > 0:
+        unknown = f'"unknown" below a probability of {metadata.threshold:.3f}'
+    if groups := metadata.groups():
         unknown += f"; then the finest of {', '.join(groups.taxonomy.levels[1:])} that is sure"
     rows = [
         ("Architecture", f"{metadata.architecture}, {metadata.parameters / 1e6:.2f} M parameters"),
         ("Form", f"{metadata.kind}, {metadata.precision}"),
-        ("Input", f"RGB, upright by EXIF, {picture}, {spec['interpolation']}, antialiased"),
-        ("Normalisation", f"mean {tuple(spec['mean'])}, standard deviation {tuple(spec['std'])} of values in 0 to 1"),
+        ("Input", f"RGB, upright by EXIF, {picture}, {spec.interpolation}, antialiased"),
+        ("Normalization", f"mean {tuple(spec.mean)}, standard deviation {tuple(spec.std)} of values in 0 to 1"),
         ("Temperature", f"{metadata.temperature:.4f} (logits are divided by it)"),
         ("Answer", unknown),
     ]
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
+    return _table("| | |", rows)
 
 
 def _results(summary: dict[str, Any], data: dict[str, Any], calibration: Calibration | None) -> str:
     from fieldmark.inference.evaluation import METRIC_NAMES
     from fieldmark.training.metrics import wilson_interval
 
-    judged: dict[str, Any] = summary.get("val", {})
-    if not judged:
+    scores: dict[str, Any] = summary.get("val", {})
+    if not scores:
         return "The run folder holds no results."
     count = sum(splits.get("val", 0) for splits in data.get("counts", {}).values())
     rows: list[tuple[str, str]] = []
     for key, name in METRIC_NAMES.items():
-        if judged.get(key) is None:
+        if (score := scores.get(key)) is None:
             continue
-        interval: Sequence[float] | None = judged.get(f"{key}_interval")
+        interval = scores.get(f"{key}_interval")
         if interval is None and key == "top5" and count:
-            interval = wilson_interval(round(judged[key] * count), count)
+            interval = wilson_interval(round(score * count), count)
         more = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
-        rows.append((name, _figure(judged[key]) + more))
+        rows.append((name, (f"{score:.4f}" if isinstance(score, float) else str(score)) + more))
     if calibration:
-        rows += [
-            ("log loss, calibrated", _figure(calibration.log_loss_after)),
-            ("calibration error, calibrated", _figure(calibration.calibration_error_after)),
-        ]
+        rows.append(("log loss, calibrated", f"{calibration.log_loss_after:.4f}"))
+        rows.append(("calibration error, calibrated", f"{calibration.calibration_error_after:.4f}"))
         if calibration.threshold > 0:
             rows.append(("photos that are answered", f"{calibration.coverage:.1%}"))
             rows.append(("right among the answered", f"{calibration.accuracy:.1%}"))
     photos = f"{count} validation photos" if count else "validation photos"
-    chosen = (
-        "which did not choose the weights"
-        if summary.get("select") == "last"
-        else "which chose the weights: that makes the figures a little flattering"
-    )
-    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)
+    chosen = "which chose the weights: that makes the figures a little flattering"
+    if summary.get("select") == "last":
+        chosen = "which did not choose the weights"
     crossed = " Calibrated figures are cross-fitted." if calibration else ""
     note = f"\n\n{markdown_text(str(summary['note']))}" if "note" in summary else ""  # of a soup
-    return f"On {photos}, {chosen}.{crossed}\n\n| Figure | Value |\n|---|---|\n{table}{note}"
+    return f"On {photos}, {chosen}.{crossed}\n\n{_table('| Figure | Value |', rows)}{note}"
 
 
 def evidence_text(evidence: dict[str, Any]) -> str:
     """What was measured when the model was exported, in one to three sentences."""
-    text = _describe_proof(evidence)
-    if "predict" in evidence:
-        row = evidence["predict"]
+    text = "Not measured."
+    if row := evidence.get("int8"):
+        points = 100 * row["loss"]
+        change = "no loss" if points == 0 else f"a {'loss' if points > 0 else 'gain'} of {abs(points):.2f} points"
+        text = (
+            f"int8, calibrated on {row['calibration_photos']} validation photos, evaluated on {row['photos']} others: "
+            f"accuracy {row['reference']:.2%} before, {row['quantized']:.2%} after, {change} (a loss of "
+            f"{100 * row['limit']:.2f} was allowed). Right only before: {row['worse']} photos; only after: "
+            f"{row['better']}."
+        )
+    elif row := evidence.get("parity"):
+        text = f"On {row['photos']} validation photos the logits are the same to the last bit."
+        if row["largest_difference"]:
+            text = (
+                f"On {row['photos']} validation photos logits differ by at most {row['largest_difference']:.2e} "
+                f"({row['relative_difference']:.3%} of the largest); the answer is the same on "
+                f"{row['same_answer']:.1%}."
+            )
+    if row := evidence.get("predict"):
         text += (
             f" The run itself answers in {row['precision']} on the machine that exported it: `fieldmark predict` names "
             f"{row['same_answer']:.1%} of {row['photos']} photos alike by both, and a probability differs by at most "
@@ -140,34 +152,9 @@ def evidence_text(evidence: dict[str, Any]) -> str:
     return text
 
 
-def _describe_proof(evidence: dict[str, Any]) -> str:
-    if "int8" in evidence:
-        row = evidence["int8"]
-        points = 100 * row["loss"]
-        change = "no loss" if points == 0 else f"a {'loss' if points > 0 else 'gain'} of {abs(points):.2f} points"
-        return (
-            f"int8, calibrated on {row['calibration_photos']} validation photos, evaluated on {row['photos']} others: "
-            f"accuracy {row['reference']:.2%} before, {row['quantized']:.2%} after, {change} (a loss of "
-            f"{100 * row['limit']:.2f} was allowed). Right only before: {row['worse']} photos; only after: "
-            f"{row['better']}."
-        )
-    if "parity" in evidence:
-        row = evidence["parity"]
-        if row["largest_difference"] == 0:
-            return f"On {row['photos']} validation photos the logits are the same to the last bit."
-        return (
-            f"On {row['photos']} validation photos logits differ by at most {row['largest_difference']:.2e} "
-            f"({row['relative_difference']:.3%} of the largest); the answer is the same on {row['same_answer']:.1%}."
-        )
-    return "Not measured."
-
-
 def _data(data: dict[str, Any]) -> str:
     counts: dict[str, dict[str, int]] = data.get("counts", {})
-    totals: dict[str, int] = {}
-    for per_split in counts.values():
-        for split, count in per_split.items():
-            totals[split] = totals.get(split, 0) + count
+    totals: Counter[str] = sum(map(Counter, counts.values()), Counter())
     if not totals:
         return "The run folder does not say how many photos there were."
     listed = ", ".join(f"{count} {split or 'without split'}" for split, count in totals.items())
@@ -179,39 +166,36 @@ def _data(data: dict[str, Any]) -> str:
 
 
 def _weights(metadata: ModelMetadata) -> str:
-    text = f"Training started from weights under the licence **{markdown_text(metadata.licence)}**"
     seen = describe_pretraining(metadata.pretraining, default=metadata.pretraining)
-    text += f", pre-trained on: {markdown_text(seen)}."
+    text = (
+        f"Training started from weights under the license **{markdown_text(metadata.licence)}**, "
+        f"pre-trained on: {markdown_text(seen)}."
+    )
     if "nc" in metadata.licence.lower().replace("_", "-").split("-"):
-        text += " That licence forbids commercial use, of this model too."
+        text += " That license forbids commercial use, of this model too."
     return text
 
 
 def _limits(metadata: ModelMetadata) -> str:
-    lines = [
-        "It knows only the classes below and was shown nothing else: a photo of something else gets one of these names"
-        + (', or "unknown" where the probability is low, which is not certain.' if metadata.threshold else "."),
-        "Figures hold for photos like those it was judged on: same source, same share of classes.",
-        "Probabilities were "
-        + ("calibrated on validation photos." if metadata.temperature != 1 else "not calibrated: they may overstate."),
-    ]
-    return "\n".join(f"- {line}" for line in lines)
+    unknown = ', or "unknown" where the probability is low, which is not certain.' if metadata.threshold else "."
+    is_calibrated = metadata.temperature != 1
+    calibrated = "calibrated on validation photos." if is_calibrated else "not calibrated: they may overstate."
+    return (
+        "- It knows only the classes below and was shown nothing else: a photo of something else gets one of these "
+        f"names{unknown}\n"
+        "- Figures hold for photos like those it was evaluated on: same source, same share of classes.\n"
+        f"- Probabilities were {calibrated}"
+    )
 
 
 def _use(metadata: ModelMetadata) -> str:
     if metadata.kind == "timm":
         code = 'import timm\n\nmodel = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()'
-        push = "\n\nTo share it: `hf upload USER/NAME THIS_FOLDER`."
-        return f"## Use\n\n```python\n{code}\n```{push}"
-    code = 'import fieldmark\n\npredictor = fieldmark.Predictor.load("THIS_FOLDER")\npredictor("photo.jpg").top(3)'
-    return (
-        f"## Use\n\n```python\n{code}\n```\n\nWithout Fieldmark: `{metadata.file}` with the steps in `fieldmark.json`."
-    )
-
-
-def _recipe(run: Run) -> str:
-    path = run.path / "recipe.toml"
-    return path.read_text(encoding="utf-8") if path.is_file() else "The run folder has no recipe."
+        more = "To share it: `hf upload USER/NAME THIS_FOLDER`."
+    else:
+        code = 'import fieldmark\n\npredictor = fieldmark.Predictor.load("THIS_FOLDER")\npredictor("photo.jpg").top(3)'
+        more = f"Without Fieldmark: `{metadata.file}` with the steps in `fieldmark.json`."
+    return f"```python\n{code}\n```\n\n{more}"
 
 
 def without_folders(recipe: str) -> str:
@@ -227,8 +211,9 @@ def without_folders(recipe: str) -> str:
     return re.sub(r'^(\w+ = )"((?:[/~]|[A-Za-z]:|\.\.)[^"\n]*)"', name, recipe, flags=re.MULTILINE)
 
 
-def _figure(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _table(head: str, rows: list[tuple[str, str]]) -> str:
+    lines = [head, "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)]
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:

@@ -1,38 +1,40 @@
-"""An app under uvicorn, from start to drain."""
+"""An app under uvicorn, from start to drain, and as replicas on a Ray cluster."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fieldmark.errors import MissingExtraError, ResourceError
+from fieldmark.errors import ResourceError, needs_extra
 from fieldmark.runs.environment import count_slots, open_cluster
 from fieldmark.runs.train import stop_requests
+from fieldmark.serve.limits import parse_address
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+OpenApp = Callable[[int], "FastAPI"]
 
 
-def run_server(app: Any, *, host: str, port: int, drain_seconds: int, max_connections: int) -> None:
+def run_server(app: FastAPI, *, host: str, port: int, drain_seconds: int, max_connections: int) -> None:
     """Serve until SIGINT or SIGTERM; then take no more requests, answer those in hand, and return.
 
     Args:
-        app: An ASGI app.
+        app: What answers.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         drain_seconds: Longest time that requests in hand may take after the signal.
         max_connections: More connections at once are answered with 503 by uvicorn itself.
 
     Raises:
-        MissingExtraError: uvicorn is not installed.
         ResourceError: The address cannot be listened on.
     """
-    try:
-        import uvicorn
-    except ImportError:
-        raise MissingExtraError("uvicorn", "serve") from None
+    import uvicorn
+
     config = uvicorn.Config(
         app,
         host=host,
@@ -47,18 +49,14 @@ def run_server(app: Any, *, host: str, port: int, drain_seconds: int, max_connec
         h11_max_incomplete_event_size=32 * 1024,
         ws="none",
     )
-    listener = listen(host, port)
-    with listener:
+    with listen(host, port) as listener:
         uvicorn.Server(config).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket, so that a port that is taken is one clear message."""
-    try:
-        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-    except ValueError:
-        family = socket.AF_INET  # a name
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    address = parse_address(host)
+    listener = socket.socket(socket.AF_INET6 if address and address.version == 6 else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -67,16 +65,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise ResourceError(
             f"{host}:{port} cannot be listened on: {error.strerror or error}. Give another --host or --port"
         ) from None
-    listener.set_inheritable(True)
     return listener
 
 
 def is_local(host: str) -> bool:
     """Whether only this machine can reach the address; if not, a server without a key deserves a warning."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = parse_address(host)
+    return address.is_loopback if address else host == "localhost"
 
 
 NAME = "fieldmark"
@@ -84,28 +79,25 @@ _LOOK_SECONDS = 0.2
 
 
 def make_application(
-    open_app: Callable[[int], Any], *, replicas: int, cpus: int, gpus: int, max_requests: int, drain_seconds: int
+    open_app: OpenApp, *, replicas: int, cpus: int, gpus: int, max_requests: int, drain_seconds: int
 ) -> Any:
     """The app as what `ray.serve.run` takes, for a cluster that has Serve already.
 
     Each replica has a model, batches and limits of its own, and restarts by itself when it dies.
 
     Args:
-        open_app: Called on a replica with the number of its cores, gives the ASGI app; a function of a module that is
-            installed there, or a `functools.partial` of one.
+        open_app: Called on a replica with the number of its cores; a function of a module that is installed there, or
+            a `functools.partial` of one.
         replicas: How many.
         cpus: Cores of each.
         gpus: GPUs of each.
         max_requests: Requests that a replica takes at once, and that wait in front of all. No fewer than the photos
             that it holds: the app refuses by itself, with Retry-After.
         drain_seconds: Longest time that requests in hand may take at the end.
-
-    Raises:
-        MissingExtraError: Ray Serve is not installed.
     """
     serve = _import_serve()
 
-    def build() -> Any:
+    def build() -> FastAPI:
         import torch
 
         torch.set_num_threads(cpus)
@@ -124,7 +116,7 @@ def make_application(
 
 
 def run_on_ray(
-    open_app: Callable[[int], Any],
+    open_app: OpenApp,
     *,
     address: str,
     replicas: int | None,
@@ -136,20 +128,11 @@ def run_on_ray(
 ) -> None:
     """Serve from a cluster until SIGINT or SIGTERM; then answer what is in hand, and return.
 
-    Every machine of the cluster with a replica listens, and hands requests to all replicas.
-
-    Args:
-        open_app: As in `make_application`.
-        address: As in `open_cluster`.
-        replicas: How many; they share the cores evenly. None is one for each GPU, or else for each machine.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        max_requests: As in `make_application`.
-        drain_seconds: As in `make_application`.
-        on_ready: Called once with what is running, as text, when requests are answered.
+    Every machine of the cluster with a replica listens, and hands requests to all replicas, which share the cores
+    evenly. The arguments are those of `open_cluster`, `make_application` and `run_server`; without `replicas` there is
+    one for each GPU, or else for each machine. `on_ready` is told what is running when requests are answered.
 
     Raises:
-        MissingExtraError: Ray Serve is not installed.
         ResourceError: There is no cluster, no room in it, Serve runs there already, or the replicas do not start.
     """
     serve = _import_serve()
@@ -178,6 +161,13 @@ def run_on_ray(
             ray.shutdown()
 
 
+def _import_serve() -> Any:
+    with needs_extra("ray[serve]", "ray"):
+        from ray import serve
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    return serve
+
+
 @contextmanager
 def _own_serve(serve: Any) -> Generator[None]:
     """Ray Serve, from here to the end of the block."""
@@ -194,11 +184,11 @@ def _own_serve(serve: Any) -> Generator[None]:
 
 
 def _reason(serve: Any, error: Exception) -> str:
-    """What a replica died of: the end of the traceback that Ray keeps."""
+    """What a replica died of: the last line of the traceback that Ray keeps."""
     application = serve.status().applications.get(NAME)
-    told = application.deployments[NAME].message if application and NAME in application.deployments else ""
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
-    return lines[-1] if lines else str(error)
+    deployment = application.deployments.get(NAME) if application else None
+    lines = deployment.message.split("\n") if deployment else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), str(error))
 
 
 def _drain(serve: Any, seconds: float) -> None:
@@ -213,15 +203,6 @@ def _drain(serve: Any, seconds: float) -> None:
                 return
 
 
-def _import_serve() -> Any:
-    try:
-        from ray import serve
-    except ImportError as error:
-        raise MissingExtraError(error.name or "ray[serve]", "ray") from None
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    return serve
-
-
 def num_places(ray: Any) -> int:
     """Replicas that suit a cluster: one for each GPU, or else for each machine with cores."""
     gpus = int(ray.cluster_resources().get("GPU", 0.0))
@@ -230,11 +211,7 @@ def num_places(ray: Any) -> int:
 
 
 def share_out(ray: Any, count: int) -> tuple[int, int]:
-    """Most cores, and GPUs, that each of so many replicas can have.
-
-    Raises:
-        ResourceError: They do not fit into the cluster.
-    """
+    """Most cores, and GPUs, that each of so many replicas can have; ResourceError where the cluster has no room."""
     total = ray.cluster_resources()
     gpus = 1 if total.get("GPU") else 0
     for cpus in range(int(total.get("CPU", 0.0)) // count, 0, -1):
