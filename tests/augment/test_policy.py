@@ -22,7 +22,7 @@ FILL = (10, 200, 30)
 
 def draw(policy, count=4000, size=224, num_ops=2, magnitude=9):
     chances = uniforms(0, 0, np.arange(count), stream=4, count=num_policy_uniforms(policy, num_ops))
-    return sample_policy(policy, chances, num_ops=num_ops, magnitude=magnitude, size=size)
+    return sample_policy(policy, chances, magnitude=magnitude, size=size)
 
 
 def test_trivial_augment_draws_torchvisions_space():

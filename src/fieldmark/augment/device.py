@@ -9,7 +9,7 @@ Shape letters: B photos; H, W height and width of the tensor that holds them; S 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from math import ceil
 from typing import Any
 
@@ -41,46 +41,35 @@ def augment_device(
     *,
     compiled: bool,
 ) -> Tensor:
-    """Execute the parameters of a batch on the device of `photos`: (B, 3, S, S) float32.
+    """Execute parameters on (B, 3, H, W) photos, upright, each in the upper left corner of its slot: (B, 3, S, S).
 
-    With `crop = "weights"` the filter is bilinear whatever the weights' own.
-
-    Args:
-        photos: (B, 3, H, W) uint8, upright, each in the upper left corner of its slot.
-        valid_sizes: (B, 2) width and height of each photo in its slot.
-        source_sizes: (B, 2) upright width and height for which the parameters were drawn.
-        params: Of the batch.
-        spec: What they were drawn from.
-        mean: Of normalization, for values in [0, 1].
-        std: The same.
-        compiled: Compile color, normalization and erasing with `torch.compile`; pays on a GPU only.
+    Valid sizes are (B, 2) width and height in the slots, source sizes those for which the parameters were drawn. With
+    `crop = "weights"` the filter is bilinear whatever the weights' own. To compile color, normalization and erasing
+    pays on a GPU only.
     """
     images = _warp(photos, valid_sizes, valid_sizes / source_sizes, params, spec)
     for image, ops, magnitudes in zip(images, params.ops, params.magnitudes, strict=True):
         apply_policy_colors(image, ops, magnitudes, spec.fill)
     kinds = [kind for kind, width in enumerate(spec.color_ranges) if width]
     finish = _compiled_finish() if compiled else _finish
-    put = _placer(photos.device)
+    put = partial(_put, device=photos.device)
     return finish(
         images,
-        put(params.color_order),
-        put(params.factors.astype(np.float32)),
+        put(params.color_order, dtype=np.int64),
+        put(params.factors),
         kinds,
-        put(np.array(mean, dtype=np.float32)),
-        put(np.array(std, dtype=np.float32)),
-        put(params.erase) if params.erase.any() else None,
-        put(params.noise_offset),
+        put(np.array(mean)),
+        put(np.array(std)),
+        put(params.erase, dtype=np.int64) if params.erase.any() else None,
+        put(params.noise_offset, dtype=np.int64),
         _bank(photos.device) if spec.erase_value == "random" else None,
     )
 
 
-def _placer(device: torch.device) -> Callable[[NDArray[Any]], Tensor]:
-    def put(array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        # Only a copy from pinned memory leaves the host free to go on.
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    return put
+def _put(array: NDArray[Any], device: torch.device, dtype: Any = np.float32) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+    # Only a copy from pinned memory leaves the host free to go on.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @cache
@@ -105,11 +94,7 @@ def _warp(
     first, end = crop_limits(params.box * np.tile(ratio, 2), valid)
     if spec.crop == "weights":  # the evaluation's filter sees beyond the box
         first, end = np.zeros_like(first), valid
-    put_any = _placer(photos.device)
-
-    def put(array: NDArray[Any]) -> Tensor:
-        return put_any(array.astype(np.float32))
-
+    put = partial(_put, device=photos.device)
     low, high = put(first)[:, None, None], put(end - 1)[:, None, None]
     extent = torch.tensor([photos.shape[3], photos.shape[2]], dtype=torch.float32, device=photos.device)
     pixels = torch.minimum(torch.maximum(_points(put(last), spec.size, across, down) - 0.5, low), high)

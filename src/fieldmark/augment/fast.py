@@ -106,16 +106,7 @@ def augment_fast(
     mean: RGB,
     std: RGB,
 ) -> NDArray[np.float32]:
-    """Execute the parameters of a batch: (B, 3, S, S).
-
-    Args:
-        photos: B photos (H, W, 3) uint8, upright, each at its source size or smaller.
-        source_sizes: (B, 2) upright width and height for which the parameters were drawn.
-        params: Of the batch.
-        spec: What they were drawn from.
-        mean: Of normalization, for values in [0, 1].
-        std: The same.
-    """
+    """Execute parameters on B upright photos (H, W, 3), each at its source size (B, 2) or smaller: (B, 3, S, S)."""
     out = np.empty((len(photos), 3, spec.size, spec.size), dtype=np.float32)
     deviation = np.asarray(std, dtype=np.float64)
     scale, offset = (1 / (255 * deviation)).astype(np.float32), (-np.asarray(mean) / deviation).astype(np.float32)

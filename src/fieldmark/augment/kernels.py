@@ -189,21 +189,11 @@ def gray(r: Any, g: Any, b: Any) -> Any:
 
 
 @compiled()
-def contrast(r: Any, g: Any, b: Any, factor: Any, mean: Any) -> None:
-    """Blend with the picture's mean gray, in place."""
+def blend_with_gray(r: Any, g: Any, b: Any, factor: Any, mean: Any, is_own: bool) -> None:
+    """Blend with each pixel's own gray (saturation), or with the picture's mean gray (contrast), in place."""
     low, high = np.float32(0), np.float32(255)
     for i in range(len(r)):
-        r[i] = min(max(mean + factor * (r[i] - mean), low), high)
-        g[i] = min(max(mean + factor * (g[i] - mean), low), high)
-        b[i] = min(max(mean + factor * (b[i] - mean), low), high)
-
-
-@compiled()
-def saturate(r: Any, g: Any, b: Any, factor: Any) -> None:
-    """Blend with each pixel's own gray, in place."""
-    low, high = np.float32(0), np.float32(255)
-    for i in range(len(r)):
-        level = gray(r[i], g[i], b[i])
+        level = gray(r[i], g[i], b[i]) if is_own else mean
         r[i] = min(max(level + factor * (r[i] - level), low), high)
         g[i] = min(max(level + factor * (g[i] - level), low), high)
         b[i] = min(max(level + factor * (b[i] - level), low), high)
@@ -247,10 +237,8 @@ def recolor(r: Any, g: Any, b: Any, kind: int, factor: Any, mean: Any) -> None:
     """One color operation on a row of pixels: `kind` as in `sample.BRIGHTNESS` and its neighbours."""
     if kind == 0:
         brighten(r, g, b, factor)
-    elif kind == 1:
-        contrast(r, g, b, factor, mean)
-    elif kind == 2:
-        saturate(r, g, b, factor)
+    elif kind <= 2:
+        blend_with_gray(r, g, b, factor, mean, kind == 2)
     else:
         turn_hue(r, g, b, factor)
 

@@ -23,21 +23,9 @@ if TYPE_CHECKING:
 
 
 OPERATIONS = (
-    "Identity",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-    "Brightness",
-    "Color",
-    "Contrast",
-    "Sharpness",
-    "Posterize",
-    "Solarize",
-    "AutoContrast",
-    "Equalize",
-)
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
 """Names of the operations; their positions are the numbers in `BatchParams.ops`."""
 
 _SIGNED = np.array([1 <= number <= 9 for number in range(len(OPERATIONS))])
@@ -58,15 +46,12 @@ def num_policy_uniforms(policy: Policy, num_ops: int) -> int:
 
 
 def sample_policy(
-    policy: Policy, chances: NDArray[np.float64], *, num_ops: int, magnitude: int, size: int
+    policy: Policy, chances: NDArray[np.float64], *, magnitude: int, size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Turn uniform numbers (B, num_policy_uniforms) into operations and their strengths.
+    """(B, n) operations and their signed strengths, in their own unit, from (B, num_policy_uniforms) numbers.
 
-    `trivial` draws one operation and its strength; `rand` draws `num_ops` operations with the strength of bin
-    `magnitude` of 0 to 30, shifts relative to the image's side of `size` pixels.
-
-    Returns:
-        (B, n) operation numbers and (B, n) signed strengths in the operation's own unit; n is 0 for `none`.
+    `trivial` draws one operation and its strength; `rand` draws operations with the strength of bin `magnitude` of 0 to
+    30, shifts relative to the image's side of `size` pixels; `none` draws nothing.
     """
     if policy == "none":
         return np.zeros((len(chances), 0), dtype=np.int64), np.zeros((len(chances), 0))

@@ -8,7 +8,7 @@ Shape letters: B photos of a batch, N draws, n operations of a policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -23,9 +23,6 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Columns of `BatchParams.factors` and values of `BatchParams.color_order`."""
 
 Floats = NDArray[np.float64]
-Rows = NDArray[np.intp]
-Draw = Callable[[Rows, int], Floats]  # (rows, count) -> their first (len(rows), count) numbers
-Attempt = tuple[Floats, Floats, NDArray[np.bool_]]  # width, height, and whether they fit
 
 NOISE_SIZE = 1 << 20
 """Length of the noise bank."""
@@ -103,26 +100,19 @@ def sample_params(spec: AugmentSpec, sizes: ArrayLike, *, seed: int, epoch: int,
     """Draw the parameters of a batch of (B,) photo numbers with (B, 2) upright widths and heights in pixels."""
     sizes = np.asarray(sizes, dtype=np.float64)
     numbers = np.asarray(numbers, dtype=np.int64)
-    counts = {
-        CROP: 4,
-        FLIP: 2,
-        AFFINE: 4,
-        COLOR: 8,
-        POLICY: num_policy_uniforms(spec.policy, spec.rand_ops),
-        ERASE: 8 if spec.erase else 0,
-    }
+    attempts = 4 * _ATTEMPTS
+    counts = {CROP: attempts, FLIP: 2, AFFINE: 4, COLOR: 8, ERASE: 4 + attempts if spec.erase else 0}
+    counts[POLICY] = num_policy_uniforms(spec.policy, spec.rand_ops)
     draws = uniform_streams(seed, epoch, numbers, counts)
     flips = draws[FLIP] < (spec.horizontal_flip, spec.vertical_flip)
     return BatchParams(
-        *_crop_boxes(spec, sizes, draws[CROP], _later(seed, epoch, numbers, CROP)),
+        *_crop_boxes(spec, sizes, draws[CROP]),
         flips[:, 0],
         flips[:, 1],
         *_affine(spec, draws[AFFINE]),
         *_color(spec, draws[COLOR]),
-        *sample_policy(
-            spec.policy, draws[POLICY], num_ops=spec.rand_ops, magnitude=spec.rand_magnitude, size=spec.size
-        ),
-        *_erase(spec, draws[ERASE], _later(seed, epoch, numbers, ERASE)),
+        *sample_policy(spec.policy, draws[POLICY], magnitude=spec.rand_magnitude, size=spec.size),
+        *_erase(spec, draws[ERASE]),
     )
 
 
@@ -138,16 +128,12 @@ def crop_fallback_rate(spec: AugmentSpec, sizes: ArrayLike, *, draws: int) -> fl
     failed = 0
     for start in range(0, total, _CHUNK):
         numbers = np.arange(start, min(start + _CHUNK, total))
-        first = uniforms(0, 0, numbers, stream=CROP, count=4)
-        failed += int(_crop_boxes(spec, sizes[numbers // draws], first, _later(0, 0, numbers, CROP))[1].sum())
+        chances = uniforms(0, 0, numbers, stream=CROP, count=4 * _ATTEMPTS)
+        failed += int(_crop_boxes(spec, sizes[numbers // draws], chances)[1].sum())
     return failed / total
 
 
-def _later(seed: int, epoch: int, numbers: NDArray[np.int64], stream: int) -> Draw:
-    return lambda rows, count: uniforms(seed, epoch, numbers[rows], stream=stream, count=count)
-
-
-def _crop_boxes(spec: AugmentSpec, sizes: Floats, first: Floats, draw: Draw) -> tuple[Floats, NDArray[np.bool_]]:
+def _crop_boxes(spec: AugmentSpec, sizes: Floats, chances: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     """(B, 4) boxes and (B,) whether they are the fallback."""
     width, height = sizes[:, 0], sizes[:, 1]
     never = np.zeros(len(sizes), dtype=np.bool_)
@@ -156,12 +142,9 @@ def _crop_boxes(spec: AugmentSpec, sizes: Floats, first: Floats, draw: Draw) -> 
     if spec.crop == "weights":
         return _weights_boxes(spec, sizes), never
 
-    def attempt(rows: Rows, chances: Floats) -> Attempt:
-        w, h = _sides((width * height)[rows, None], chances, spec.crop_scale, spec.crop_ratio)
-        fits = (w > 0) & (w <= width[rows, None]) & (h > 0) & (h <= height[rows, None])
-        return w, h, fits | (spec.crop == "zoom")
-
-    (w, h, u, v), found = _first_fit(first, draw, attempt)
+    w, h = _sides((width * height)[:, None], chances, spec.crop_scale, spec.crop_ratio)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    w, h, u, v, found = _first_fit(w, h, fits | (spec.crop == "zoom"), chances)
     w, h = np.maximum(w, 1), np.maximum(h, 1)
     drawn = np.stack([_start(width, w, u), _start(height, h, v), w, h], axis=1)
     return np.where(found[:, None], drawn, _center_boxes(sizes, spec.crop_ratio)), np.logical_not(found)
@@ -179,24 +162,21 @@ def _weights_boxes(spec: AugmentSpec, sizes: Floats) -> Floats:
     return np.concatenate([corner, np.full_like(corner, spec.size)], axis=1) * np.tile(sizes / resized, 2)
 
 
-def _first_fit(
-    first: Floats, draw: Draw, attempt: Callable[[Rows, Floats], Attempt]
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Torchvision's ten attempts: (4, count) w, h and two more uniform numbers, and (count,) whether one fitted.
+def _sides(
+    whole: Floats | int, chances: Floats, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Floats, Floats]:
+    """(B, 10) of either side, with a ratio and with a share of the `whole` area that four numbers each draw."""
+    area = whole * _between(chances[:, 0::4], scale)
+    ratios = np.exp(_between(chances[:, 1::4], np.log(ratio)))
+    return np.rint(np.sqrt(area * ratios)), np.rint(np.sqrt(area / ratios))
 
-    Most rows fit at once, so only the others draw all ten.
-    """
-    result, found = np.zeros((len(first), 4)), np.zeros(len(first), dtype=np.bool_)
-    for tries in (1, _ATTEMPTS):
-        rows = np.flatnonzero(~found)
-        if not len(rows):
-            break
-        chances = (first if tries == 1 else draw(rows, 4 * tries)).reshape(len(rows), tries, 4)
-        w, h, good = attempt(rows, chances)
-        best = (np.arange(len(rows)), good.argmax(axis=1))
-        result[rows] = np.stack([w[best], h[best], chances[..., 2][best], chances[..., 3][best]], axis=1)
-        found[rows] = good.any(axis=1)
-    return result.T, found
+
+def _first_fit(
+    w: Floats, h: Floats, fits: NDArray[np.bool_], chances: Floats
+) -> tuple[Floats, Floats, Floats, Floats, NDArray[np.bool_]]:
+    """(B,) sides of the first of ten attempts that fits, two more numbers of it, and whether any did."""
+    best = (np.arange(len(fits)), fits.argmax(axis=1))
+    return w[best], h[best], chances[:, 2::4][best], chances[:, 3::4][best], fits[best]
 
 
 def _center_boxes(sizes: Floats, ratio: tuple[float, float]) -> Floats:
@@ -228,35 +208,17 @@ def _color(spec: AugmentSpec, chances: Floats) -> tuple[Floats, NDArray[np.int64
     return low + chances[:, :4] * (high - low), order.astype(np.int64)
 
 
-def _erase(spec: AugmentSpec, chances: Floats, draw: Draw) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _erase(spec: AugmentSpec, chances: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(B, 4) rectangle and (B,) start in the noise bank of RandomErasing."""
-    box, offset = np.zeros((len(chances), 4), dtype=np.int64), np.zeros(len(chances), dtype=np.int64)
     if not spec.erase:
-        return box, offset
-    happens = np.flatnonzero(chances[:, 0] < spec.erase)
-
-    def attempt(_: Rows, chances: Floats) -> Attempt:
-        h, w = _sides(spec.size**2, chances, spec.erase_scale, spec.erase_ratio)  # its ratio is height over width
-        return w, h, (w < spec.size) & (h < spec.size)
-
-    # The first four numbers decided whether and where in the noise.
-    def later(rows: Rows, count: int) -> Floats:
-        return draw(happens[rows], count + 4)[:, 4:]
-
-    (w, h, u, v), found = _first_fit(chances[happens, 4:], later, attempt)
+        return np.zeros((len(chances), 4), dtype=np.int64), np.zeros(len(chances), dtype=np.int64)
+    # The first four numbers decide whether and where in the noise; the ratio of the sides is height over width.
+    first, chances = chances[:, :4], chances[:, 4:]
+    h, w = _sides(spec.size**2, chances, spec.erase_scale, spec.erase_ratio)
+    w, h, u, v, found = _first_fit(w, h, (w < spec.size) & (h < spec.size), chances)
     drawn = np.stack([_start(spec.size, w, u), _start(spec.size, h, v), w, h], axis=1)
-    box[happens] = np.where((found & (w > 0) & (h > 0))[:, None], drawn, 0)
-    offset[:] = chances[:, 1] * NOISE_SIZE
-    return box, offset
-
-
-def _sides(
-    whole: Floats | int, chances: Floats, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Floats, Floats]:
-    """Two sides with a ratio and with a share of the `whole` area, both drawn by (..., 2 or more) uniform numbers."""
-    area = whole * _between(chances[..., 0], scale)
-    ratios = np.exp(_between(chances[..., 1], np.log(ratio)))
-    return np.rint(np.sqrt(area * ratios)), np.rint(np.sqrt(area / ratios))
+    happens = (first[:, 0] < spec.erase) & found & (w > 0) & (h > 0)
+    return np.where(happens[:, None], drawn, 0).astype(np.int64), (first[:, 1] * NOISE_SIZE).astype(np.int64)
 
 
 def _between(u: Floats, ends: ArrayLike) -> Floats:

@@ -99,7 +99,7 @@ def list_options(course: Course, candidate: Candidate, *, seconds: float, depths
         seconds: That training may take.
         depths: How many depths of freezing to measure, from none.
     """
-    num_stages = len(course.load_model(candidate).model.stages()) - 1
+    num_stages = course.load_model(candidate).model.count_stages()
     small = course.config.augment.size or _training_size(candidate)
     large = course.config.augment.size or max(candidate.size, small)
     found: list[Option] = []

@@ -221,13 +221,11 @@ def pretrained_file(config: Any, name: str, *, download: bool = True) -> Path | 
     Without `download` the hub is only asked whether it has the file. Raises WeightsError where there are no such
     weights, or they cannot be fetched: within seconds, not after retries.
     """
-    if config is None or not (config.hf_hub_id or config.url or config.file):
+    if config is None or not (config.hf_hub_id or config.url):
         raise WeightsError(
             f"model.weights: timm has no pretrained weights of {name}. Choose another model (`fieldmark models`), or "
             "give model.weights a file, a folder or random"
         )
-    if config.file:
-        return Path(config.file)
     if not config.hf_hub_id:
         return None
     names = [config.hf_hub_filename] if config.hf_hub_filename else WEIGHT_FILES

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -61,21 +60,14 @@ class Classifier(nn.Module):
         """Logits (B, K) of pooled features (B, F)."""
         return self.head(self.feature_dropout(features))
 
-    def stages(self) -> list[list[nn.Module]]:
-        """Modules by stage from the input outwards: the stem, the backbone's stages, the head last.
-
-        A stage holds the largest modules that belong to it as a whole. A tensor that belongs to no such module (a
-        position embedding, say) is in `stage_parameters` alone.
-        """
-        stage_of = _number_stages(self.backbone)
-        stages: list[list[nn.Module]] = [[] for _ in range(max(stage_of.values()) + 1)]
-        _sort_modules(self.backbone, "", stage_of, stages)
-        return [*stages, [self.head]]
+    def count_stages(self) -> int:
+        """Stages of the backbone, the stem included."""
+        return max(_number_stages(self.backbone).values()) + 1
 
     def stage_parameters(self) -> list[list[tuple[str, nn.Parameter]]]:
-        """(name, parameter) by stage, as in `stages`; each parameter of the model exactly once."""
+        """(name, parameter) by stage, from the input: the stem, the backbone's stages, the head; each exactly once."""
         stage_of = _number_stages(self.backbone)
-        stages: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(max(stage_of.values()) + 1)]
+        stages: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(self.count_stages())]
         for name, parameter in self.backbone.named_parameters():
             stages[stage_of[name]].append((f"backbone.{name}", parameter))
         return [*stages, list(self.head.named_parameters(prefix="head"))]
@@ -93,8 +85,12 @@ class Classifier(nn.Module):
         """
         super().train(mode)
         if mode and self.num_frozen_stages:
-            for module in chain(*self.stages()[: self.num_frozen_stages]):
-                module.eval()
+            stage_of = _number_stages(self.backbone)
+            for path, module in self.backbone.named_modules():
+                prefix = path and f"{path}."
+                stages = [stage for name, stage in stage_of.items() if name.startswith(prefix)]
+                if stages and max(stages) < self.num_frozen_stages:
+                    module.eval()
         if mode and self.has_frozen_batchnorm:
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
@@ -271,13 +267,3 @@ def _group_by_numbers(names: Sequence[str]) -> dict[str, int]:
         latest = int(match[2]) + 1 if match and match[1] == main else latest
         grouping[name] = latest
     return grouping
-
-
-def _sort_modules(module: nn.Module, prefix: str, stage_of: Mapping[str, int], stages: list[list[nn.Module]]) -> None:
-    numbers = {number for name, number in stage_of.items() if name.startswith(prefix)}
-    if len(numbers) == 1:
-        stages[numbers.pop()].append(module)
-        return
-    for name, child in module.named_children():
-        if any(key.startswith(f"{prefix}{name}.") for key in stage_of):
-            _sort_modules(child, f"{prefix}{name}.", stage_of, stages)

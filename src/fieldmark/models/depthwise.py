@@ -13,7 +13,7 @@ Shape letters: N photos, H, W of the input, h, w of the output, C channels, K si
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -42,18 +42,9 @@ class DepthwiseGradients(TorchFunctionMode):
     depends on `torch.get_num_threads()` alone.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.conv2d and not kwargs:
-            found = _depthwise(*args)
-            if found is not None:
-                return found
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = _depthwise(*args) if func is torch.conv2d and not kwargs else None
+        return func(*args, **(kwargs or {})) if found is None else found
 
 
 def _depthwise(
@@ -149,18 +140,17 @@ def _rows(tensor: Tensor) -> NDArray[Any]:
 def _share(total: int, work: Callable[[int, int, int], None]) -> None:
     """Call `work(first, end, part)` for as many equal parts of `total` as torch has threads, side by side."""
     count = min(torch.get_num_threads(), total)
-    edges = [total * part // count for part in range(count + 1)] if count else []
-    others = [_pool(os.getpid(), count).submit(work, edges[part], edges[part + 1], part) for part in range(1, count)]
-    if count:
-        work(edges[0], edges[1], 0)
-    for other in others:
-        other.result()
+    if count < 2:
+        work(0, total, 0)
+        return
+    edges = [total * part // count for part in range(count + 1)]
+    list(_pool(os.getpid(), count).map(work, edges[:-1], edges[1:], range(count)))
 
 
 @cache
 def _pool(process: int, count: int) -> ThreadPoolExecutor:
-    """Threads for all parts but one; those of a parent do not live on in a forked process."""
-    return ThreadPoolExecutor(count - 1, thread_name_prefix="depthwise")
+    """Threads for all parts; those of a parent do not live on in a forked process."""
+    return ThreadPoolExecutor(count, thread_name_prefix="depthwise")
 
 
 def as_float(value: Any) -> Any:

@@ -17,18 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fieldmark.errors import WeightsError
-from fieldmark.models.catalog import (
-    InputConfig,
-    as_config,
-    describe_pretraining,
-    find_package,
-    input_config,
-    package_file,
-    pretrained_file,
-    provenance_warnings,
-    read_json,
-    timm_config,
-)
+from fieldmark.models import catalog
+from fieldmark.models.catalog import InputConfig, describe_pretraining
 from fieldmark.models.classifier import Classifier
 
 MIN_MATCHED_FRACTION = 0.5
@@ -78,7 +68,7 @@ class WeightsReport:
         if self.source == "random":
             return []
         what = self.name if self.source == "pretrained" else self.source
-        found = provenance_warnings(name=what, licence=self.licence, pretraining=self.pretraining)
+        found = catalog.provenance_warnings(name=what, licence=self.licence, pretraining=self.pretraining)
         if random := len(self.missing) + len(self.mismatched):
             found.append(f"{what}: {random} of {self.total} tensors of {self.name} stay random")
         return found
@@ -128,13 +118,13 @@ def data_config(name: str, source: str) -> InputConfig:
     """
     is_own = True
     if source.startswith("package:"):
-        config = timm_config(find_package(source, name).timm_name)
+        config = catalog.timm_config(catalog.find_package(source, name).timm_name)
     elif source not in ("pretrained", "random") and (settings := _read_config_beside(Path(source).expanduser(), name)):
-        config = as_config(settings)
+        config = catalog.as_config(settings)
     else:
-        config = timm_config(name)
+        config = catalog.timm_config(name)
         is_own = source == "pretrained" or "." in name
-    return input_config(config, is_own=is_own)
+    return catalog.input_config(config, is_own=is_own)
 
 
 def _fill(model: Classifier, source: _Source) -> WeightsReport:
@@ -221,8 +211,8 @@ def _from_hub(name: str) -> _Source:
     """Load the weights that timm calls pretrained."""
     import timm
 
-    config = timm_config(name)
-    path = pretrained_file(config, name)
+    config = catalog.timm_config(name)
+    path = catalog.pretrained_file(config, name)
     overlay = {"file": str(path), "source": "", "hf_hub_filename": None} if path else None
     try:
         # A second model, so that timm's own conversions of the file for this architecture apply.
@@ -235,8 +225,8 @@ def _from_hub(name: str) -> _Source:
 def _from_package(name: str, source: str) -> _Source:
     import timm
 
-    package = find_package(source, name)
-    path = package_file(package)
+    package = catalog.find_package(source, name)
+    path = catalog.package_file(package)
     with torch.device("meta"):
         layout = timm.create_model(package.timm_name, num_classes=1000 if package.has_classifier else 0)
     tensors = match_by_position(read_tensors(path)[0], layout.state_dict(), path.name)
@@ -248,7 +238,7 @@ def _from_path(name: str, path: Path) -> _Source:
     if not path.is_dir():
         tensors, metadata = read_tensors(path)
         return _Source(path.name, tensors, metadata.get("license"), metadata.get("pretraining"), path)
-    config = as_config(_read_config_beside(path, name))
+    config = catalog.as_config(_read_config_beside(path, name))
     file = next((path / file for file in _FOLDER_FILES if (path / file).is_file()), None)
     if file is None:
         raise WeightsError(f"model.weights: the folder {path} has none of {', '.join(_FOLDER_FILES)}")
@@ -260,14 +250,14 @@ def _read_config_beside(path: Path, name: str) -> dict[str, Any]:
     architecture = name.partition(".")[0]
     if not path.is_dir():
         try:
-            settings = read_json(path.parent / "config.json")
+            settings = catalog.read_json(path.parent / "config.json")
         except WeightsError:  # there is none, or it is some other program's
             return {}
         return settings if settings.get("architecture") == architecture else {}
     config_file = path / "config.json"
     if not config_file.is_file():
         raise WeightsError(f"model.weights: the folder {path} has no config.json; give the weight file in it")
-    settings = read_json(config_file)
+    settings = catalog.read_json(config_file)
     if settings.get("architecture") != architecture:
         raise WeightsError(
             f"model.weights: {config_file} describes {settings.get('architecture')!r}; got model.name {name!r}. "
@@ -295,6 +285,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises WeightsError where there is no such file, or it is of another kind, damaged, with pickled code, or has no
     tensors.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise WeightsError(
             f"model.weights: there is no file or folder {str(path)!r}. Give pretrained, random, package:NAME, or "
@@ -304,23 +296,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if suffix not in SUFFIXES:
         endings = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise WeightsError(f"model.weights: {path.name} is not a weight file; its name must end in {endings}")
+    metadata: dict[str, str] = {}
     try:
-        tensors, metadata = _read_safetensors(path) if suffix == SUFFIXES[0] else (_read_torch(path), {})
+        if suffix == SUFFIXES[0]:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        else:
+            tensors = _read_torch(path)
+    except SafetensorError as error:
+        raise WeightsError(f"model.weights: {path.name} is not a whole safetensors file ({error})") from None
     except OSError as error:
         raise WeightsError(f"model.weights: {path.name} cannot be read: {error.strerror or error}") from None
     if not tensors:
         raise WeightsError(f"model.weights: {path.name} holds no tensors by name. Give a file of a state_dict")
     return tensors, metadata
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise WeightsError(f"model.weights: {path.name} is not a whole safetensors file ({error})") from None
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

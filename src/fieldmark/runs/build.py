@@ -368,7 +368,7 @@ def build_plan(
         epochs=train.epochs,
         size=train_size(config, built.data),
         eval_size=evaluation.size,
-        num_stages=len(built.model.stages()) - 1,
+        num_stages=built.model.count_stages(),
         resolution_steps=train.resolution_steps,
         fixres_epochs=train.fixres_epochs,
         mix_off_epochs=config.mix.off_epochs,
