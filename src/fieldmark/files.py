@@ -117,7 +117,7 @@ def read_values(kind: type[Value], values: Any) -> Value:
         if missing:
             raise ValueError(f"lacks {', '.join(missing)}") from None
         key, found = ".".join(map(str, problems[0]["loc"])), repr(problems[0]["input"])[:80]
-        raise ValueError(f"has {key} = {found}: {problems[0]['msg']}") from None
+        raise ValueError(f"has {f'{key} = ' if key else ''}{found}: {problems[0]['msg']}") from None
 
 
 def remove_dead_parts(folder: Path) -> None:

@@ -6,25 +6,26 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmark.runs import plan
-from fieldmark.runs.plan import PhaseRules, TrainPlan, count_updates, cut_updates
+from fieldmark.config import load_config
+from fieldmark.runs import build
+from fieldmark.runs.build import TrainPlan, build_phase, count_updates, cut_updates
 
-RULES = PhaseRules(
-    epochs=10,
-    size=64,
-    eval_size=80,
-    num_stages=5,
-    resolution_steps=((0.0, 32), (0.5, 64)),
-    fixres_epochs=2,
-    mix_off_epochs=3,
-    freeze="all",
-    unfreeze_every_epochs=2,
+CONFIG = load_config(
+    None,
+    [
+        "train.epochs=10",
+        "train.resolution_steps=[[0.0, 32], [0.5, 64]]",
+        "train.fixres_epochs=2",
+        "mix.off_epochs=3",
+        'model.freeze="all"',
+        "model.unfreeze_every_epochs=2",
+    ],
 )
 
 
 def make_plan(num_photos: int, batch_size: int = 8, processes: int = 1) -> TrainPlan:
     return TrainPlan(
-        RULES,
+        10,
         np.arange(num_photos) * 3,
         np.arange(7),
         seed=1,
@@ -40,7 +41,7 @@ def test_updates_are_counted_without_cutting_them(num, size, processes):
 
 
 def test_asking_for_the_number_of_updates_sorts_nothing(monkeypatch):
-    monkeypatch.setattr(plan, "epoch_order", None)
+    monkeypatch.setattr(build, "epoch_order", None)
     assert make_plan(10**6).steps_per_epoch == 125_000
 
 
@@ -58,7 +59,7 @@ def test_processes_share_the_evaluation_batches_of_one():
 
 
 def test_each_epoch_has_its_size_its_frozen_stages_and_its_mixing():
-    phases = [RULES.phase(epoch) for epoch in range(10)]
+    phases = [build_phase(CONFIG, epoch, size=64, eval_size=80, num_stages=5) for epoch in range(10)]
     assert [phase.size for phase in phases] == [32] * 5 + [64] * 3 + [80] * 2
     assert [phase.freeze for phase in phases] == ["all", "all", 4, 4, 3, 3, 2, 2, 1, 1]
     assert [phase.is_mixing for phase in phases] == [True] * 7 + [False] * 3

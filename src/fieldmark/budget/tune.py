@@ -23,8 +23,7 @@ from fieldmark.budget.race import Course, Entry
 from fieldmark.config import Config
 from fieldmark.models.classifier import freeze_stages
 from fieldmark.runs import build, folder
-from fieldmark.runs.session import Session
-from fieldmark.runs.writer import RunWriter
+from fieldmark.runs.session import Session, assemble
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs
 from fieldmark.training.optim import Schedule
 
@@ -176,30 +175,11 @@ def _open_session(course: Course, entry: Entry, option: Option) -> Session:
     config = tuning_config(course.config, entry.candidate, option)
     built = copy.deepcopy(course.load_model(entry.candidate))
     built.model.head = entry.head.as_linear()
-    evaluation = build.build_eval_spec(config, built.data)
-    cache, note = build.fill_cache(config, dataset, progress=log)
-    log.message(note)
-    workers, note = build.choose_workers(config, is_cached=cache is not None, device=fabric.device)
-    plan = build.build_plan(config, dataset.index, built, evaluation, processes=fabric.world_size)
-    counts = np.bincount(dataset.labels[plan.train_numbers], minlength=course.num_classes)
     path = course.path / TUNING
     path.mkdir(exist_ok=True)
-    return Session(
-        config=config,
-        fabric=fabric,
-        progress=log,
-        dataset=dataset,
-        built=built,
-        evaluation=evaluation,
-        cache=cache,
-        loader=build.build_loader(workers),
-        mix=build.build_mix_spec(config),
-        label_smoothing=config.train.label_smoothing,
-        plan=plan,
-        rules=build.build_rules(config),
-        writer=RunWriter(path, fabric, dataset, select="last", metric=config.train.metric),
-        prior=counts / counts.sum(),
-    )
+    session, _, note = assemble(config, path, fabric, dataset, built, select="last", progress=log)
+    log.message(note)
+    return session
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +217,7 @@ class _Training:
                 return False
             if not report.is_complete or state.step >= pace.shape.end:
                 break
-            on_epoch(report, session.config, (state.average.model if state.average else state.model).state_dict())
+            on_epoch(report, session.config, state.kept_model.state_dict())
             session.enter_phase(state.epoch)
         return True
 
@@ -254,7 +234,7 @@ class _Training:
             self._move_end()
             if state.step >= self.pace.shape.end:
                 return
-            minutes = self.session.rules.save_minutes
+            minutes = self.session.config.train.save_minutes
             if minutes and now - saved > 60 * min(minutes, 1.0):
                 self.session.writer.save(state)
                 saved = now

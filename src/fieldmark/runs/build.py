@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from fieldmark.augment.sample import AugmentSpec
 from fieldmark.config import Config
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
-from fieldmark.data.loader import Loader, auto_workers
+from fieldmark.data.loader import Loader, auto_workers, cut_plan, epoch_order
 from fieldmark.errors import ConfigError, FieldmarkError
 from fieldmark.models.catalog import InputConfig, resolve_name
 from fieldmark.models.classifier import Classifier, check_parameter_budget, count_parameters, create_classifier
@@ -27,7 +28,6 @@ from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, user_folder
 from fieldmark.runs.environment import keep_freed_memory, processor_name, quiet_fabric, usable_cores
-from fieldmark.runs.plan import PhaseRules, TrainPlan
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import Schedule, ScheduleSpec, create_optimizer, parameter_groups
 from fieldmark.training.trial import Computation, choose_computation
@@ -47,47 +47,21 @@ class Choice(Generic[Value]):
     reason: str
 
 
-@dataclass(frozen=True)
-class ProbeSpec:
-    """How the head is fitted before fine-tuning; see `training.loop.train_head`."""
-
-    epochs: int
-    lr: float
-    weight_decay: float
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class RunRules:
-    """When a run saves and stops; the names are those of the settings."""
-
-    metric: str
-    select: str
-    patience_epochs: int
-    save_minutes: float
-    trackers: tuple[str, ...]
-
-
 def choose_device(config: Config) -> Choice[str]:
-    """Where to compute: `cuda`, `mps` or `cpu`.
-
-    Raises:
-        ConfigError: The device asked for is not there.
-    """
+    """Choose where to compute: `cuda`, `mps` or `cpu`."""
     asked = config.train.device
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if asked != "auto":
-        if not there[asked]:
-            raise ConfigError(f"train.device = {asked!r}, but this machine has none; set train.device=auto or cpu")
-        return Choice(asked, "as asked")
-    for name, reason in (("cuda", "a CUDA GPU is there"), ("mps", "an Apple GPU is there")):
-        if there[name]:
-            return Choice(name, reason)
-    return Choice("cpu", "there is no GPU")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        name = next(name for name, is_there in there.items() if is_there)
+        reasons = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "there is no GPU"}
+        return Choice(name, reasons[name])
+    if not there[asked]:
+        raise ConfigError(f"train.device = {asked!r}, but this machine has none; set train.device=auto or cpu")
+    return Choice(asked, "as asked")
 
 
 def choose_precision(config: Config, device: str) -> Choice[str]:
-    """Number format of the computation."""
+    """Choose the number format of the computation."""
     if config.train.precision == "16-mixed" and device == "cpu":
         return Choice("bf16-mixed", "16-mixed was asked for, which needs a GPU: processors compute in bf16")
     if config.train.precision != "auto":
@@ -102,20 +76,19 @@ def choose_precision(config: Config, device: str) -> Choice[str]:
 
 
 def choose_threads(config: Config, *, workers: int) -> Choice[int]:
-    """Compute threads of a CPU run: more threads than cores, workers included, would collapse."""
+    """Choose the compute threads of a CPU run: more threads than cores, workers included, would collapse."""
     if config.train.threads:
         return Choice(config.train.threads, "as asked")
     cores = usable_cores() // config.train.devices
     return Choice(max(cores - workers, 1), f"{cores} cores, {workers} of them for the loader")
 
 
-def choose_workers(config: Config, *, is_cached: bool, device: torch.device) -> tuple[int, str]:
-    """Choose how many processes prepare batches, and say why in a line."""
+def choose_workers(config: Config, *, is_cached: bool, device: torch.device) -> Choice[int]:
+    """Choose how many processes prepare batches."""
     if config.loader.workers != "auto":
-        return config.loader.workers, f"loader: {config.loader.workers} workers, as asked"
+        return Choice(config.loader.workers, "as asked")
     cores = usable_cores() // config.train.devices
-    workers, reason = auto_workers(cores=cores, is_cached=is_cached, has_gpu=device.type != "cpu")
-    return workers, f"loader: {workers} workers ({reason})"
+    return Choice(*auto_workers(cores=cores, is_cached=is_cached, has_gpu=device.type != "cpu"))
 
 
 def build_loader(workers: int) -> Loader:
@@ -175,9 +148,6 @@ def guard_computation(config: Config) -> tuple[Config, str]:
     """Replace a layout or precision that would kill this process; also a warning for the user, or "".
 
     What is chosen is written into the settings, so that a resumed run computes as the run began.
-
-    Raises:
-        TrainingError: The model crashes in every layout and precision.
     """
     if choose_device(config).value != "cpu":
         return config, ""
@@ -186,7 +156,8 @@ def guard_computation(config: Config) -> tuple[Config, str]:
     except FieldmarkError:  # raised again, in its turn, by those who need the model
         return config, ""
     wanted = Computation(is_channels_last(config), choose_precision(config, "cpu").value)
-    chosen, reason = choose_computation(model, wanted, processor=processor_name(), memory=user_folder("trials"))
+    folder = user_folder("trials")
+    chosen, reason = choose_computation(model, wanted, processor=processor_name(), memory=folder)
     if not reason:
         return config, ""
     changes = {"channels_last": "on" if chosen.channels_last else "off", "precision": chosen.precision}
@@ -194,7 +165,7 @@ def guard_computation(config: Config) -> tuple[Config, str]:
     return config.model_copy(update={"train": settings}), f"warning: {reason}"
 
 
-def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice[str]]]:
+def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice[str] | Choice[int]]]:
     """Device, precision and processes, and what was chosen for `auto`."""
     device = choose_device(config)
     if device.value == "cpu":
@@ -214,47 +185,27 @@ def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice[str]]]:
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model and what is known of its weights.
+    """A model and what is known of its weights."""
 
-    Attributes:
-        model: On the CPU.
-        create: Arguments of `create_classifier` that make it again.
-        weights: What was loaded.
-        data: The weights' own data configuration.
-    """
-
-    model: Classifier
-    create: dict[str, Any]
+    model: Classifier  # on the CPU
+    create: dict[str, Any]  # arguments of `create_classifier` that make it again
     weights: WeightsReport
-    data: InputConfig
+    data: InputConfig  # the weights' own data configuration
 
 
 def create_arguments(config: Config, *, num_classes: int) -> dict[str, Any]:
-    """Arguments of `create_classifier`.
-
-    Raises:
-        ConfigError: No such model.
-    """
+    """Give the arguments of `create_classifier`."""
     settings = config.model
+    names = ("head", "head_hidden", "head_dropout", "feature_dropout", "drop_path", "stride_in_1x1")
     return {
         "name": resolve_name(settings.name, settings.weights),
         "num_classes": num_classes,
-        "head": settings.head,
-        "head_hidden": settings.head_hidden,
-        "head_dropout": settings.head_dropout,
-        "feature_dropout": settings.feature_dropout,
-        "drop_path": settings.drop_path,
-        "stride_in_1x1": settings.stride_in_1x1,
+        **{name: getattr(settings, name) for name in names},
     }
 
 
 def build_model(config: Config, *, num_classes: int) -> BuiltModel:
-    """Backbone, head and weights.
-
-    Raises:
-        WeightsError: Unknown model, or weights that cannot be had.
-        ConfigError: Over the parameter budget.
-    """
+    """Backbone, head and weights."""
     settings = config.model
     create = create_arguments(config, num_classes=num_classes)
     model = create_classifier(**create)
@@ -262,7 +213,12 @@ def build_model(config: Config, *, num_classes: int) -> BuiltModel:
         counts = [(create["name"], count_parameters(model))]
         check_parameter_budget(counts, max_millions=settings.max_parameters_millions)
     weights = load_weights(model, settings.weights)
-    return BuiltModel(model, create, weights, data_config(create["name"], settings.weights))
+    return BuiltModel(model, create, weights, build_input_config(config))
+
+
+def build_input_config(config: Config) -> InputConfig:
+    """Give the picture that the weights expect."""
+    return data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
 
 
 def train_size(config: Config, data: InputConfig) -> int:
@@ -317,20 +273,10 @@ def build_train_photos(
     *,
     size: int,
     evaluation: EvalSpec,
-    is_fixres: bool,
-    cache: PhotoCache | None,
+    is_fixres: bool = False,
+    cache: PhotoCache | None = None,
 ) -> TrainPhotos:
-    """What prepares training batches.
-
-    Args:
-        config: The settings.
-        index: N photos.
-        sizes: (N, 2) upright width and height in pixels.
-        size: Side of the training images in pixels.
-        evaluation: The evaluation transform.
-        is_fixres: Whether the epoch sees the evaluation picture.
-        cache: Reduced photos, or None.
-    """
+    """What prepares training batches of `size` pixels from an index's photos, (N, 2) `sizes` of which are known."""
     return TrainPhotos(
         reader=build_reader(config, index),
         cache=cache,
@@ -348,66 +294,102 @@ def build_mix_spec(config: Config) -> MixSpec:
     return MixSpec(**config.mix.model_dump(exclude={"off_epochs"}))
 
 
-def build_probe(config: Config) -> ProbeSpec | None:
-    """Give how the head is fitted before fine-tuning; None where it is not."""
-    return ProbeSpec(**config.probe.model_dump()) if config.probe.epochs else None
+@dataclass(frozen=True)
+class Phase:
+    """What holds during one epoch."""
+
+    size: int  # side of the training images, in pixels
+    freeze: int | Literal["all"]  # frozen stages from the input
+    is_fixres: bool  # head and norms alone learn, on the evaluation picture
+    is_mixing: bool  # batches may be mixed
 
 
-def build_rules(config: Config) -> RunRules:
-    """Give when a run saves and stops."""
-    train = config.train
-    return RunRules(train.metric, train.select, train.patience_epochs, train.save_minutes, train.trackers)
-
-
-def build_plan(
-    config: Config, index: PhotoIndex, built: BuiltModel, evaluation: EvalSpec, *, processes: int
-) -> TrainPlan:
-    """Give the order of the photos, and what holds in which epoch."""
-    train = config.train
-    rules = PhaseRules(
-        epochs=train.epochs,
-        size=train_size(config, built.data),
-        eval_size=evaluation.size,
-        num_stages=built.model.count_stages(),
-        resolution_steps=train.resolution_steps,
-        fixres_epochs=train.fixres_epochs,
-        mix_off_epochs=config.mix.off_epochs,
-        freeze=config.model.freeze,
-        unfreeze_every_epochs=config.model.unfreeze_every_epochs,
-    )
-    return TrainPlan(
-        rules=rules,
-        train_numbers=_list_numbers(index, "train"),
-        val_numbers=_list_numbers(index, "val"),
-        seed=train.seed,
-        batch_size=train.batch_size,
-        eval_batch_size=config.eval.batch_size,
-        processes=processes,
+def build_phase(config: Config, epoch: int, *, size: int, eval_size: int, num_stages: int) -> Phase:
+    """Give what holds during an epoch (0-based), of a backbone of so many stages, at `size` if no step says else."""
+    train, model = config.train, config.model
+    is_fixres = train.epochs - train.fixres_epochs <= epoch < train.epochs
+    for start, side in train.resolution_steps:
+        size = side if epoch >= start * train.epochs else size
+    freeze = model.freeze
+    if model.unfreeze_every_epochs:
+        frozen = num_stages if freeze == "all" else int(freeze)
+        freeze = max(frozen - epoch // model.unfreeze_every_epochs, 0)
+        freeze = "all" if freeze == num_stages else freeze
+    return Phase(
+        size=eval_size if is_fixres else size,
+        freeze=freeze,
+        is_fixres=is_fixres,
+        is_mixing=epoch < train.epochs - config.mix.off_epochs,
     )
 
 
-def _list_numbers(index: PhotoIndex, split: str) -> NDArray[np.int64]:
-    numbers = [number for number, photo in enumerate(index.photos) if photo.split == split and photo.label is not None]
-    return np.asarray(numbers, np.int64)
+@dataclass(frozen=True)
+class TrainPlan:
+    """The order of the photos over all epochs: a pure function of these values."""
+
+    epochs: int
+    train_numbers: NDArray[np.int64]  # photos of the training split
+    val_numbers: NDArray[np.int64]  # photos of the validation split
+    seed: int
+    batch_size: int  # photos per update over all processes
+    eval_batch_size: int
+    processes: int  # that train together
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of one epoch: arithmetic alone, since it is asked for often."""
+        return count_updates(len(self.train_numbers), self.batch_size, processes=self.processes)
+
+    def updates(self, epoch: int) -> list[Sequence[int]]:
+        """Shuffle an epoch and cut it into updates of photo numbers, over all processes."""
+        order = epoch_order(len(self.train_numbers), seed=self.seed, epoch=epoch, shuffle=True)
+        return cut_updates(self.train_numbers[order], self.batch_size, processes=self.processes)  # type: ignore[arg-type]
+
+    def eval_share(self, numbers: NDArray[np.int64], rank: int) -> list[Sequence[int]]:
+        """Give one process every n-th evaluation batch, so that batches do not depend on the number of processes."""
+        return cut_plan(numbers.tolist(), self.eval_batch_size)[rank :: self.processes]
+
+
+def count_updates(num_photos: int, batch_size: int, *, processes: int) -> int:
+    """Count the updates that `cut_updates` makes."""
+    count = -(-num_photos // batch_size)
+    last = num_photos - (count - 1) * batch_size
+    return count - (count > 1 and last < 2 * processes)
+
+
+def cut_updates(order: Sequence[int], batch_size: int, *, processes: int) -> list[Sequence[int]]:
+    """Cut an epoch's order into updates; no photo is dropped.
+
+    A last batch that would leave a process with fewer than two photos joins the one before: BatchNorm has no variance
+    of one value, which is what a single photo amounts to at the end of a network on small images.
+    """
+    cuts = cut_plan(order, batch_size)
+    if len(cuts) > 1 and len(cuts[-1]) < 2 * processes:
+        cuts[-2:] = [order[(len(cuts) - 2) * batch_size :]]
+    return cuts
+
+
+def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPlan:
+    """Give the order of the photos that learn and of those that validate."""
+    labels = index.label_numbers()
+    split = np.asarray([photo.split for photo in index.photos])
+    train, val = (np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", "val"))
+    batch_sizes = config.train.batch_size, config.eval.batch_size
+    return TrainPlan(config.train.epochs, train, val, config.train.seed, *batch_sizes, processes)
 
 
 def build_optimizer(config: Config, model: Classifier, *, precision: Precision) -> torch.optim.Optimizer:
-    """The optimiser over all parameters that may ever learn.
+    """The optimizer over all parameters that may ever learn.
 
     The fused kernel unscales fp16's gradients within its step, so there is no moment at which Fabric could clip them:
     `MixedPrecision.unscale_gradients` refuses where there is a scaler, and nowhere else.
     """
     settings = config.optim
-    is_thawing = bool(config.model.unfreeze_every_epochs)
     groups = parameter_groups(
         model.stage_parameters(),
-        lr=settings.lr,
-        backbone_lr_scale=settings.backbone_lr_scale,
-        layer_decay=settings.layer_decay,
-        weight_decay=settings.weight_decay,
-        decay_norms_and_biases=settings.decay_norms_and_biases,
+        **settings.model_dump(exclude={"name", "clip_norm"}),
         no_weight_decay=model.no_weight_decay(),
-        include_frozen=is_thawing,
+        include_frozen=bool(config.model.unfreeze_every_epochs),
     )
     is_scaled = getattr(precision, "scaler", None) is not None
     return create_optimizer(settings.name, groups, use_fused=not (settings.clip_norm and is_scaled))
@@ -424,25 +406,14 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, steps_pe
     return Schedule(optimizer, lambda step: spec.factor(step, steps_per_epoch=steps_per_epoch))
 
 
-def warn_of_schedule(config: Config) -> list[str]:
-    """List what is likely to disappoint about the schedule, where there is one."""
-    return build_schedule_spec(config).warnings()
-
-
 def build_update_options(config: Config, prior: NDArray[np.float64], device: torch.device) -> UpdateOptions:
     """Give how each update is done; class weights come from the classes' (K,) shares of the training photos."""
-    weights = build_class_weights(config, prior)
-    return UpdateOptions(
-        class_weights=None if weights is None else weights.to(device),
-        clip_norm=config.optim.clip_norm,
-        fit_memory=config.train.fit_memory,
-    )
+    weights = None if config.train.class_weights == "none" else _weigh_classes(prior).to(device)
+    return UpdateOptions(weights, config.optim.clip_norm, config.train.fit_memory)
 
 
-def build_class_weights(config: Config, prior: NDArray[np.float64]) -> Tensor | None:
-    """(K,) float32 weights of the loss, whose mean over the training photos is 1, or None."""
-    if config.train.class_weights == "none":
-        return None
+def _weigh_classes(prior: NDArray[np.float64]) -> Tensor:
+    """(K,) float32 weights of the loss, whose mean over the training photos is 1."""
     present = prior > 0
     weights = np.where(present, 1.0 / (np.maximum(prior, 1e-12) * present.sum()), 0.0)
     return torch.from_numpy(weights.astype(np.float32))

@@ -6,18 +6,22 @@ A run folder is complete in itself: moved elsewhere, with the photos gone, it st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat, InstanceOf, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
 
 from fieldmark.config import Config, load_config
 from fieldmark.errors import RunError
-from fieldmark.files import whole_or_absent
+from fieldmark.files import read_values, whole_or_absent
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
@@ -42,24 +46,67 @@ EPOCHS = "predictions/val_epochs.npz"
 ENSEMBLE = "ensemble.json"
 MEMBERS = "members"
 
+# What the JSON files hold, as far as anybody reads it. Names of files and classes need not be valid UTF-8, which
+# pydantic asks of a `str`. A key that is missing is reported by whoever needs it: ensembles and old runs lack some.
+_Name = InstanceOf[str]
+_Positive = Annotated[FiniteFloat, Field(gt=0)]
+
+
+class _Model(TypedDict, total=False):
+    create: dict[str, Any]
+    eval: dict[str, Any]
+    train_size: PositiveInt
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"]
+    channels_last: bool
+    parameters: NonNegativeInt
+    weights: dict[str, Any]
+
+
+class _Data(TypedDict, total=False):
+    root: _Name
+    fingerprint: str
+    prior: list[Annotated[FiniteFloat, Field(ge=0)]]
+
+
+class _Environment(TypedDict, total=False):
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    command: list[_Name]
+
+
+class _Summary(TypedDict, total=False):
+    status: Literal["running", "finished", "interrupted"]
+    seconds: float
+    epochs: int
+    best_epoch: int | None
+    val: dict[str, Any]
+
+
+class _Member(TypedDict):
+    folder: _Name
+    temperature: _Positive
+
+
+class _Ensemble(TypedDict, total=False):
+    members: Annotated[list[_Member], Field(min_length=1)]
+
+
+class _Epoch(TypedDict):
+    epoch: int
+    val: dict[str, float]
+
 
 @dataclass(frozen=True)
 class PhotoPredictions:
-    """Stored predictions of labelled photos, in natural order of path.
+    """Stored predictions of labeled photos, in natural order of path."""
 
-    Attributes:
-        paths: N paths relative to the data root.
-        labels: (N,) int64 class numbers.
-        probabilities: (N, K) float32, rows sum to 1.
-    """
-
-    paths: tuple[str, ...]
-    labels: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
+    paths: tuple[str, ...]  # N, relative to the data root
+    labels: NDArray[np.int64]  # (N,) class numbers
+    probabilities: NDArray[np.float32]  # (N, K), rows sum to 1
 
 
 class Run:
-    """A run folder, read-only.
+    """A run folder, read-only. A file that is missing, damaged or not what it should be raises RunError.
 
     Args:
         path: The folder.
@@ -76,7 +123,7 @@ class Run:
             raise RunError(f"{self.path} is not a run: it has no {RECIPE}")
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        return f"{type(self).__name__}({str(self.path)!r})"
 
     @property
     def name(self) -> str:
@@ -90,11 +137,11 @@ class Run:
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Class names; a class's number is its place."""
-        names = self._json(CLASSES, list)
-        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        """Class names; a class's number is its index."""
+        names = tuple(_read_json(self._file(CLASSES), list[_Name]))
+        if not names or len(set(names)) < len(names):
             raise RunError(f"{self.path / CLASSES} should be a list of different class names; got {str(names)[:80]}")
-        return tuple(names)
+        return names
 
     @cached_property
     def split(self) -> PhotoIndex:
@@ -107,13 +154,13 @@ class Run:
 
     @cached_property
     def model_info(self) -> dict[str, Any]:
-        """Backbone, head, evaluation transform, parameters, licence and pre-training of the weights."""
-        return _Record(self._json(MODEL, dict), self.path / MODEL)
+        """Backbone, head, evaluation transform, parameters, license and pre-training of the weights."""
+        return _read_json(self._file(MODEL), _Model)
 
     @cached_property
     def data_info(self) -> dict[str, Any]:
         """Root, fingerprint, counts and the classes' prior in training."""
-        return _Record(self._json(DATA, dict), self.path / DATA)
+        return _read_json(self._file(DATA), _Data)
 
     @property
     def is_ensemble(self) -> bool:
@@ -122,20 +169,20 @@ class Run:
 
     @cached_property
     def ensemble_info(self) -> dict[str, Any]:
-        """Names, temperatures and parameters of an ensemble's members; see `experiment.ensemble`."""
-        return _Record(self._json(ENSEMBLE, dict), self.path / ENSEMBLE)
+        """Folders, names and temperatures of an ensemble's members."""
+        return _read_json(self._file(ENSEMBLE), _Ensemble)
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, hardware and command line."""
-        return _Record(self._json(ENVIRONMENT, dict), self.path / ENVIRONMENT)
+        return _read_json(self._file(ENVIRONMENT), _Environment)
 
     @property
     def summary(self) -> dict[str, Any]:
         """Status, best epoch and its figures; `{"status": "running"}` while there is none."""
         if not (self.path / SUMMARY).is_file():
             return {"status": "running"}
-        return _Record(self._json(SUMMARY, dict), self.path / SUMMARY)
+        return _read_json(self.path / SUMMARY, _Summary)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -143,50 +190,56 @@ class Run:
         path = self.path / METRICS
         return read_json_lines(path) if path.is_file() else []
 
-    @property
+    @cached_property
     def prior(self) -> NDArray[np.float64]:
         """(K,) share of each class among the training photos."""
-        return np.asarray(self.data_info["prior"], np.float64)
+        prior = np.asarray(self.data_info["prior"], np.float64)
+        if len(prior) != len(self.classes):
+            raise RunError(f"{self.path / DATA} has a prior of {len(prior)} classes, {CLASSES} {len(self.classes)}")
+        return prior
 
     def predictions(self, split: str = "val") -> PhotoPredictions:
-        """Stored predictions of the kept weights.
+        """Give the stored predictions of the kept weights.
 
         Raises:
             RunError: None are stored for this split.
         """
         path = self.path / "predictions" / f"{split}.parquet"
-        if not path.is_file():
-            if split == "val" and self.config.data.train_on == "train+val":
-                raise RunError(
-                    f"{self.path} holds no predictions of 'val': it was trained on train+val, which leaves no "
-                    "validation photos. Train one with data.train_on=train for this"
-                )
-            raise RunError(f"{self.path} holds no predictions of {split!r}: run `fieldmark evaluate` on it first")
-        return read_predictions(path, self.classes)
+        if path.is_file():
+            return _read_predictions(path, self.classes)
+        if split == "val" and self.config.data.train_on == "train+val":
+            raise RunError(
+                f"{self.path} holds no predictions of 'val': it was trained on train+val, which leaves no "
+                "validation photos. Train one with data.train_on=train for this"
+            )
+        raise RunError(f"{self.path} holds no predictions of {split!r}: run `fieldmark evaluate` on it first")
 
     def eval_spec(self) -> EvalSpec:
-        """How a photo becomes the picture that the model judges."""
+        """Say how a photo becomes the picture that the model is shown."""
         from fieldmark.augment.reference import EvalSpec
 
         self._refuse_ensemble()
-        settings: dict[str, Any] = self.model_info["eval"]
-        triples: dict[str, Any] = {name: tuple(settings[name]) for name in ("mean", "std")}
-        return EvalSpec(**settings | triples)
+        with _named(self.path / MODEL):
+            return read_values(EvalSpec, self.model_info["eval"])
 
     def decode_spec(self) -> DecodeSpec:
-        """How files become the pixels that the model was trained on."""
+        """Say how files become the pixels that the model was trained on."""
         from fieldmark.data.decode import DecodeSpec
 
         return DecodeSpec(self.config.data.background, self.config.data.max_pixels)
 
     def load_model(self) -> Classifier:
-        """The model with the kept weights, on the CPU, in evaluation mode."""
+        """Load the model with the kept weights, on the CPU, in evaluation mode."""
         from fieldmark.models.classifier import create_classifier
         from fieldmark.training.checkpoint import load_saved_weights
 
         self._refuse_ensemble()
-        model = create_classifier(**self.model_info["create"])
-        model.load_state_dict(load_saved_weights(self.path / WEIGHTS))
+        create, weights = self.model_info["create"], load_saved_weights(self.path / WEIGHTS)
+        with _named(self.path / MODEL):
+            if create.get("num_classes") != len(self.classes):
+                raise ValueError(f"creates {create.get('num_classes')} classes, {CLASSES} names {len(self.classes)}")
+            model = create_classifier(**create)
+            model.load_state_dict(weights)
         return model.eval()
 
     def _refuse_ensemble(self) -> None:
@@ -202,16 +255,34 @@ class Run:
             raise RunError(f"{self.path} has no {name}: the run did not get that far, or the file was removed")
         return path
 
-    def _json(self, name: str, kind: type[list[Any]] | type[dict[str, Any]]) -> Any:
-        path = self._file(name)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{path} is not JSON: {error}") from None
-        if not isinstance(content, kind):
-            expected = "an object" if kind is dict else "a list"
-            raise RunError(f"{path} should hold {expected}; got {str(content)[:80]}")
-        return content
+
+class RunResults(Run):
+    """A run folder with its predictions of one split, `val` or `test`, in order of path."""
+
+    def __init__(self, path: str | Path, *, split: str) -> None:
+        super().__init__(path)
+        stored = self.predictions(split)
+        order = sorted(range(len(stored.paths)), key=stored.paths.__getitem__)
+        self.photos = tuple(stored.paths[number] for number in order)
+        self.labels = stored.labels[order]  # (N,) class numbers
+        self.probabilities = stored.probabilities[order]  # (N, K)
+        self.epoch_predictions: NDArray[np.int64] | None = None  # (E, N) class numbers, where they were kept
+        epochs = self.path / EPOCHS
+        if split == "val" and epochs.is_file():
+            predicted = read_epochs(epochs)
+            if predicted.shape[1] != len(order):
+                raise RunError(f"{epochs} holds predictions of {predicted.shape[1]} photos, not of {len(order)}")
+            self.epoch_predictions = predicted[:, order].astype(np.int64)
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """(N,) most probable class; of equals, the first."""
+        return self.probabilities.argmax(axis=1).astype(np.int64)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """(N,) whether each photo was right."""
+        return self.predicted == self.labels
 
 
 class _Record(dict[str, Any]):
@@ -225,6 +296,27 @@ class _Record(dict[str, Any]):
         raise RunError(f"{self._path} lacks {key!r}: it is damaged, or another version wrote it")
 
 
+@contextmanager
+def _named(path: Path) -> Generator[None]:
+    """Turn whatever reading a file of the wrong content raises into one sentence that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{path} {reason}: it is damaged, or another version wrote it") from error
+
+
+def _read_json(path: Path, kind: Any) -> Any:
+    """The content of a JSON file as it is, once it is found to be of this kind."""
+    with _named(path):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not JSON ({error})") from None
+        read_values(kind, content)
+    return _Record(content, path) if isinstance(content, dict) else content
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON that a person can read, whole or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=True) + "\n"
@@ -232,9 +324,11 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; a torn last line, as a kill leaves it, is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """Read the epochs of metrics.jsonl; a torn last line, as a kill leaves it, is left out."""
+    with _named(path):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+        read_values(list[_Epoch], rows)
+    return rows
 
 
 def write_predictions(
@@ -245,13 +339,14 @@ def write_predictions(
     probabilities: NDArray[np.float32],
     classes: Sequence[str],
 ) -> None:
-    """Store predictions of labelled photos: `path`, `label` (a name), and one column of probabilities per class."""
+    """Store predictions of labeled photos: `path`, `label` (a name), and one column of probabilities per class."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(exist_ok=True)
     columns = {
-        "path": pa.array([_encoded(name) for name in paths], pa.binary()),
+        # File names need not be valid UTF-8; Parquet strings must be.
+        "path": pa.array([name.encode("utf-8", "surrogateescape") for name in paths], pa.binary()),
         "label": pa.array([classes[number] for number in labels], pa.string()),
         **{f"p:{name}": pa.array(probabilities[:, number]) for number, name in enumerate(classes)},
     }
@@ -259,78 +354,32 @@ def write_predictions(
     whole_or_absent(path, lambda part: pq.write_table(table, part))
 
 
-def read_predictions(path: Path, classes: Sequence[str]) -> PhotoPredictions:
-    """Read what `write_predictions` wrote."""
+def _read_predictions(path: Path, classes: Sequence[str]) -> PhotoPredictions:
     import pyarrow.parquet as pq
 
-    # Not read_table: it would take a folder named like "x=y" for a partition.
-    table = pq.ParquetFile(path).read()
     number_of = {name: number for number, name in enumerate(classes)}
-    return PhotoPredictions(
-        paths=tuple(_decoded(name) for name in table["path"].to_pylist()),
-        labels=np.asarray([number_of[name] for name in table["label"].to_pylist()], np.int64),
-        probabilities=np.stack([table[f"p:{name}"].to_numpy() for name in classes], axis=1).astype(np.float32),
-    )
+    with _named(path):
+        # Not read_table: it would take a folder named like "x=y" for a partition.
+        table = pq.ParquetFile(path).read()
+        columns = [np.asarray(table[f"p:{name}"].to_numpy(), np.float32) for name in classes]
+        return PhotoPredictions(
+            paths=tuple(name.decode("utf-8", "surrogateescape") for name in table["path"].to_pylist()),
+            labels=np.asarray([number_of[name] for name in table["label"].to_pylist()], np.int64),
+            probabilities=np.stack(columns, axis=1),
+        )
 
 
-def _encoded(name: str) -> bytes:
-    # File names need not be valid UTF-8; Parquet strings must be.
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _decoded(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
-
-
-@dataclass(frozen=True, eq=False)
-class RunResults:
-    """One run folder's results.
-
-    Attributes:
-        path: The folder.
-        config: Its resolved recipe.
-        classes: K class names in order of class number.
-        photos: N paths of the judged photos, in order of path.
-        labels: (N,) int64 class numbers.
-        probabilities: (N, K) float32.
-        epoch_predictions: (E, N) int64 class numbers after each epoch, where they were kept.
-        prior: (K,) float64 share of each class in training.
-        metrics: One object per epoch, as in metrics.jsonl.
-        summary, model, data, environment: The JSON files of the same name.
-    """
-
-    path: Path
-    config: Config
-    classes: tuple[str, ...]
-    photos: tuple[str, ...]
-    labels: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    epoch_predictions: NDArray[np.int64] | None
-    prior: NDArray[np.float64]
-    metrics: tuple[Mapping[str, Any], ...]
-    summary: Mapping[str, Any]
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    environment: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.path.resolve().name
-
-    @property
-    def predicted(self) -> NDArray[np.int64]:
-        """(N,) most probable class; of equals, the first."""
-        return self.probabilities.argmax(axis=1).astype(np.int64)
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """(N,) whether each photo was right."""
-        return self.predicted == self.labels
+def read_epochs(path: Path) -> NDArray[np.integer[Any]]:
+    """(E, N) predicted classes after each epoch, from val_epochs.npz."""
+    with _named(path), np.load(path, allow_pickle=False) as content:
+        predicted = content["predicted"]
+        if predicted.ndim != 2 or predicted.dtype.kind not in "iu":
+            raise ValueError(f"has predicted of shape {predicted.shape} and type {predicted.dtype}, not whole numbers")
+        return predicted
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
-    """The finished run folders among `paths` and, where a path is a sweep or another folder of runs, right under it.
+    """Find the finished runs among `paths` and, where a path is a sweep or another folder of runs, right under it.
 
     Raises:
         RunError: A path is neither a run folder nor holds one, or a run that was named is not finished.
@@ -342,9 +391,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
                 raise RunError(f"{path} is not finished (its status is {run_status(path)!r}): resume it first")
             inside = [path]
         else:
-            inside = sorted(
-                entry.parent for entry in path.glob(f"*/{SUMMARY}") if run_status(entry.parent) == "finished"
-            )
+            inside = sorted(entry.parent for entry in path.glob(f"*/{SUMMARY}"))
+            inside = [entry for entry in inside if run_status(entry) == "finished"]
         if not inside:
             what = "holds no finished run" if path.is_dir() else "does not exist"
             raise RunError(f"{path} {what}: give run folders (with a {SUMMARY}) or a folder of them, such as a sweep")
@@ -353,63 +401,21 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def run_status(path: Path) -> str:
-    """The status in a run's summary; "missing" where there is none that can be read."""
+    """Read the status from a run's summary; "missing" where there is none that can be read."""
     try:
-        status = json.loads((path / SUMMARY).read_text(encoding="utf-8")).get("status", "missing")
-    except (OSError, ValueError, AttributeError):
+        return str(_read_json(path / SUMMARY, _Summary)["status"])
+    except RunError:
         return "missing"
-    return str(status)
 
 
-def load_results(path: str | Path, *, split: str) -> RunResults:
-    """Read one run folder.
-
-    Args:
-        path: The folder.
-        split: `val` or `test`: whose predictions to read.
-
-    Raises:
-        RunError: A file that is needed is missing or is not what it should be; the message names it.
-    """
-    run = Run(path)
-    try:
-        predictions = run.predictions(split)
-        order = sorted(range(len(predictions.paths)), key=predictions.paths.__getitem__)
-        return RunResults(
-            path=run.path,
-            config=run.config,
-            classes=run.classes,
-            photos=tuple(predictions.paths[number] for number in order),
-            labels=predictions.labels[order],
-            probabilities=predictions.probabilities[order],
-            epoch_predictions=_load_epochs(run.path / EPOCHS, order) if split == "val" else None,
-            prior=run.prior,
-            metrics=tuple(run.metrics),
-            summary=run.summary,
-            model=run.model_info,
-            data=run.data_info,
-            environment=run.environment,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{path} cannot be read as a run folder: {error}") from error
-
-
-def _load_epochs(path: Path, order: list[int]) -> NDArray[np.int64] | None:
-    if not path.is_file():
-        return None
-    with np.load(path, allow_pickle=False) as content:
-        predictions = content["predicted"]
-    if predictions.ndim != 2 or predictions.shape[1] != len(order):
-        raise ValueError(f"{path.name} holds predictions of shape {predictions.shape}, not of {len(order)} photos")
-    return predictions[:, order].astype(np.int64)
-
-
-def flatten(settings: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Config | Mapping[str, Any], prefix: str = "", *, separator: str = ".") -> dict[str, Any]:
     """Dotted key to value, of every setting; nested tables and dotted keys may be mixed, as in TOML."""
     table = settings.model_dump(mode="json") if isinstance(settings, Config) else settings
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        is_table = isinstance(value, dict)
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}{separator}", separator=separator) if is_table else {name: value}
     return flat
 
 

@@ -1,6 +1,6 @@
 """A training's parts, complete once they are assembled: photos, model, plan, and the writer of the run folder.
 
-Shape letters: N photos, M photos of validation, K classes.
+Shape letters: B photos of a batch, K classes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -18,17 +18,15 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fieldmark.augment.mixing import MixSpec, apply_mix, draw_mix, one_hot
+from fieldmark.augment.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config, dump_config
-from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch, Loader, shard_plan
 from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError
 from fieldmark.models.classifier import freeze_stages, train_only_head_and_norms
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import Dataset, EvalPhotos, inspect, list_broken, prepare_dataset
-from fieldmark.runs.plan import TrainPlan
 from fieldmark.runs.tracking import require_trackers
 from fieldmark.runs.writer import RunWriter, claim_folder
 from fieldmark.training import metrics
@@ -45,54 +43,44 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Session:
-    """One process's view of a training; nothing in it changes but the model's weights and the writer's history.
-
-    Attributes:
-        config: The settings, for `build`.
-        fabric: Device, precision, processes.
-        progress: Where long work reports how far it is; on the first process it has a log behind it.
-        dataset: Photos, sizes, splits.
-        built: Model and weights, and what is known of them.
-        evaluation: How a photo becomes the picture that is evaluated.
-        cache: Reduced photos, or None.
-        loader: Prepares batches.
-        mix: How often and how strongly batches are mixed.
-        label_smoothing: Share of every target spread over all classes.
-        plan: Order of the photos, and what holds in which epoch.
-        rules: When the run saves and stops.
-        writer: Of the run folder.
-        prior: (K,) share of each class among the training photos.
-    """
+    """One process's view of a training; nothing in it changes but the model's weights and the writer's history."""
 
     config: Config
-    fabric: Fabric
-    progress: Progress
+    fabric: Fabric  # device, precision, processes
+    progress: Progress  # on the first process it has a log behind it
     dataset: Dataset
     built: build.BuiltModel
     evaluation: EvalSpec
     cache: PhotoCache | None
     loader: Loader
-    mix: MixSpec
-    label_smoothing: float
-    plan: TrainPlan
-    rules: build.RunRules
+    plan: build.TrainPlan
     writer: RunWriter
-    prior: NDArray[np.float64]
+    prior: NDArray[np.float64]  # (K,) share of each class among the training photos
 
     def make_targets(self, labels: Tensor) -> Tensor:
         """(B, K) smoothed distributions of (B,) class numbers."""
-        return one_hot(labels, len(self.dataset.index.classes), self.label_smoothing)
+        return one_hot(labels, len(self.dataset.index.classes), self.config.train.label_smoothing)
+
+    def find_phase(self, epoch: int) -> build.Phase:
+        """Say what holds during an epoch (0-based)."""
+        return build.build_phase(
+            self.config,
+            epoch,
+            size=build.train_size(self.config, self.built.data),
+            eval_size=self.evaluation.size,
+            num_stages=self.built.model.count_stages(),
+        )
 
     def enter_phase(self, epoch: int) -> None:
         """Freeze and thaw the model as the epoch about to begin asks for."""
-        phase = self.plan.rules.phase(epoch)
+        phase = self.find_phase(epoch)
         freeze_stages(self.built.model, phase.freeze, freeze_batchnorm=self.config.model.freeze_batchnorm)
         if phase.is_fixres:
             train_only_head_and_norms(self.built.model)
 
     def train_batches(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
         """Yield this process's batches of an epoch, on the device, mixed."""
-        phase, device = self.plan.rules.phase(epoch), self.fabric.device
+        phase, device = self.find_phase(epoch), self.fabric.device
         prepare = build.build_train_photos(
             self.config,
             self.dataset.index,
@@ -102,6 +90,7 @@ class Session:
             is_fixres=phase.is_fixres,
             cache=self.cache,
         )
+        mix = build.build_mix_spec(self.config) if phase.is_mixing else None
         updates = self.plan.updates(epoch)[first_step:]
         shares = shard_plan(updates, rank=self.fabric.global_rank, processes=self.fabric.world_size)
         is_raw = build.augments_on_device(self.config, device)
@@ -110,7 +99,22 @@ class Session:
         for step, (batch, update) in enumerate(zip(loaded, updates, strict=True), start=first):
             ready = batch.pin_memory() if device.type == "cuda" else batch
             images = prepare.finish(ready, epoch, device) if is_raw else ready.images.to(device, non_blocking=True)
-            yield self._mix(ready, images, epoch, step, len(update), is_mixing=phase.is_mixing)
+            labels = ready.labels.to(device, non_blocking=True)
+            targets = self.make_targets(labels)
+            drawn = draw_mix(
+                mix,
+                seed=self.config.train.seed,
+                epoch=epoch,
+                step=step,
+                batch_size=len(labels),
+                image_size=images.shape[-1],
+            )
+            partners = labels[torch.from_numpy(drawn.partners).to(device)]
+            images, targets = apply_mix(images, targets, drawn)
+            if build.is_channels_last(self.config):
+                images = images.contiguous(memory_format=torch.channels_last)
+            is_mixed = drawn.kind != "none"
+            yield TrainBatch(images, targets, labels, partners, drawn.lam, is_mixed, ready.numbers, len(update))
 
     def eval_batches(self, numbers: NDArray[np.int64]) -> Iterator[Batch]:
         """Give this process's share of the evaluation pictures of some photos."""
@@ -118,11 +122,7 @@ class Session:
         return self.loader.batches(prepare, self.plan.eval_share(numbers, self.fabric.global_rank), epoch=0)
 
     def validate(self, model: nn.Module, *, step: int) -> Validation:
-        """Predict the validation photos and score them, after so many updates.
-
-        Raises:
-            NonFiniteError: The last update ruined the weights.
-        """
+        """Predict the validation photos and score them, after so many updates."""
         if not len(self.plan.val_numbers):
             return Validation()
         predictions = predict_batches(
@@ -142,8 +142,7 @@ class Session:
         if build.is_channels_last(config):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         fabric.to_device(model)
-        freeze = self.plan.rules.phase(0).freeze
-        freeze_stages(model, freeze, freeze_batchnorm=config.model.freeze_batchnorm)
+        freeze_stages(model, self.find_phase(0).freeze, freeze_batchnorm=config.model.freeze_batchnorm)
         plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
         network, optimizer = fabric.setup(build.compile_model(config, model, fabric.device), plain)
         decay = config.train.ema_decay
@@ -157,36 +156,51 @@ class Session:
             micro_batch_size=build.first_micro_batch(config, processes=fabric.world_size),
         )
         # Dropout draws from torch's own generator, apart on each process.
-        torch.manual_seed((self.plan.seed * 1_000_003 + fabric.global_rank) % 2**63)
+        torch.manual_seed((config.train.seed * 1_000_003 + fabric.global_rank) % 2**63)
         return state
 
-    def _mix(
-        self, batch: Batch, images: Tensor, epoch: int, step: int, global_size: int, *, is_mixing: bool
-    ) -> TrainBatch:
-        device = self.fabric.device
-        labels = batch.labels.to(device, non_blocking=True)
-        targets, partners, own_fraction, is_mixed = self.make_targets(labels), labels, 1.0, False
-        if is_mixing:
-            mix = draw_mix(
-                self.mix,
-                seed=self.plan.seed,
-                epoch=epoch,
-                step=step,
-                batch_size=len(labels),
-                image_size=images.shape[-1],
-            )
-            partners = labels[torch.from_numpy(mix.partners).to(device)]
-            images, targets = apply_mix(images, targets, mix)
-            own_fraction, is_mixed = mix.lam, mix.kind != "none"
-        if build.is_channels_last(self.config):
-            images = images.contiguous(memory_format=torch.channels_last)
-        return TrainBatch(
-            images, targets, labels, partners, own_fraction, is_mixed, batch.numbers, global_size=global_size
-        )
+
+def assemble(
+    config: Config,
+    path: Path,
+    fabric: Fabric,
+    dataset: Dataset,
+    built: build.BuiltModel,
+    *,
+    select: str,
+    progress: Progress,
+) -> tuple[Session, build.Choice[int], str]:
+    """Put a training's parts together; also give the number of workers, and what was done to the cache.
+
+    The session's loader is for the caller to close.
+    """
+    # One process fills the cache; the others find it filled.
+    filled = build.fill_cache(config, dataset, progress=progress) if fabric.is_global_zero else None
+    fabric.barrier()
+    cache, cache_note = filled or build.fill_cache(config, dataset, progress=progress)
+    workers = build.choose_workers(config, is_cached=cache is not None, device=fabric.device)
+    plan = build.build_plan(config, dataset.index, processes=fabric.world_size)
+    counts = np.bincount(dataset.labels[plan.train_numbers], minlength=len(dataset.index.classes))
+    session = Session(
+        config=config,
+        fabric=fabric,
+        progress=progress,
+        dataset=dataset,
+        built=built,
+        evaluation=build.build_eval_spec(config, built.data),
+        cache=cache,
+        loader=build.build_loader(workers.value),
+        plan=plan,
+        writer=RunWriter(path, fabric, dataset, select=select, metric=config.train.metric),
+        prior=counts / counts.sum(),
+    )
+    return session, workers, cache_note
 
 
 @contextmanager
-def open_session(config: Config, path: Path, *, start: Start, progress: Progress) -> Generator[Session]:
+def open_session(
+    config: Config, path: Path, *, start: Start, progress: Progress, data: Path | None = None
+) -> Generator[Session]:
     """Claim the run folder, assemble data and model, and write what the folder holds from the start.
 
     Args:
@@ -194,6 +208,7 @@ def open_session(config: Config, path: Path, *, start: Start, progress: Progress
         path: The run folder.
         start: `new` folder, `again` in one that was left before its first save, or `resumed` from its state.
         progress: Where to report how far the work is.
+        data: Where the photos of a resumed run are now, if they moved.
 
     Raises:
         FieldmarkError: One of these is not what it should be; a new folder is then removed again.
@@ -205,52 +220,42 @@ def open_session(config: Config, path: Path, *, start: Start, progress: Progress
     with ExitStack() as stack:
         if fabric.is_global_zero:
             claim = claim_folder(path, is_new=start == "new")
-            run_together(fabric, lambda: stack.enter_context(claim))
+            _run_together(fabric, lambda: stack.enter_context(claim))
             progress = Logged(progress, path / folder.LOG)
         else:
-            run_together(fabric, lambda: None)
+            _run_together(fabric, lambda: None)
             progress = Quiet()
-        dataset = load_data(config, path, fabric, start=start, progress=progress)
-        cache, cache_note = _open_cache(config, dataset, fabric, progress)
-        workers, workers_note = build.choose_workers(config, is_cached=cache is not None, device=fabric.device)
-        threads = build.choose_threads(config, workers=workers) if fabric.device.type == "cpu" else None
-        if threads is not None:
-            torch.set_num_threads(threads.value)
-        built = load_model(config, dataset.index, fabric)
-        evaluation = build.build_eval_spec(config, built.data)
-        plan = build.build_plan(config, dataset.index, built, evaluation, processes=fabric.world_size)
-        rules = build.build_rules(config)
-        counts = np.bincount(dataset.labels[plan.train_numbers], minlength=len(dataset.index.classes))
-        session = Session(
-            config=config,
-            fabric=fabric,
-            progress=progress,
-            dataset=dataset,
-            built=built,
-            evaluation=evaluation,
-            cache=cache,
-            loader=stack.enter_context(build.build_loader(workers)),
-            mix=build.build_mix_spec(config),
-            label_smoothing=config.train.label_smoothing,
-            plan=plan,
-            rules=rules,
-            writer=RunWriter(path, fabric, dataset, select=rules.select, metric=rules.metric),
-            prior=counts / counts.sum(),
+
+        def load_photos() -> Dataset:
+            if start == "resumed":
+                return _reload_dataset(config, path, data, progress)
+            return prepare_dataset(config.data, progress=progress)
+
+        dataset = _run_together(fabric, load_photos)
+        built = _run_together(fabric, lambda: build.build_model(config, num_classes=len(dataset.index.classes)))
+        session, workers, cache_note = assemble(
+            config, path, fabric, dataset, built, select=config.train.select, progress=progress
         )
+        stack.enter_context(session.loader)
+        if fabric.device.type == "cpu":
+            choices["threads"] = threads = build.choose_threads(config, workers=workers.value)
+            torch.set_num_threads(threads.value)
         if fabric.is_global_zero:
-            lines = _describe_start(session, choices, threads)
-            for line in [*dataset.notes, *lines, *([warning] if warning else []), cache_note, workers_note]:
+            lines = [*_describe_start(session, choices), *([warning] if warning else []), cache_note]
+            for line in [*lines, f"loader: {workers.value} workers ({workers.reason})"]:
                 progress.message(line)
+            if data is not None:
+                folder.write_json(path / folder.DATA, {**folder.Run(path).data_info, "root": str(data.resolve())})
             if start == "again":
                 session.writer.remove_metrics()
             if start != "resumed":
-                layout, precision = build.is_channels_last(config), choices["precision"].value
-                model = build.describe_model(built, evaluation, precision=precision, channels_last=layout)
-                session.writer.write_beginning(dump_config(config), model, dataset, session.prior.tolist())
+                precision, layout = str(choices["precision"].value), build.is_channels_last(config)
+                model = build.describe_model(built, session.evaluation, precision=precision, channels_last=layout)
+                session.writer.write_beginning(dump_config(config), model, session.prior.tolist())
         yield session
 
 
-def setup_fabric(config: Config) -> tuple[Fabric, dict[str, build.Choice[str]]]:
+def setup_fabric(config: Config) -> tuple[Fabric, dict[str, build.Choice[str] | build.Choice[int]]]:
     """Start device, precision and processes, and seed them; also give what was chosen for `auto`."""
     fabric, choices = build.build_fabric(config)
     fabric.launch()
@@ -260,32 +265,8 @@ def setup_fabric(config: Config) -> tuple[Fabric, dict[str, build.Choice[str]]]:
     return fabric, choices
 
 
-def load_data(config: Config, path: Path, fabric: Fabric, *, start: Start, progress: Progress) -> Dataset:
-    """Find, inspect and divide the photos; of a resumed run, take the very photos of its own table.
-
-    Raises:
-        DataError: Nothing to train on, broken photos, or others than the run began with.
-    """
-    if start != "resumed":
-        return run_together(fabric, lambda: prepare_dataset(config.data, progress=progress))
-    return run_together(fabric, lambda: _reload_dataset(config, path, progress))
-
-
-def load_model(config: Config, index: PhotoIndex, fabric: Fabric) -> build.BuiltModel:
-    """Build the model and load its weights, on the CPU.
-
-    Raises:
-        WeightsError: Unknown model, or weights that cannot be had.
-    """
-    return run_together(fabric, lambda: build.build_model(config, num_classes=len(index.classes)))
-
-
-def run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
-    """Do `work` in every process, or raise in all of them: its own error in the first that has one.
-
-    Raises:
-        ReportedElsewhereError: Another process raises the error.
-    """
+def _run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
+    """Do `work` in every process, or raise in all of them: its own error in the first that has one."""
     result, problem = None, None
     try:
         result = work()
@@ -301,16 +282,15 @@ def run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]  # without a problem it is what `work` gave
 
 
-def _open_cache(config: Config, dataset: Dataset, fabric: Fabric, progress: Progress) -> tuple[PhotoCache | None, str]:
-    """One process fills it; the others find it filled."""
-    result = build.fill_cache(config, dataset, progress=progress) if fabric.is_global_zero else None
-    fabric.barrier()
-    return result or build.fill_cache(config, dataset, progress=progress)
-
-
-def _reload_dataset(config: Config, path: Path, progress: Progress) -> Dataset:
+def _reload_dataset(config: Config, path: Path, data: Path | None, progress: Progress) -> Dataset:
+    """Take the very photos of a run's own table, from where they are now."""
     run = folder.Run(path)
-    index = run.split
+    index = run.split if data is None else replace(run.split, root=data)
+    if not index.root.is_dir():
+        raise DataError(
+            f"the photos of {path} were in {index.root}, which is gone: say where they are with "
+            f"`fieldmark train --resume {path} --data FOLDER`"
+        )
     facts = inspect(index, config.data, progress=progress)
     broken = [(photo.path, fact.problem) for photo, fact in zip(index.photos, facts, strict=True) if fact.problem]
     if broken:
@@ -327,18 +307,15 @@ def _reload_dataset(config: Config, path: Path, progress: Progress) -> Dataset:
     return Dataset(index, tuple(facts), ())
 
 
-def _describe_start(
-    session: Session, choices: dict[str, build.Choice[str]], threads: build.Choice[int] | None
-) -> list[str]:
+def _describe_start(session: Session, choices: dict[str, build.Choice[str] | build.Choice[int]]) -> list[str]:
     """List what the user should know before the first update."""
-    index, weights = session.dataset.index, session.built.weights
-    counts = Counter(photo.split for photo in index.photos)
+    dataset, weights = session.dataset, session.built.weights
+    counts = Counter(photo.split for photo in dataset.index.photos)
     splits = ", ".join(f"{counts[name]} {name}" for name in ("train", "val", "test"))
-    lines = [f"data: {len(index.photos)} photos of {len(index.classes)} classes ({splits})"]
-    if session.dataset.broken:
-        lines.append(f"data: {len(session.dataset.broken)} broken photos left out, listed in {folder.BROKEN}")
+    lines = [f"data: {len(dataset.index.photos)} photos of {len(dataset.index.classes)} classes ({splits})"]
+    if dataset.broken:
+        lines.append(f"data: {len(dataset.broken)} broken photos left out, listed in {folder.BROKEN}")
     lines.append(f"weights: {weights.summary()}")
     lines += [f"{name}: {choice.value} ({choice.reason})" for name, choice in choices.items()]
-    if threads is not None:
-        lines.append(f"threads: {threads.value} ({threads.reason})")
-    return lines + [f"warning: {text}" for text in (*weights.warnings(), *build.warn_of_schedule(session.config))]
+    warnings = [*weights.warnings(), *build.build_schedule_spec(session.config).warnings()]
+    return [*dataset.notes, *lines, *(f"warning: {text}" for text in warnings)]

@@ -1,6 +1,6 @@
 """Reports of epochs, for those who look elsewhere than in the run folder: TensorBoard, Weights & Biases, MLflow.
 
-metrics.jsonl is always written, by `run`; these are copies on request.
+metrics.jsonl is always written, by `writer`; these are copies on request.
 """
 
 from __future__ import annotations
@@ -8,36 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fieldmark.errors import MissingExtraError, ResourceError
+from fieldmark.runs.folder import flatten as flatten_by
 
-
-class Tracker(Protocol):
-    """Takes one flat row of numbers per epoch."""
-
-    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
-        """Keep the values of an epoch."""
-
-    def close(self) -> None:
-        """Flush and let go."""
+Log = Callable[[Mapping[str, float], int], object]
+"""Takes the values of an epoch, and its number."""
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Look for the packages of the trackers asked for: at the start, not after a probe that took minutes.
-
-    Raises:
-        MissingExtraError: One is not installed.
-    """
+    """Look for the packages of the trackers asked for: at the start, not after a probe that took minutes."""
     for name in names:
         if find_spec(name) is None:
             raise MissingExtraError(name, name)
 
 
+def flatten(row: Mapping[str, Any]) -> dict[str, float]:
+    """Nested numbers as one level with "/" between names; what is no number is left out."""
+    leaves = flatten_by(row, separator="/").items()
+    return {name: float(leaf) for name, leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool)}
+
+
 class Trackers:
     """The trackers asked for, as one.
 
-    One that cannot start is an error. One that fails later, since its server went away, is told of once and left out
+    One that cannot start is an error. One that fails later, since its server went away, is reported once and left out
     from then on: hours of training do not end for a copy.
 
     Args:
@@ -45,26 +41,20 @@ class Trackers:
         folder: The run folder.
         settings: The resolved recipe, kept with the run where the tracker can.
         warn: Takes a line for the user.
-
-    Raises:
-        MissingExtraError: A tracker's package is not installed.
-        ResourceError: A tracker does not start.
     """
 
     def __init__(
         self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], *, warn: Callable[[str], None]
     ) -> None:
         self._warn = warn
-        self._open: dict[str, Tracker] = {}
-        kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
+        self._open: dict[str, tuple[Log, Callable[[], object]]] = {}
         for name in names:
             try:
-                self._open[name] = kinds[name](folder, settings)
-            except MissingExtraError:
-                self.close()
-                raise
+                self._open[name] = _START[name](folder, dict(settings))
             except Exception as error:  # each package has errors of its own
                 self.close()
+                if isinstance(error, ImportError):
+                    raise MissingExtraError(name, name) from None
                 raise ResourceError(
                     f"{name} does not start: {_in_a_line(error)}. See to its settings (WANDB_MODE=offline, "
                     f"MLFLOW_TRACKING_URI), or leave it out of train.trackers"
@@ -72,9 +62,9 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], *, epoch: int) -> None:
         """Hand the values of an epoch to each."""
-        for name, tracker in list(self._open.items()):
+        for name, (log, _) in list(self._open.items()):
             try:
-                tracker.log(values, epoch=epoch)
+                log(values, epoch)
             except Exception as error:
                 del self._open[name]
                 self._warn(
@@ -84,9 +74,9 @@ class Trackers:
 
     def close(self) -> None:
         """Let each flush and let go."""
-        for name, tracker in self._open.items():
+        for name, (_, close) in self._open.items():
             try:
-                tracker.close()
+                close()
             except Exception as error:
                 self._warn(f"warning: {name} did not close: {_in_a_line(error)}")
 
@@ -95,74 +85,36 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers as one level with "/" between names; what is no number is left out."""
-    flat: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}/"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[f"{prefix}{key}"] = float(value)
-    return flat
+def _start_tensorboard(folder: Path, settings: dict[str, Any]) -> tuple[Log, Callable[[], object]]:
+    """Write event files to RUN/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
 
+    writer = SummaryWriter(str(folder / "tensorboard"))
 
-class TensorBoard:
-    """Event files in RUN/tensorboard."""
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("tensorboard", "tensorboard") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
-        """Keep the values of an epoch."""
+    def log(values: Mapping[str, float], epoch: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
+            writer.add_scalar(name, value, epoch)
+        writer.flush()
 
-    def close(self) -> None:
-        """Flush and let go."""
-        self._writer.close()
+    return log, writer.close
 
 
-class WeightsAndBiases:
-    """A run of wandb, named after the run folder; WANDB_MODE=offline keeps it on this machine."""
+def _start_wandb(folder: Path, settings: dict[str, Any]) -> tuple[Log, Callable[[], object]]:
+    """Begin a run of wandb, named after the run folder; WANDB_MODE=offline keeps it on this machine."""
+    import wandb  # pyright: ignore[reportMissingImports]
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise MissingExtraError("wandb", "wandb") from None
-        self._run = wandb.init(project="fieldmark", name=folder.name, dir=str(folder), config=dict(settings))
-
-    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
-        """Keep the values of an epoch."""
-        self._run.log(dict(values), step=epoch)
-
-    def close(self) -> None:
-        """Flush and let go."""
-        self._run.finish()
+    run: Any = wandb.init(project="fieldmark", name=folder.name, dir=str(folder), config=settings)
+    return lambda values, epoch: run.log(dict(values), step=epoch), run.finish
 
 
-class MLflow:
-    """A run of MLflow, named after the run folder, wherever MLFLOW_TRACKING_URI points."""
+def _start_mlflow(folder: Path, settings: dict[str, Any]) -> tuple[Log, Callable[[], object]]:
+    """Begin a run of MLflow, named after the run folder, wherever MLFLOW_TRACKING_URI points."""
+    import mlflow  # pyright: ignore[reportMissingImports]
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            import mlflow  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise MissingExtraError("mlflow", "mlflow") from None
-        self._mlflow = mlflow
-        mlflow.set_experiment("fieldmark")
-        mlflow.start_run(run_name=folder.name)
-        mlflow.log_dict(dict(settings), "recipe.json")
+    mlflow.set_experiment("fieldmark")
+    mlflow.start_run(run_name=folder.name)
+    mlflow.log_dict(settings, "recipe.json")
+    return lambda values, epoch: mlflow.log_metrics(dict(values), step=epoch), mlflow.end_run
 
-    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
-        """Keep the values of an epoch."""
-        self._mlflow.log_metrics(dict(values), step=epoch)
 
-    def close(self) -> None:
-        """Flush and let go."""
-        self._mlflow.end_run()
+_START = {"tensorboard": _start_tensorboard, "wandb": _start_wandb, "mlflow": _start_mlflow}

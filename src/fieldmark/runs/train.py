@@ -96,8 +96,15 @@ def train(config: Config, out: str | Path, *, progress: Progress | None = None) 
     yield from _run(config, Path(out), "new", progress)
 
 
-def resume(out: str | Path, *, progress: Progress | None = None) -> Iterator[EpochReport]:
+def resume(
+    out: str | Path, *, data: str | Path | None = None, progress: Progress | None = None
+) -> Iterator[EpochReport]:
     """Continue an interrupted run, with its own settings, to the result it would have had.
+
+    Args:
+        out: The run folder.
+        data: Where its photos are now, if they moved.
+        progress: Where to report how far the work is.
 
     Raises:
         RunError: There is no run to continue, or it is finished.
@@ -106,16 +113,23 @@ def resume(out: str | Path, *, progress: Progress | None = None) -> Iterator[Epo
     run = Run(out)
     if run.summary["status"] == "finished":
         raise RunError(f"{out} is finished: there is nothing to resume")
-    has_state = (run.path / folder.STATE).is_file()
-    yield from _run(run.config, run.path, "resumed" if has_state else "again", progress)
+    config, moved = run.config, None if data is None else Path(data)
+    if (run.path / folder.STATE).is_file():
+        yield from _run(config, run.path, "resumed", progress, moved)
+        return
+    if moved is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(moved)})})
+    yield from _run(config, run.path, "again", progress)
 
 
-def _run(config: Config, path: Path, start: Start, progress: Progress | None) -> Iterator[EpochReport]:
+def _run(
+    config: Config, path: Path, start: Start, progress: Progress | None, data: Path | None = None
+) -> Iterator[EpochReport]:
     with ExitStack() as stack:
         with _stop_at_once(path):
-            session = stack.enter_context(open_session(config, path, start=start, progress=progress or Quiet()))
-            probe = build.build_probe(config) if start != "resumed" else None
-            report = _fit_probe(session, probe) if probe else None
+            opened = open_session(config, path, start=start, progress=progress or Quiet(), data=data)
+            session = stack.enter_context(opened)
+            report = _fit_probe(session) if config.probe.epochs and start != "resumed" else None
         if report is not None:
             yield report
         state = session.start_training()
@@ -127,18 +141,19 @@ def _run(config: Config, path: Path, start: Start, progress: Progress | None) ->
             yield from _train_on(session, state, stop)
 
 
-def _fit_probe(session: Session, probe: build.ProbeSpec) -> EpochReport:
+def _fit_probe(session: Session) -> EpochReport:
     """Fit the head on frozen features, and score it: epoch 0."""
     started = time.perf_counter()
-    fabric, model, numbers = session.fabric, session.built.model, session.plan.train_numbers
+    config, fabric, model, numbers = session.config, session.fabric, session.built.model, session.plan.train_numbers
     fabric.to_device(model)
     session.progress.message(f"probe: features of {len(numbers)} photos")
-    channels_last = build.is_channels_last(session.config)
+    channels_last = build.is_channels_last(config)
     features, order = compute_features(fabric, model, session.eval_batches(numbers), channels_last=channels_last)
     labels = torch.from_numpy(session.dataset.labels)[order]
+    targets = session.make_targets(labels)
     head = model.head.cpu()
-    generator = torch.Generator().manual_seed(session.plan.seed)
-    losses = list(train_head(head, features, session.make_targets(labels), generator=generator, **vars(probe)))
+    generator = torch.Generator().manual_seed(config.train.seed)
+    losses = list(train_head(head, features, targets, generator=generator, **config.probe.model_dump()))
     fabric.to_device(model)
     validation = session.validate(model.eval(), step=0)
     with torch.inference_mode():
@@ -148,7 +163,7 @@ def _fit_probe(session: Session, probe: build.ProbeSpec) -> EpochReport:
         epoch=0,
         step=0,
         is_complete=True,
-        lr=probe.lr,
+        lr=config.probe.lr,
         train_loss=losses[-1],
         train_top1_clean=hits,
         train_top1_mixed=None,
@@ -164,8 +179,8 @@ def _fit_probe(session: Session, probe: build.ProbeSpec) -> EpochReport:
 
 def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterator[EpochReport]:
     """Train to the last epoch; between two epochs record, save and report."""
-    config, plan, rules, writer = session.config, session.plan, session.rules, session.writer
-    names = rules.trackers if session.fabric.is_global_zero else ()
+    config, plan, writer = session.config, session.plan, session.writer
+    names = config.train.trackers if session.fabric.is_global_zero else ()
     trackers = Trackers(names, writer.path, config.model_dump(), warn=session.progress.message)
     session.enter_phase(state.epoch)
     session.progress.start(plan.epochs * plan.steps_per_epoch, state.epoch * plan.steps_per_epoch + state.step_in_epoch)
@@ -207,7 +222,7 @@ def _iterate_with_stop(
     session: Session, state: TrainState, stop: StopRequest, epoch: int, first: int
 ) -> Iterable[TrainBatch]:
     """Yield batches, report progress, save now and then, and end early when asked to."""
-    minutes = session.rules.save_minutes
+    minutes = session.config.train.save_minutes
     saved = time.monotonic()
     for number, batch in enumerate(session.train_batches(epoch, first)):
         # Between two updates: the state is whole here.
@@ -234,15 +249,9 @@ def _all_ranks_want_stop(session: Session, stop: StopRequest, number: int) -> bo
 
 def _record_epoch(session: Session, report: EpochReport, model: nn.Module) -> dict[str, Any]:
     """Store an epoch's result; give its row of metrics.jsonl."""
+    names = ("epoch", "step", "lr", "train_loss", "train_top1_clean", "train_top1_mixed", "clean_fraction", "seconds")
     row: dict[str, Any] = {
-        "epoch": report.epoch,
-        "step": report.step,
-        "lr": report.lr,
-        "train_loss": report.train_loss,
-        "train_top1_clean": report.train_top1_clean,
-        "train_top1_mixed": report.train_top1_mixed,
-        "clean_fraction": report.clean_fraction,
-        "seconds": report.seconds,
+        **{name: getattr(report, name) for name in names},
         "images_per_second": report.images / report.seconds if report.seconds else None,
         "val": report.metrics,
         "is_probe": report.step == 0,
@@ -255,23 +264,23 @@ def _record_epoch(session: Session, report: EpochReport, model: nn.Module) -> di
 
 
 def _is_patience_over(session: Session, epoch: int) -> bool:
-    patience = session.rules.patience_epochs
-    if not patience or epoch - max(session.writer.history.best.epoch, 0) < patience:
+    train = session.config.train
+    if not train.patience_epochs or epoch - max(session.writer.history.best.epoch, 0) < train.patience_epochs:
         return False
-    session.progress.message(f"stopped early: no better {session.rules.metric} for {patience} epochs")
+    session.progress.message(f"stopped early: no better {train.metric} for {train.patience_epochs} epochs")
     return True
 
 
 def _write_summary(session: Session, state: TrainState) -> None:
     if not session.fabric.is_global_zero:
         return
-    history, rules = session.writer.history, session.rules
+    history, train = session.writer.history, session.config.train
     summary: dict[str, Any] = {
         "status": "finished",
         "epochs": state.epoch,
-        "seconds": history.seconds,
-        "select": rules.select,
-        "metric": rules.metric,
+        "seconds": history.count_seconds(),
+        "select": train.select,
+        "metric": train.metric,
         "best_epoch": history.best.epoch if history.best.epoch >= 0 else None,
     }
     run = Run(session.writer.path)
@@ -280,20 +289,12 @@ def _write_summary(session: Session, state: TrainState) -> None:
         scores, total = metrics.summarize(stored.probabilities, stored.labels, run.prior), len(stored.labels)
         interval = metrics.wilson_interval(round(scores["top1"] * total), total)
         summary["val"] = {**scores, "top1_interval": list(interval)}
-    finding = compare_with_probe(history.rows, metric=rules.metric, select=rules.select)
-    if finding:
-        summary["probe"] = finding
-    session.writer.write_summary(summary)
+    finding = compare_with_probe(history.rows, metric=train.metric, select=train.select)
+    session.writer.write_summary(summary | ({"probe": finding} if finding else {}))
 
 
 def compare_with_probe(rows: Sequence[Mapping[str, Any]], *, metric: str, select: str) -> dict[str, Any] | None:
-    """Find whether the probe beats every epoch of fine-tuning; None where it does not, or one of them is missing.
-
-    Args:
-        rows: Of metrics.jsonl.
-        metric: What "better" means.
-        select: Whose weights the run keeps: `best` keeps the probe's.
-    """
+    """Find whether the probe beats every epoch of fine-tuning; None where it does not, or one of them is missing."""
     probe = next((row["val"].get(metric) for row in rows if row["is_probe"]), None)
     values = [row["val"][metric] for row in rows if not row["is_probe"] and metric in row["val"]]
     if probe is None or not values:
@@ -359,13 +360,13 @@ def format_result(run: Run) -> str:
 
 def _describe_probe(summary: Mapping[str, Any]) -> str:
     found, metric = summary["probe"], summary["metric"]
-    text = (
-        f"fine-tuning did not help: {metric} {found['value']:.4f} after the probe, "
-        f"at best {found['best_fine_tuned']:.4f} in the epochs after it"
-    )
+    kept = "The last epoch's weights are kept, as train.select=last asks; train.select=best keeps the probe's"
     if found["is_kept"]:
-        return f"{text}. The probe's weights are kept"
-    return f"{text}. The last epoch's weights are kept, as train.select=last asks; train.select=best keeps the probe's"
+        kept = "The probe's weights are kept"
+    return (
+        f"fine-tuning did not help: {metric} {found['value']:.4f} after the probe, at best "
+        f"{found['best_fine_tuned']:.4f} in the epochs after it. {kept}"
+    )
 
 
 def format_accuracy(figures: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The run folder while it is written: claimed by one training at a time, and whole after every step.
 
-Shape letters: N photos, K classes.
+Shape letters: N photos, M photos of validation, K classes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from fieldmark.runs.dataset import Dataset
 from fieldmark.runs.environment import describe_environment
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from fieldmark.training.evaluate import Validation
+from fieldmark.training.evaluate import Predictions, Validation
 from fieldmark.training.loop import EpochTally, TrainState
 
 LOCK = ".lock"
 _COUNTS = ("epoch", "step", "step_in_epoch", "micro_batch_size")
+_BEGINNING = {LOCK, folder.LOG, folder.SPLIT, folder.CLASSES, folder.MODEL, folder.DATA, folder.ENVIRONMENT,
+              folder.BROKEN}  # fmt: skip
 
 
 @dataclass
@@ -46,36 +48,22 @@ class Best:
 
 @dataclass
 class History:
-    """What a run has written so far.
-
-    Attributes:
-        best: The best epoch.
-        rows: One per epoch, as in metrics.jsonl.
-        val_by_epoch: (M,) predicted classes of each epoch.
-        seconds_before: Training time of earlier processes of this run.
-        started: When this process began, by `time.perf_counter`.
-    """
+    """What a run has written so far."""
 
     best: Best = field(default_factory=Best)
-    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    val_by_epoch: list[NDArray[np.int32]] = field(default_factory=list[NDArray[np.int32]])
-    seconds_before: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # one per epoch, as in metrics.jsonl
+    val_by_epoch: list[NDArray[np.integer[Any]]] = field(default_factory=list[NDArray[np.integer[Any]]])  # (M,) classes
+    seconds_before: float = 0.0  # training time of earlier processes of this run
     started: float = field(default_factory=time.perf_counter)
 
-    @property
-    def seconds(self) -> float:
-        """Training time of the run so far."""
+    def count_seconds(self) -> float:
+        """Give the training time of the run so far."""
         return self.seconds_before + time.perf_counter() - self.started
 
 
 @contextmanager
 def claim_folder(path: Path, *, is_new: bool) -> Generator[None]:
-    """Hold a run folder for one training; a new one that was refused before it had a recipe is removed again.
-
-    Raises:
-        RunError: Another training holds it, or a new one is not empty.
-        ResourceError: It cannot be created.
-    """
+    """Hold a run folder for one training; a new one that was refused before it had a recipe is removed again."""
     busy = f"{path} is being trained by another process: wait until that ends, or stop it"
     with ExitStack() as stack:
         try:
@@ -109,10 +97,9 @@ def _refuse_used_folder(path: Path) -> None:
 
 def _remove_beginning(path: Path) -> None:
     """Remove a folder that a refused training made, unless it holds anything else."""
-    names = {LOCK, folder.LOG, folder.SPLIT, folder.CLASSES, folder.MODEL, folder.DATA, folder.ENVIRONMENT}
     with suppress(OSError):
         entries = list(path.iterdir())
-        if {entry.name for entry in entries} <= names | {folder.BROKEN}:
+        if {entry.name for entry in entries} <= _BEGINNING:
             for entry in entries:
                 entry.unlink()
             path.rmdir()
@@ -121,26 +108,20 @@ def _remove_beginning(path: Path) -> None:
 class RunWriter:
     """Writes the files of a run; on all processes but the first it keeps the history and writes nothing.
 
-    Args:
-        path: The run folder.
-        fabric: The process, and the others.
-        dataset: Photos and classes.
-        select: "best" keeps the weights of the best epoch, "last" those of the last.
-        metric: What "best" means.
+    `select` "best" keeps the weights of the epoch that is best by `metric`, "last" those of the last.
     """
 
     def __init__(self, path: Path, fabric: Fabric, dataset: Dataset, *, select: str, metric: str) -> None:
         self.path = path
         self.history = History()
         self._fabric = fabric
-        self._index = dataset.index
-        self._labels = dataset.labels
+        self._dataset = dataset
         self._select = select
         self._metric = metric
 
-    def write_beginning(self, recipe: str, model: Mapping[str, Any], dataset: Dataset, prior: Sequence[float]) -> None:
+    def write_beginning(self, recipe: str, model: Mapping[str, Any], prior: Sequence[float]) -> None:
         """Write what does not change; the recipe last, so that a folder that has one can begin again."""
-        path, index = self.path, dataset.index
+        path, dataset, index = self.path, self._dataset, self._dataset.index
         save_split_table(index, path / folder.SPLIT)
         folder.write_json(path / folder.CLASSES, list(index.classes))
         folder.write_json(path / folder.MODEL, model)
@@ -166,11 +147,7 @@ class RunWriter:
             (self.path / name).unlink(missing_ok=True)
 
     def record_epoch(self, row: dict[str, Any], validation: Validation, model: nn.Module) -> dict[str, Any]:
-        """Store an epoch: its weights and predictions if they are to be kept, and its row of metrics.jsonl.
-
-        Returns:
-            The row, with `is_best`.
-        """
+        """Store an epoch: its weights and predictions if they are to be kept, and its row; give it with `is_best`."""
         history, predictions = self.history, validation.predictions
         value = validation.metrics.get(self._metric)
         is_best = value is not None and metrics.is_better(self._metric, value, history.best.value)
@@ -184,18 +161,12 @@ class RunWriter:
             if row["is_best"]:
                 save_weights(self.path / folder.WEIGHTS, model.state_dict())
                 if predictions is not None:
-                    folder.write_predictions(
-                        self.path / "predictions" / "val.parquet",
-                        paths=[self._index.photos[number].path for number in predictions.numbers],
-                        labels=self._labels[predictions.numbers],
-                        probabilities=predictions.probabilities(),
-                        classes=self._index.classes,
-                    )
+                    self._write_predictions(predictions)
             with (self.path / folder.METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             if predictions is not None:
                 history.val_by_epoch.append(predictions.logits.argmax(axis=1).astype(np.int32))
-                self._write_epochs(self._labels[predictions.numbers])
+                self._write_epochs(self._dataset.labels[predictions.numbers])
         return row
 
     def save(self, state: TrainState) -> None:
@@ -213,7 +184,7 @@ class RunWriter:
             "counts": {name: getattr(state, name) for name in _COUNTS},
             "random": random_states.reshape(fabric.world_size, -1).cpu(),
             "best": asdict(self.history.best),
-            "seconds": self.history.seconds,
+            "seconds": self.history.count_seconds(),
             "history": json.dumps(self.history.rows),
         }
         with _continuable(self.path):
@@ -242,13 +213,24 @@ class RunWriter:
         state.schedule.go_to(state.step)
         self.history = History(best, rows, seconds_before=seconds)
         if fabric.is_global_zero:
-            self._rewrite_history()
+            _write_text(self.path / folder.METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+            if (self.path / folder.EPOCHS).is_file():
+                self.history.val_by_epoch = list(folder.read_epochs(self.path / folder.EPOCHS)[: len(rows)])
 
     def write_summary(self, content: Mapping[str, Any]) -> None:
         """Write summary.json."""
         if self._fabric.is_global_zero:
             with _continuable(self.path):
                 folder.write_json(self.path / folder.SUMMARY, content)
+
+    def _write_predictions(self, predictions: Predictions) -> None:
+        folder.write_predictions(
+            self.path / "predictions" / "val.parquet",
+            paths=[self._dataset.index.photos[number].path for number in predictions.numbers],
+            labels=self._dataset.labels[predictions.numbers],
+            probabilities=predictions.probabilities(),
+            classes=self._dataset.index.classes,
+        )
 
     def _write_epochs(self, labels: NDArray[np.int64]) -> None:
         """Write the predicted classes of every epoch, from which the optimistic bias of "best" is estimated."""
@@ -260,13 +242,6 @@ class RunWriter:
                 np.savez_compressed(file, predicted=stacked, labels=labels.astype(np.int32))
 
         whole_or_absent(path, write)
-
-    def _rewrite_history(self) -> None:
-        _write_text(self.path / folder.METRICS, "".join(json.dumps(row) + "\n" for row in self.history.rows))
-        path = self.path / folder.EPOCHS
-        if path.is_file():
-            with np.load(path) as stored:
-                self.history.val_by_epoch = list(stored["predicted"][: len(self.history.rows)])
 
 
 @contextmanager

@@ -360,7 +360,7 @@ def minutes(run: RunResults) -> float:
 
 def parameters(run: RunResults) -> int:
     """Parameters of a run's model."""
-    return int(run.model.get("parameters", 0))
+    return int(run.model_info.get("parameters", 0))
 
 
 def metric_name(metric: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fieldmark.errors import RunError
-from fieldmark.runs.folder import RunResults, find_runs, load_results
+from fieldmark.runs.folder import RunResults, find_runs
 from fieldmark.study.statistics import (
     Difference,
     Interval,
@@ -168,7 +168,7 @@ def compare_runs(
         raise RunError(f"no metric {metric!r} to compare by: choose one of {', '.join(get_args(Metric))}")
     if not 0 < level < 1:
         raise RunError(f"level is the coverage of the intervals, between 0 and 1; got {level:g}")
-    results = [load_results(path, split=split) for path in find_runs(paths)]
+    results = [RunResults(path, split=split) for path in find_runs(paths)]
     return compare_results(results, metric=metric, level=level, draws=draws, seed=seed, against=against)
 
 

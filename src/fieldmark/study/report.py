@@ -268,14 +268,14 @@ def run_facts(variant: Variant, metric: str) -> list[tuple[str, str]]:
         *((name, f"{val[key]:.3f}") for name, key in losses if key in val and key != metric),
         ("Epochs", f"{epochs}; kept: {chosen}" + (f" ({best})" if best is not None and chosen == "the best" else "")),
         ("Optimistic bias", cells[4]), ("Minutes", cells[5]), ("Images/s", cells[6]), ("Parameters", cells[7]),
-        ("Backbone", str(run.model.get("create", {}).get("name", run.config.model.name))), ("Weights", cells[8]),
+        ("Backbone", str(run.model_info.get("create", {}).get("name", run.config.model.name))), ("Weights", cells[8]),
     ]  # fmt: skip
     return [(name, value) for name, value in facts if value != "–"]
 
 
 def describe_weights(run: RunResults) -> str:
     """Where a run's weights came from, with license and pre-training."""
-    weights = run.model.get("weights", {})
+    weights = run.model_info.get("weights", {})
     tag = str(weights.get("pretraining") or "")
     parts = [weights.get("source"), weights.get("licence"), describe_pretraining(tag, default=tag)]
     return ", ".join(str(part) for part in parts if part) or run.config.model.weights
@@ -383,7 +383,7 @@ def _shown(run: RunResults, photo: str) -> ShownPhoto:
     data = run.config.data
     try:
         content = thumbnail(
-            Path(str(run.data.get("root", ""))) / photo,
+            Path(str(run.data_info.get("root", ""))) / photo,
             THUMBNAIL_PIXELS,
             background=data.background,
             max_pixels=data.max_pixels,
