@@ -21,11 +21,9 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, WeightsError
 from fieldmark.models.catalog import InputConfig, pretrained_file, resolve_name, timm_config
-from fieldmark.models.classifier import Classifier, count_parameters, create_classifier
-from fieldmark.models.weights import data_config
+from fieldmark.models.classifier import count_parameters, create_classifier
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs import build
-from fieldmark.runs.build import build_augment_spec, build_eval_spec, train_size
 from fieldmark.runs.dataset import divide, find_photos, inspect, known_sizes
 from fieldmark.runs.environment import usable_cores
 
@@ -38,22 +36,13 @@ BYTES_PER_PARAMETER = 16
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was measured, and what follows for the run.
+    """What was measured, and what follows for the run."""
 
-    Attributes:
-        prepared_per_second: Photos decoded and augmented in a second by one core, without a cache.
-        trained_per_second: Photos trained on in a second by all of the device.
-        epoch_seconds: One epoch with its validation.
-        run_hours: All epochs, and the probe.
-        memory_gigabytes: Weights, gradients, optimiser and activations of one update.
-        parameters_millions: Size of the model.
-    """
-
-    prepared_per_second: float
-    trained_per_second: float
-    epoch_seconds: float
-    run_hours: float
-    memory_gigabytes: float
+    prepared_per_second: float  # photos decoded and augmented by one core, without a cache
+    trained_per_second: float  # photos, by all of the device
+    epoch_seconds: float  # with its validation
+    run_hours: float  # all epochs, and the probe
+    memory_gigabytes: float  # weights, gradients, optimizer and activations of one update
     parameters_millions: float
 
     @property
@@ -61,10 +50,6 @@ class Preflight:
         """What the time goes into: "preparing photos" or "training"."""
         one_photo = 1 / (self.prepared_per_second * usable_cores())
         return "preparing photos" if one_photo > 1 / self.trained_per_second else "training"
-
-    def estimates(self) -> dict[str, float]:
-        """Plain numbers, names with units."""
-        return asdict(self)
 
 
 def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Preflight:
@@ -74,26 +59,20 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
         config: The settings.
         index: The photos, with their splits.
         sizes: Photo number -> upright width and height, of training photos that can be read.
-
-    Raises:
-        ConfigError: No such model, or no such device.
     """
     config, _ = build.guard_computation(config)
     fabric, _ = build.build_fabric(config)
     if fabric.device.type == "cpu":
         torch.set_num_threads(build.choose_threads(config, workers=0).value)
-    weights = data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
-    size = build.train_size(config, weights)
-    evaluation = build.build_eval_spec(config, weights)
-    known = known_sizes(index, sizes)
-    prepare = build.build_train_photos(
-        config, index, known, size=size, evaluation=evaluation, is_fixres=False, cache=None
-    )
+    weights = build.build_input_config(config)
+    size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
+    prepare = build.build_train_photos(config, index, known_sizes(index, sizes), size=size, evaluation=evaluation)
     numbers = list(sizes)[:PHOTOS_PREPARED]
     prepared = _rate(lambda: len(prepare(numbers, 0).numbers))
-    model = _model(config, num_classes=len(index.classes))
+    model = create_classifier(**build.create_arguments(config, num_classes=len(index.classes))).train()
+    if build.is_channels_last(config):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fabric.to_device(model)
-    micro_batch = config.train.micro_batch_size or config.train.batch_size
     images = torch.zeros(PHOTOS_TRAINED, 3, size, size, device=fabric.device)
     plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
     network, optimizer = fabric.setup(model, plain)
@@ -109,13 +88,14 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
             torch.cuda.synchronize()
         return len(images)
 
-    activations = _saved_bytes(loss) / len(images) * micro_batch
-    trained = _rate(step)
-    parameters = count_parameters(model)
-    is_shared = fabric.device.type == "cpu"  # then preparing photos takes cores from training
-    counts = [sum(photo.split == split for photo in index.photos) for split in ("train", "val")]
-    epoch = _epoch_seconds(counts[0], counts[1], trained, prepared * usable_cores(), is_shared=is_shared)
-    probe = counts[0] / (3 * trained) if config.probe.epochs else 0.0
+    activations = _saved_bytes(loss) / len(images) * (config.train.micro_batch_size or config.train.batch_size)
+    trained, parameters = _rate(step), count_parameters(model)
+    num_train, num_val = (sum(photo.split == split for photo in index.photos) for split in ("train", "val"))
+    # A forward pass is a third of a training step.
+    compute, preparation = (num_train + num_val / 3) / trained, (num_train + num_val) / (prepared * usable_cores())
+    # On the CPU preparing photos takes cores from training.
+    epoch = compute + preparation if fabric.device.type == "cpu" else max(compute, preparation)
+    probe = num_train / (3 * trained) if config.probe.epochs else 0.0
     return Preflight(
         prepared_per_second=prepared,
         trained_per_second=trained,
@@ -124,20 +104,6 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
         memory_gigabytes=(parameters * BYTES_PER_PARAMETER + activations) / 2**30,
         parameters_millions=parameters / 1e6,
     )
-
-
-def _epoch_seconds(num_train: int, num_val: int, trained: float, prepared: float, *, is_shared: bool) -> float:
-    """One epoch with validation, whose forward pass is a third of a training step."""
-    compute = num_train / trained + num_val / (3 * trained)
-    preparation = (num_train + num_val) / prepared
-    return compute + preparation if is_shared else max(compute, preparation)
-
-
-def _model(config: Config, *, num_classes: int) -> Classifier:
-    model = create_classifier(**build.create_arguments(config, num_classes=num_classes))
-    if config.train.channels_last != "off":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.train()
 
 
 def _rate(work: Callable[[], int]) -> float:
@@ -164,69 +130,50 @@ def _saved_bytes(loss: Callable[[], Tensor]) -> int:
 
 
 NEAR_DISTANCE_BITS = 6
-MOST_CLASSES_TOLD = 30
-MOST_BROKEN_TOLD = 20
+MOST_CLASSES = 30
+MOST_BROKEN = 20
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """Everything that was found.
+    """What was found."""
 
-    Attributes:
-        audit: Of the photos.
-        must_mend: What keeps training from being right: the audit's, and what keeps the photos from being divided.
-        recipe_warnings: What looks like a mistake in the recipe for these photos.
-        preflight: Time and memory of the run; None where there is nothing to train on.
-    """
-
-    audit: Audit
-    must_mend: tuple[str, ...]
+    audit: Audit  # of the photos
+    must_mend: tuple[str, ...]  # the audit's, and what keeps the photos from being divided
     recipe_warnings: tuple[str, ...]
-    preflight: Preflight | None
+    preflight: Preflight | None  # None where there is nothing to train on
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        content = self.audit.to_dict()
-        bottleneck = self.preflight.bottleneck if self.preflight else None
-        return content | {
+        return self.audit.to_dict() | {
             "must_mend": list(self.must_mend),
             "recipe_warnings": list(self.recipe_warnings),
-            "bottleneck": bottleneck,
+            "bottleneck": self.preflight.bottleneck if self.preflight else None,
         }
 
 
 def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) -> Checkup:
     """Inspect every photo, audit the data set, lint the recipe on it, and measure what a run would cost.
 
-    Args:
-        config: The settings; `data.path` says which photos.
-        progress: Where to report.
-        with_recipe: Otherwise the photos alone are looked at: a plan chooses model and sizes later.
-
-    Raises:
-        ConfigError: No path, or no such model.
-        DataError: There is no data set at all.
+    Without `with_recipe` the photos alone are looked at: a plan chooses model and sizes later.
     """
     found = find_photos(config.data)
     facts = inspect(found, config.data, progress=progress, with_hash=True)
-    index, problem = _divided(found, facts, config)
-    weights = data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
+    index, problem = _divide_usable(found, facts, config)
     sizes = {
-        place: (fact.width, fact.height)
-        for place, (photo, fact) in enumerate(zip(index.photos, facts, strict=True))
+        number: (fact.width, fact.height)
+        for number, (photo, fact) in enumerate(zip(index.photos, facts, strict=True))
         if photo.split == "train" and photo.label is not None and not fact.problem
     }
-    counts = {split: sum(photo.split == split for photo in index.photos) for split in ("train", "val")}
-    given = LintInput(
-        config=config,
-        weights=weights,
-        sizes=np.asarray(list(sizes.values()), np.int64).reshape(-1, 2),
-        classes=index.classes,
-        steps_per_epoch=max(-(-counts["train"] // config.train.batch_size), 1),
-        num_val=counts["val"],
+    given = LintInput.of(
+        config,
+        index,
+        sizes,
+        num_train=sum(photo.split == "train" for photo in index.photos),
+        num_val=sum(photo.split == "val" for photo in index.photos),
     )
-    preflight = None
     no_weights = _why_no_weights(config) if with_recipe else ""
+    preflight = None
     if with_recipe and not no_weights and sizes and len(index.classes) > 1:
         progress.message("measuring a few photos and updates")
         preflight = measure(config, index, sizes)
@@ -235,12 +182,13 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
         facts,
         near_distance=NEAR_DISTANCE_BITS,
         skip_broken=config.data.broken == "skip",
-        crop_fallback_rate=fallback_rate(config, weights, given.sizes) if sizes and with_recipe else None,
-        estimates=preflight.estimates() if preflight else {},
+        crop_fallback_rate=fallback_rate(config, given.weights, given.sizes) if sizes and with_recipe else None,
+        estimates=asdict(preflight) if preflight else {},
     )
     # Without a split the audit cannot help noticing that nothing is in train; the reason says more.
-    must_mend = ((problem,) if problem else tuple(audited.must_mend)) + ((no_weights,) if no_weights else ())
-    return Checkup(audited, must_mend, tuple(lint_recipe(given)) if with_recipe else (), preflight)
+    must_mend = [problem] if problem else list(audited.must_mend)
+    must_mend += [no_weights] if no_weights else []
+    return Checkup(audited, tuple(must_mend), tuple(lint_recipe(given)) if with_recipe else (), preflight)
 
 
 def _why_no_weights(config: Config) -> str:
@@ -255,22 +203,17 @@ def _why_no_weights(config: Config) -> str:
     return ""
 
 
-def _divided(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Config) -> tuple[PhotoIndex, str]:
+def _divide_usable(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Config) -> tuple[PhotoIndex, str]:
     """The index with the split that training would make of the usable photos, or why there is none."""
-    usable = [
-        place
-        for place, (photo, fact) in enumerate(zip(index.photos, facts, strict=True))
-        if photo.label is not None and not fact.problem
-    ]
-    part = replace(index, photos=tuple(index.photos[place] for place in usable))
+    rows = enumerate(zip(index.photos, facts, strict=True))
+    usable = [number for number, (photo, fact) in rows if photo.label is not None and not fact.problem]
+    part = replace(index, photos=tuple(index.photos[number] for number in usable))
     try:
-        divided = divide(part, [facts[place] for place in usable], config.data)
+        divided = divide(part, [facts[number] for number in usable], config.data)
     except DataError as error:
         return index, str(error)
-    photos = list(index.photos)
-    for place, photo in zip(usable, divided.photos, strict=True):
-        photos[place] = photo
-    return replace(index, photos=tuple(photos)), ""
+    photos = dict(enumerate(index.photos)) | dict(zip(usable, divided.photos, strict=True))
+    return replace(index, photos=tuple(photos.values())), ""
 
 
 def format_checkup(checkup: Checkup) -> str:
@@ -292,9 +235,9 @@ def format_checkup(checkup: Checkup) -> str:
         lines.append(f"random crops that are one fixed center crop in fact: {found.crop_fallback_rate:.1%}")
     if checkup.preflight is not None:
         lines.append(_cost(checkup.preflight))
-    broken = [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN_TOLD]]
-    if len(found.broken) > MOST_BROKEN_TOLD:
-        broken.append(f"broken: ... and {len(found.broken) - MOST_BROKEN_TOLD} more (--json lists all)")
+    broken = [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN]]
+    if len(found.broken) > MOST_BROKEN:
+        broken.append(f"broken: ... and {len(found.broken) - MOST_BROKEN} more (--json lists all)")
     lines += broken
     lines += [f"note: {text}" for text in found.warnings]
     lines += [f"recipe: {text}" for text in checkup.recipe_warnings]
@@ -307,7 +250,7 @@ def _class_table(counts: dict[str, dict[str, int]]) -> list[str]:
     if not counts:
         return []
     splits = list(next(iter(counts.values())))
-    shown = dict(list(counts.items())[:MOST_CLASSES_TOLD])
+    shown = dict(list(counts.items())[:MOST_CLASSES])
     width = min(max(map(len, shown)), 40)
     lines = [f"{'class':{width}}" + "".join(f"{split or 'photos':>8}" for split in splits)]
     for name, by_split in shown.items():
@@ -335,23 +278,23 @@ UP_DOWN = ({"up", "top", "upper", "upright"}, {"down", "bottom", "lower", "inver
 
 @dataclass(frozen=True)
 class LintInput:
-    """What the rules look at.
-
-    Attributes:
-        config: The settings.
-        weights: The picture that the weights expect.
-        sizes: (N, 2) upright width and height of photos, in pixels; a sample will do.
-        classes: Class names.
-        steps_per_epoch: Updates of one epoch.
-        num_val: Photos of validation.
-    """
+    """What the rules look at."""
 
     config: Config
-    weights: InputConfig
-    sizes: NDArray[np.int64]
+    weights: InputConfig  # the picture that the weights expect
+    sizes: NDArray[np.int64]  # (N, 2) upright width and height of photos, in pixels; a sample will do
     classes: Sequence[str]
     steps_per_epoch: int
-    num_val: int
+    num_val: int  # photos of validation
+
+    @classmethod
+    def of(
+        cls, config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]], *, num_train: int, num_val: int
+    ) -> LintInput:
+        """Gather it for a data set with the sizes of some of its photos."""
+        known = np.asarray(list(sizes.values()), np.int64).reshape(-1, 2)
+        steps = max(-(-num_train // config.train.batch_size), 1)
+        return cls(config, build.build_input_config(config), known, index.classes, steps, num_val)
 
 
 def lint_recipe(given: LintInput) -> list[str]:
@@ -364,9 +307,8 @@ def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]
     """Share of training crops on photos of these sizes that are one fixed center crop in fact."""
     if not len(sizes):
         return 0.0
-    spec = build_augment_spec(
-        config, size=train_size(config, weights), evaluation=build_eval_spec(config, weights), is_fixres=False
-    )
+    size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
+    spec = build.build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=False)
     return crop_fallback_rate(spec, sizes, draws=max(CROPS_DRAWN // len(sizes), 1))
 
 
@@ -423,9 +365,9 @@ def _opposites(classes: Sequence[str], words: tuple[set[str], set[str]]) -> tupl
     first, second = words
     for name in classes:
         parts = tuple(re.findall(r"[^\W_]+", name.lower()))
-        for place, part in enumerate(parts):
+        for position, part in enumerate(parts):
             if part in first | second:
-                key = (*parts[:place], "", *parts[place + 1 :])
+                key = (*parts[:position], "", *parts[position + 1 :])
                 other = seen.setdefault((*key, "1" if part in first else "2"), name)
                 opposite = seen.get((*key, "2" if part in first else "1"))
                 if opposite is not None:
@@ -454,8 +396,7 @@ def _mixing(given: LintInput) -> Iterable[str]:
 
 def _sizes(given: LintInput) -> Iterable[str]:
     weights = given.weights
-    size = train_size(given.config, weights)
-    evaluation = build_eval_spec(given.config, weights)
+    size, evaluation = build.train_size(given.config, weights), build.build_eval_spec(given.config, weights)
     if size != weights.train_size:
         cost = (size / weights.train_size) ** 2
         yield (
@@ -474,12 +415,12 @@ def _sizes(given: LintInput) -> Iterable[str]:
 
 def _squash(given: LintInput) -> Iterable[str]:
     config = given.config
-    evaluation = build_eval_spec(config, given.weights)
-    if evaluation.transform == "squash":
-        ratios = given.sizes.max(axis=1) / np.maximum(given.sizes.min(axis=1), 1) if len(given.sizes) else np.ones(1)
-        if float(np.median(ratios)) > 1.05:
+    evaluation = build.build_eval_spec(config, given.weights)
+    if evaluation.transform == "squash" and len(given.sizes):
+        aspect = float(np.median(given.sizes.max(axis=1) / np.maximum(given.sizes.min(axis=1), 1)))
+        if aspect > 1.05:
             yield (
-                f"evaluation squashes photos of median aspect {float(np.median(ratios)):.2f} to a square, while the "
+                f"evaluation squashes photos of median aspect {aspect:.2f} to a square, while the "
                 "weights expect an undistorted centre crop: set eval.transform=pretrained"
             )
     if evaluation.interpolation != given.weights.interpolation:

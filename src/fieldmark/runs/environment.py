@@ -11,7 +11,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from fieldmark.errors import MissingExtraError, ResourceError
@@ -78,7 +80,7 @@ def keep_freed_memory() -> None:
 
 
 def quiet_fabric() -> None:
-    """Let Fabric say nothing on stderr but warnings: what it chooses, `train` tells in words of its own."""
+    """Let Fabric say nothing on stderr but warnings: `train` reports what it chooses in its own words."""
     for name in ("lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*The number of training batches.*", ".*all_gather is deprecated.*"):
@@ -87,21 +89,17 @@ def quiet_fabric() -> None:
 
 def processor_name() -> str:
     """The processor's trade name, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def _package_versions() -> dict[str, str]:
     versions: dict[str, str] = {}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -114,17 +112,10 @@ def _git_commit() -> str | None:
 
 
 def open_cluster(address: str) -> tuple[Any, bool]:
-    """Join a Ray cluster, or start one on this machine.
-
-    Args:
-        address: Of the cluster, such as `auto` or `ray://host:10001`; "" starts one here.
+    """Join the Ray cluster at an address such as `auto` or `ray://host:10001`, or with "" start one on this machine.
 
     Returns:
-        Ray itself; and whether this call joined, so that who called should leave at the end.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        ResourceError: There is no cluster at the address.
+        Ray itself; and whether this call joined, so that the caller should leave at the end.
     """
     try:
         import ray
@@ -143,6 +134,6 @@ def open_cluster(address: str) -> tuple[Any, bool]:
 
 
 def count_slots(ray: Any, needs: Mapping[str, float]) -> int:
-    """How many workers of these needs ("CPU", "GPU") fit into the cluster as it is now, each on one machine."""
+    """Count the workers of these needs ("CPU", "GPU") that fit into the cluster now, each on one machine."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(math.floor(node.get(kind, 0.0) / n) for kind, n in needs.items() if n) for node in alive)

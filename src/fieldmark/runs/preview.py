@@ -19,12 +19,10 @@ from torch import Tensor
 from fieldmark import plots
 from fieldmark.augment.mixing import Method, apply_mix, draw_mix, lambda_draws, one_hot
 from fieldmark.config import Config
-from fieldmark.data.decode import decode, read_size
+from fieldmark.data.decode import read_size
 from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import DataError, PhotoError
 from fieldmark.files import whole_or_absent
-from fieldmark.models.catalog import resolve_name
-from fieldmark.models.weights import data_config
 from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.check import LintInput, lint_recipe
@@ -47,37 +45,17 @@ LAMBDAS_DRAWN = 20_000
 
 
 def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str]:
-    """Draw a recipe at work on a few photos, and lint it.
-
-    Args:
-        config: The settings; `data.path` says which photos.
-        out: The PNG to write.
-        progress: Where to tell how far the work is.
-
-    Returns:
-        The lint's findings.
-
-    Raises:
-        DataError: No labelled photos, or none that can be read.
-        ResourceError: The picture cannot be written.
-    """
+    """Draw a recipe at work on a few photos, as a PNG, and give the findings of its lint."""
     index = find_photos(config.data)
-    numbers = [place for place, photo in enumerate(index.photos) if photo.label and photo.split in ("train", "")]
-    weights = data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
+    numbers = [number for number, photo in enumerate(index.photos) if photo.label and photo.split in ("train", "")]
     sizes = _read_sizes(config, index, _spread(numbers, SIZES_READ), progress)
     if not sizes:
         raise DataError(f"{index.root} holds no labelled photo that can be read: `fieldmark check` says why")
-    num_val = sum(photo.split == "val" for photo in index.photos)
-    # Where the data have no validation yet, its share will be taken out of training.
-    left = len(numbers) if num_val else round(len(numbers) * (1 - config.data.val_fraction - config.data.test_fraction))
-    given = LintInput(
-        config=config,
-        weights=weights,
-        sizes=np.asarray(list(sizes.values()), np.int64),
-        classes=index.classes,
-        steps_per_epoch=max(-(-left // config.train.batch_size), 1),
-        num_val=num_val or round(len(numbers) * config.data.val_fraction),
-    )
+    num_train, num_val = len(numbers), sum(photo.split == "val" for photo in index.photos)
+    if not num_val:  # its share will be taken out of training
+        num_val = round(len(numbers) * config.data.val_fraction)
+        num_train = round(len(numbers) * (1 - config.data.val_fraction - config.data.test_fraction))
+    given = LintInput.of(config, index, sizes, num_train=num_train, num_val=num_val)
     figure = draw_preview(given, index, sizes)
     whole_or_absent(out, lambda part: part.write_bytes(plots.figure_png(figure, dpi=110)))
     return lint_recipe(given)
@@ -86,39 +64,22 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
 def draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Figure:
     """Photos before and after augmentation, mixed photos with their labels, λ and learning rate.
 
-    Args:
-        given: Settings and what is known of weights and photos.
-        index: The photos.
-        sizes: Photo number -> upright width and height, of photos that can be read.
+    `sizes` has the upright width and height of photos that can be read, by number.
     """
     config = given.config
     evaluation = build.build_eval_spec(config, given.weights)
     shown = _spread(list(sizes), SHOWN)
-    prepare = build.build_train_photos(
-        config,
-        index,
-        known_sizes(index, sizes),
-        size=build.train_size(config, given.weights),
-        evaluation=evaluation,
-        is_fixres=False,
-        cache=None,
-    )
+    size = build.train_size(config, given.weights)
+    prepare = build.build_train_photos(config, index, known_sizes(index, sizes), size=size, evaluation=evaluation)
     batches = [prepare(shown, epoch) for epoch in (0, 1)]
     # A row of photos is as high in every section, so that one method of mixing leaves no gap where another would be.
     heights = [1, 2, 1.1 * len(build.build_mix_spec(config).methods), 1.6]
     figure = plots.new_figure(14, 2.28 * sum(heights))
     whole, augmented, mixed, curves = list(figure.subfigures(4, 1, squeeze=False, height_ratios=heights).flat)
-    photos = [
-        decode(index.files()[n], background=config.data.background, max_pixels=config.data.max_pixels) for n in shown
-    ]
-    _draw_row(whole, "photos", photos, [index.photos[n].label or "" for n in shown])
-    _draw_row(
-        augmented,
-        "as the model sees them, in two epochs",
-        [_pixels(image, evaluation) for batch in batches for image in batch.images.numpy()],
-        [""] * (2 * len(shown)),
-        rows=2,
-    )
+    photos = [prepare.reader.read(number) for number in shown]
+    _draw_row(whole, "photos", photos, [index.photos[number].label or "" for number in shown])
+    seen = [_pixels(image, evaluation) for batch in batches for image in batch.images.numpy()]
+    _draw_row(augmented, "as the model sees them, in two epochs", seen, [""] * len(seen), rows=2)
     _draw_mixed(mixed, given, batches[0], evaluation, index.classes)
     _draw_curves(curves, given)
     return figure
@@ -141,12 +102,12 @@ def _read_sizes(
 
 def _spread(numbers: list[int], count: int) -> list[int]:
     """At most `count` of the numbers, evenly spaced, so that many classes are among them."""
-    places = np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int))
-    return [numbers[place] for place in places]
+    chosen = np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int))
+    return [numbers[position] for position in chosen]
 
 
 def _pixels(image: NDArray[np.float32], evaluation: EvalSpec) -> NDArray[np.uint8]:
-    """(S, S, 3) uint8 of a normalised (3, S, S) image."""
+    """(S, S, 3) uint8 of a normalized (3, S, S) image."""
     mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (evaluation.mean, evaluation.std))
     return np.rint(np.clip(image * std + mean, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
@@ -169,22 +130,16 @@ def _draw_mixed(
     place: SubFigure, given: LintInput, batch: Batch, evaluation: EvalSpec, classes: tuple[str, ...]
 ) -> None:
     """Each method at work on the first photos, every photo from a batch (and so with a λ) of its own."""
-    config = given.config
+    config, num_photos = given.config, len(batch.labels)
     targets = one_hot(batch.labels, len(classes), config.train.label_smoothing)
     photos: list[NDArray[np.uint8]] = []
     captions: list[str] = []
     whole = build.build_mix_spec(config)
     for method in whole.methods:
         spec = replace(whole, share=1.0, cutmix_share=float(method == "cutmix"))
-        for step in range(len(batch.labels)):
-            drawn = draw_mix(
-                spec,
-                seed=config.train.seed,
-                epoch=0,
-                step=step,
-                batch_size=len(batch.labels),
-                image_size=batch.images.shape[-1],
-            )
+        for step in range(num_photos):
+            size = batch.images.shape[-1]
+            drawn = draw_mix(spec, seed=config.train.seed, epoch=0, step=step, batch_size=num_photos, image_size=size)
             images, labels = apply_mix(batch.images, targets, drawn)
             photos.append(_pixels(images[step].numpy(), evaluation))
             captions.append(_mixed_label(labels[step].numpy(), classes))
@@ -202,10 +157,9 @@ def _mixed_label(target: NDArray[np.float32], classes: tuple[str, ...]) -> str:
 
 
 def _draw_curves(place: SubFigure, given: LintInput) -> None:
-    config = given.config
+    config, steps_per_epoch = given.config, given.steps_per_epoch
     first, second, rate = place.subplots(1, 3)
-    size = build.train_size(config, given.weights)
-    spec = build.build_mix_spec(config)
+    size, spec = build.train_size(config, given.weights), build.build_mix_spec(config)
     methods: tuple[tuple[Axes, Method, tuple[float, float]], ...] = (
         (first, "mixup", config.mix.mixup_alpha),
         (second, "cutmix", config.mix.cutmix_alpha),
@@ -213,15 +167,12 @@ def _draw_curves(place: SubFigure, given: LintInput) -> None:
     for axes, method, alpha in methods:
         drawn = lambda_draws(spec, method, count=LAMBDAS_DRAWN, seed=0, image_size=size)
         plots.draw_lambda(axes, drawn, alpha, f"λ of {method}, α from {alpha[0]:g} to {alpha[1]:g}")
-    steps = np.unique(np.linspace(0, max(config.train.epochs * given.steps_per_epoch - 1, 0), 600).astype(int))
+    total = config.train.epochs * steps_per_epoch
+    steps = np.unique(np.linspace(0, total - 1, 600).astype(int)) if total else np.zeros(0, int)
     schedule = build.build_schedule_spec(config)
-    factors = [
-        schedule.factor(int(step), steps_per_epoch=given.steps_per_epoch)
-        for step in (steps if config.train.epochs else [])
-    ]
-    head = config.optim.lr * np.asarray(factors)
+    head = config.optim.lr * np.asarray([schedule.factor(int(s), steps_per_epoch=steps_per_epoch) for s in steps])
     rates = {"head": head, "backbone's last stage": head * config.optim.backbone_lr_scale}
-    plots.draw_rate(rate, steps[: len(head)] / given.steps_per_epoch, rates, "learning rate")
+    plots.draw_rate(rate, steps / steps_per_epoch, rates, "learning rate")
 
 
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -234,9 +185,6 @@ def search_lr(config: Config, *, progress: Progress) -> LrSweep:
     """Train for up to 100 updates with rates of the head from 1e-6 to 1, the other groups in proportion.
 
     The head starts untrained: a recipe that probes first bears the suggested rate as well, and often a higher one.
-
-    Raises:
-        FieldmarkError: As for training.
     """
     with (
         tempfile.TemporaryDirectory(prefix="fieldmark-") as scratch,
