@@ -18,7 +18,6 @@ from fieldmark.augment.mixing import MixSpec
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.augment.sample import AugmentSpec
 from fieldmark.config import Config
-from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Loader, auto_workers, cut_plan, epoch_order
 from fieldmark.errors import ConfigError, FieldmarkError
@@ -26,7 +25,7 @@ from fieldmark.models.catalog import InputConfig, resolve_name
 from fieldmark.models.classifier import Classifier, check_parameter_budget, count_parameters, create_classifier
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
-from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, user_folder
+from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, decode_spec, user_folder
 from fieldmark.runs.environment import keep_freed_memory, processor_name, quiet_fabric, usable_cores
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import Schedule, ScheduleSpec, create_optimizer, parameter_groups
@@ -113,7 +112,7 @@ def fill_cache(config: Config, dataset: Dataset, *, progress: Progress) -> tuple
         short_side=settings.short_side,
         folder=Path(settings.folder) if settings.folder else user_folder("photos"),
         disk_gigabytes=settings.disk_gigabytes,
-        decoding=DecodeSpec(config.data.background, config.data.max_pixels),
+        decoding=decode_spec(config.data),
         threads=usable_cores(),
         progress=progress,
     )
@@ -262,8 +261,7 @@ def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec, is_fi
 
 def build_reader(config: Config, index: PhotoIndex) -> PhotoReader:
     """The pixels of an index's photos by number."""
-    decoding = DecodeSpec(config.data.background, config.data.max_pixels)
-    return PhotoReader(tuple(index.files()), index.label_numbers(), decoding)
+    return PhotoReader(tuple(index.files()), index.label_numbers(), decode_spec(config.data))
 
 
 def build_train_photos(

@@ -32,19 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Photos that a run may use.
+    """Photos that a run may use."""
 
-    Attributes:
-        index: Usable photos, each in a split.
-        facts: One for each photo of `index`, in its order.
-        broken: (path, reason) of photos that were skipped.
-        notes: What to say of them: how the data were read, what was skipped, what looks wrong.
-    """
-
-    index: PhotoIndex
-    facts: tuple[PhotoFacts, ...]
-    broken: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...] = ()
+    index: PhotoIndex  # usable photos, each in a split
+    facts: tuple[PhotoFacts, ...]  # one for each photo of `index`
+    broken: tuple[tuple[str, str], ...]  # (path, reason) of photos that were skipped
+    notes: tuple[str, ...] = ()  # how the data were read, what was skipped, what looks wrong
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -72,12 +65,7 @@ def user_folder(name: str) -> Path:
 
 
 def find_photos(config: DataConfig) -> PhotoIndex:
-    """The photos as they lie there, before splits.
-
-    Raises:
-        ConfigError: No path is set.
-        DataError: The folder or table is not what it should be.
-    """
+    """Find the photos as they are, before splits."""
     if not config.path:
         raise ConfigError("no data: give a folder of class folders, or a table, as DATA or with --set data.path=...")
     index = load_index(
@@ -91,11 +79,7 @@ def find_photos(config: DataConfig) -> PhotoIndex:
 
 
 def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
-    """Find, inspect and divide the photos.
-
-    Raises:
-        DataError: Nothing to train on, or broken photos under `broken = "refuse"`.
-    """
+    """Find, inspect and divide the photos."""
     everything = find_photos(config)
     # Photos without labels have no part in training: `check` and `predict` look at them.
     found = replace(everything, photos=tuple(photo for photo in everything.photos if photo.label is not None))
@@ -104,9 +88,8 @@ def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
     if broken and config.broken == "refuse":
         way_out = "Fix or remove them, or train without them: --set data.broken=skip"
         raise DataError(f"{list_broken(broken, len(found.photos))}\n{way_out}")
-    usable = [place for place, fact in enumerate(facts) if not fact.problem]
-    index = replace(found, photos=tuple(found.photos[place] for place in usable))
-    kept = [facts[place] for place in usable]
+    photos = tuple(photo for photo, fact in zip(found.photos, facts, strict=True) if not fact.problem)
+    index, kept = replace(found, photos=photos), [fact for fact in facts if not fact.problem]
     notes = [everything.describe(), *find_doubts(index, kept)]
     if broken:
         notes.append(f"{len(broken)} photos cannot be used and are skipped, such as {broken[0][0]!r}: {broken[0][1]}")
@@ -119,7 +102,7 @@ def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress, with_h
     """Decode every photo once, or remember that it was done; `with_hash` for finding near-duplicates."""
     return inspect_photos(
         index,
-        decoding=DecodeSpec(config.background, config.max_pixels),
+        decoding=decode_spec(config),
         with_hash=with_hash,
         threads=usable_cores(),
         cache_folder=user_folder("inspections"),
@@ -127,9 +110,20 @@ def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress, with_h
     )
 
 
+def decode_spec(config: DataConfig) -> DecodeSpec:
+    """Say how files become pixels."""
+    return DecodeSpec(config.background, config.max_pixels)
+
+
 def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> PhotoIndex:
-    """Give every labelled photo a split, as the settings say."""
-    groups = _groups(index, facts, config)
+    """Give every labeled photo a split, as the settings say."""
+    groups = None
+    if config.group_by == "pattern":
+        groups = splits.groups_by_pattern(index, config.group_pattern)
+    elif config.group_by == "capture_time":
+        groups = splits.groups_by_capture_time(index, facts, config.group_gap_seconds)
+    elif config.group_by == "column":
+        groups = splits.groups_by_column(index)
     if config.folds:
         index = splits.fold_index(index, folds=config.folds, fold=config.fold, seed=config.split_seed, groups=groups)
     else:
@@ -155,28 +149,12 @@ def list_broken(broken: Sequence[tuple[str, str]], total: int, *, most: int = 10
     return "\n".join([f"{len(broken)} of {total} photos cannot be used:", *lines, *more])
 
 
-def _groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> list[str] | None:
-    if config.group_by == "none":
-        return None
-    if config.group_by == "pattern":
-        return splits.groups_by_pattern(index, config.group_pattern)
-    if config.group_by == "capture_time":
-        return splits.groups_by_capture_time(index, facts, config.group_gap_seconds)
-    return splits.groups_by_column(index)
-
-
 @dataclass(frozen=True)
 class PhotoReader:
-    """The pixels of photos by index.
+    """The pixels of photos by number."""
 
-    Args:
-        files: N files, or what else `DecodeSpec.read` takes.
-        labels: (N,) int64 class numbers, -1 for unlabelled.
-        decoding: How files become pixels.
-    """
-
-    files: Sequence[Source | PhotoError]
-    labels: NDArray[np.int64]
+    files: Sequence[Source | PhotoError]  # N
+    labels: NDArray[np.int64]  # (N,) class numbers, -1 for unlabeled
     decoding: DecodeSpec
 
     def read(self, number: int) -> NDArray[np.uint8]:
@@ -190,57 +168,38 @@ class PhotoReader:
 
 @dataclass(frozen=True)
 class TrainPhotos:
-    """Prepares augmented training batches: `prepare(numbers, epoch)`.
-
-    Args:
-        reader: Where pixels come from.
-        cache: Reduced photos, or None.
-        sizes: (N, 2) upright width and height of the photos.
-        spec: What is drawn.
-        mean: Per-channel mean of normalisation.
-        std: Per-channel standard deviation of normalisation.
-        seed: Of the run.
-        is_fast: The fast executor; else torchvision's transforms one by one, on whole photos.
-    """
+    """Prepares augmented training batches: `prepare(numbers, epoch)`."""
 
     reader: PhotoReader
-    cache: PhotoCache | None
-    sizes: NDArray[np.int64]
-    spec: AugmentSpec
-    mean: RGB
+    cache: PhotoCache | None  # reduced photos
+    sizes: NDArray[np.int64]  # (N, 2) upright width and height of the photos
+    spec: AugmentSpec  # what is drawn
+    mean: RGB  # of normalization, by channel
     std: RGB
     seed: int
-    is_fast: bool
+    is_fast: bool  # the fast executor; else torchvision's transforms one by one, on whole photos
     preload: ClassVar[tuple[str, ...]] = ("fieldmark.augment.fast",)
 
     def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
-        """(B, 3, S, S) float32, normalised and erased; the same whoever calls, in whatever company.
-
-        Raises:
-            PhotoError: A photo broke or vanished since it was inspected.
-        """
+        """(B, 3, S, S) float32, normalized and erased; a photo is the same in any batch and any process."""
         from fieldmark.augment.fast import augment_fast  # compiles, which a prediction need not wait for
 
         rows = np.asarray(numbers, np.int64)
         params = self.params(rows, epoch)
         if self.is_fast:
-            photos = [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
+            photos = self._read(rows, params)
             array = augment_fast(photos, self.sizes[rows], params, self.spec, self.mean, self.std)
             images = torch.from_numpy(array)
         else:
-            images = torch.stack(
-                [
-                    augment_reference(self.reader.read(int(number)), params, row, self.spec, self.mean, self.std)
-                    for row, number in enumerate(rows)
-                ]
-            )
+            settings = self.spec, self.mean, self.std
+            whole = (self.reader.read(int(number)) for number in rows)  # one at a time: they are large
+            images = torch.stack([augment_reference(photo, params, row, *settings) for row, photo in enumerate(whole)])
         return Batch(images, torch.from_numpy(rows), torch.from_numpy(self.reader.labels[rows]), ())
 
     def raw(self, numbers: Sequence[int], epoch: int) -> Batch:
         """(B, 3, H, W) uint8 photos as decoded or cached, each in the corner of its slot, for `augment_device`."""
         rows = np.asarray(numbers, np.int64)
-        params = self.params(rows, epoch)
-        photos = [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
+        photos = self._read(rows, self.params(rows, epoch))
         sizes = np.asarray([(photo.shape[1], photo.shape[0]) for photo in photos], np.int64)
         slots = np.zeros((len(photos), 3, sizes[:, 1].max(), sizes[:, 0].max()), np.uint8)
         for slot, photo in zip(slots, photos, strict=True):
@@ -270,6 +229,9 @@ class TrainPhotos:
         """The random numbers of some photos."""
         return sample_params(self.spec, self.sizes[rows], seed=self.seed, epoch=epoch, numbers=rows)
 
+    def _read(self, rows: NDArray[np.int64], params: BatchParams) -> list[NDArray[np.uint8]]:
+        return [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
+
     def _pixels(self, number: int, params: BatchParams, row: int) -> NDArray[np.uint8]:
         cached = self.cache.get(number) if self.cache is not None else None
         if cached is not None:
@@ -282,33 +244,23 @@ class TrainPhotos:
 
 @dataclass(frozen=True)
 class EvalPhotos:
-    """Prepares evaluation batches: the same picture of a photo every time.
-
-    Args:
-        reader: Where pixels come from.
-        spec: The evaluation transform, or several.
-        keeps_broken: A photo that cannot be read becomes a grey image and a problem, instead of an error.
-    """
+    """Prepares evaluation batches: the same picture of a photo every time."""
 
     reader: PhotoReader
     spec: EvalSpec | Views
-    keeps_broken: bool
+    keeps_broken: bool  # a photo that cannot be read becomes a grey image and a problem, instead of an error
 
     def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
-        """(B, 3, S, S) float32, normalised; several views as `vision.views` lays them out.
-
-        Raises:
-            PhotoError: A photo cannot be read, and `keeps_broken` is off.
-        """
+        """(B, 3, S, S) float32, normalized; several views as `augment.reference` lays them out."""
         rows = np.asarray(numbers, np.int64)
         images = torch.zeros((len(rows), *picture_shape(self.spec)))
         problems: list[tuple[int, str]] = []
-        for place, number in enumerate(rows):
+        for row, number in enumerate(rows):
             try:
-                images[place] = eval_picture(self.reader.read(int(number)), self.spec)
+                images[row] = eval_picture(self.reader.read(int(number)), self.spec)
             except PhotoError as error:
                 if not self.keeps_broken:
                     raise
-                problems.append((place, error.reason))
+                problems.append((row, error.reason))
         labels = torch.from_numpy(self.reader.labels[rows])
         return Batch(images, torch.from_numpy(rows), labels, tuple(problems))

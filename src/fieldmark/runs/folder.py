@@ -224,9 +224,9 @@ class Run:
 
     def decode_spec(self) -> DecodeSpec:
         """Say how files become the pixels that the model was trained on."""
-        from fieldmark.data.decode import DecodeSpec
+        from fieldmark.runs.dataset import decode_spec
 
-        return DecodeSpec(self.config.data.background, self.config.data.max_pixels)
+        return decode_spec(self.config.data)
 
     def load_model(self) -> Classifier:
         """Load the model with the kept weights, on the CPU, in evaluation mode."""
