@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fieldmark.errors import FieldmarkError, ResourceError, RunError
-from fieldmark.runs.folder import RunResults, find_runs, load_results
-from fieldmark.study.compare import Comparison, Pair, Variant, compare_results, judge_together
+from fieldmark.runs.folder import RunResults
+from fieldmark.study.compare import Comparison, Pair, Variant, compare_runs, decide_together
 from fieldmark.study.report import Table, markdown_table
 
 Verdict = Literal[
@@ -154,8 +154,8 @@ def write_findings(paths: Sequence[str | Path], path: str | Path, *, command: st
     """
     if not paths:
         raise RunError("no runs to find anything in: give run folders, or folders of them")
-    groups = [[load_results(run, split="val") for run in find_runs([one])] for one in paths]
-    comparisons = [compare_results(runs, metric="top1", level=LEVEL, draws=10_000, seed=0) for runs in groups]
+    comparisons = [compare_runs([one], level=LEVEL) for one in paths]
+    groups = [[run for variant in comparison.variants for run in variant.runs] for comparison in comparisons]
     findings = find_findings(comparisons)
     try:
         Path(path).write_text(render_findings(findings, groups, command=command), encoding="utf-8")
@@ -172,7 +172,7 @@ def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunRe
     ]
     behind = [
         (group[0].path.resolve().parent.name, str(len(group)), str(len(group[0].photos)),
-         ", ".join(sorted({str(run.model.get("create", {}).get("name", run.config.model.name)) for run in group})))
+         ", ".join(sorted({str(run.model_info.get("create", {}).get("name", run.config.model.name)) for run in group})))
         for group in groups
     ]  # fmt: skip
     return (
@@ -198,7 +198,7 @@ def _judge(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
         if (favours_second := _favours_second(claim, *_variants_of(comparison, pair))) is not None
     ]
     # One claim is one question: what else a sweep compares does not make its answer less sure.
-    pairs = judge_together(
+    pairs = decide_together(
         [(pair.first, pair.second, pair.difference) for _, pair, _ in speaking], metric="top1", level=LEVEL
     )
     judged = [

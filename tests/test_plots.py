@@ -23,7 +23,6 @@ from fieldmark.plots import (
     photo_grid,
     plain_text,
     thumbnail,
-    training_figure,
 )
 
 
@@ -93,29 +92,6 @@ def test_a_thumbnail_is_as_small_as_asked(tmp_path):
     assert Image.open(io.BytesIO(content)).size == (140, 105)
     with pytest.raises(PhotoError):
         thumbnail(tmp_path / "gone.png", 140, **limits)
-
-
-def test_missing_figures_of_an_epoch_leave_a_gap_not_a_zero():
-    rows = [
-        {"epoch": 1, "lr": 1e-3, "train_loss": 2.0, "train_top1_clean": None, "train_top1_mixed": 0.3, "val": {}},
-        {"epoch": 2, "lr": 1e-4, "train_top1_clean": 0.5, "train_top1_mixed": 0.4, "val": {"top1": 0.6}},
-    ]
-    accuracy = training_figure(rows).axes[1]
-    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in accuracy.lines}
-    assert lines == {
-        "training, clean batches": [(2, 0.5)],
-        "training, mixed": [(1, 0.3), (2, 0.4)],
-        "validation": [(2, 0.6)],
-    }
-
-
-def test_the_probes_rate_is_not_drawn_among_the_schedules():
-    rows = [
-        {"epoch": 0, "lr": 3e-3, "is_probe": True, "val": {}},
-        {"epoch": 1, "lr": 1e-4, "is_probe": False, "val": {}},
-    ]
-    (line,) = training_figure(rows).axes[2].lines
-    assert list(zip(*line.get_data(), strict=True)) == [(1, 1e-4)]
 
 
 def test_the_lambda_density_integrates_to_one_and_follows_the_beta():

@@ -20,6 +20,7 @@ from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs.environment import processor_name, usable_cores
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import format_epoch, train
+from fieldmark.study.charts import training_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +95,7 @@ def write_table(path: Path) -> tuple[int, int]:
 def draw(run: Run, found: Evaluation, folder: Path) -> list[Path]:
     """Training curves and predictions with their photos as PNG, and the tables of `fieldmark evaluate`."""
     save_evaluation(found, folder / "evaluation")
-    figures = {"training.png": plots.training_figure(run.metrics), "predictions.png": _prediction_figure(run, found)}
+    figures = {"training.png": training_figure(run.metrics), "predictions.png": _prediction_figure(run, found)}
     for name, figure in figures.items():
         content = plots.figure_png(figure)
         whole_or_absent(folder / name, lambda part, content=content: part.write_bytes(content))

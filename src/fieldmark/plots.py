@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,10 @@ if TYPE_CHECKING:
 
 
 INK = "#22303c"
-# Okabe and Ito's colors, which color-blind readers distinguish too, and a few more; each line has a dash of its own.
+# Okabe and Ito's colors, which color-blind readers distinguish too, and a few more.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
-DASHES = ("-", "--", ":", "-.")
 LONGEST_NAME = 32
-MOST_CLASSES = 120
-"""A confusion matrix of more classes shows those with the most mistakes."""
+MOST_CLASSES = 120  # a confusion matrix of more classes shows those with the most mistakes
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,9 @@ def figure_png(figure: Figure, *, dpi: int = 120) -> bytes:
 
 
 def figure_svg(figure: Figure, tips: Sequence[Tip] = (), *, key: str) -> str:
-    """The figure as an inline picture for a page: real text, the page's own ink and paper, and tooltips.
+    """The figure, which loses its background, as an inline picture: real text, the page's own ink, and tooltips.
 
-    Args:
-        figure: It is changed: dots per inch, and no background.
-        tips: What to show where the pointer is.
-        key: A name that no other picture of the page has.
+    `key` is a name that no other picture of the page has.
     """
     import matplotlib as mpl
 
@@ -103,36 +98,33 @@ def _page_font(found: re.Match[str]) -> str:
 def _overlay(tip: Tip, height: float) -> str:
     corners = tip.axes.transData.transform(list(zip(tip.x, tip.y, strict=True)))
     (left, right), (low, high) = sorted(corners[:, 0]), sorted(corners[:, 1])
-    place = f'x="{left:.1f}" y="{height - high:.1f}" width="{right - left:.1f}" height="{high - low:.1f}"'
-    return f"<rect {place}><title>{html.escape(printable(tip.text))}</title></rect>"
+    box = f'x="{left:.1f}" y="{height - high:.1f}" width="{right - left:.1f}" height="{high - low:.1f}"'
+    return f"<rect {box}><title>{html.escape(_printable(tip.text))}</title></rect>"
 
 
-def printable(text: str) -> str:
+def _printable(text: str) -> str:
     """The text without what no page can hold, such as half a character; line breaks stay."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
 
 
 def plain_text(name: str, *, longest: int = LONGEST_NAME) -> str:
     """A user's name as matplotlib shows it literally: no mathematics, no line breaks, not too long."""
-    shown = printable(name).replace("\n", "�")
+    shown = _printable(name).replace("\n", "�")
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     return shown.replace("$", r"\$")
 
 
-def shown_classes(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+def _shown_classes(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
     """Indices of the classes that a confusion matrix shows: all, or the `MOST_CLASSES` with the most mistakes."""
     mistakes = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * np.diag(confusion)
     return np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES])
 
 
 def confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """Confusion matrix: rows are the true classes, and the strength of the color is the share of the row.
+    """Confusion matrix: rows of (K, K) counts are the true classes; the stronger the color, the larger the share."""
+    from matplotlib.colors import to_rgb
 
-    Args:
-        confusion: (K, K) counts; row: the true class, column: the predicted one.
-        classes: K names.
-    """
-    shown = shown_classes(confusion)
+    shown = _shown_classes(confusion)
     counts, names = confusion[np.ix_(shown, shown)], [plain_text(classes[int(index)]) for index in shown]
     shares = counts / np.maximum(confusion.sum(axis=1, keepdims=True)[shown], 1)
     has_counts = len(names) <= 25
@@ -142,14 +134,13 @@ def confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Fi
     figure = new_figure(side, side)
     axes = figure.subplots()
     colors = np.zeros((*counts.shape, 4))
-    colors[..., :3] = _rgb(COLORS[1])
-    colors[np.arange(len(names)), np.arange(len(names)), :3] = _rgb(COLORS[0])
+    colors[..., :3] = to_rgb(COLORS[1])
+    colors[np.arange(len(names)), np.arange(len(names)), :3] = to_rgb(COLORS[0])
     colors[..., 3] = np.where(counts > 0, 0.2 + 0.8 * shares, 0.0)
     axes.imshow(colors, interpolation="none")
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
     few = "" if len(shown) == len(classes) else f"the {len(shown)} of {len(classes)} classes with the most mistakes\n"
     axes.set_title(f"{few}blue: right, orange: mistakes", fontsize=9, loc="left")
     if not has_counts:
@@ -165,7 +156,7 @@ def confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Fi
 
 def confusion_tips(figure: Figure, confusion: NDArray[np.int64], classes: Sequence[str]) -> list[Tip]:
     """A tooltip for each cell of `confusion_figure` that holds a photo."""
-    shown, totals = shown_classes(confusion), confusion.sum(axis=1)
+    shown, totals = _shown_classes(confusion), confusion.sum(axis=1)
     tips: list[Tip] = []
     for row, column in zip(*np.nonzero(confusion[np.ix_(shown, shown)]), strict=True):
         true, predicted = int(shown[row]), int(shown[column])
@@ -174,73 +165,8 @@ def confusion_tips(figure: Figure, confusion: NDArray[np.int64], classes: Sequen
     return tips
 
 
-def _rgb(color: str) -> tuple[float, ...]:
-    return tuple(int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
-
-
-def training_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, accuracy and learning rate per epoch.
-
-    Args:
-        metrics: One object per epoch, as in a run's metrics.jsonl.
-    """
-    figure = new_figure(11, 3.4)
-    loss, accuracy, rate = figure.subplots(1, 3)
-    val = [row.get("val") or {} for row in metrics]
-    # The probe's rate is of another scale, and not of this schedule.
-    tuned = [{} if row.get("is_probe") else row for row in metrics]
-    curves: tuple[tuple[Axes, Sequence[Mapping[str, Any]], str, str, int], ...] = (
-        (loss, metrics, "train_loss", "training", 0),
-        (loss, val, "log_loss", "validation", 1),
-        (accuracy, metrics, "train_top1_clean", "training, clean batches", 0),
-        (accuracy, metrics, "train_top1_mixed", "training, mixed", 2),
-        (accuracy, val, "top1", "validation", 1),
-        (rate, tuned, "lr", "head", 3),
-    )
-    for axes, rows, key, label, index in curves:
-        points = [(row["epoch"], found[key]) for row, found in zip(metrics, rows, strict=True)
-                  if found.get(key) is not None]  # fmt: skip
-        if points:
-            draw_line(axes, *zip(*points, strict=True), index=index, label=label)
-    for axes, title in ((loss, "loss"), (accuracy, "top-1 accuracy"), (rate, "learning rate")):
-        dress(axes, title, "epoch")
-        axes.locator_params(axis="x", integer=True)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def draw_line(
-    axes: Axes,
-    x: Sequence[float],
-    y: Sequence[float],
-    *,
-    index: int,
-    label: str,
-    band: tuple[Sequence[float], Sequence[float]] | None = None,
-    trend: Sequence[float] | None = None,
-) -> None:
-    """One line, in the color and dash of its index; a band around it, and a bold trend over a fainter line."""
-    color, dash = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
-    label = plain_text(label)
-    if band is not None and list(band[0]) != list(band[1]):
-        axes.fill_between(x, band[0], band[1], color=color, alpha=0.15, linewidth=0)
-    if trend is None:
-        axes.plot(x, y, dash, color=color, marker="o", markersize=3, linewidth=1.6, label=label)
-    else:
-        axes.plot(x, y, dash, color=color, linewidth=0.8, alpha=0.6)
-        axes.plot(x, trend, dash, color=color, linewidth=2, label=label)
-
-
 def draw_lambda(axes: Axes, values: NDArray[np.float64], alpha: tuple[float, float], title: str) -> None:
-    """Histogram of λ with its density, and the Beta density that λ was drawn from.
-
-    Args:
-        axes: Where to draw.
-        values: (N,) λ in [0, 1].
-        alpha: Range that α was drawn from evenly.
-        title: Above the axes.
-    """
+    """Histogram of (N,) values of λ with its density, and the Beta density of α, drawn evenly from a range."""
     from scipy.stats import beta, gaussian_kde
 
     axes.hist(values, bins=40, range=(0, 1), density=True, color=COLORS[0], alpha=0.35)
@@ -271,10 +197,8 @@ def draw_rate(axes: Axes, epochs: NDArray[np.float64], rates: Mapping[str, NDArr
 def draw_photo(axes: Axes, pixels: NDArray[np.uint8], caption: str, *, color: str = INK) -> None:
     """One photo with lines of text under it; the caption is shown literally."""
     axes.imshow(pixels, interpolation="antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
     lines = [plain_text(line) for line in caption.split("\n")]
     axes.set_xlabel("\n".join(lines), fontsize=7.5, color=color, labelpad=3)
 
@@ -293,7 +217,7 @@ def photo_grid(photos: Sequence[NDArray[np.uint8]], captions: Sequence[str], col
 
 
 def dress(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
-    """The look that all charts share: a small title, a faint grid, no box."""
+    """Give the axes the look that all charts share: a small title, a faint grid, no box."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
@@ -305,11 +229,7 @@ def dress(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
 def thumbnail(
     photo: Path, side: int, *, background: tuple[int, int, int], max_pixels: int, max_bytes: int | None = None
 ) -> bytes:
-    """JPEG of a photo, its long side at most `side` pixels, and of at most `max_bytes` where that is possible.
-
-    Raises:
-        PhotoError: The photo is gone or broken.
-    """
+    """JPEG of a photo, its long side at most `side` pixels, and of at most `max_bytes` where that is possible."""
     from PIL import Image
 
     from fieldmark.data.decode import decode

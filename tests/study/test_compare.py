@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fieldmark.errors import RunError
-from fieldmark.study.compare import compare_runs, verdict
+from fieldmark.study.compare import SHOWN, compare_runs, verdict
 
 
 def _overrides(prob):
@@ -20,7 +20,7 @@ def _overrides(prob):
 def test_nobody_is_told_to_train_hundreds_of_seeds(make_run, runs, end):
     pair = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4))]).pairs[0]
     pair = dataclasses.replace(pair, is_distinguishable=False, photos_needed=None, runs_needed=runs)
-    words = verdict(pair, level=0.95, unit="points", num_comparisons=1)
+    words = verdict(pair, level=0.95, shown=SHOWN["top1"], num_comparisons=1)
     assert end in words
     assert words.endswith("be needed to see a difference of 1 point.")
 

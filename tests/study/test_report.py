@@ -12,7 +12,7 @@ from PIL import Image
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import Run
-from fieldmark.study.charts import LAMBDA_DRAWS, Line, curve_chart, report_charts, variant_line
+from fieldmark.study.charts import LAMBDA_DRAWS, Curves, Line, curve_chart, mean_line, report_charts, training_figure
 from fieldmark.study.compare import compare_runs
 from fieldmark.study.report import class_table, markdown_text, most_confused, pooled_confusion, write_report
 
@@ -169,7 +169,7 @@ def test_a_probe_is_a_point_of_its_own_and_has_no_learning_rate(make_run):
 
 
 def _accuracy_chart(line):
-    return curve_chart("top1", "Accuracy", "", "top-1", [line], is_share=True)
+    return curve_chart(Curves("top1", "Accuracy", "", "top-1", True, {}), [line])
 
 
 def test_a_chart_of_one_epoch_shows_no_half_epochs_and_no_share_above_one():
@@ -218,7 +218,7 @@ def test_markdown_text_stays_in_its_line_and_cell():
 
 def test_a_line_is_the_mean_over_seeds_with_a_band(sweep):
     variant = compare_runs([sweep]).variants[1]
-    line = variant_line(variant, lambda row: row["val"]["top1"])
+    line = mean_line("", "val.top1", [run.metrics for run in variant.runs])
     runs = [[row["val"]["top1"] for row in run.metrics] for run in variant.runs]
     assert line.y == pytest.approx(np.mean(runs, axis=0))
     assert line.low == pytest.approx(np.min(runs, axis=0))
@@ -228,8 +228,31 @@ def test_a_line_is_the_mean_over_seeds_with_a_band(sweep):
 
 def test_a_long_run_has_a_running_mean(make_run):
     variant = compare_runs([make_run("long", epochs=20)]).variants[0]
-    line = variant_line(variant, lambda row: row["val"]["top1"])
+    line = mean_line("", "val.top1", [run.metrics for run in variant.runs])
     assert line.trend[4] == pytest.approx(np.mean(line.y[2:7]))
+
+
+def test_missing_figures_of_an_epoch_leave_a_gap_not_a_zero():
+    rows = [
+        {"epoch": 1, "lr": 1e-3, "train_loss": 2.0, "train_top1_clean": None, "train_top1_mixed": 0.3, "val": {}},
+        {"epoch": 2, "lr": 1e-4, "train_top1_clean": 0.5, "train_top1_mixed": 0.4, "val": {"top1": 0.6}},
+    ]
+    accuracy = training_figure(rows).axes[0]
+    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in accuracy.lines}
+    assert lines == {
+        "training, clean batches": [(2, 0.5)],
+        "training, mixed batches": [(1, 0.3), (2, 0.4)],
+        "validation": [(2, 0.6)],
+    }
+
+
+def test_the_probes_rate_is_not_drawn_among_the_schedules():
+    rows = [
+        {"epoch": 0, "lr": 3e-3, "is_probe": True, "val": {}},
+        {"epoch": 1, "lr": 1e-4, "is_probe": False, "val": {}},
+    ]
+    (line,) = training_figure(rows).axes[2].lines
+    assert list(zip(*line.get_data(), strict=True)) == [(1, 1e-4)]
 
 
 def test_accuracy_under_mixing_has_no_line_where_nothing_was_mixed(sweep):

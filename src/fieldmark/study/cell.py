@@ -1,6 +1,6 @@
 """One cell of a sweep: its folder, and the process that trains it: `python -m fieldmark.study.cell JOB.json`.
 
-All that a cell is told is in its job file, and all that it reports is in its run folder and its outcome file: so a cell
+All that a cell needs is in its job file, and all that it reports is in its run folder and its outcome file: so a cell
 may run on another machine that shares the folder, and a sweep that was killed goes on by reading.
 """
 
@@ -23,26 +23,14 @@ from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, R
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_json_lines, run_status, write_json
 
-BOOKS = ".sweep"
-"""Folder inside a sweep's for job files, logs, locks and outcomes."""
-
-NO_EFFECT = frozenset(
-    {
-        "description",
-        "loader.workers",
-        "cache.folder",
-        "cache.disk_gigabytes",
-        "train.threads",
-        "train.save_minutes",
-        "train.trackers",
-    }
-)
-"""Keys that change how fast a run is, or how it is described, but not what it learns."""
-
+BOOKS = ".sweep"  # folder inside a sweep's for job files, logs, locks and outcomes
+# Keys that change how fast a run is, or how it is described, but not what it learns.
+NO_EFFECT = {"description", "loader.workers", "cache.folder", "cache.disk_gigabytes", "train.threads",
+             "train.save_minutes", "train.trackers"}  # fmt: skip
 SECONDS_TO_WAIT = 3600.0
 
 State = Literal["waiting", "running", "finished", "stopped", "failed", "interrupted"]
-"""How far a cell is; `stopped` is by successive halving."""
+"""How far a cell is; successive halving stops."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,7 @@ def load_drawn(sweep: Path, name: str, keys: Iterable[str]) -> dict[str, Any] | 
     return {key: settings[key] for key in keys}
 
 
-def read_epochs(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of the epochs that a run folder reports."""
     return read_json_lines(path / METRICS) if (path / METRICS).is_file() else []
 
@@ -155,11 +143,7 @@ def _other_settings(path: Path, cell: Cell) -> list[str]:
 
 
 def refuse_other_recipe(out: Path, cell: Cell) -> None:
-    """Check that a cell's folder does not hold a run of other settings.
-
-    Raises:
-        RunError: It does; the message says which.
-    """
+    """Check that a cell's folder does not hold a run of other settings, or say which they are."""
     if others := _other_settings(out / cell.name, cell):
         raise RunError(
             f"{out / cell.name} holds a run of other settings than the grid asks for ({'; '.join(others[:5])}). "
@@ -168,11 +152,7 @@ def refuse_other_recipe(out: Path, cell: Cell) -> None:
 
 
 def clear_broken(out: Path, cell: Cell) -> None:
-    """Remove what a cell left that can be neither used nor resumed.
-
-    Raises:
-        RunError: The folder was not made by this sweep.
-    """
+    """Remove what a cell of this sweep left that can be neither used nor resumed."""
     path = out / cell.name
     if not path.is_dir() or not any(path.iterdir()):
         return
@@ -235,10 +215,7 @@ def is_rung(epoch: int, *, min_epochs: int, factor: int) -> bool:
 def is_poor(values: Mapping[str, float], name: str, *, factor: int) -> bool:
     """Whether a cell is not among the best one in `factor` of those that got as far; never of fewer than `factor`.
 
-    Args:
-        values: Cell name to value at the rung, higher is better, this cell's included.
-        name: This cell.
-        factor: Of successive halving.
+    `values` are those of all cells at the rung, higher is better.
 
     Source:
         Li et al., "A System for Massively Parallel Hyperparameter Tuning", arXiv:1810.05934, section 3, in the form

@@ -1,15 +1,18 @@
-"""The charts of a report: each a figure with a title, a note on how to read it, and tooltips."""
+"""The charts of a report: each a figure with a title, a note on how to read it, and tooltips.
+
+A row is the object of one epoch in a run's metrics.jsonl; a history is all rows of a run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fieldmark.plots import COLORS, INK, LONGEST_NAME, Tip, draw_lambda, draw_line, dress, new_figure, plain_text
-from fieldmark.runs.folder import RunResults
+from fieldmark.plots import COLORS, INK, LONGEST_NAME, Tip, draw_lambda, dress, new_figure, plain_text
+from fieldmark.runs.folder import RunResults, flatten
 from fieldmark.study.compare import Comparison, Variant
 from fieldmark.study.statistics import Interval, smooth
 
@@ -19,29 +22,21 @@ if TYPE_CHECKING:
 
 WIDTH = 5.2  # inches: letters stay legible when a phone shows the chart at 4.3
 MOST_LINES = 10
+DASHES = ("-", "--", ":", "-.")  # of lines that have one color
 TREND_EPOCHS = 5
-MIN_TREND = 15
-"""Epochs from which on a running mean helps the eye."""
+MIN_TREND = 15  # epochs from which on a running mean helps the eye
 LAMBDA_DRAWS = 4000
 
-Read = Callable[[Mapping[str, Any]], float | None]
+History = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """One picture of a report.
+    """One picture of a report; the figure has no title, since pages have headings of their own."""
 
-    Attributes:
-        key: Name of its file and of its place in the page.
-        title: In words.
-        note: What must be known to read it.
-        figure: Without a title: pages have headings of their own.
-        tips: Shown where the pointer is.
-    """
-
-    key: str
+    key: str  # name of its file and of its section in the page
     title: str
-    note: str
+    note: str  # what must be known to read it
     figure: Figure
     tips: tuple[Tip, ...] = ()
 
@@ -59,33 +54,92 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One interval of a chart of intervals; `dots` are the single values behind it."""
+class Curves:
+    """What one chart shows over the epochs: the key of each line in a row, flattened, by the line's name.
 
-    name: str
-    interval: Interval
-    text: str
-    dots: Sequence[float] = ()
+    The probe trains the head on features, at a rate of its own: its numbers are no part of a curve, and their keys
+    begin with `probe.`.
+    """
+
+    key: str
+    title: str
+    note: str
+    label: str
+    is_share: bool
+    lines: Mapping[str, str]
+
+
+_BAND = "Band: lowest to highest run of a variant. Bold, in long runs: running mean over five epochs."
+_MIXED = "Accuracy on mixed batches is λ-weighted; its ceiling is the mean of max(λ, 1 − λ), well below 100 %."
+_FLOOR = (
+    "Against the targets that were trained on: mixed and smoothed targets have a floor above 0, so that losses of "
+    "different mixing say nothing about which model is better."
+)
+_CLEAN = "On the batches that were not mixed, with augmentation, while training."
+_RATE = Curves("lr", "Learning rate", "After the last update of each epoch.", "learning rate of the head", False,
+               {"head": "lr"})  # fmt: skip
+OF_SEVERAL = (
+    Curves("val-top1", "Validation accuracy", _BAND, "top-1 accuracy", True, {"": "val.top1"}),
+    Curves("train-loss", "Training loss", f"{_FLOOR} {_BAND}", "cross-entropy in nats", False, {"": "train_loss"}),
+    Curves("train-top1-clean", "Training accuracy on clean batches", f"{_CLEAN} {_BAND}", "top-1 accuracy", True,
+           {"": "train_top1_clean"}),
+    Curves("train-top1-mixed", "Training accuracy on mixed batches", f"{_MIXED} {_BAND}", "λ-weighted top-1 accuracy",
+           True, {"": "train_top1_mixed"}),
+    _RATE,
+)  # fmt: skip
+"""The charts of several variants, with one line for each."""
+
+
+def curves_of_one(histories: Sequence[History]) -> list[Curves]:
+    """The charts of one variant's runs: training and validation in one picture."""
+    mixes = any(row.get("train_top1_mixed") is not None for rows in histories for row in rows)
+    accuracies = {
+        "validation": "val.top1",
+        "training, clean batches" if mixes else "training": "train_top1_clean",
+        "training, mixed batches": "train_top1_mixed",
+        "probe (head alone), validation": "probe.val.top1",
+    }
+    losses = {"validation": "val.log_loss", "training": "train_loss",
+              "probe (head alone), validation": "probe.val.log_loss"}  # fmt: skip
+    hint = f"Training accuracy is measured with augmentation.{' ' + _MIXED if mixes else ''}"
+    floor = "Training loss has a floor above 0 where targets are mixed or smoothed."
+    return [
+        Curves("accuracy", "Accuracy", hint, "top-1 accuracy", True, accuracies),
+        Curves("loss", "Loss", floor, "cross-entropy in nats", False, losses),
+        _RATE,
+    ]
 
 
 def report_charts(comparison: Comparison) -> list[Chart]:
     """All charts for which the runs have numbers, in the order of the page; of one variant, those that are about it."""
     variants = comparison.variants
+    charts: list[Chart | None]
     if len(variants) == 1:
-        return [*_curve_charts(_run_curves(variants[0])), *lambda_charts(variants)]
-    charts = [accuracy_chart(comparison)]
-    if comparison.pairs:
-        charts.append(difference_chart(comparison))
-    shown = most_accurate(variants, MOST_LINES)
-    note = f"The {len(shown)} most accurate of {len(variants)} variants." if len(shown) < len(variants) else ""
-    charts += _curve_charts(
-        (key, title, f"{hint} {note}".strip(), label, is_share, [(one.name, one, read) for one in shown])
-        for key, title, hint, label, is_share, read in _CURVES
-    )
-    return [*charts, *cost_charts(comparison), *lambda_charts(variants)]
+        histories = _histories(variants[0])
+        charts = [curve_chart(curves, _mean_lines(curves, histories)) for curves in curves_of_one(histories)]
+    else:
+        shown = _most_accurate(variants, MOST_LINES)
+        few = f" The {len(shown)} most accurate of {len(variants)} variants." if len(shown) < len(variants) else ""
+        charts = [accuracy_chart(comparison), difference_chart(comparison)]
+        for curves in OF_SEVERAL:
+            lines = [replace(line, name=one.name) for one in shown for line in _mean_lines(curves, _histories(one))]
+            charts.append(curve_chart(replace(curves, note=curves.note + few), lines))
+        charts += cost_charts(comparison)
+    return [chart for chart in charts if chart] + lambda_charts(variants)
 
 
-def most_accurate(variants: Sequence[Variant], count: int) -> list[Variant]:
+def training_figure(metrics: History) -> Figure:
+    """Accuracy, loss and learning rate of one run, side by side."""
+    figure = new_figure(11, 3.4)
+    for axes, curves in zip(figure.subplots(1, 3), curves_of_one([metrics]), strict=True):
+        _draw_lines(axes, curves, _mean_lines(curves, [metrics]))
+        axes.set_title(curves.title, fontsize=10, loc="left")
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _most_accurate(variants: Sequence[Variant], count: int) -> list[Variant]:
     """The `count` variants with the highest estimate, in their own order."""
     best = sorted(variants, key=lambda variant: -variant.interval.estimate)[:count]
     return [variant for variant in variants if variant in best]
@@ -93,242 +147,188 @@ def most_accurate(variants: Sequence[Variant], count: int) -> list[Variant]:
 
 def accuracy_chart(comparison: Comparison) -> Chart:
     """Every variant with its interval: the comparison in one picture."""
-    rows = [
-        Row(variant.name, variant.interval, _describe(variant, comparison.metric), variant.seed_means)
-        for variant in most_accurate(comparison.variants, 4 * MOST_LINES)
-    ]
-    what = metric_name(comparison.metric)
+    variants = _most_accurate(comparison.variants, 4 * MOST_LINES)
     note = f"{100 * comparison.level:g} % intervals, one variant at a time; small dots are single seeds. "
     note += "Overlapping intervals do not mean equal variants: see the differences."
-    figure, tips = _draw_intervals(rows, what, is_share=comparison.metric != "log_loss")
-    return Chart("accuracy", f"{what} of every variant", note, figure, tips)
+    title = comparison.shown.title
+    figure, tips = _draw_intervals(
+        {variant.name: variant.interval for variant in variants},
+        [_describe(variant, comparison) for variant in variants],
+        label=title,
+        symbol=None if comparison.metric == "log_loss" else "%",
+        dots=[variant.seed_means for variant in variants],
+    )
+    return Chart("accuracy", f"{title} of every variant", note, figure, tips)
 
 
 def difference_chart(comparison: Comparison) -> Chart:
     """Paired differences with their intervals; the largest where there are many."""
+    shown = comparison.shown
     pairs = sorted(comparison.pairs, key=lambda pair: -abs(pair.difference.interval.estimate))[: 2 * MOST_LINES]
-    rows = [Row(f"{pair.second} − {pair.first}", pair.difference.interval, pair.verdict) for pair in pairs]
     few = f" The {len(pairs)} largest of {len(comparison.pairs)}." if len(pairs) < len(comparison.pairs) else ""
     note = "Paired over the same photos; right of 0 the variant named first is better. Intervals are not corrected for "
     note += f"the number of comparisons; the verdicts are.{few}"
-    is_share = comparison.metric != "log_loss"
-    label = f"difference in {metric_name(comparison.metric).lower()}, in {'points' if is_share else 'nats'}"
-    figure, tips = _draw_intervals(rows, label, is_share=is_share, symbol="")
+    figure, tips = _draw_intervals(
+        {f"{pair.second} − {pair.first}": pair.difference.interval for pair in pairs},
+        [pair.verdict for pair in pairs],
+        label=f"difference in {shown.title.lower()}, in {shown.unit}",
+        symbol=None if comparison.metric == "log_loss" else "",
+    )
     figure.axes[0].axvline(0, color="#888888", linestyle=":", linewidth=1)
     return Chart("differences", "Differences between variants", note, figure, tips)
 
 
 def _draw_intervals(
-    rows: Sequence[Row], label: str, *, is_share: bool, symbol: str = "%"
+    intervals: Mapping[str, Interval],
+    texts: Sequence[str],
+    *,
+    label: str,
+    symbol: str | None,
+    dots: Sequence[Sequence[float]] = (),
 ) -> tuple[Figure, tuple[Tip, ...]]:
-    """Intervals below each other, each under its name: names may be long, and a phone is narrow."""
-    figure = new_figure(WIDTH, 0.6 + 0.42 * len(rows))
+    """Intervals below each other, each under its name: names may be long, and a phone is narrow.
+
+    `dots` are the single values behind an interval, `symbol` is behind shares in percent.
+    """
+    figure = new_figure(WIDTH, 0.6 + 0.42 * len(intervals))
     axes = figure.subplots()
-    for index, row in enumerate(rows):
-        color, value = COLORS[index % len(COLORS)], row.interval
+    for index, (name, value) in enumerate(intervals.items()):
+        color = COLORS[index % len(COLORS)]
         axes.plot([value.low, value.high], [index, index], color=color, linewidth=2, solid_capstyle="round")
-        axes.plot(row.dots, [index] * len(row.dots), "o", color=color, markersize=3, alpha=0.6)
+        if dots:
+            axes.plot(dots[index], [index] * len(dots[index]), "o", color=color, markersize=3, alpha=0.6)
         axes.plot([value.estimate], [index], "o", color=color, markersize=7)
-        name = plain_text(row.name, longest=2 * LONGEST_NAME)
+        name = plain_text(name, longest=2 * LONGEST_NAME)
         axes.text(0, index - 0.28, name, transform=axes.get_yaxis_transform(), fontsize=9, color=INK)
-    axes.set_ylim(len(rows) - 0.5, -0.75)
+    axes.set_ylim(len(intervals) - 0.5, -0.75)
     axes.set_yticks([])
     dress(axes, "", label)
     axes.spines["left"].set_visible(False)
-    _set_percent(axes, "x", symbol) if is_share else None
+    if symbol is not None:
+        _set_percent(axes.xaxis, symbol)
     span = axes.get_xlim()
-    return figure, tuple(Tip(axes, span, (n - 0.5, n + 0.5), row.text) for n, row in enumerate(rows))
+    return figure, tuple(Tip(axes, span, (n - 0.5, n + 0.5), text) for n, text in enumerate(texts))
 
 
-def _set_percent(axes: Axes, which: str, symbol: str = "%") -> None:
+def _set_percent(axis: Any, symbol: str = "%") -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(7))  # more labels would run into each other
     axis.set_major_formatter(PercentFormatter(1.0, symbol=symbol))
 
 
-Curves = tuple[str, str, str, str, bool, list[tuple[str, Variant, Read]]]
-"""Key, title, note, label of y, whether y is a share, and the lines: name, variant, what to read of an epoch."""
-
-
-def _curve_charts(curves: Iterable[Curves]) -> list[Chart]:
-    charts: list[Chart] = []
-    for key, title, note, label, is_share, wanted in curves:
-        lines = [line for name, variant, read in wanted if (line := variant_line(variant, read, name))]
-        if lines:
-            charts.append(curve_chart(key, title, note, label, lines, is_share=is_share))
-    return charts
-
-
-def curve_chart(key: str, title: str, note: str, label: str, lines: Sequence[Line], *, is_share: bool) -> Chart:
-    """Lines over the epochs, with one tooltip for each epoch."""
-    from matplotlib.ticker import MaxNLocator
-
+def curve_chart(curves: Curves, lines: Sequence[Line]) -> Chart | None:
+    """Lines over the epochs, with one tooltip for each epoch; None without lines."""
+    if not lines:
+        return None
     figure = new_figure(WIDTH, 3.1 + (0.19 * len(lines) if len(lines) > 1 else 0))
     axes = figure.subplots()
+    _draw_lines(axes, curves, lines)
+    if len(lines) > 1:
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
+    shown = [(line.name, dict(zip(line.x, line.y, strict=True))) for line in lines]
+    epochs = sorted({x for line in lines for x in line.x})
+    tips: list[Tip] = []
+    for epoch in epochs[:: 1 + len(epochs) // 60]:
+        found = {name: values[epoch] for name, values in shown if epoch in values}
+        words = [f"{name}: {100 * y:.1f} %" if curves.is_share else f"{name}: {y:.4g}" for name, y in found.items()]
+        text = "\n".join([f"epoch {epoch:g}", *words])
+        tips.append(Tip(axes, (epoch - 0.5, epoch + 0.5), axes.get_ylim(), text))
+    return Chart(curves.key, curves.title, curves.note, figure, tuple(tips))
+
+
+def _draw_lines(axes: Axes, curves: Curves, lines: Sequence[Line]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for index, line in enumerate(lines):
-        draw_line(axes, line.x, line.y, index=index, label=line.name, band=(line.low, line.high), trend=line.trend)
-    dress(axes, "", "epoch", label)
+        color, dash = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
+        label = plain_text(line.name)
+        if line.low != line.high:
+            axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
+        if line.trend is None:
+            axes.plot(line.x, line.y, dash, color=color, marker="o", markersize=3, linewidth=1.6, label=label)
+        else:
+            axes.plot(line.x, line.y, dash, color=color, linewidth=0.8, alpha=0.6)
+            axes.plot(line.x, line.trend, dash, color=color, linewidth=2, label=label)
+    dress(axes, "", "epoch", curves.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     low, high = axes.get_xlim()
     if high - low < 1:  # one epoch
         axes.set_xlim(low - 0.5, high + 0.5)
-    if is_share:
-        _set_percent(axes, "y")
+    if curves.is_share:
+        _set_percent(axes.yaxis)
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
-    if len(lines) > 1:
-        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
-    shown = [dict(zip(line.x, line.y, strict=True)) for line in lines]
-    epochs = sorted({x for found in shown for x in found})
-    tips = [
-        Tip(axes, (epoch - 0.5, epoch + 0.5), axes.get_ylim(), f"epoch {epoch:g}\n" + "\n".join(
-            f"{line.name}: {100 * found[epoch]:.1f} %" if is_share else f"{line.name}: {found[epoch]:.4g}"
-            for line, found in zip(lines, shown, strict=True) if epoch in found
-        ))
-        for epoch in epochs[:: 1 + len(epochs) // 60]
-    ]  # fmt: skip
-    return Chart(key, title, note, figure, tuple(tips))
 
 
-def variant_line(variant: Variant, read: Read, name: str = "") -> Line | None:
-    """Mean over a variant's runs per epoch, the lowest and highest run, and a running mean; None without numbers."""
-    runs = [{int(row["epoch"]): read(row) for row in run.metrics} for run in variant.runs]
-    values = {
-        epoch: found
-        for epoch in sorted({epoch for run in runs for epoch in run})
-        if (found := [value for run in runs if (value := run.get(epoch)) is not None])
-    }
-    if not values:
+def _histories(variant: Variant) -> list[History]:
+    return [run.metrics for run in variant.runs]
+
+
+def _mean_lines(curves: Curves, histories: Sequence[History]) -> list[Line]:
+    """The lines of a chart that have numbers."""
+    lines = [mean_line(name, key, histories) for name, key in curves.lines.items()]
+    return [line for line in lines if line]
+
+
+def mean_line(name: str, key: str, histories: Sequence[History]) -> Line | None:
+    """Mean over runs per epoch, the lowest and highest run, and a running mean; None without numbers."""
+    found: dict[int, list[float]] = {}
+    for row in (row for rows in histories for row in rows):
+        if (value := flatten(row, "probe." if row.get("is_probe") else "").get(key)) is not None:
+            found.setdefault(int(row["epoch"]), []).append(value)
+    if not found:
         return None
-    means = [sum(found) / len(found) for found in values.values()]
+    epochs = sorted(found)
+    means = [sum(found[epoch]) / len(found[epoch]) for epoch in epochs]
     trend = smooth(np.array(means), width=TREND_EPOCHS).tolist() if len(means) >= MIN_TREND else None
-    low, high = [min(found) for found in values.values()], [max(found) for found in values.values()]
-    return Line(name or variant.name, list(values), means, low, high, trend)
-
-
-# The probe trains the head on features, at a rate of its own: its numbers are no part of a curve.
-def _read_tuned(key: str) -> Read:
-    return lambda row: None if row.get("is_probe") else row.get(key)
-
-
-def _read_tuned_val(key: str) -> Read:
-    return lambda row: None if row.get("is_probe") else (row.get("val") or {}).get(key)
-
-
-def _read_probe_val(key: str) -> Read:
-    return lambda row: (row.get("val") or {}).get(key) if row.get("is_probe") else None
-
-
-_BAND = "Band: lowest to highest run of a variant. Bold, in long runs: running mean over five epochs."
-_MIXED = "Accuracy on mixed batches is λ-weighted; its ceiling is the mean of max(λ, 1 − λ), well below 100 %."
-_CURVES: tuple[tuple[str, str, str, str, bool, Read], ...] = (
-    ("val-top1", "Validation accuracy", _BAND, "top-1 accuracy", True, _read_tuned_val("top1")),
-    (
-        "train-loss",
-        "Training loss",
-        "Against the targets that were trained on: mixed and smoothed targets have a floor above 0, so that losses of "
-        "different mixing say nothing about which model is better. " + _BAND,
-        "cross-entropy in nats",
-        False,
-        _read_tuned("train_loss"),
-    ),
-    (
-        "train-top1-clean",
-        "Training accuracy on clean batches",
-        "On the batches that were not mixed, with augmentation, while training. " + _BAND,
-        "top-1 accuracy",
-        True,
-        _read_tuned("train_top1_clean"),
-    ),
-    (
-        "train-top1-mixed",
-        "Training accuracy on mixed batches",
-        f"{_MIXED} {_BAND}",
-        "λ-weighted top-1 accuracy",
-        True,
-        _read_tuned("train_top1_mixed"),
-    ),
-    (
-        "lr",
-        "Learning rate",
-        "After the last update of each epoch.",
-        "learning rate of the head",
-        False,
-        _read_tuned("lr"),
-    ),
-)
-
-
-def _run_curves(variant: Variant) -> list[Curves]:
-    """The curves of one variant: training and validation in one picture."""
-    mixes = any(row.get("train_top1_mixed") is not None for run in variant.runs for row in run.metrics)
-    accuracy: list[tuple[str, Variant, Read]] = [
-        ("validation", variant, _read_tuned_val("top1")),
-        ("training, clean batches" if mixes else "training", variant, _read_tuned("train_top1_clean")),
-        ("training, mixed batches", variant, _read_tuned("train_top1_mixed")),
-        ("probe (head alone), validation", variant, _read_probe_val("top1")),
-    ]
-    losses: list[tuple[str, Variant, Read]] = [
-        ("validation", variant, _read_tuned_val("log_loss")),
-        ("training", variant, _read_tuned("train_loss")),
-        ("probe (head alone), validation", variant, _read_probe_val("log_loss")),
-    ]
-    floor = "Training loss has a floor above 0 where targets are mixed or smoothed."
-    hint = f"Training accuracy is measured with augmentation.{' ' + _MIXED if mixes else ''}"
-    rate = [("head", variant, _read_tuned("lr"))]
-    return [
-        ("accuracy", "Accuracy", hint, "top-1 accuracy", True, accuracy),
-        ("loss", "Loss", floor, "cross-entropy in nats", False, losses),
-        ("lr", "Learning rate", "After the last update of each epoch.", "learning rate of the head", False, rate),
-    ]
+    low, high = ([pick(found[epoch]) for epoch in epochs] for pick in (min, max))
+    return Line(name, epochs, means, low, high, trend)
 
 
 def cost_charts(comparison: Comparison) -> list[Chart]:
     """Accuracy over training time, and over parameters where they differ."""
-    costs: list[tuple[str, str, str, Callable[[RunResults], float]]] = [
-        ("cost-time", "training time in minutes",
-         "Mean over a variant's runs; compare times of runs on one machine only.", minutes)
-    ]  # fmt: skip
+    note = "Mean over a variant's runs; compare times of runs on one machine only."
+    charts = [_cost_chart(comparison, "cost-time", "training time in minutes", note, minutes)]
     if len({parameters(variant.runs[0]) for variant in comparison.variants}) > 1:
-        costs.append(("cost-parameters", "parameters in millions", "", lambda run: parameters(run) / 1e6))
-    charts: list[Chart] = []
-    for key, label, note, read in costs:
-        spent = [
-            (variant, cost)
-            for variant in most_accurate(comparison.variants, MOST_LINES)
-            if (cost := float(np.mean([read(run) for run in variant.runs]))) > 0
-        ]
-        if spent:
-            title = f"{metric_name(comparison.metric)} against {label.split(' in ')[0]}"
-            charts.append(Chart(key, title, note, *_draw_costs(spent, label, comparison.metric)))
-    return charts
+        label = "parameters in millions"
+        charts.append(_cost_chart(comparison, "cost-parameters", label, "", lambda run: parameters(run) / 1e6))
+    return [chart for chart in charts if chart]
 
 
-def _draw_costs(spent: Sequence[tuple[Variant, float]], label: str, metric: str) -> tuple[Figure, tuple[Tip, ...]]:
-    figure = new_figure(WIDTH, 3.0 + 0.19 * len(spent))
+def _cost_chart(
+    comparison: Comparison, key: str, label: str, note: str, read: Callable[[RunResults], float]
+) -> Chart | None:
+    variants = _most_accurate(comparison.variants, MOST_LINES)
+    costs = {one.name: float(np.mean([read(run) for run in one.runs])) for one in variants}
+    variants = [one for one in variants if costs[one.name] > 0]
+    if not variants:
+        return None
+    title = comparison.shown.title
+    figure = new_figure(WIDTH, 3.0 + 0.19 * len(variants))
     axes = figure.subplots()
-    for index, (variant, cost) in enumerate(spent):
-        value, color = variant.interval, COLORS[index % len(COLORS)]
+    for index, one in enumerate(variants):
+        value, cost, color = one.interval, costs[one.name], COLORS[index % len(COLORS)]
         axes.plot([cost, cost], [value.low, value.high], color=color, linewidth=2)
-        axes.plot([cost], [value.estimate], "o", color=color, markersize=7, label=plain_text(variant.name))
-    is_log = max(cost for _, cost in spent) > 20 * min(cost for _, cost in spent)
+        axes.plot([cost], [value.estimate], "o", color=color, markersize=7, label=plain_text(one.name))
+    spent = [costs[one.name] for one in variants]
+    is_log = max(spent) > 20 * min(spent)
     if is_log:
         axes.set_xscale("log")
     elif len(spent) > 1:
         axes.set_xlim(left=0)
-    dress(axes, "", label, metric_name(metric))
-    if metric != "log_loss":
-        _set_percent(axes, "y")
+    dress(axes, "", label, title)
+    if comparison.metric != "log_loss":
+        _set_percent(axes.yaxis)
     figure.legend(loc="outside lower left", frameon=False, fontsize=8)
     low, high = axes.get_xlim()
     near = (high / low) ** 0.02 if is_log else 0.02 * (high - low)
+    what, unit = label.split(" in ")
     tips: list[Tip] = []
-    for variant, cost in spent:
+    for one, cost in zip(variants, spent, strict=True):
         span = (cost / near, cost * near) if is_log else (cost - near, cost + near)
-        text = f"{_describe(variant, metric)}, {cost:.3g} {label.split(' in ')[1]}"
-        tips.append(Tip(axes, span, (variant.interval.low, variant.interval.high), text))
-    return figure, tuple(tips)
+        text = f"{_describe(one, comparison)}, {cost:.3g} {unit}"
+        tips.append(Tip(axes, span, (one.interval.low, one.interval.high), text))
+    return Chart(key, f"{title} against {what}", note, figure, tuple(tips))
 
 
 def lambda_charts(variants: Sequence[Variant]) -> list[Chart]:
@@ -339,9 +339,9 @@ def lambda_charts(variants: Sequence[Variant]) -> list[Chart]:
     spec = next((spec for one in variants if (spec := build_mix_spec(one.runs[0].config)).share > 0), None)
     if spec is None:
         return []
+    size = variants[0].runs[0].config.augment.size or 224
     charts: list[Chart] = []
     for method in spec.methods:
-        size = variants[0].runs[0].config.augment.size or 224
         values = lambda_draws(spec, method, count=LAMBDA_DRAWS, seed=0, image_size=size)
         low, high = getattr(spec, f"{method}_alpha")
         note = f"Share λ of itself that a photo keeps: {LAMBDA_DRAWS:,} draws with α from {low:g} to {high:g}"
@@ -354,7 +354,7 @@ def lambda_charts(variants: Sequence[Variant]) -> list[Chart]:
 
 
 def minutes(run: RunResults) -> float:
-    """Wall time of a run, in minutes."""
+    """Wall time of a run."""
     return float(run.summary.get("seconds", 0.0)) / 60
 
 
@@ -363,28 +363,6 @@ def parameters(run: RunResults) -> int:
     return int(run.model_info.get("parameters", 0))
 
 
-def metric_name(metric: str) -> str:
-    """A metric in words."""
-    return {
-        "top1": "Top-1 accuracy",
-        "macro_recall": "Macro recall",
-        "prior_top1": "Accuracy under the training prior",
-        "log_loss": "Negated log loss",
-    }[metric]
-
-
-def format_estimate(value: float, metric: str) -> str:
-    """A value of a metric as people read it."""
-    return f"{value:.3f}" if metric == "log_loss" else f"{100 * value:.1f} %"
-
-
-def format_interval(interval: Interval, metric: str) -> str:
-    """An estimate with its interval, such as `91.2 % (88.1 to 93.6)`."""
-    scale, digits, unit = (1, 3, "") if metric == "log_loss" else (100, 1, " %")
-    low, high = f"{scale * interval.low:.{digits}f}", f"{scale * interval.high:.{digits}f}"
-    return f"{scale * interval.estimate:.{digits}f}{unit} ({low} to {high})"
-
-
-def _describe(variant: Variant, metric: str) -> str:
+def _describe(variant: Variant, comparison: Comparison) -> str:
     runs = f"{len(variant.seeds)} {'run' if len(variant.seeds) == 1 else 'runs'}"
-    return f"{variant.name}: {format_interval(variant.interval, metric)}, {runs}"
+    return f"{variant.name}: {comparison.shown.interval(variant.interval)}, {runs}"

@@ -7,15 +7,16 @@ Shape letters: S runs of a variant (seeds), N photos, E epochs, K classes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, find_runs
+from fieldmark.study.cell import best_value
 from fieldmark.study.statistics import (
     Difference,
     Interval,
@@ -34,40 +35,56 @@ from fieldmark.study.variants import Group, Replicate, check_same_photos, group_
 
 Metric = Literal["top1", "macro_recall", "prior_top1", "log_loss"]
 
-EFFECT = 0.01
-"""The smallest difference worth seeing: one point of accuracy, or 0.01 nats of log loss."""
+EFFECT = 0.01  # the smallest difference worth seeing: one point of accuracy, or 0.01 nats of log loss
+POWER = 0.8  # probability with which a true difference of `EFFECT` is to be seen
+MOST_SEEDS = 50  # more are not proposed: nobody trains them to see a point
+FEW_PHOTOS = 50  # of fewer a note says that they are few
 
-POWER = 0.8
-"""Probability with which a true difference of `EFFECT` is to be seen."""
 
-MOST_SEEDS = 50
-"""More seeds than this are not proposed: nobody trains them to see a point."""
+@dataclass(frozen=True)
+class Shown:
+    """A metric in words, and its numbers as people read them."""
 
-FEW_PHOTOS = 50
-"""With fewer photos than this a note says that they are few."""
+    title: str
+    scale: int = 100
+    digits: int = 1
+    suffix: str = " %"
+    unit: str = "points"  # of differences
+    effect: str = "1 point"  # `EFFECT` in words
+
+    def number(self, value: float, sign: str = "") -> str:
+        """The number alone; with `sign` "+" positive ones have a sign too."""
+        return f"{self.scale * value:{sign}.{self.digits}f}"
+
+    def value(self, value: float) -> str:
+        """Such as `91.2 %`."""
+        return self.number(value) + self.suffix
+
+    def interval(self, interval: Interval) -> str:
+        """Such as `91.2 % (88.1 to 93.6)`."""
+        return f"{self.value(interval.estimate)} ({self.number(interval.low)} to {self.number(interval.high)})"
+
+    def change(self, interval: Interval) -> str:
+        """The ends of a difference's interval, such as `-1.3 to +3.3`."""
+        return f"{self.number(interval.low, '+')} to {self.number(interval.high, '+')}"
+
+
+SHOWN = {
+    "top1": Shown("Top-1 accuracy"),
+    "macro_recall": Shown("Macro recall"),
+    "prior_top1": Shown("Accuracy under the training prior"),
+    "log_loss": Shown("Negated log loss", scale=1, digits=3, suffix="", unit="nats", effect=f"{EFFECT:g} nats"),
+}
 
 
 @dataclass(frozen=True, eq=False)
-class Variant:
-    """Runs that differ in nothing but chance.
+class Variant(Group):
+    """Runs that differ in nothing but chance, with their scores."""
 
-    Attributes:
-        name: The changes in words, such as `mix.share=0.4`; a folder's name where there are none, or too many to read.
-        changes: Dotted key to value, of the keys in which the compared variants differ.
-        runs: Its run folders' results, folds included.
-        seeds: One for each row of `scores`.
-        scores: (S, N) score of each photo by each run, in order of path; higher is better.
-        interval: Mean score over photos and runs.
-        optimism: What choosing the best epoch adds, on average over the runs.
-    """
-
-    name: str
-    changes: Mapping[str, Any]
-    runs: tuple[RunResults, ...]
-    seeds: tuple[int, ...]
-    scores: Scores
-    interval: Interval
-    optimism: Optimism
+    seeds: tuple[int, ...]  # one for each row of `scores`
+    scores: Scores  # (S, N) of each photo by each run, in order of path; higher is better
+    interval: Interval  # of the mean over photos and runs
+    optimism: Optimism  # what choosing the best epoch adds, on average over the runs
 
     @property
     def seed_means(self) -> list[float]:
@@ -99,8 +116,12 @@ class Comparison:
     variants: tuple[Variant, ...]
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...]
-    baseline: str | None = None
-    """Name of the variant that is the first of every pair."""
+    baseline: str | None  # name of the variant that is the first of every pair
+
+    @property
+    def shown(self) -> Shown:
+        """How the metric is shown."""
+        return SHOWN[self.metric]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
@@ -125,16 +146,6 @@ class Comparison:
             "pairs": [asdict(pair) for pair in self.pairs],
             "notes": list(self.notes),
         }
-
-
-@dataclass(frozen=True)
-class _Options:
-    """How a comparison is computed: metric, coverage of the intervals, bootstrap draws and their source."""
-
-    metric: Metric
-    level: float
-    draws: int
-    rng: np.random.Generator
 
 
 def compare_runs(
@@ -164,62 +175,75 @@ def compare_runs(
         RunError: No runs; runs on different photos, labels or classes; the same run twice; an unfinished run; a
             baseline that is not among them.
     """
-    if metric not in get_args(Metric):
-        raise RunError(f"no metric {metric!r} to compare by: choose one of {', '.join(get_args(Metric))}")
+    if metric not in SHOWN:
+        raise RunError(f"no metric {metric!r} to compare by: choose one of {', '.join(SHOWN)}")
     if not 0 < level < 1:
         raise RunError(f"level is the coverage of the intervals, between 0 and 1; got {level:g}")
-    results = [RunResults(path, split=split) for path in find_runs(paths)]
-    return compare_results(results, metric=metric, level=level, draws=draws, seed=seed, against=against)
-
-
-def compare_results(
-    results: Sequence[RunResults],
-    *,
-    metric: Metric,
-    level: float,
-    draws: int,
-    seed: int,
-    against: str | Path | None = None,
-) -> Comparison:
-    """Compare runs that were read already; arguments and errors as for `compare_runs`."""
-    options = _Options(metric, level, draws, np.random.default_rng(seed))
-    groups = group_runs(results)
+    groups = group_runs([RunResults(path, split=split) for path in find_runs(paths)])
     if against is not None:
         groups = name_against(groups, Path(against))
     joined = [join_folds(group) for group in groups]
     check_same_photos([replicate for replicates in joined for replicate in replicates])
-    variants = [_measure(group, replicates, options) for group, replicates in zip(groups, joined, strict=True)]
+    rng = np.random.default_rng(seed)
+    variants = tuple(
+        _measure(group, replicates, metric, level=level, draws=draws, rng=rng)
+        for group, replicates in zip(groups, joined, strict=True)
+    )
     both = list(itertools.combinations(variants, 2))
     if against is not None:
         both = both[: len(variants) - 1]  # those of the first variant, the baseline
     differences = [
-        (a.name, b.name, paired_difference(a.scores, b.scores, level=level, draws=draws, rng=options.rng))
-        for a, b in both
+        (a.name, b.name, paired_difference(a.scores, b.scores, level=level, draws=draws, rng=rng)) for a, b in both
     ]
-    pairs = judge_together(differences, metric=metric, level=level)
-    baseline = None if against is None else variants[0].name
     return Comparison(
-        metric, level, variants[0].scores.shape[1], tuple(variants), pairs, _notes(variants, metric), baseline
+        metric=metric,
+        level=level,
+        num_photos=variants[0].scores.shape[1],
+        variants=variants,
+        pairs=decide_together(differences, metric=metric, level=level),
+        notes=_notes(variants),
+        baseline=None if against is None else variants[0].name,
     )
 
 
-def _measure(group: Group, replicates: Sequence[Replicate], options: _Options) -> Variant:
-    draws, rng = options.draws, options.rng
-    scores = np.stack([_scores(replicate, options.metric) for replicate in replicates])
-    if len(replicates) == 1 and options.metric == "top1":
-        interval = widen_to_wilson(Interval(*[float(scores.mean())] * 3), scores.shape[1], level=options.level)
+def _measure(
+    group: Group, runs: Sequence[Replicate], metric: Metric, *, level: float, draws: int, rng: np.random.Generator
+) -> Variant:
+    scores = np.stack([_scores(run, metric) for run in runs])
+    num_photos = scores.shape[1]
+    if len(runs) == 1 and metric == "top1":
+        interval = widen_to_wilson(Interval(*[float(scores.mean())] * 3), num_photos, level=level)
     else:
-        interval = mean_interval(scores, level=options.level, draws=draws, rng=rng)
-        if options.metric == "log_loss":
-            interval = _open_log_loss(interval, scores.shape[1], len(replicates[0].classes))
+        interval = mean_interval(scores, level=level, draws=draws, rng=rng)
+        if metric == "log_loss":
+            interval = _open_log_loss(interval, num_photos, len(runs[0].classes))
         else:
             # Student's t of two or three seeds knows no bounds.
             interval = Interval(interval.estimate, max(interval.low, 0.0), min(interval.high, 1.0))
-            interval = widen_to_wilson(interval, _effective_photos(replicates[0], options.metric), level=options.level)
-    optimisms = [run_optimism(run, draws=min(draws, 2000), rng=rng) for run in group.runs]
+            # As many equally weighted photos are as informative: Kish, "Survey Sampling", 1965, section 11.7.
+            effective = float(1 / np.sum(_photo_weights(runs[0], metric) ** 2))
+            interval = widen_to_wilson(interval, effective, level=level)
+    optimisms = [_run_optimism(run, draws=min(draws, 2000), rng=rng) for run in group.runs]
     optimism = Optimism(float(np.mean([found.points for found in optimisms])), optimisms[0].source)
-    seeds = tuple(replicate.seed for replicate in replicates)
+    seeds = tuple(run.seed for run in runs)
     return Variant(group.name, group.changes, group.runs, seeds, scores, interval, optimism)
+
+
+def _scores(run: Replicate, metric: Metric) -> Scores:
+    """(N,) whose mean is the metric: each photo's share is scaled by N, so that one bootstrap serves all metrics."""
+    if metric == "log_loss":
+        own = run.probabilities[np.arange(len(run.labels)), run.labels].astype(np.float64)
+        return np.log(np.clip(own, 1e-12, 1.0))
+    is_right = run.probabilities.argmax(axis=1) == run.labels
+    return is_right * _photo_weights(run, metric) * len(run.labels)
+
+
+def _photo_weights(run: Replicate, metric: Metric) -> Scores:
+    """(N,) share of each photo in the metric; they sum to 1."""
+    counts = np.bincount(run.labels, minlength=len(run.classes))
+    shares = {"top1": counts.astype(np.float64), "prior_top1": run.prior}.get(metric, np.ones(len(counts)))
+    wanted = shares * (counts > 0)
+    return (wanted / wanted.sum() / np.maximum(counts, 1))[run.labels]
 
 
 def _open_log_loss(interval: Interval, num_photos: int, num_classes: int) -> Interval:
@@ -231,7 +255,7 @@ def _open_log_loss(interval: Interval, num_photos: int, num_classes: int) -> Int
     return Interval(estimate, float(estimate - room), float(min(0.0, estimate + room)))
 
 
-def run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> Optimism:
+def _run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> Optimism:
     """What choosing the best epoch by top-1 adds to one run's accuracy; nothing where the last epoch was kept."""
     if run.config.train.select != "best" or run.config.train.metric == "log_loss":
         return Optimism(0.0, "none")
@@ -241,99 +265,56 @@ def run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> Op
     return optimism_from_history(np.array(history, np.float64), draws=draws, rng=rng)
 
 
-def _scores(replicate: Replicate, metric: Metric) -> Scores:
-    """(N,) whose mean is the metric: each photo's share is scaled by N, so that one bootstrap serves all metrics."""
-    if metric == "log_loss":
-        own = replicate.probabilities[np.arange(len(replicate.labels)), replicate.labels].astype(np.float64)
-        return np.log(np.clip(own, 1e-12, 1.0))
-    correct = (replicate.probabilities.argmax(axis=1) == replicate.labels).astype(np.float64)
-    return correct * _photo_weights(replicate, metric) * len(correct)
-
-
-def _photo_weights(replicate: Replicate, metric: Metric) -> Scores:
-    """(N,) share of each photo in the metric; they sum to 1."""
-    counts = np.bincount(replicate.labels, minlength=len(replicate.classes))
-    shares = {"top1": counts.astype(np.float64), "prior_top1": replicate.prior}.get(metric, np.ones(len(counts)))
-    wanted = shares * (counts > 0)
-    return (wanted / wanted.sum() / np.maximum(counts, 1))[replicate.labels]
-
-
-def _effective_photos(replicate: Replicate, metric: Metric) -> float:
-    """How many equally weighted photos are as informative as these (Kish, "Survey Sampling", 1965, section 11.7)."""
-    return float(1 / np.sum(_photo_weights(replicate, metric) ** 2))
-
-
-def judge_together(
+def decide_together(
     differences: Sequence[tuple[str, str, Difference]], *, metric: Metric, level: float
 ) -> tuple[Pair, ...]:
     """Verdicts on differences that are looked at together: their p-values are corrected for that number, by Holm.
 
-    Args:
-        differences: The names of two variants, and the difference of the second over the first.
-        metric: Of which they are.
-        level: Coverage of their intervals.
+    A difference is that of the second variant over the first, with their names.
     """
     corrected = holm([difference.p_value for _, _, difference in differences])
     pairs: list[Pair] = []
     for (first, second, difference), p_value in zip(differences, corrected, strict=True):
-        pair = Pair(
-            first,
-            second,
-            difference,
-            p_value,
-            photos_needed(difference, effect=EFFECT, level=level, power=POWER),
-            runs_needed(difference, effect=EFFECT, level=level, power=POWER),
-            p_value < 1 - level,
-            "",
-        )
-        unit = "nats" if metric == "log_loss" else "points"
-        pairs.append(replace(pair, verdict=verdict(pair, level=level, unit=unit, num_comparisons=len(differences))))
+        photos = photos_needed(difference, effect=EFFECT, level=level, power=POWER)
+        runs = runs_needed(difference, effect=EFFECT, level=level, power=POWER)
+        pair = Pair(first, second, difference, p_value, photos, runs, p_value < 1 - level, verdict="")
+        words = verdict(pair, level=level, shown=SHOWN[metric], num_comparisons=len(differences))
+        pairs.append(replace(pair, verdict=words))
     return tuple(pairs)
 
 
-def verdict(pair: Pair, *, level: float, unit: Literal["points", "nats"], num_comparisons: int) -> str:
-    """One sentence about two variants.
-
-    Args:
-        pair: All but its sentence.
-        level: Coverage of the interval.
-        unit: Of the numbers shown.
-        num_comparisons: That the p-value, but not the interval, was corrected for.
-    """
-    scale, digits = (100, 1) if unit == "points" else (1, 3)
+def verdict(pair: Pair, *, level: float, shown: Shown, num_comparisons: int) -> str:
+    """One sentence about two variants; the p-value, but not the interval, was corrected for the comparisons."""
     interval = pair.difference.interval
     if pair.is_distinguishable:
         better, worse = (pair.second, pair.first) if interval.estimate > 0 else (pair.first, pair.second)
-        size = f"{scale * abs(interval.estimate):.{digits}f} ± {scale * interval.half_width:.{digits}f} {unit}"
-        return f"{better} is better than {worse} by {size}."
-    span = f"{scale * interval.low:+.{digits}f} to {scale * interval.high:+.{digits}f} {unit}"
+        size = f"{shown.number(abs(interval.estimate))} ± {shown.number(interval.half_width)}"
+        return f"{better} is better than {worse} by {size} {shown.unit}."
     corrected = f"; tested as one of {num_comparisons} comparisons" if num_comparisons > 1 else ""
-    found = f"Not distinguishable: {pair.second} over {pair.first} is {scale * interval.estimate:+.{digits}f} "
-    return f"{found}({100 * level:g} % interval {span}{corrected}). {_needed(pair, unit)}"
+    found = f"Not distinguishable: {pair.second} over {pair.first} is {shown.number(interval.estimate, '+')}"
+    return (
+        f"{found} ({100 * level:g} % interval {shown.change(interval)} {shown.unit}{corrected}). {_needed(pair, shown)}"
+    )
 
 
-def _needed(pair: Pair, unit: str) -> str:
-    effect = "1 point" if unit == "points" else f"{EFFECT:g} nats"
+def _needed(pair: Pair, shown: Shown) -> str:
     num_photos, num_runs = pair.difference.num_photos, min(pair.difference.num_runs)
     photos, runs = pair.photos_needed, pair.runs_needed
     if (photos is not None and photos <= num_photos) or (runs is not None and runs <= num_runs):
-        return f"A difference of {effect} would probably have been seen."
+        return f"A difference of {shown.effect} would probably have been seen."
     ways: list[str] = []
     if photos is not None:
-        ways.append(f"{_round(photos - num_photos):,} more photos")
+        more = photos - num_photos
+        more = round(more, -max(0, len(str(more)) - 2))  # two digits: the estimate is no better than that
+        ways.append(f"{more:,} more photos")
     if runs is not None and (more := runs - num_runs) <= MOST_SEEDS:
         ways.append(f"{more} more {'seed' if more == 1 else 'seeds'} each")
     if not ways:
-        return f"Many more seeds, and perhaps photos, would be needed to see a difference of {effect}."
-    return f"About {' or '.join(ways)} would be needed to see a difference of {effect}."
+        return f"Many more seeds, and perhaps photos, would be needed to see a difference of {shown.effect}."
+    return f"About {' or '.join(ways)} would be needed to see a difference of {shown.effect}."
 
 
-def _round(number: int) -> int:
-    """Two significant digits: the estimate is no better than that."""
-    return round(number, -max(0, len(str(abs(number))) - 2))
-
-
-def _notes(variants: Sequence[Variant], metric: Metric) -> tuple[str, ...]:
+def _notes(variants: Sequence[Variant]) -> tuple[str, ...]:
     notes: list[str] = []
     if len(variants) == 1:
         notes.append("There is one variant only, so nothing is compared: the runs differ in nothing but chance.")
@@ -354,21 +335,17 @@ def _notes(variants: Sequence[Variant], metric: Metric) -> tuple[str, ...]:
             f"The best epoch was chosen on these photos: an optimistic bias of {bound} "
             f"{100 * worst.optimism.points:.1f} points of accuracy{largest}."
         )
-    return (*notes, *filter(None, (probe_note(run) for variant in variants for run in variant.runs)))
+    return (*notes, *filter(None, (_probe_note(run) for variant in variants for run in variant.runs)))
 
 
-def probe_note(run: RunResults) -> str:
+def _probe_note(run: RunResults) -> str:
     """A sentence where the probe (the head alone, backbone frozen) scored higher than all fine-tuning; else ""."""
-    from fieldmark.training.metrics import LOWER_IS_BETTER
-
     metric = run.config.train.metric
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    rows = [(bool(row.get("is_probe")), row["val"][metric]) for row in run.metrics if metric in (row.get("val") or {})]
-    probe = max((sign * value for is_probe, value in rows if is_probe), default=None)
-    tuned = max((sign * value for is_probe, value in rows if not is_probe), default=None)
+    probe = best_value((row for row in run.metrics if row.get("is_probe")), metric)
+    tuned = best_value((row for row in run.metrics if not row.get("is_probe")), metric)
     if probe is None or tuned is None or probe <= tuned:
         return ""
     return (
-        f"{run.name}: the probe (the head alone, before fine-tuning) reached {metric} {sign * probe:.3f}, and no epoch "
-        f"of fine-tuning more than {sign * tuned:.3f}. Fine-tuning did not help: try a lower optim.lr."
+        f"{run.name}: the probe (the head alone, before fine-tuning) reached {metric} {abs(probe):.3f}, and no epoch "
+        f"of fine-tuning more than {abs(tuned):.3f}. Fine-tuning did not help: try a lower optim.lr."
     )

@@ -17,7 +17,7 @@ from fieldmark.config import Section, apply_overrides, load_config, parse_config
 from fieldmark.errors import ConfigError, MissingExtraError
 from fieldmark.overrides import parse_value
 from fieldmark.runs.folder import flatten, format_value
-from fieldmark.study.cell import Cell, best_value, load_drawn, read_epochs, settled_state
+from fieldmark.study.cell import Cell, best_value, load_drawn, read_rows, settled_state
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -148,11 +148,7 @@ def grid_names() -> list[str]:
 
 
 def load_grid(grid: str | Path) -> Grid:
-    """Read a grid by the name of a shipped one or by path.
-
-    Raises:
-        ConfigError: No such grid, not TOML, or not a valid grid. Names every problem.
-    """
+    """Read a grid by the name of a shipped one or by path; a ConfigError names every problem."""
     path = Path(grid)
     source = path if path.is_file() else SHIPPED / f"{grid}.toml"
     if not source.is_file():
@@ -170,11 +166,7 @@ def load_grid(grid: str | Path) -> Grid:
 
 
 def vary_recipe(recipe: str, vary: Iterable[str], *, seeds: int) -> Grid:
-    """A grid without a file: a recipe, all combinations of `key=value,value` pairs, and the seeds 0 to `seeds` - 1.
-
-    Raises:
-        ConfigError: No such recipe, a key twice, or a pair without values.
-    """
+    """A grid without a file: a recipe, all combinations of `key=value,value` pairs, and the seeds 0 to `seeds` - 1."""
     load_config(recipe)
     axes: dict[str, list[Any]] = {}
     for pair in vary:
@@ -190,11 +182,7 @@ def vary_recipe(recipe: str, vary: Iterable[str], *, seeds: int) -> Grid:
 
 
 def parse_grid(content: Mapping[str, Any], name: str) -> Grid:
-    """Check a grid given as a mapping.
-
-    Raises:
-        ConfigError: It is not valid; `name` says where.
-    """
+    """Check a grid given as a mapping; a ConfigError says by `name` where it is not valid."""
     try:
         return Grid.model_validate(content)
     except ValidationError as error:
@@ -209,9 +197,6 @@ def base_settings(grid: Grid, overrides: Iterable[str]) -> dict[str, Any]:
     """The settings that all cells start from: recipe, then the grid's `set`, then overrides.
 
     Paths are made absolute, since a cell may be trained by a process with another working directory.
-
-    Raises:
-        ConfigError: No such recipe, or an override without a `=`.
     """
     settings = load_config(grid.recipe).model_dump(mode="json")
     apply_overrides(settings, flatten(grid.set))
@@ -224,11 +209,7 @@ def base_settings(grid: Grid, overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def grid_cells(grid: Grid, base: Mapping[str, Any]) -> list[Cell]:
-    """All cells of a `grid` or of `cells`, seeds innermost.
-
-    Raises:
-        ConfigError: A cell's settings are not valid; or two cells are the same.
-    """
+    """All cells of a `grid` or of `cells`, seeds innermost; no two have one name."""
     axes = flatten(grid.grid)
     product = [("", dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
     listed = [
@@ -291,7 +272,7 @@ def search_cells(grid: Grid, search: Search, base: Mapping[str, Any], out: Path)
 def _mean_value(out: Path, cells: Sequence[Cell]) -> float | None:
     """Mean over a trial's cells that ended well, higher is better; None if none did."""
     settled = [cell for cell in cells if settled_state(out, cell)]
-    values = [best_value(read_epochs(out / cell.name), cell.config.train.metric) for cell in settled]
+    values = [best_value(read_rows(out / cell.name), cell.config.train.metric) for cell in settled]
     seen = [value for value in values if value is not None]
     return sum(seen) / len(seen) if seen else None
 
@@ -310,9 +291,6 @@ def propose(search: Search, past: Sequence[tuple[Mapping[str, Any], float | None
 
     Nothing is kept between calls: a study is made anew from `past`, seeded by its length, so that a sweep that was
     interrupted goes on as it would have.
-
-    Raises:
-        MissingExtraError: Optuna is not installed.
     """
     try:
         import optuna
@@ -341,11 +319,8 @@ def _distribution(values: Range) -> BaseDistribution:
 
     if values.choices:
         return CategoricalDistribution(list(range(len(values.choices))))
-    assert values.low is not None
-    assert values.high is not None
-    if values.integer:
-        return IntDistribution(int(values.low), int(values.high), log=values.log)
-    return FloatDistribution(values.low, values.high, log=values.log)
+    kind = IntDistribution if values.integer else FloatDistribution
+    return kind(**values.model_dump(include={"low", "high", "log"}))
 
 
 def _plain(value: Any) -> Any:

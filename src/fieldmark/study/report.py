@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,8 @@ from fieldmark.errors import PhotoError, ResourceError, RunError
 from fieldmark.models.catalog import describe_pretraining
 from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, thumbnail
 from fieldmark.runs.folder import Run, RunResults, flatten, format_value
-from fieldmark.study.charts import (
-    Chart,
-    format_estimate,
-    format_interval,
-    metric_name,
-    minutes,
-    parameters,
-    report_charts,
-)
-from fieldmark.study.compare import Comparison, Metric, Pair, Variant, compare_runs
+from fieldmark.study.charts import Chart, minutes, parameters, report_charts
+from fieldmark.study.compare import Comparison, Metric, Pair, Shown, Variant, compare_runs
 from fieldmark.training.metrics import confused_pairs, confusion_matrix, wilson_interval
 
 ROWS_OPEN = 12
@@ -107,7 +99,7 @@ def write_report(
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".md":
             return _write_markdown(comparison, path, heading)
-        page = render_html(comparison, title=heading, with_photos=with_photos)
+        page = _render_html(comparison, title=heading, with_photos=with_photos)
         # A file name that is not UTF-8 comes as lone surrogates, which no page can hold.
         path.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
@@ -115,7 +107,7 @@ def write_report(
     return [path]
 
 
-def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str:
+def _render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str:
     """The whole page as text: pictures and photos inside, no script, nothing to load."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -126,18 +118,17 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("report.html")
-    best = best_variant(comparison)
-    charts = report_charts(comparison)
-    confusion = confusion_chart(best)
+    best = _best_variant(comparison)
+    charts, confusion = report_charts(comparison), _confusion_chart(best)
     return page.render(
         title=title,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         comparison=comparison,
         is_single=len(comparison.variants) == 1,
-        headline=headline(comparison),
+        headline=_headline(comparison),
         best=best,
-        facts=run_facts(best, comparison.metric),
-        variants=variants_table(comparison),
+        facts=_run_facts(best, comparison),
+        variants=_variants_table(comparison),
         pairs=pairs_table(comparison),
         charts=charts,
         confusion=confusion,
@@ -145,72 +136,42 @@ def render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str
         classes=class_table(best),
         rows_open=ROWS_OPEN,
         confused=most_confused(best, with_photos=with_photos),
-        changes=recipe_table(comparison.variants),
-        recipe=full_recipe(best.runs[0]),
-        environment=environment_rows(best.runs[0]),
+        changes=_recipe_table(comparison.variants),
+        recipe=_full_recipe(best),
+        environment=[
+            (key, " ".join(map(str, value)) if isinstance(value, list) else str(value))
+            for key, value in flatten(best.runs[0].environment).items()
+        ],
         css=(resources.files("fieldmark.study") / "templates" / "report.css").read_text(encoding="utf-8"),
     )
-
-
-def confusion_chart(variant: Variant) -> Chart:
-    """The confusion matrix over all runs of a variant."""
-    confusion, classes = pooled_confusion(variant), variant.runs[0].classes
-    figure = confusion_figure(confusion, classes)
-    note = "Rows: the true class. The stronger the color, the larger the share of its photos."
-    note += " Over all runs of the variant." if len(variant.runs) > 1 else ""
-    tips = confusion_tips(figure, confusion, classes)
-    return Chart("confusion", "Confusion matrix", note, figure, tuple(tips))
-
-
-def best_variant(comparison: Comparison) -> Variant:
-    """The variant with the highest estimate; whether it is truly the best, the verdicts say."""
-    return max(comparison.variants, key=lambda variant: variant.interval.estimate)
-
-
-def headline(comparison: Comparison) -> str:
-    """The result in a sentence or two."""
-    best, metric = best_variant(comparison), comparison.metric
-    found = f"{metric_name(metric)} {format_interval(best.interval, metric)}"
-    photos = f"{comparison.num_photos:,} photos"
-    if len(comparison.variants) == 1:
-        return f"{found} on {photos}."
-    rivals = [pair for pair in comparison.pairs if best.name in (pair.first, pair.second)]
-    beaten = sum(pair.is_distinguishable for pair in rivals)
-    said = {0: "None of the others is distinguishable from it", len(rivals): "It is better than every other variant"}
-    words = said.get(
-        beaten, f"It is better than {beaten} of the {len(rivals)} others and not distinguishable from the rest"
-    )
-    return f"Highest: {best.name}, {found[0].lower()}{found[1:]} on {photos}. {words}."
 
 
 def _write_markdown(comparison: Comparison, path: Path, title: str) -> list[Path]:
     folder = path.with_name(path.stem + "_files")
     folder.mkdir(exist_ok=True)
-    best = best_variant(comparison)
-    pictures = [(chart, folder / f"{chart.key}.png") for chart in (*report_charts(comparison), confusion_chart(best))]
-    for chart, target in pictures:
+    best = _best_variant(comparison)
+    pictures = {folder / f"{chart.key}.png": chart for chart in (*report_charts(comparison), _confusion_chart(best))}
+    for target, chart in pictures.items():
         target.write_bytes(figure_png(chart.figure, dpi=160))
+    figures = [
+        f"## {chart.title}\n\n![{chart.title}]({quote(f'{folder.name}/{file.name}')})\n\n{markdown_text(chart.note)}"
+        for file, chart in pictures.items()
+    ]
     parts = [
         f"# {markdown_text(title)}",
-        markdown_text(headline(comparison)),
+        markdown_text(_headline(comparison)),
         *(f"> {markdown_text(note)}" for note in comparison.notes),
         "## Variants",
-        markdown_table(variants_table(comparison)),
+        markdown_table(_variants_table(comparison)),
         *(["## Verdicts", markdown_table(pairs_table(comparison))] if comparison.pairs else []),
-        *(_markdown_picture(chart, f"{folder.name}/{target.name}") for chart, target in pictures),
+        *figures,
         f"## Classes of {markdown_text(best.name)}",
         markdown_table(class_table(best)),
         "## Recipe",
-        markdown_table(Table(("Key", "Value"), tuple(full_recipe(best.runs[0])), frozenset())),
+        markdown_table(Table(("Key", "Value"), _full_recipe(best), frozenset())),
     ]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
-    return [path, *(target for _, target in pictures)]
-
-
-def _markdown_picture(chart: Chart, link: str) -> str:
-    from urllib.parse import quote
-
-    return f"## {chart.title}\n\n![{chart.title}]({quote(link)})\n\n{markdown_text(chart.note)}"
+    return [path, *pictures]
 
 
 def markdown_table(table: Table) -> str:
@@ -226,76 +187,106 @@ def markdown_text(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(flat, quote=False))
 
 
-def variants_table(comparison: Comparison) -> Table:
-    """Every variant: accuracy with interval, runs, optimistic bias, and what it cost."""
-    interval = f"{100 * comparison.level:g} % interval"
-    head = ("Variant", "Score", interval, "Seeds", "Each seed", "Optimistic bias", "Minutes", "Images/s", "Parameters",
-            "Weights")  # fmt: skip
-    ordered = sorted(comparison.variants, key=lambda variant: -variant.interval.estimate)
-    rows = tuple((variant.name, *_variant_cells(variant, comparison.metric)) for variant in ordered)
-    return Table(head, rows, frozenset({1, 2, 3, 5, 6, 7, 8}))
+def _best_variant(comparison: Comparison) -> Variant:
+    """The variant with the highest estimate; whether it is truly the best, the verdicts say."""
+    return max(comparison.variants, key=lambda variant: variant.interval.estimate)
 
 
-def _variant_cells(variant: Variant, metric: str) -> tuple[str, ...]:
-    value, optimism = variant.interval, variant.optimism
+def _headline(comparison: Comparison) -> str:
+    """The result in a sentence or two."""
+    best, shown = _best_variant(comparison), comparison.shown
+    found = f"{shown.title} {shown.interval(best.interval)}"
+    photos = f"{comparison.num_photos:,} photos"
+    if len(comparison.variants) == 1:
+        return f"{found} on {photos}."
+    rivals = [pair for pair in comparison.pairs if best.name in (pair.first, pair.second)]
+    beaten = sum(pair.is_distinguishable for pair in rivals)
+    words = {0: "None of the others is distinguishable from it", len(rivals): "It is better than every other variant"}
+    some = f"It is better than {beaten} of the {len(rivals)} others and not distinguishable from the rest"
+    return f"Highest: {best.name}, {found[0].lower()}{found[1:]} on {photos}. {words.get(beaten, some)}."
+
+
+def _confusion_chart(variant: Variant) -> Chart:
+    """The confusion matrix over all runs of a variant."""
+    confusion, classes = pooled_confusion(variant), variant.runs[0].classes
+    figure = confusion_figure(confusion, classes)
+    note = "Rows: the true class. The stronger the color, the larger the share of its photos."
+    note += " Over all runs of the variant." if len(variant.runs) > 1 else ""
+    return Chart("confusion", "Confusion matrix", note, figure, tuple(confusion_tips(figure, confusion, classes)))
+
+
+def _variants_table(comparison: Comparison) -> Table:
+    """Every variant, the best first: accuracy with interval, runs, optimistic bias, and what it cost."""
+    shown, rows = comparison.shown, list[dict[str, str]]()
+    for variant in sorted(comparison.variants, key=lambda variant: -variant.interval.estimate):
+        value = variant.interval
+        rows.append(
+            {
+                "Variant": variant.name,
+                "Score": shown.value(value.estimate),
+                f"{100 * comparison.level:g} % interval": f"{shown.value(value.low)} to {shown.value(value.high)}",
+                "Seeds": str(len(variant.seeds)),
+                "Each seed": _each_seed(variant, shown),
+                **_costs(variant),
+            }
+        )
+    return Table(tuple(rows[0]), tuple(tuple(row.values()) for row in rows), frozenset({1, 2, 3, 5, 6, 7, 8}))
+
+
+def _each_seed(variant: Variant, shown: Shown) -> str:
+    return ", ".join(map(shown.value, variant.seed_means))
+
+
+def _costs(variant: Variant) -> dict[str, str]:
+    """What a variant cost and what its score is worth; "–" is not known."""
+    run, optimism = variant.runs[0], variant.optimism
     bias = "–" if optimism.source == "none" else f"{100 * optimism.points:.1f} points"
     speeds = [row["images_per_second"] for run in variant.runs for row in run.metrics if row.get("images_per_second")]
-    return (
-        format_estimate(value.estimate, metric),
-        f"{format_estimate(value.low, metric)} to {format_estimate(value.high, metric)}",
-        str(len(variant.seeds)),
-        ", ".join(format_estimate(mean, metric) for mean in variant.seed_means),
-        f"≤ {bias}" if optimism.source == "history" else bias,
-        _mean_minutes(variant),
-        f"{np.mean(speeds):.0f}" if speeds else "–",
-        f"{parameters(variant.runs[0]) / 1e6:.1f} M",
-        describe_weights(variant.runs[0]),
-    )
-
-
-def run_facts(variant: Variant, metric: str) -> list[tuple[str, str]]:
-    """What is worth knowing about one variant: name and value, of its first run where runs differ."""
-    run, cells = variant.runs[0], _variant_cells(variant, metric)
-    val = run.summary.get("val") or {}
-    shares = (("Top-1", "top1"), ("Top-5", "top5"), ("Macro recall", "macro_recall"))
-    losses = (("Log loss", "log_loss"), ("Calibration error", "calibration_error"))
-    best, epochs = run.summary.get("best_epoch"), run.config.train.epochs
-    chosen = "the best" if run.config.train.select == "best" else "the last"
-    facts = [
-        (metric_name(metric), format_interval(variant.interval, metric)),
-        *([("Each seed", cells[3])] if len(variant.seeds) > 1 else []),
-        *((name, f"{100 * val[key]:.1f} %") for name, key in shares if key in val and key != metric),
-        *((name, f"{val[key]:.3f}") for name, key in losses if key in val and key != metric),
-        ("Epochs", f"{epochs}; kept: {chosen}" + (f" ({best})" if best is not None and chosen == "the best" else "")),
-        ("Optimistic bias", cells[4]), ("Minutes", cells[5]), ("Images/s", cells[6]), ("Parameters", cells[7]),
-        ("Backbone", str(run.model_info.get("create", {}).get("name", run.config.model.name))), ("Weights", cells[8]),
-    ]  # fmt: skip
-    return [(name, value) for name, value in facts if value != "–"]
-
-
-def describe_weights(run: RunResults) -> str:
-    """Where a run's weights came from, with license and pre-training."""
     weights = run.model_info.get("weights", {})
     tag = str(weights.get("pretraining") or "")
-    parts = [weights.get("source"), weights.get("licence"), describe_pretraining(tag, default=tag)]
-    return ", ".join(str(part) for part in parts if part) or run.config.model.weights
+    origin = [weights.get("source"), weights.get("licence"), describe_pretraining(tag, default=tag)]
+    return {
+        "Optimistic bias": f"≤ {bias}" if optimism.source == "history" else bias,
+        "Minutes": _mean_minutes(variant),
+        "Images/s": f"{np.mean(speeds):.0f}" if speeds else "–",
+        "Parameters": f"{parameters(run) / 1e6:.1f} M",
+        "Weights": ", ".join(str(part) for part in origin if part) or run.config.model.weights,
+    }
+
+
+def _run_facts(variant: Variant, comparison: Comparison) -> dict[str, str]:
+    """What is worth knowing about one variant: name and value, of its first run where runs differ."""
+    run, shown = variant.runs[0], comparison.shown
+    val = run.summary.get("val") or {}
+    shares = {"Top-1": "top1", "Top-5": "top5", "Macro recall": "macro_recall"}
+    losses = {"Log loss": "log_loss", "Calibration error": "calibration_error"}
+    kept = "the best" if run.config.train.select == "best" else "the last"
+    if (best := run.summary.get("best_epoch")) is not None and kept == "the best":
+        kept += f" ({best})"
+    facts = {
+        shown.title: shown.interval(variant.interval),
+        **({"Each seed": _each_seed(variant, shown)} if len(variant.seeds) > 1 else {}),
+        **{name: f"{100 * val[key]:.1f} %" for name, key in shares.items() if key in val and key != comparison.metric},
+        **{name: f"{val[key]:.3f}" for name, key in losses.items() if key in val and key != comparison.metric},
+        "Epochs": f"{run.config.train.epochs}; kept: {kept}",
+        "Backbone": str(run.model_info.get("create", {}).get("name", run.config.model.name)),
+        **_costs(variant),
+    }
+    return {name: value for name, value in facts.items() if value != "–"}
 
 
 def effects_table(comparison: Comparison) -> Table:
-    """What each change of the baseline did, the best first: score, effect, interval, p-value, and what it cost.
-
-    The comparison needs a baseline.
-    """
-    interval = f"{100 * comparison.level:g} % interval"
+    """What each change of the comparison's baseline did, the best first, and what it cost."""
+    interval, shown = f"{100 * comparison.level:g} % interval", comparison.shown
     head = ("Change", "Score", "Effect", interval, "p (Holm)", "Distinguishable", "Minutes")
     base, *others = comparison.variants
-    ordered = sorted(zip(others, comparison.pairs, strict=True), key=lambda both: -both[0].interval.estimate)
-    start = (f"{base.name} (baseline)", format_estimate(base.interval.estimate, comparison.metric), *["–"] * 4)
-    rows = [(*start, _mean_minutes(base))]
-    for variant, pair in ordered:
-        score = format_estimate(variant.interval.estimate, comparison.metric)
-        found = _effect(pair, comparison.metric)
-        rows.append((variant.name, score, *found, "yes" if pair.is_distinguishable else "no", _mean_minutes(variant)))
+    rows = [(f"{base.name} (baseline)", shown.value(base.interval.estimate), *["–"] * 4, _mean_minutes(base))]
+    for variant, pair in sorted(
+        zip(others, comparison.pairs, strict=True), key=lambda both: -both[0].interval.estimate
+    ):
+        is_clear = "yes" if pair.is_distinguishable else "no"
+        score = shown.value(variant.interval.estimate)
+        rows.append((variant.name, score, *_effect(pair, shown), is_clear, _mean_minutes(variant)))
     return Table(head, tuple(rows), frozenset({1, 2, 3, 4, 6}))
 
 
@@ -303,46 +294,36 @@ def _mean_minutes(variant: Variant) -> str:
     return f"{np.mean([minutes(run) for run in variant.runs]):.1f}"
 
 
-def _effect(pair: Pair, metric: str) -> tuple[str, str, str]:
+def _effect(pair: Pair, shown: Shown) -> tuple[str, str, str]:
     """Difference, interval and p-value in words."""
-    scale, digits = (1, 3) if metric == "log_loss" else (100, 1)
     value = pair.difference.interval
-    return (
-        f"{scale * value.estimate:+.{digits}f}",
-        f"{scale * value.low:+.{digits}f} to {scale * value.high:+.{digits}f}",
-        f"{pair.corrected_p:.3f}" if pair.corrected_p >= 0.001 else "< 0.001",
-    )
+    p_value = f"{pair.corrected_p:.3f}" if pair.corrected_p >= 0.001 else "< 0.001"
+    return shown.number(value.estimate, "+"), shown.change(value), p_value
 
 
 def pairs_table(comparison: Comparison) -> Table:
     """Every two variants: difference, interval, p-value and verdict."""
     head = ("Variant", "over", "Difference", f"{100 * comparison.level:g} % interval", "p (Holm)", "Verdict")
     ordered = sorted(comparison.pairs, key=lambda pair: (not pair.is_distinguishable, pair.corrected_p))
-    rows = tuple((pair.second, pair.first, *_effect(pair, comparison.metric), pair.verdict) for pair in ordered)
+    rows = tuple((pair.second, pair.first, *_effect(pair, comparison.shown), pair.verdict) for pair in ordered)
     return Table(head, rows, frozenset({2, 3, 4}))
 
 
 def class_table(variant: Variant) -> Table:
     """Recall and precision of each class over a variant's runs, worst first; the interval counts each photo once."""
-    confusion = pooled_confusion(variant)
-    num_runs = len(variant.seeds)
-    classes = variant.runs[0].classes
-    predicted = confusion.sum(axis=0)
-    rows: list[tuple[float, tuple[str, ...]]] = []
-    for number, name in enumerate(classes):
-        total, right = int(confusion[number].sum()), int(confusion[number, number])
-        if not total:
-            rows.append((2.0, (name, "0", "–", "–", "–")))
-            continue
-        photos = total // num_runs
-        low, high = wilson_interval(round(right / num_runs), photos)
-        precision = f"{100 * right / predicted[number]:.0f} %" if predicted[number] else "–"
-        share = right / total
-        rows.append((share, (name, str(photos), f"{100 * share:.0f} %", f"{100 * low:.0f} to {100 * high:.0f} %",
-                             precision)))  # fmt: skip
-    rows.sort(key=lambda row: row[0])
+    confusion, num_runs = pooled_confusion(variant), len(variant.seeds)
+    totals, predicted, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
+    recall = np.where(totals > 0, right / np.maximum(totals, 1), 2.0)  # classes without photos come last
+    rows: list[tuple[str, ...]] = []
+    for number in np.argsort(recall, kind="stable"):
+        photos, cells = int(totals[number]) // num_runs, ("–", "–", "–")
+        if photos:
+            low, high = wilson_interval(round(int(right[number]) / num_runs), photos)
+            precision = f"{100 * right[number] / predicted[number]:.0f} %" if predicted[number] else "–"
+            cells = (f"{100 * recall[number]:.0f} %", f"{100 * low:.0f} to {100 * high:.0f} %", precision)
+        rows.append((variant.runs[0].classes[number], str(photos), *cells))
     head = ("Class", "Photos", "Recall", "95 % interval", "Precision")
-    return Table(head, tuple(row for _, row in rows), frozenset({1, 2, 3, 4}))
+    return Table(head, tuple(rows), frozenset({1, 2, 3, 4}))
 
 
 def pooled_confusion(variant: Variant) -> NDArray[np.int64]:
@@ -354,65 +335,47 @@ def pooled_confusion(variant: Variant) -> NDArray[np.int64]:
 
 def most_confused(variant: Variant, *, with_photos: bool) -> list[Confusion]:
     """The classes that were most often taken for each other, with photos that were, where they are still there."""
-    runs = variant.runs
+    runs, classes = variant.runs, variant.runs[0].classes
     photos = [(run, photo) for run in runs for photo in run.photos]
     labels = np.concatenate([run.labels for run in runs])
     predicted = np.concatenate([run.predicted for run in runs])
-    totals = np.bincount(labels, minlength=len(runs[0].classes))
+    totals = np.bincount(labels, minlength=len(classes))
     found: list[Confusion] = []
     for true, other, indices in confused_pairs(labels, predicted)[:PAIRS_SHOWN]:
         # The same photo in another run is the same picture.
         distinct = {photos[index][1]: photos[index] for index in indices[::-1]} if with_photos else {}
-        shown = [_shown(*photo) for photo in list(distinct.values())[: -PHOTOS_SHOWN - 1 : -1]]
-        example = _example(runs[0], other) if with_photos else None
-        names = runs[0].classes[true], runs[0].classes[other]
-        found.append(Confusion(*names, len(indices), int(totals[true]), tuple(shown), example))
+        shown = tuple(_show_photo(*photo) for photo in list(distinct.values())[: -PHOTOS_SHOWN - 1 : -1])
+        example = _show_example(runs[0], other) if with_photos else None
+        found.append(Confusion(classes[true], classes[other], len(indices), int(totals[true]), shown, example))
     return found
 
 
-def _example(run: RunResults, index: int) -> ShownPhoto | None:
+def _show_example(run: RunResults, index: int) -> ShownPhoto | None:
     """The photo of a class that is recognized with the highest probability."""
     found = np.flatnonzero((run.labels == index) & run.correct)
     if not len(found):
         return None
-    photo = _shown(run, run.photos[int(found[run.probabilities[found, index].argmax()])])
+    photo = _show_photo(run, run.photos[int(found[run.probabilities[found, index].argmax()])])
     return photo if photo.source else None
 
 
-def _shown(run: RunResults, photo: str) -> ShownPhoto:
+def _show_photo(run: RunResults, photo: str) -> ShownPhoto:
     data = run.config.data
+    file = Path(str(run.data_info.get("root", ""))) / photo
+    limits = {"max_pixels": data.max_pixels, "max_bytes": THUMBNAIL_BYTES}
     try:
-        content = thumbnail(
-            Path(str(run.data_info.get("root", ""))) / photo,
-            THUMBNAIL_PIXELS,
-            background=data.background,
-            max_pixels=data.max_pixels,
-            max_bytes=THUMBNAIL_BYTES,
-        )
+        content = thumbnail(file, THUMBNAIL_PIXELS, background=data.background, **limits)
     except (PhotoError, OSError, ValueError):
         return ShownPhoto(photo, "")
     return ShownPhoto(photo, "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii"))
 
 
-def recipe_table(variants: Sequence[Variant]) -> Table:
+def _recipe_table(variants: Sequence[Variant]) -> Table:
     """Where the variants differ, one column each."""
-    keys = list(variants[0].changes)
-    rows = tuple((key, *(format_value(variant.changes[key]) for variant in variants)) for key in keys)
-    return Table(("Key", *(f"{number}" for number in range(1, len(variants) + 1))), rows, frozenset())
+    rows = tuple((key, *(format_value(one.changes[key]) for one in variants)) for key in variants[0].changes)
+    return Table(("Key", *map(str, range(1, len(variants) + 1))), rows, frozenset())
 
 
-def full_recipe(run: RunResults) -> list[tuple[str, str]]:
-    """All settings of a run."""
-    return [(key, format_value(value)) for key, value in flatten(run.config).items()]
-
-
-def environment_rows(run: RunResults) -> list[tuple[str, str]]:
-    """Versions, hardware and command, flattened."""
-    return _rows(run.environment, "")
-
-
-def _rows(table: Any, prefix: str) -> list[tuple[str, str]]:
-    if isinstance(table, dict):
-        return [row for key, value in table.items() for row in _rows(value, f"{prefix}{key}.")]
-    text = " ".join(map(str, table)) if isinstance(table, list) else str(table)
-    return [(prefix.rstrip("."), text)]
+def _full_recipe(variant: Variant) -> tuple[tuple[str, str], ...]:
+    """All settings of a variant's first run."""
+    return tuple((key, format_value(value)) for key, value in flatten(variant.runs[0].config).items())

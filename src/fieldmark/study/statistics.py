@@ -1,7 +1,8 @@
 """Intervals, tests and sample sizes for paired comparisons of classifiers.
 
 Pure functions over arrays. Shape letters: S runs of one variant (seeds), N photos, E epochs. A score is per photo and
-in [0, 1] where it is correctness; differences are `second - first`, so a positive one favours the second.
+in [0, 1] where it is correctness; differences are `second - first`, so a positive one favors the second. `level` is the
+coverage of an interval, `draws` the number of bootstrap draws.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float64]
+
+MOST_FLIPPED = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +36,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Variance:
-    """Where the uncertainty of a difference comes from, as variances of single scores.
+    """Where the uncertainty of a difference comes from, as variances of single scores."""
 
-    Attributes:
-        photos: Of the true per-photo difference, between photos.
-        interaction: Of a photo's score between runs of one variant, beyond what shifts the whole run.
-        seeds: Of a run's mean score between runs of one variant; None where each variant has one run.
-    """
-
-    photos: float
-    interaction: float
-    seeds: float | None
+    photos: float  # of the true per-photo difference, between photos
+    interaction: float  # of a photo's score between runs of one variant, beyond what shifts the whole run
+    seeds: float | None  # of a run's mean score between runs of one variant; None where each variant has one run
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +53,19 @@ class Difference:
     num_photos: int
     num_runs: tuple[int, int]
 
+    @property
+    def run_share(self) -> float:
+        """Variance of the difference of two means over runs, as a multiple of one run's."""
+        return 1 / self.num_runs[0] + 1 / self.num_runs[1]
+
+    @property
+    def photo_variance(self) -> float:
+        """Variance between photos; with the pseudo-photos', or variants that always agree would need no photos."""
+        return max(self.variance.photos, 1 / (self.num_photos + 2))
+
 
 def mcnemar_exact(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Two-sided p-value that two classifiers err alike on the same photos.
-
-    Args:
-        first: (N,) whether each photo was right.
-        second: (N,) the same of the other classifier.
+    """Two-sided p-value that two classifiers err alike, from whether each was right on each of the same photos.
 
     Source:
         McNemar, Psychometrika 12 (1947), in its exact binomial form; recommended for one run of each of two classifiers
@@ -82,12 +85,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Source:
         Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statistics 6 (1979).
     """
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for place, number in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, p_values[number] * (len(p_values) - place)))
-        corrected[number] = largest
-    return corrected
+    values = np.asarray(p_values, np.float64)
+    order = np.argsort(values, kind="stable")
+    corrected = np.empty_like(values)
+    corrected[order] = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)).clip(max=1.0)
+    return corrected.tolist()
 
 
 def widen_to_wilson(interval: Interval, num_photos: float, *, level: float) -> Interval:
@@ -102,40 +104,22 @@ def widen_to_wilson(interval: Interval, num_photos: float, *, level: float) -> I
 
 
 def mean_interval(scores: Scores, *, level: float, draws: int, rng: np.random.Generator) -> Interval:
-    """Interval of the mean score of one variant over photos and, where it has several runs, over runs.
-
-    Args:
-        scores: (S, N) float.
-        level: Coverage, such as 0.95.
-        draws: Bootstrap draws.
-        rng: Source of the draws.
-    """
+    """Interval of the mean of one variant's (S, N) scores, over photos and, where there are several runs, over runs."""
     means = scores.mean(axis=0)
-    drawn = _drawn(means, _between_runs([scores]), 1 / len(scores), draws, rng, pad=False)
+    drawn = _draw_means(means, _compare_within([scores]), 1 / len(scores), draws, rng, pad=False)
     return _interval(float(means.mean()), drawn, level)
 
 
 def paired_difference(
     first: Scores, second: Scores, *, level: float, draws: int, rng: np.random.Generator
 ) -> Difference:
-    """Bootstrap of the difference of two variants' mean scores on the same photos.
+    """Bootstrap of the difference of two variants' mean scores, (S1, N) and (S2, N), with a two-sided p-value.
 
     Photos are resampled in pairs. Where a variant has several runs, the chance of training is added: the variance of a
     run's mean between runs is pooled over both variants and enters through Student's t, because resampling two or
     three seeds understates their variance by a half or a third. The photos' part is then shrunk to what differs between
-    photos in truth, so that nothing counts twice. Two pseudo-photos, one in favour of each side, keep the interval open
+    photos in truth, so that nothing counts twice. Two pseudo-photos, one in favor of each side, keep the interval open
     where the two hardly ever disagree.
-
-    Args:
-        first: (S1, N) float.
-        second: (S2, N) float, the photos in the same order.
-        level: Coverage, such as 0.95.
-        draws: Bootstrap draws.
-        rng: Source of the draws.
-
-    Returns:
-        The difference `second - first`, its interval and a two-sided p-value. The p-value is McNemar's exact one where
-        each variant has one run and scores are 0 or 1, and comes from the draws otherwise.
 
     Source:
         Efron and Tibshirani, "An introduction to the bootstrap" (1993), section 8. Photos and seeds as crossed random
@@ -143,62 +127,40 @@ def paired_difference(
         variance in machine learning benchmarks", arXiv:2103.03098. Pseudo-photos: Agresti and Min, "Simple improved
         confidence intervals for comparing matched proportions", Statistics in Medicine 24 (2005).
     """
-    num_runs, num_photos = (len(first), len(second)), first.shape[1]
     change = second.mean(axis=0) - first.mean(axis=0)
-    runs = _between_runs([first, second])
-    share = 1 / num_runs[0] + 1 / num_runs[1]
-    drawn = _drawn(change, runs, share, draws, rng, pad=True)
-    return Difference(
-        _interval(float(change.mean()), drawn, level),
-        _p_value(first, second, change, drawn),
-        Variance(_between_photos(change, runs, share), runs.interaction, runs.seeds(num_photos)),
-        num_photos,
-        num_runs,
-    )
+    within = _compare_within([first, second])
+    share = 1 / len(first) + 1 / len(second)
+    drawn = _draw_means(change, within, share, draws, rng, pad=True)
+    variance = Variance(_between_photos(change, within, share), within.interaction, within.seeds(len(change)))
+    interval = _interval(float(change.mean()), drawn, level)
+    p_value = _p_value(first, second, change, drawn)
+    return Difference(interval, p_value, variance, len(change), (len(first), len(second)))
 
 
 def photos_needed(difference: Difference, *, effect: float, level: float, power: float) -> int | None:
-    """Photos with which a true difference of `effect` would be seen, runs as they are.
+    """Photos with which a true difference of `effect` would be seen with probability `power`, runs as they are.
 
-    Args:
-        difference: What was measured so far.
-        effect: Difference to be seen, in the unit of the scores.
-        level: Coverage of the interval that must exclude 0.
-        power: Probability of seeing it.
-
-    Returns:
-        Photos in all, or None where the spread between runs alone hides such a difference, however many photos.
+    None where the spread between runs alone hides such a difference, however many photos.
 
     Source:
         Sample size of a paired z-test: Connor, "Sample size for testing differences in proportions for the
         paired-sample design", Biometrics 43 (1987), in its unconditional form.
     """
-    share = 1 / difference.num_runs[0] + 1 / difference.num_runs[1]
-    room = _variance_allowed(effect, level, power) - (difference.variance.seeds or 0.0) * share
-    if room <= 0:
-        return None
-    return max(1, math.ceil((_photo_variance(difference) + difference.variance.interaction * share) / room))
+    variance, share = difference.variance, difference.run_share
+    room = _variance_allowed(effect, level, power) - (variance.seeds or 0.0) * share
+    return max(1, math.ceil((difference.photo_variance + variance.interaction * share) / room)) if room > 0 else None
 
 
 def runs_needed(difference: Difference, *, effect: float, level: float, power: float) -> int | None:
     """Runs per variant with which a true difference of `effect` would be seen on the same photos.
 
-    Returns:
-        Runs per variant, or None where the photos alone hide such a difference, or where each variant has one run and
-        the spread between runs is not known. Arguments as for `photos_needed`.
+    None where the photos alone hide it, or where each variant has one run and the spread between runs is not known.
     """
     variance = difference.variance
-    if variance.seeds is None:
-        return None
-    room = _variance_allowed(effect, level, power) - _photo_variance(difference) / difference.num_photos
-    if room <= 0:
+    room = _variance_allowed(effect, level, power) - difference.photo_variance / difference.num_photos
+    if variance.seeds is None or room <= 0:
         return None
     return max(2, math.ceil(2 * (variance.seeds + variance.interaction / difference.num_photos) / room))
-
-
-def _photo_variance(difference: Difference) -> float:
-    # The pseudo-photos' spread: without it, two variants that never disagreed would need no photos at all.
-    return max(difference.variance.photos, 1 / (difference.num_photos + 2))
 
 
 def _variance_allowed(effect: float, level: float, power: float) -> float:
@@ -213,17 +175,15 @@ def _interval(estimate: float, drawn: Scores, level: float) -> Interval:
 
 
 def _p_value(first: Scores, second: Scores, change: Scores, drawn: Scores) -> float:
+    """McNemar's exact one where each variant has one run and scores are 0 or 1; from the draws otherwise."""
     scores = np.concatenate([first, second])
     if len(first) == len(second) == 1 and bool(np.isin(scores, (0.0, 1.0)).all()):
         return mcnemar_exact(first[0] > 0, second[0] > 0)
     tail = min(int(np.sum(drawn <= 0)), int(np.sum(drawn >= 0)))
-    return max(min(1.0, 2 * (tail + 1) / (len(drawn) + 1)), sign_flip_p(change))
+    return max(min(1.0, 2 * (tail + 1) / (len(drawn) + 1)), _sign_flip_p(change))
 
 
-MOST_FLIPPED = 14
-
-
-def sign_flip_p(change: Scores) -> float:
+def _sign_flip_p(change: Scores) -> float:
     """Two-sided p-value that photos changed for better and for worse alike; 0 where too many changed to enumerate.
 
     A bootstrap of four photos that all improved never sees a loss, but chance does so once in eight times.
@@ -240,8 +200,8 @@ def sign_flip_p(change: Scores) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Runs:
-    """What runs of one variant have apart: variance of their means, and of a photo's score, over `freedom` degrees."""
+class _Within:
+    """Variances within variants, over `freedom` degrees: of the runs' means, and of a photo's score between runs."""
 
     freedom: int
     spread: float
@@ -252,25 +212,27 @@ class _Runs:
         return max(0.0, self.spread - self.interaction / num_photos) if self.freedom else None
 
 
-def _between_runs(variants: Sequence[Scores]) -> _Runs:
+def _compare_within(variants: Sequence[Scores]) -> _Within:
     """Crossed analysis of variance within each variant, pooled over the variants."""
     freedom = sum(len(scores) - 1 for scores in variants)
     if freedom == 0:
-        return _Runs(0, 0.0, 0.0)
+        return _Within(0, 0.0, 0.0)
     spread = sum(float(scores.mean(axis=1).var()) * len(scores) for scores in variants) / freedom
     rest = 0.0
     for scores in variants:
         residual = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
         rest += float(np.sum(residual**2))
-    return _Runs(freedom, spread, rest / (freedom * max(variants[0].shape[1] - 1, 1)))
+    return _Within(freedom, spread, rest / (freedom * max(variants[0].shape[1] - 1, 1)))
 
 
-def _between_photos(values: Scores, runs: _Runs, share: float) -> float:
+def _between_photos(values: Scores, within: _Within, share: float) -> float:
     """Variance between photos of their true values, (N,) means over runs being what was seen."""
-    return max(0.0, float(values.var(ddof=1)) - runs.interaction * share) if len(values) > 1 else 0.0
+    return max(0.0, float(values.var(ddof=1)) - within.interaction * share) if len(values) > 1 else 0.0
 
 
-def _drawn(values: Scores, runs: _Runs, share: float, draws: int, rng: np.random.Generator, *, pad: bool) -> Scores:
+def _draw_means(
+    values: Scores, within: _Within, share: float, draws: int, rng: np.random.Generator, *, pad: bool
+) -> Scores:
     """(draws,) means as other photos and other runs would have given them.
 
     Resampling understates the spread of few photos: draws are stretched as in the expanded percentile interval
@@ -278,20 +240,21 @@ def _drawn(values: Scores, runs: _Runs, share: float, draws: int, rng: np.random
     """
     from scipy.stats import t as student
 
-    drawn = _resampled_means(values, draws, rng, pad=pad)
+    drawn = _resample_means(values, draws, rng, pad=pad)
     freedom = max(len(values) - 1, 1)
     stretch = float(student.ppf(0.975, freedom)) / 1.95996 * math.sqrt((freedom + 1) / freedom)
     drawn = float(drawn.mean()) + stretch * (drawn - float(drawn.mean()))
-    if not runs.freedom:
+    if not within.freedom:
         return drawn
     # The spread between runs holds the photos' ups and downs from run to run; they must not count twice.
     seen = float(values.var(ddof=1)) if len(values) > 1 else 0.0
-    kept = math.sqrt(_between_photos(values, runs, share) / seen) if seen > 0 else 1.0
+    kept = math.sqrt(_between_photos(values, within, share) / seen) if seen > 0 else 1.0
     center = float(values.mean())
-    return center + kept * (drawn - center) + rng.standard_t(runs.freedom, size=draws) * math.sqrt(runs.spread * share)
+    of_runs = rng.standard_t(within.freedom, size=draws) * math.sqrt(within.spread * share)
+    return center + kept * (drawn - center) + of_runs
 
 
-def _resampled_means(values: Scores, draws: int, rng: np.random.Generator, *, pad: bool) -> Scores:
+def _resample_means(values: Scores, draws: int, rng: np.random.Generator, *, pad: bool) -> Scores:
     """(draws,) means of as many photos, drawn with replacement."""
     if pad:
         # Squares summing to 1, as half a photo in each of the four cells of the two-by-two table has.
@@ -308,12 +271,10 @@ def _resampled_means(values: Scores, draws: int, rng: np.random.Generator, *, pa
 
 @dataclass(frozen=True, slots=True)
 class Optimism:
-    """Expected excess of the best epoch's accuracy over the same epoch's accuracy on new photos.
+    """Expected excess of the best epoch's accuracy over the same epoch's accuracy on new photos, as a fraction.
 
-    Attributes:
-        points: The excess, as a fraction (0.01 is one point).
-        source: `photos` from per-photo predictions of every epoch; `history` from the accuracies alone, where the
-            epochs' true ups and downs count as noise, so that it is an upper bound; `none` where nothing was selected.
+    From `photos`, the predictions of every epoch; from `history`, the accuracies alone, where the epochs' true ups and
+    downs count as noise, so that it is an upper bound; `none` where nothing was selected.
     """
 
     points: float
@@ -321,16 +282,11 @@ class Optimism:
 
 
 def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.random.Generator) -> Optimism:
-    """Bootstrap of the choice: pick the best epoch on resampled photos, judge it on all of them.
-
-    Args:
-        correct: (E, N) whether each photo was right after each epoch.
-        draws: Bootstrap draws.
-        rng: Source of the draws.
+    """Bootstrap of the choice: pick the best epoch on resampled photos, score it on all (E, N).
 
     Source:
         Efron, "Estimating the error rate of a prediction rule", JASA 78 (1983): the optimism of a rule that was tuned
-        on the data it is judged on; Tibshirani and Tibshirani, arXiv:0908.2904, name the case of a minimum over
+        on the data that scores it; Tibshirani and Tibshirani, arXiv:0908.2904, name the case of a minimum over
         settings.
     """
     num_epochs, num_photos = correct.shape
@@ -343,18 +299,12 @@ def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.rand
     for start in range(0, draws, rows):
         weights = rng.multinomial(num_photos, np.full(num_photos, 1 / num_photos), size=min(rows, draws - start))
         drawn = weights @ right.T / num_photos
-        best = drawn.argmax(axis=1)
-        excess.extend(drawn[np.arange(len(drawn)), best] - truth[best])
+        excess.extend(drawn.max(axis=1) - truth[drawn.argmax(axis=1)])
     return Optimism(max(0.0, float(np.mean(excess))), "photos")
 
 
 def optimism_from_history(accuracies: NDArray[np.float64], *, draws: int, rng: np.random.Generator) -> Optimism:
-    """The same from one number per epoch: ups and downs around a smooth curve are taken for noise.
-
-    Args:
-        accuracies: (E,) validation accuracy after each epoch.
-        draws: Simulated histories.
-        rng: Source of the draws.
+    """The same from the (E,) accuracies after each epoch: ups and downs around a smooth curve are taken for noise.
 
     Source:
         A parametric bootstrap (Efron and Tibshirani, "An introduction to the bootstrap", section 6.5) around a running
@@ -368,13 +318,11 @@ def optimism_from_history(accuracies: NDArray[np.float64], *, draws: int, rng: n
     noise = 1.4826 * float(np.median(np.abs(np.diff(accuracies, 2)))) / 6**0.5
     trend = smooth(accuracies, width=5)
     drawn = trend + rng.normal(0.0, noise, size=(draws, len(trend)))
-    best = drawn.argmax(axis=1)
-    return Optimism(max(0.0, float(np.mean(drawn[np.arange(draws), best] - trend[best]))), "history")
+    return Optimism(max(0.0, float(np.mean(drawn.max(axis=1) - trend[drawn.argmax(axis=1)]))), "history")
 
 
 def smooth(values: NDArray[np.float64], *, width: int) -> NDArray[np.float64]:
     """Running mean over `width` values; nearer to the ends, over as many on each side as there are."""
-    half = width // 2
-    places = range(len(values))
-    reach = [min(half, place, len(values) - 1 - place) for place in places]
-    return np.array([values[place - r : place + r + 1].mean() for place, r in zip(places, reach, strict=True)])
+    last = len(values) - 1
+    reach = [min(width // 2, index, last - index) for index in range(len(values))]
+    return np.array([values[index - r : index + r + 1].mean() for index, r in enumerate(reach)])

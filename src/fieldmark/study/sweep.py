@@ -31,7 +31,7 @@ from fieldmark.study.cell import (
     book,
     clear_broken,
     load_outcome,
-    read_epochs,
+    read_rows,
     refuse_other_recipe,
     run_job,
     settled_state,
@@ -252,7 +252,7 @@ class _Work:
 
     def note(self, cell: Cell, state: State, error: str = "") -> None:
         """Keep the status of one cell, with the epochs that its folder reports now."""
-        rows = read_epochs(self.out / cell.name)
+        rows = read_rows(self.out / cell.name)
         epoch = int(rows[-1]["epoch"]) if rows else 0
         self.epochs_before[cell.name] = min(epoch, self.epochs_before.get(cell.name, epoch))
         self.statuses[cell.name] = CellStatus(cell.name, state, epoch, cell.config.train.epochs, error)
@@ -271,29 +271,27 @@ class _Work:
 def _open_executor(devices: int, *, jobs: int | None, ray: str | None, ray_cpus: int) -> LocalCells | RayCells:
     if ray is not None:
         return RayCells(ray, cpus=ray_cpus, gpus=devices)
-    places = find_places(devices)
-    return LocalCells(places if jobs is None else [places[number % len(places)] for number in range(max(jobs, 1))])
+    groups = _find_gpus(devices)
+    return LocalCells(groups if jobs is None else [groups[number % len(groups)] for number in range(max(jobs, 1))])
 
 
 class LocalCells:
     """Trains each cell in a process of its own, so that a crash or a leak of memory harms no other.
 
-    Args:
-        places: One for each cell that may run at a time: the GPUs it may use, such as ("0",) or ("0", "1"); an empty
-            tuple leaves the choice to the cell.
+    There is one group of GPUs for each cell that may run at a time; an empty one leaves the choice to the cell.
     """
 
-    def __init__(self, places: Sequence[tuple[str, ...]]) -> None:
-        self.num_slots = len(places)
-        self._free = list(places)
+    def __init__(self, groups: Sequence[tuple[str, ...]]) -> None:
+        self.num_slots = len(groups)
+        self._free = list(groups)
         self._running: dict[str, tuple[subprocess.Popen[bytes], tuple[str, ...]]] = {}
 
     def start(self, job: Job) -> None:
         """Begin a cell."""
-        place = self._free.pop(0)
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(place)} if place else {})
+        gpus = self._free.pop(0)
+        env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
         with book(job.sweep, job.name, "log").open("ab") as log:
-            # A session of its own: Ctrl-C reaches this process alone, which then tells the cells to save.
+            # A session of its own: Ctrl-C reaches this process alone, which then asks the cells to save.
             process = subprocess.Popen(
                 [sys.executable, "-m", "fieldmark.study.cell", str(job.path)],
                 stdin=subprocess.DEVNULL,
@@ -302,15 +300,15 @@ class LocalCells:
                 env=env,
                 start_new_session=True,
             )
-        self._running[job.name] = process, place
+        self._running[job.name] = process, gpus
 
     def collect(self) -> dict[str, str]:
         """Cells that ended since the last call: name to what the process says of it, "" for nothing amiss."""
         ended: dict[str, str] = {}
-        for name, (process, place) in list(self._running.items()):
+        for name, (process, gpus) in list(self._running.items()):
             if (code := process.poll()) is not None:
                 del self._running[name]
-                self._free.append(place)
+                self._free.append(gpus)
                 ended[name] = "" if code in (0, 1) else f"its process ended with {_describe_exit(code)}"
         return ended
 
@@ -327,7 +325,7 @@ class LocalCells:
                 process.wait()
 
 
-def find_places(devices_per_cell: int) -> list[tuple[str, ...]]:
+def _find_gpus(devices_per_cell: int) -> list[tuple[str, ...]]:
     """Groups of GPUs for cells to run on at a time; one group without a name where there are too few."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = (
@@ -359,15 +357,6 @@ class RayCells:
 
     Tasks, not Ray Tune: the sweep already knows what to run, keeps its state in the run folders and stops poor cells by
     them, and Ray's own retry restarts a cell whose worker or machine died; the cell finds its folder and resumes.
-
-    Args:
-        address: Of the cluster, such as `auto` or `ray://host:10001`; "" starts one on this machine.
-        cpus: Cores that a cell takes.
-        gpus: GPUs that a cell takes, where the cluster has any.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        ResourceError: There is no cluster at the address, or no machine in it has room for a cell.
     """
 
     def __init__(self, address: str, *, cpus: int, gpus: int) -> None:

@@ -1,7 +1,4 @@
-"""Which runs are one variant: runs that differ in nothing but chance, their folds joined, on the same photos.
-
-Shape letters: N photos, K classes.
-"""
+"""Which runs are one variant: runs that differ in nothing but chance, their folds joined, on the same photos."""
 
 from __future__ import annotations
 
@@ -17,22 +14,18 @@ from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, flatten, format_value
 from fieldmark.study.cell import NO_EFFECT
 
-CHANCE = frozenset({"train.seed", "data.fold"})
-"""Runs that differ in these keys alone are runs of one variant."""
-
-# Where the photos are stored is no difference either: whether they are the same photos is checked by name.
-IGNORED = CHANCE | NO_EFFECT | {"data.path"}
-
-MOST_CHANGES = 6
-"""Variants that differ in more keys than this are named by their folders: nobody reads a recipe as a name."""
+# Runs that differ in chance alone are runs of one variant. Where the photos are stored is no difference either: whether
+# they are the same photos is checked by name.
+IGNORED = NO_EFFECT | {"train.seed", "data.fold", "data.path"}
+MOST_CHANGES = 6  # variants that differ in more keys are named by their folders: nobody reads a recipe as a name
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The runs of one variant, in the order given; `name` and `changes` as in `Variant`."""
+    """The runs of one variant, in the order given, folds included."""
 
-    name: str
-    changes: Mapping[str, Any]
+    name: str  # the changes in words; a folder's name where there are none, or too many to read
+    changes: Mapping[str, Any]  # value of each key in which the compared variants differ
     runs: tuple[RunResults, ...]
 
 
@@ -49,12 +42,52 @@ class Replicate:
     prior: NDArray[np.float64]
 
 
-def join_folds(group: Group) -> list[Replicate]:
-    """One replicate per seed, in order of seed.
+def group_runs(results: Sequence[RunResults]) -> list[Group]:
+    """Put runs together that differ in nothing but chance, in order of first appearance."""
+    if not results:
+        raise RunError("no runs to compare: give run folders, or a folder of them")
+    groups: dict[str, tuple[dict[str, Any], list[RunResults]]] = {}
+    for run in results:
+        own = {key: value for key, value in flatten(run.config).items() if key not in IGNORED}
+        # What was combined has the recipe of one of its members, but is no further run of it.
+        own = {"combined": run.summary.get("combined", "none"), **own}
+        groups.setdefault(repr(sorted(own.items())), (own, []))[1].append(run)
+    settings = [own for own, _ in groups.values()]
+    differing = [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings[1:])]
+    named: list[Group] = []
+    for own, runs in groups.values():
+        changes = {key: own[key] for key in differing}
+        named.append(Group(_describe(changes) or runs[0].name, changes, tuple(runs)))
+    if len(differing) <= MOST_CHANGES:
+        return named
+    # The folder of a single run, or the one that holds a variant's runs.
+    folders = [(path if len(group.runs) == 1 else path.parent).name
+               for group in named for path in [group.runs[0].path.resolve()]]  # fmt: skip
+    if len(set(folders)) < len(folders):
+        return named
+    return [replace(group, name=folder) for group, folder in zip(named, folders, strict=True)]
 
-    Raises:
-        RunError: The same settings, seed and fold twice, or folds of different data.
-    """
+
+def name_against(groups: Sequence[Group], run: Path) -> list[Group]:
+    """The variant of one run first, under that run's name; the others named by what they change of it."""
+    wanted = run.resolve()
+    base = next((group for group in groups if any(one.path.resolve() == wanted for one in group.runs)), None)
+    if base is None:
+        raise RunError(f"{run} is not among the runs that are compared: name one of them, or add it")
+    named = [base if len(base.changes) > MOST_CHANGES else replace(base, name=wanted.name)]
+    for group in groups:
+        if group is not base:
+            changes = {key: value for key, value in group.changes.items() if value != base.changes[key]}
+            named.append(replace(group, name=_describe(changes)) if len(changes) <= MOST_CHANGES else group)
+    return named
+
+
+def _describe(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={format_value(value)}" for key, value in changes.items())
+
+
+def join_folds(group: Group) -> list[Replicate]:
+    """One replicate per seed, in order of seed."""
     by_seed: dict[int, list[RunResults]] = {}
     for run in group.runs:
         by_seed.setdefault(run.config.train.seed, []).append(run)
@@ -74,21 +107,17 @@ def _join(seed: int, runs: Sequence[RunResults]) -> Replicate:
     return Replicate(
         seed,
         name,
-        tuple(photos[index] for index in order),
-        np.concatenate([run.labels for run in runs])[order],
-        runs[0].classes,
-        np.concatenate([run.probabilities for run in runs])[order],
-        np.mean([run.prior for run in runs], axis=0),
+        photos=tuple(photos[index] for index in order),
+        labels=np.concatenate([run.labels for run in runs])[order],
+        classes=runs[0].classes,
+        probabilities=np.concatenate([run.probabilities for run in runs])[order],
+        prior=np.mean([run.prior for run in runs], axis=0),
     )
 
 
-def check_same_photos(replicates: Sequence[Replicate]) -> None:
-    """Check that all replicates scored the same photos under the same labels.
-
-    Raises:
-        RunError: They did not; the message says where they differ.
-    """
-    first, *others = replicates
+def check_same_photos(runs: Sequence[Replicate]) -> None:
+    """Check that all replicates scored the same photos under the same labels, or say where they differ."""
+    first, *others = runs
     for other in others:
         names = f"{first.name} and {other.name}"
         if other.classes != first.classes:
@@ -110,65 +139,3 @@ def check_same_photos(replicates: Sequence[Replicate]) -> None:
                 f"{names} disagree on the label of {first.photos[index]!r}: were labels corrected between them? Train "
                 "both on the same labels"
             )
-
-
-def group_runs(results: Sequence[RunResults]) -> list[Group]:
-    """Put runs together that differ in nothing but chance, in order of first appearance.
-
-    Raises:
-        RunError: There are no runs.
-    """
-    if not results:
-        raise RunError("no runs to compare: give run folders, or a folder of them")
-    runs: dict[str, list[RunResults]] = {}
-    settings: dict[str, dict[str, Any]] = {}
-    for run in results:
-        # What was combined has the recipe of one of its members, but is no further run of it.
-        own = {"combined": run.summary.get("combined", "none")}
-        own |= {key: value for key, value in flatten(run.config).items() if key not in IGNORED}
-        identity = repr(sorted(own.items()))
-        runs.setdefault(identity, []).append(run)
-        settings[identity] = own
-    differing = differing_keys(list(settings.values()))
-    groups: list[Group] = []
-    for identity, members in runs.items():
-        changes = {key: settings[identity][key] for key in differing}
-        groups.append(Group(_describe(changes) or members[0].name, changes, tuple(members)))
-    return groups if len(differing) <= MOST_CHANGES else _name_by_folder(groups)
-
-
-def name_against(groups: Sequence[Group], run: Path) -> list[Group]:
-    """The variant of one run first, under that run's name; the others named by what they change of it.
-
-    Raises:
-        RunError: The run is not among them.
-    """
-    wanted = run.resolve()
-    base = next((group for group in groups if any(one.path.resolve() == wanted for one in group.runs)), None)
-    if base is None:
-        raise RunError(f"{run} is not among the runs that are compared: name one of them, or add it")
-    named = [base if len(base.changes) > MOST_CHANGES else replace(base, name=wanted.name)]
-    for group in groups:
-        if group is not base:
-            changes = {key: value for key, value in group.changes.items() if value != base.changes[key]}
-            named.append(replace(group, name=_describe(changes)) if len(changes) <= MOST_CHANGES else group)
-    return named
-
-
-def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys whose value is not the same in all settings, in recipe order."""
-    first = settings[0]
-    return [key for key in first if any(other[key] != first[key] for other in settings[1:])]
-
-
-def _name_by_folder(groups: Sequence[Group]) -> list[Group]:
-    """The folder of a single run, or the one that holds a variant's runs; the changes where folders are named alike."""
-    paths = [[run.path.resolve() for run in group.runs] for group in groups]
-    folders = [own[0] if len(own) == 1 else own[0].parent for own in paths]
-    if len({folder.name for folder in folders}) < len(groups):
-        return list(groups)
-    return [replace(group, name=folder.name) for group, folder in zip(groups, folders, strict=True)]
-
-
-def _describe(changes: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={format_value(value)}" for key, value in changes.items())
