@@ -284,6 +284,21 @@ def test_resume_needs_an_unfinished_run_with_the_same_photos(photos, tmp_path):
         list(resume(tmp_path / "run"))
 
 
+def test_a_run_whose_photos_moved_resumes_from_where_they_are_and_from_no_others(photos, tmp_path):
+    own = shutil.copytree(photos, tmp_path / "photos")
+    leave_after(tiny(own, "train.epochs=2"), tmp_path / "run", 1)
+    moved = own.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"which is gone: .*fieldmark train --resume .* --data FOLDER"):
+        list(resume(tmp_path / "run"))
+    others = shutil.copytree(moved, tmp_path / "others")
+    Image.new("RGB", (90, 90)).save(others / "train/2/0.png")
+    with pytest.raises(DataError, match="not those that"):
+        list(resume(tmp_path / "run", data=others))
+    list(resume(tmp_path / "run", data=moved))
+    assert Run(tmp_path / "run").summary["status"] == "finished"
+    assert Run(tmp_path / "run").split.root == moved
+
+
 @pytest.mark.parametrize("name", ["best.safetensors", "last.pt", "metrics.jsonl"])
 def test_a_full_disk_says_how_to_go_on_and_harms_nothing(photos, tmp_path, monkeypatch, name):
     config, out = tiny(photos, "train.select=last"), tmp_path / "run"

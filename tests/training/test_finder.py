@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fieldmark.errors import ConfigError, TrainingError
+from fieldmark.errors import TrainingError
 from fieldmark.training.lr_finder import find_lr, steepest_point, valley_point
 
 
@@ -23,7 +23,7 @@ def make_task(seed=0, count=200):
 
 
 def sweep(model, optimizer, batches, **changes):
-    settings = {"min_lr": 1e-6, "max_lr": 10.0, "num_steps": 100, "smoothing": 0.9, "stop_ratio": 4.0}
+    settings = {"max_lr": 10.0}
     backward = changes.pop("backward", torch.Tensor.backward)
     loss_fn = nn.functional.mse_loss
     return find_lr(model, optimizer, batches, loss_fn, backward=backward, **{**settings, **changes})
@@ -127,12 +127,8 @@ def test_smoothing_is_corrected_for_its_start():
     assert found.smoothed[4] == pytest.approx(by_hand)
 
 
-def test_bad_sweeps_are_refused():
+def test_a_sweep_without_anything_to_see_is_refused():
     model, optimizer, batches = make_task()
-    with pytest.raises(ConfigError, match=r"lowest rate < highest rate and at least 8 updates; got 1 to 0.1 in 100"):
-        sweep(model, optimizer, batches, min_lr=1.0, max_lr=0.1)
-    with pytest.raises(ConfigError, match="in 3"):
-        sweep(model, optimizer, batches, num_steps=3)
     with pytest.raises(TrainingError, match="only 4 finite losses from 1e-06 on"):
         sweep(model, optimizer, batches[:4])
     with pytest.raises(TrainingError, match="only 0 finite losses"):

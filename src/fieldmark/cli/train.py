@@ -55,6 +55,9 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Continue this run, with its own settings.", autocompletion=complete_run)
     ] = None,
+    moved: Annotated[
+        Path | None, typer.Option("--data", help="With --resume: where the run's photos are now, if they moved.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Short for --set train.epochs=N.")] = None,
     model: Annotated[str | None, typer.Option(help="Short for --set model.name=NAME.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the training images (augment.size), in pixels.")] = None,
@@ -76,8 +79,10 @@ def train(
                            device=device, track=track)  # fmt: skip
     overrides = [*short, *(set_ or ())]
     if resume is not None and (data is not None or out is not None or overrides or recipe):
-        raise typer.BadParameter("--resume takes settings, photos and folder from the run: give nothing else")
-    run_training(data, recipe, out, overrides, minutes=minutes, resume=resume, as_json=as_json)
+        raise typer.BadParameter("--resume takes settings and folder from the run: give --data or --minutes at most")
+    if moved is not None and resume is None:
+        raise typer.BadParameter("--data goes with --resume: give the photos of a new run as DATA")
+    run_training(data or moved, recipe, out, overrides, minutes=minutes, resume=resume, as_json=as_json)
 
 
 def run_training(
@@ -99,11 +104,13 @@ def run_training(
     has_budget = budget.is_budgeted(resume) if resume else minutes is not None or recipe is None
     if minutes is not None and not has_budget:
         raise typer.BadParameter(f"{resume} was not trained within a budget: --resume goes on with its own recipe")
+    if resume and data and has_budget:
+        raise typer.BadParameter(f"{resume} was trained within a budget: its photos must be where they were")
     path = resume or out or runs.new_run_folder(config, recipe or "minutes")
     with open_progress("train") as progress:
         if not has_budget:
-            reports = runs.resume(path, progress=progress) if resume else runs.train(config, path, progress=progress)
-            for report in reports:
+            resumed = runs.resume(path, data=data, progress=progress)
+            for report in resumed if resume else runs.train(config, path, progress=progress):
                 if is_main_process():
                     progress.message(runs.format_epoch(report))
         elif resume:

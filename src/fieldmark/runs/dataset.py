@@ -157,12 +157,8 @@ class PhotoReader:
     labels: NDArray[np.int64]  # (N,) class numbers, -1 for unlabeled
     decoding: DecodeSpec
 
-    def read(self, number: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 upright, whole."""
-        return self.decoding.read(self.files[number])
-
-    def read_reduced(self, number: int, min_short_side: float) -> NDArray[np.uint8]:
-        """(h, w, 3) uint8 upright; the short side is at least `min_short_side`, or the photo's own."""
+    def read(self, number: int, *, min_short_side: float | None = None) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 upright: whole, or with a short side of at least `min_short_side` or the photo's own."""
         return self.decoding.read(self.files[number], min_short_side=min_short_side)
 
 
@@ -239,7 +235,7 @@ class TrainPhotos:
         # Decode no larger than the crop needs: its shorter side becomes `size` pixels.
         _, _, width, height = params.box[row]
         needed = self.spec.size * float(min(self.sizes[number])) / max(float(min(width, height)), 1.0)
-        return self.reader.read_reduced(number, needed)
+        return self.reader.read(number, min_short_side=needed)
 
 
 @dataclass(frozen=True)

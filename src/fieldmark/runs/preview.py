@@ -29,7 +29,7 @@ from fieldmark.runs.check import LintInput, lint_recipe
 from fieldmark.runs.dataset import find_photos, known_sizes
 from fieldmark.runs.session import Session, open_session
 from fieldmark.training.loop import soft_cross_entropy
-from fieldmark.training.lr_finder import LrSweep, find_lr
+from fieldmark.training.lr_finder import UPDATES, LrSweep, find_lr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,12 +175,6 @@ def _draw_curves(place: SubFigure, given: LintInput) -> None:
     plots.draw_rate(rate, steps / steps_per_epoch, rates, "learning rate")
 
 
-LOWEST, HIGHEST = 1e-6, 1.0
-UPDATES = 100
-SMOOTHING = 0.9
-EXPLOSION = 4.0
-
-
 def search_lr(config: Config, *, progress: Progress) -> LrSweep:
     """Train for up to 100 updates with rates of the head from 1e-6 to 1, the other groups in proportion.
 
@@ -198,11 +192,6 @@ def search_lr(config: Config, *, progress: Progress) -> LrSweep:
             _batches(session, progress),
             lambda logits, targets: soft_cross_entropy(logits, targets, None) / len(targets),
             backward=session.fabric.backward,
-            min_lr=LOWEST,
-            max_lr=HIGHEST,
-            num_steps=UPDATES,
-            smoothing=SMOOTHING,
-            stop_ratio=EXPLOSION,
         )
 
 

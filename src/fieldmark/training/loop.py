@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -52,20 +52,16 @@ class FiniteWatch:
         event = torch.cuda.Event()
         event.record()
         self._pending.append((step, numbers, copy, event))
-        while self._pending and self._pending[0][3].query():
-            self._check_oldest()
+        self.drain(only_ready=True)
 
-    def drain(self) -> None:
-        """Wait for all numbers that are still on their way, and check them."""
-        while self._pending:
-            self._pending[0][3].synchronize()
-            self._check_oldest()
-
-    def _check_oldest(self) -> None:
-        step, numbers, copy, _ = self._pending.popleft()
-        if not torch.isfinite(copy):
-            self._pending.clear()
-            raise NonFiniteError(step, numbers.tolist())
+    def drain(self, *, only_ready: bool = False) -> None:
+        """Check all numbers that are still on their way, or only those that have arrived."""
+        while self._pending and not (only_ready and not self._pending[0][3].query()):
+            step, numbers, copy, event = self._pending.popleft()
+            event.synchronize()
+            if not torch.isfinite(copy):
+                self._pending.clear()
+                raise NonFiniteError(step, numbers.tolist())
 
 
 @dataclass(frozen=True)
@@ -82,33 +78,22 @@ class TrainBatch:
     global_size: int  # photos of this update over all processes
 
 
-class Sums(NamedTuple):
-    """The sums of an epoch, in the order in which checkpoints store them."""
-
-    loss: float
-    photos: float
-    clean_hits: float
-    clean_photos: float
-    mixed_hits: float
-    mixed_photos: float
-
-
 @dataclass
 class EpochTally:
-    """Running sums of an epoch, so that it can be left and resumed."""
+    """Running sums of an epoch, so that it can be left and resumed: one tensor, which processes add up in one call."""
 
-    sums: Tensor  # (6,) float64 on the device, as `Sums` names them: one tensor, so that processes add them in one call
+    sums: Tensor  # (6,) float64 on the device: loss, photos, clean hits, clean photos, mixed hits, mixed photos
 
     @classmethod
     def zeros(cls, device: torch.device) -> EpochTally:
         """Start an epoch."""
         # Apple's MPS has no float64.
         kind = torch.float32 if device.type == "mps" else torch.float64
-        return cls(torch.zeros(len(Sums._fields), dtype=kind, device=device))
+        return cls(torch.zeros(6, dtype=kind, device=device))
 
     def count_photos(self) -> float:
         """Count this process's photos so far; reads from the device."""
-        return self.sums[Sums._fields.index("photos")].item()
+        return self.sums[1].item()
 
     def add(self, batch: TrainBatch, logits: Tensor, loss: Tensor) -> None:
         """Count one update, without reading anything back from the device."""
@@ -126,9 +111,9 @@ class EpochTally:
             clean_hits += hits
             clean_photos += size
 
-    def reduce(self, fabric: Fabric) -> Sums:
+    def reduce(self, fabric: Fabric) -> list[float]:
         """Add up the sums of all processes; waits for the device."""
-        return Sums(*fabric.all_reduce(self.sums, reduce_op="sum").tolist())  # type: ignore[union-attr]
+        return fabric.all_reduce(self.sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
 
 
 @dataclass
@@ -309,7 +294,7 @@ def train_epochs(
         is_complete = state.step_in_epoch == steps_per_epoch
         # The one place where the host waits for the device; before anything is evaluated or saved.
         state.check_finite()
-        sums = state.tally.reduce(fabric)
+        loss_sum, photos, clean_hits, clean_photos, mixed_hits, mixed_photos = state.tally.reduce(fabric)
         seconds = time.perf_counter() - started
         images = round(state.tally.count_photos() - photos_before)
         validation = Validation()
@@ -322,10 +307,10 @@ def train_epochs(
             step=state.step,
             is_complete=is_complete,
             lr=state.lr,
-            train_loss=sums.loss / max(sums.photos, 1),
-            train_top1_clean=sums.clean_hits / sums.clean_photos if sums.clean_photos else None,
-            train_top1_mixed=sums.mixed_hits / sums.mixed_photos if sums.mixed_photos else None,
-            clean_fraction=sums.clean_photos / max(sums.photos, 1),
+            train_loss=loss_sum / max(photos, 1),
+            train_top1_clean=clean_hits / clean_photos if clean_photos else None,
+            train_top1_mixed=mixed_hits / mixed_photos if mixed_photos else None,
+            clean_fraction=clean_photos / max(photos, 1),
             images=images,
             seconds=seconds,
             metrics=validation.metrics,

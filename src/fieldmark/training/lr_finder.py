@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fieldmark.errors import ConfigError, TrainingError
+from fieldmark.errors import TrainingError
 
-_MIN_POINTS = 8
-"""Fewer rates than this say nothing about a slope."""
+UPDATES = 100
+SMOOTHING = 0.9  # weight of the past in the smoothed loss
+EXPLOSION = 4.0  # the smoothed loss over its minimum at which to stop
+_MIN_POINTS = 8  # fewer rates than this say nothing about a slope
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +40,11 @@ def find_lr(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     *,
     backward: Callable[[Tensor], Any],
-    min_lr: float,
-    max_lr: float,
-    num_steps: int,
-    smoothing: float,
-    stop_ratio: float,
+    min_lr: float = 1e-6,
+    max_lr: float = 1.0,
+    num_steps: int = UPDATES,
 ) -> LrSweep:
-    """Train for a moment with rising rates, note the losses, and undo it all.
+    """Train for a moment with rates that rise from `min_lr` to `max_lr`, note the losses, and undo it all.
 
     Args:
         model: Trained in training mode.
@@ -52,21 +52,14 @@ def find_lr(
         batches: (inputs, targets); at most `num_steps` are read. A source that is shorter ends the sweep.
         loss_fn: (logits, targets) -> 0-d loss.
         backward: Computes gradients of a loss: `Tensor.backward`, or Fabric's `backward`.
-        min_lr: First rate, > 0.
-        max_lr: Last rate, > `min_lr`.
-        num_steps: Updates, at least 8.
-        smoothing: Weight of the past in the smoothed loss, in [0, 1); it is corrected for its start at zero.
-        stop_ratio: Stop when the smoothed loss is above its minimum this many times.
+        min_lr: First rate.
+        max_lr: Last rate.
+        num_steps: Updates.
 
     Source:
         Smith, "Cyclical Learning Rates", arXiv:1506.01186, section 3.3; the valley rule is fastai's
         (fastai/callback/schedule.py, `valley`).
     """
-    if not 0 < min_lr < max_lr or num_steps < _MIN_POINTS:
-        raise ConfigError(
-            f"a sweep needs 0 < lowest rate < highest rate and at least {_MIN_POINTS} updates; "
-            f"got {min_lr:g} to {max_lr:g} in {num_steps}"
-        )
     rates = [min_lr * (max_lr / min_lr) ** (number / (num_steps - 1)) for number in range(num_steps)]
     base = [float(group.get("base_lr", group["lr"])) for group in optimizer.param_groups]
     lrs: list[float] = []
@@ -82,11 +75,11 @@ def find_lr(
             value = float(loss.item())
             if not math.isfinite(value):
                 break
-            average = smoothing * average + (1 - smoothing) * value
+            average = SMOOTHING * average + (1 - SMOOTHING) * value
             lrs.append(rate)
             losses.append(value)
-            smoothed.append(average / (1 - smoothing ** len(lrs)))
-            if smoothed[-1] > stop_ratio * min(smoothed):
+            smoothed.append(average / (1 - SMOOTHING ** len(lrs)))  # corrected for its start at zero
+            if smoothed[-1] > EXPLOSION * min(smoothed):
                 break
             backward(loss)
             optimizer.step()
