@@ -12,14 +12,13 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import Precision
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fieldmark.augment.mixing import MixSpec
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.augment.sample import AugmentSpec
 from fieldmark.config import Config
 from fieldmark.data.index import PhotoIndex
-from fieldmark.data.loader import Loader, auto_workers, cut_plan, epoch_order
+from fieldmark.data.loader import auto_workers, cut_plan, epoch_order
 from fieldmark.errors import ConfigError, FieldmarkError
 from fieldmark.models.catalog import InputConfig, resolve_name
 from fieldmark.models.classifier import Classifier, check_parameter_budget, count_parameters, create_classifier
@@ -28,7 +27,7 @@ from fieldmark.progress import Progress
 from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, decode_spec, user_folder
 from fieldmark.runs.environment import keep_freed_memory, processor_name, quiet_fabric, usable_cores
 from fieldmark.training.loop import UpdateOptions
-from fieldmark.training.optim import Schedule, ScheduleSpec, create_optimizer, parameter_groups
+from fieldmark.training.optim import ScheduleSpec, create_optimizer, parameter_groups
 from fieldmark.training.trial import Computation, choose_computation
 
 if TYPE_CHECKING:
@@ -61,10 +60,11 @@ def choose_device(config: Config) -> Choice[str]:
 
 def choose_precision(config: Config, device: str) -> Choice[str]:
     """Choose the number format of the computation."""
-    if config.train.precision == "16-mixed" and device == "cpu":
+    asked = config.train.precision
+    if asked == "16-mixed" and device == "cpu":
         return Choice("bf16-mixed", "16-mixed was asked for, which needs a GPU: processors compute in bf16")
-    if config.train.precision != "auto":
-        return Choice(config.train.precision, "as asked")
+    if asked != "auto":
+        return Choice(asked, "as asked")
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16-mixed", "the GPU computes in bf16")
@@ -88,11 +88,6 @@ def choose_workers(config: Config, *, is_cached: bool, device: torch.device) -> 
         return Choice(config.loader.workers, "as asked")
     cores = usable_cores() // config.train.devices
     return Choice(*auto_workers(cores=cores, is_cached=is_cached, has_gpu=device.type != "cpu"))
-
-
-def build_loader(workers: int) -> Loader:
-    """Prepare batches in that many processes, or here with all cores."""
-    return Loader(workers=workers, threads=1 if workers else usable_cores())
 
 
 def fill_cache(config: Config, dataset: Dataset, *, progress: Progress) -> tuple[PhotoCache | None, str]:
@@ -138,9 +133,8 @@ def first_micro_batch(config: Config, *, processes: int) -> int:
 
 def compile_model(config: Config, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Compile the model where that pays: on the CPU it takes a minute and gains nothing, nor does it in short runs."""
-    is_worth_it = device.type == "cuda" and config.train.epochs >= 10
-    wanted = config.train.compile == "on" or (config.train.compile == "auto" and is_worth_it)
-    return torch.compile(model) if wanted else model  # type: ignore[return-value]
+    is_worth_it = {"on": True, "off": False, "auto": device.type == "cuda" and config.train.epochs >= 10}
+    return torch.compile(model) if is_worth_it[config.train.compile] else model  # type: ignore[return-value]
 
 
 def guard_computation(config: Config) -> tuple[Config, str]:
@@ -398,23 +392,13 @@ def build_schedule_spec(config: Config) -> ScheduleSpec:
     return ScheduleSpec(total_epochs=config.train.epochs, **config.schedule.model_dump())
 
 
-def build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int) -> Schedule:
-    """Learning rates as a function of the update's number."""
-    spec = build_schedule_spec(config)
-    return Schedule(optimizer, lambda step: spec.factor(step, steps_per_epoch=steps_per_epoch))
-
-
 def build_update_options(config: Config, prior: NDArray[np.float64], device: torch.device) -> UpdateOptions:
     """Give how each update is done; class weights come from the classes' (K,) shares of the training photos."""
-    weights = None if config.train.class_weights == "none" else _weigh_classes(prior).to(device)
+    weights = None
+    if config.train.class_weights != "none":  # their mean over the training photos is 1
+        shares = np.where(prior > 0, 1.0 / (np.maximum(prior, 1e-12) * (prior > 0).sum()), 0.0)
+        weights = torch.from_numpy(shares.astype(np.float32)).to(device)
     return UpdateOptions(weights, config.optim.clip_norm, config.train.fit_memory)
-
-
-def _weigh_classes(prior: NDArray[np.float64]) -> Tensor:
-    """(K,) float32 weights of the loss, whose mean over the training photos is 1."""
-    present = prior > 0
-    weights = np.where(present, 1.0 / (np.maximum(prior, 1e-12) * present.sum()), 0.0)
-    return torch.from_numpy(weights.astype(np.float32))
 
 
 def describe_model(built: BuiltModel, evaluation: EvalSpec, *, precision: str, channels_last: bool) -> dict[str, Any]:

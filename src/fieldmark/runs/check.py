@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -90,7 +91,8 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
 
     activations = _saved_bytes(loss) / len(images) * (config.train.micro_batch_size or config.train.batch_size)
     trained, parameters = _rate(step), count_parameters(model)
-    num_train, num_val = (sum(photo.split == split for photo in index.photos) for split in ("train", "val"))
+    counts = Counter(photo.split for photo in index.photos)
+    num_train, num_val = counts["train"], counts["val"]
     # A forward pass is a third of a training step.
     compute, preparation = (num_train + num_val / 3) / trained, (num_train + num_val) / (prepared * usable_cores())
     # On the CPU preparing photos takes cores from training.
@@ -165,13 +167,8 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
         for number, (photo, fact) in enumerate(zip(index.photos, facts, strict=True))
         if photo.split == "train" and photo.label is not None and not fact.problem
     }
-    given = LintInput.of(
-        config,
-        index,
-        sizes,
-        num_train=sum(photo.split == "train" for photo in index.photos),
-        num_val=sum(photo.split == "val" for photo in index.photos),
-    )
+    counts = Counter(photo.split for photo in index.photos)
+    given = LintInput.of(config, index, sizes, num_train=counts["train"], num_val=counts["val"])
     no_weights = _why_no_weights(config) if with_recipe else ""
     preflight = None
     if with_recipe and not no_weights and sizes and len(index.classes) > 1:
@@ -193,11 +190,10 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
 
 def _why_no_weights(config: Config) -> str:
     """Return why the pre-trained weights that training would fetch cannot be had, or nothing."""
-    if config.model.weights != "pretrained":
-        return ""
     name = resolve_name(config.model.name, config.model.weights)
     try:
-        pretrained_file(timm_config(name), name, download=False)
+        if config.model.weights == "pretrained":
+            pretrained_file(timm_config(name), name, download=False)
     except WeightsError as error:
         return str(error)
     return ""
@@ -235,10 +231,9 @@ def format_checkup(checkup: Checkup) -> str:
         lines.append(f"random crops that are one fixed center crop in fact: {found.crop_fallback_rate:.1%}")
     if checkup.preflight is not None:
         lines.append(_cost(checkup.preflight))
-    broken = [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN]]
+    lines += [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN]]
     if len(found.broken) > MOST_BROKEN:
-        broken.append(f"broken: ... and {len(found.broken) - MOST_BROKEN} more (--json lists all)")
-    lines += broken
+        lines.append(f"broken: ... and {len(found.broken) - MOST_BROKEN} more (--json lists all)")
     lines += [f"note: {text}" for text in found.warnings]
     lines += [f"recipe: {text}" for text in checkup.recipe_warnings]
     lines += [f"mend: {text}" for text in checkup.must_mend]
@@ -249,25 +244,23 @@ def format_checkup(checkup: Checkup) -> str:
 def _class_table(counts: dict[str, dict[str, int]]) -> list[str]:
     if not counts:
         return []
-    splits = list(next(iter(counts.values())))
-    shown = dict(list(counts.items())[:MOST_CLASSES])
+    shown = list(counts)[:MOST_CLASSES]
     width = min(max(map(len, shown)), 40)
-    lines = [f"{'class':{width}}" + "".join(f"{split or 'photos':>8}" for split in splits)]
-    for name, by_split in shown.items():
-        lines.append(f"{name[:width]:{width}}" + "".join(f"{by_split[split]:8d}" for split in splits))
-    if len(counts) > len(shown):
-        lines.append(f"... and {len(counts) - len(shown)} more classes")
-    totals = [sum(by_split[split] for by_split in counts.values()) for split in splits]
-    lines.append(f"{'all':{width}}" + "".join(f"{total:8d}" for total in totals))
-    return lines
+    totals = {split: sum(by_split[split] for by_split in counts.values()) for split in next(iter(counts.values()))}
+    more = [f"... and {len(counts) - len(shown)} more classes"] if len(counts) > len(shown) else []
+    return [
+        f"{'class':{width}}" + "".join(f"{split or 'photos':>8}" for split in totals),
+        *(f"{name[:width]:{width}}" + "".join(f"{counts[name][split]:8d}" for split in totals) for name in shown),
+        *more,
+        f"{'all':{width}}" + "".join(f"{total:8d}" for total in totals.values()),
+    ]
 
 
 def _cost(preflight: Preflight) -> str:
     whole, epoch = (format_seconds(seconds) for seconds in (preflight.run_hours * 3600, preflight.epoch_seconds))
     return (
         f"cost: about {whole} in all, {epoch} an epoch, {preflight.memory_gigabytes:.1f} GB of memory, "
-        f"{preflight.parameters_millions:.1f} M parameters; "
-        f"most of the time goes into {preflight.bottleneck}"
+        f"{preflight.parameters_millions:.1f} M parameters; most of the time goes into {preflight.bottleneck}"
     )
 
 

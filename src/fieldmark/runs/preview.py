@@ -1,27 +1,29 @@
-"""What the model will be shown, as one picture, and what looks like a mistake in the recipe.
+"""Before a training: what the model will be shown, as one picture, and which learning rate suits it.
 
 Shape letters: B photos, K classes, H, W and S pixels.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fieldmark import plots
 from fieldmark.augment.mixing import Method, apply_mix, draw_mix, lambda_draws, one_hot
 from fieldmark.config import Config
 from fieldmark.data.decode import read_size
 from fieldmark.data.index import PhotoIndex
-from fieldmark.errors import DataError, PhotoError
+from fieldmark.errors import DataError, PhotoError, TrainingError
 from fieldmark.files import whole_or_absent
 from fieldmark.progress import Progress
 from fieldmark.runs import build
@@ -29,7 +31,6 @@ from fieldmark.runs.check import LintInput, lint_recipe
 from fieldmark.runs.dataset import find_photos, known_sizes
 from fieldmark.runs.session import Session, open_session
 from fieldmark.training.loop import soft_cross_entropy
-from fieldmark.training.lr_finder import UPDATES, LrSweep, find_lr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,10 +176,29 @@ def _draw_curves(place: SubFigure, given: LintInput) -> None:
     plots.draw_rate(rate, steps / steps_per_epoch, rates, "learning rate")
 
 
-def search_lr(config: Config, *, progress: Progress) -> LrSweep:
-    """Train for up to 100 updates with rates of the head from 1e-6 to 1, the other groups in proportion.
+UPDATES = 100
+LOWEST, HIGHEST = 1e-6, 1.0
+SMOOTHING = 0.9  # weight of the past in the smoothed loss
+EXPLOSION = 4.0  # the smoothed loss over its minimum at which to stop
+LEAST_POINTS = 8  # fewer rates than this say nothing about a slope
 
-    The head starts untrained: a recipe that probes first bears the suggested rate as well, and often a higher one.
+
+@dataclass(frozen=True, slots=True)
+class LrSweep:
+    """The outcome of a sweep of rates: one rate and two losses for each update, plain numbers ready to plot."""
+
+    lrs: tuple[float, ...]  # of the group with the highest rate
+    losses: tuple[float, ...]  # before that update
+    smoothed: tuple[float, ...]  # exponentially
+    suggestion: float  # the rate to train with, half way down the longest fall of the smoothed loss
+    steepest: float  # rate at which the smoothed loss falls fastest over log rate
+
+
+def search_lr(config: Config, *, progress: Progress) -> LrSweep:
+    """Train a model that is thrown away, for up to 100 updates with rates of the head from 1e-6 to 1.
+
+    The other groups' rates rise in proportion. The head starts untrained: a recipe that probes first bears the
+    suggested rate as well, and often a higher one.
     """
     with (
         tempfile.TemporaryDirectory(prefix="fieldmark-") as scratch,
@@ -187,12 +207,101 @@ def search_lr(config: Config, *, progress: Progress) -> LrSweep:
         state = session.start_training()
         progress.start(UPDATES, 0)
         return find_lr(
-            state.network,
+            state.network.train(),
             state.optimizer,
             _batches(session, progress),
             lambda logits, targets: soft_cross_entropy(logits, targets, None) / len(targets),
             backward=session.fabric.backward,
         )
+
+
+def _batches(session: Session, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    for epoch in cycle(range(max(session.plan.epochs, 1))):
+        for batch in session.train_batches(epoch, 0):
+            yield batch.images, batch.targets
+            progress.advance(1)
+
+
+def find_lr(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    *,
+    backward: Callable[[Tensor], Any],
+    highest: float = HIGHEST,
+    num_steps: int = UPDATES,
+) -> LrSweep:
+    """Train with rising rates, and note the losses until they explode.
+
+    Groups keep the ratios of their `base_lr` (or `lr`); the highest of them goes through the sweep. At most
+    `num_steps` batches (inputs, targets) are read; a source that is shorter ends the sweep.
+
+    Source:
+        Smith, "Cyclical Learning Rates", arXiv:1506.01186, section 3.3; the valley rule is fastai's
+        (fastai/callback/schedule.py, `valley`).
+    """
+    rates = [LOWEST * (highest / LOWEST) ** (number / (num_steps - 1)) for number in range(num_steps)]
+    base = [float(group.get("base_lr", group["lr"])) for group in optimizer.param_groups]
+    lrs: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    average = 0.0
+    for rate, (inputs, targets) in zip(rates, batches, strict=False):
+        for group, its_base in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = rate * its_base / max(base)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_fn(model(inputs), targets)
+        value = float(loss.item())
+        if not math.isfinite(value):
+            break
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        lrs.append(rate)
+        losses.append(value)
+        smoothed.append(average / (1 - SMOOTHING ** len(lrs)))  # corrected for its start at zero
+        if smoothed[-1] > EXPLOSION * min(smoothed):
+            break
+        backward(loss)
+        optimizer.step()
+    if len(lrs) < LEAST_POINTS:
+        raise TrainingError(
+            f"the learning-rate sweep saw only {len(lrs)} finite losses from {LOWEST:g} on: give at least "
+            f"{LEAST_POINTS} batches, or start lower"
+        )
+    # As fastai: the first tenth is noise of the start, the last few points are the explosion.
+    window = slice(len(lrs) // 10, max(len(lrs) - 5, len(lrs) // 10 + 3))
+    found = valley_point(lrs[window], smoothed[window]), steepest_point(lrs[window], smoothed[window])
+    return LrSweep(tuple(lrs), tuple(losses), tuple(smoothed), *found)
+
+
+def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
+    """Find the rate half way through the longest decreasing subsequence of the smoothed losses, by rising rates.
+
+    Source:
+        fastai, `fastai.callback.schedule.valley`: longest decreasing subsequence by dynamic programming, cut in three
+        sections; the point is one section and a half in.
+    """
+    lengths = [1] * len(losses)
+    start = end = 0
+    for i in range(1, len(losses)):
+        for j in range(i):
+            if losses[i] < losses[j] and lengths[i] < lengths[j] + 1:
+                lengths[i] = lengths[j] + 1
+            if lengths[end] < lengths[i]:
+                end = i
+                start = end - lengths[end]
+    section = (end - start) / 3
+    return lrs[start + int(section) + int(section / 2)]
+
+
+def steepest_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
+    """Find the rate at which the loss falls fastest over the logarithm of the rate, by central differences."""
+    if len(lrs) < 3:
+        return lrs[0]
+    slopes = [
+        (losses[i + 1] - losses[i - 1]) / (math.log(lrs[i + 1]) - math.log(lrs[i - 1])) for i in range(1, len(lrs) - 1)
+    ]
+    return lrs[1 + slopes.index(min(slopes))]
 
 
 def save_sweep(sweep: LrSweep, path: Path) -> None:
@@ -208,10 +317,3 @@ def save_sweep(sweep: LrSweep, path: Path) -> None:
     axes.set_ylabel("loss (nats)")
     axes.legend(frameon=False)
     whole_or_absent(path, lambda part: part.write_bytes(plots.figure_png(figure)))
-
-
-def _batches(session: Session, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
-    for epoch in cycle(range(max(session.plan.epochs, 1))):
-        for batch in session.train_batches(epoch, 0):
-            yield batch.images, batch.targets
-            progress.advance(1)

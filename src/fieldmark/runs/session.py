@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -27,12 +28,14 @@ from fieldmark.models.classifier import freeze_stages, train_only_head_and_norms
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import Dataset, EvalPhotos, inspect, list_broken, prepare_dataset
+from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.tracking import require_trackers
 from fieldmark.runs.writer import RunWriter, claim_folder
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import RunningAverage
 from fieldmark.training.evaluate import Validation, predict_batches
 from fieldmark.training.loop import EpochTally, TrainBatch, TrainState
+from fieldmark.training.optim import Schedule
 
 if TYPE_CHECKING:
     from fieldmark.data.cache import PhotoCache
@@ -145,12 +148,12 @@ class Session:
         freeze_stages(model, self.find_phase(0).freeze, freeze_batchnorm=config.model.freeze_batchnorm)
         plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
         network, optimizer = fabric.setup(build.compile_model(config, model, fabric.device), plain)
-        decay = config.train.ema_decay
+        decay, factor = config.train.ema_decay, build.build_schedule_spec(config).factor
         state = TrainState(
             model=model,
             network=network,
             optimizer=optimizer,
-            schedule=build.build_schedule(config, plain, steps_per_epoch=self.plan.steps_per_epoch),
+            schedule=Schedule(plain, partial(factor, steps_per_epoch=self.plan.steps_per_epoch)),
             average=RunningAverage(model, decay=decay) if decay else None,
             tally=EpochTally.zeros(fabric.device),
             micro_batch_size=build.first_micro_batch(config, processes=fabric.world_size),
@@ -189,7 +192,7 @@ def assemble(
         built=built,
         evaluation=build.build_eval_spec(config, built.data),
         cache=cache,
-        loader=build.build_loader(workers.value),
+        loader=Loader(workers=workers.value, threads=1 if workers.value else usable_cores()),
         plan=plan,
         writer=RunWriter(path, fabric, dataset, select=select, metric=config.train.metric),
         prior=counts / counts.sum(),

@@ -24,7 +24,7 @@ from fieldmark.runs.folder import Run
 from fieldmark.runs.session import Session, Start, open_session
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
-from fieldmark.training.evaluate import Validation, compute_features
+from fieldmark.training.evaluate import compute_features
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs, train_head
 
 
@@ -42,13 +42,13 @@ class StopRequest:
 def stop_requests() -> Generator[StopRequest]:
     """Catch SIGINT and SIGTERM inside the block; what handled them before does so again afterwards."""
     request = StopRequest()
+    with ExitStack() as handlers:
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        request.signal_name = signal.Signals(number).name
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            request.signal_name = signal.Signals(number).name
+            handlers.close()
 
-    with _handle_signals(on_signal, signal.SIGINT, signal.SIGTERM) as before:
+        handlers.enter_context(_handle_signals(on_signal, signal.SIGINT, signal.SIGTERM))
         yield request
 
 
@@ -66,13 +66,12 @@ def _stop_at_once(path: Path) -> Generator[None]:
 
 
 @contextmanager
-def _handle_signals(handler: Any, *numbers: signal.Signals) -> Generator[dict[signal.Signals, Any]]:
-    before: dict[signal.Signals, Any] = {}
+def _handle_signals(handler: Any, *numbers: signal.Signals) -> Generator[None]:
     # Only the main thread may set handlers: a training in another thread is stopped by its own caller.
-    if threading.current_thread() is threading.main_thread():
-        before |= {number: signal.signal(number, handler) for number in numbers}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers} if is_main else {}
     try:
-        yield before
+        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
@@ -256,7 +255,7 @@ def _record_epoch(session: Session, report: EpochReport, model: nn.Module) -> di
         "val": report.metrics,
         "is_probe": report.step == 0,
     }
-    row = session.writer.record_epoch(row, Validation(report.metrics, report.predictions), model)
+    row = session.writer.record_epoch(row, report, model)
     if isinstance(session.progress, Logged):
         values = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
         session.progress.write(f"epoch {report.epoch}: train loss {report.train_loss:.4f}; val {values or 'none'}")

@@ -29,8 +29,8 @@ from fieldmark.runs.dataset import Dataset
 from fieldmark.runs.environment import describe_environment
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from fieldmark.training.evaluate import Predictions, Validation
-from fieldmark.training.loop import EpochTally, TrainState
+from fieldmark.training.evaluate import Predictions
+from fieldmark.training.loop import EpochReport, EpochTally, TrainState
 
 LOCK = ".lock"
 _COUNTS = ("epoch", "step", "step_in_epoch", "micro_batch_size")
@@ -88,10 +88,10 @@ def _refuse_used_folder(path: Path) -> None:
     if not path.exists() or (path.is_dir() and all(entry.name == LOCK for entry in path.iterdir())):
         return
     hint = "Choose another --out"
-    if (path / folder.RECIPE).is_file():
-        finished = folder.run_status(path) == "finished"
+    if folder.run_status(path) == "finished":
         hint = f"It holds a finished run: use it (fieldmark evaluate {path}), or choose another --out"
-        hint = hint if finished else f"Continue it with `fieldmark train --resume {path}`, or choose another --out"
+    elif (path / folder.RECIPE).is_file():
+        hint = f"Continue it with `fieldmark train --resume {path}`, or choose another --out"
     raise RunError(f"{path} exists and is not empty. {hint}")
 
 
@@ -146,13 +146,13 @@ class RunWriter:
         for name in (folder.METRICS, folder.EPOCHS):
             (self.path / name).unlink(missing_ok=True)
 
-    def record_epoch(self, row: dict[str, Any], validation: Validation, model: nn.Module) -> dict[str, Any]:
+    def record_epoch(self, row: dict[str, Any], report: EpochReport, model: nn.Module) -> dict[str, Any]:
         """Store an epoch: its weights and predictions if they are to be kept, and its row; give it with `is_best`."""
-        history, predictions = self.history, validation.predictions
-        value = validation.metrics.get(self._metric)
+        history, predictions = self.history, report.predictions
+        value = report.metrics.get(self._metric)
         is_best = value is not None and metrics.is_better(self._metric, value, history.best.value)
         if is_best:
-            history.best = Best(value, int(row["epoch"]))
+            history.best = Best(value, report.epoch)
         row = {**row, "is_best": is_best or self._select == "last"}
         history.rows.append(row)
         if not self._fabric.is_global_zero:

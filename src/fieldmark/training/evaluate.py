@@ -22,22 +22,16 @@ if TYPE_CHECKING:
     from fieldmark.models.classifier import Classifier
 
 
-class Compute(Protocol):
+class _Compute(Protocol):
     """What evaluating needs of a Fabric, whose import takes seconds that a single prediction need not wait for."""
 
     @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        ...
+    def device(self) -> torch.device: ...
 
     @property
-    def world_size(self) -> int:
-        """Processes that share the photos."""
-        ...
+    def world_size(self) -> int: ...
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context of the precision that the model computes in."""
-        ...
+    def autocast(self) -> AbstractContextManager[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> N
 
 @torch.inference_mode()
 def predict_batches(
-    fabric: Compute, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
+    fabric: _Compute, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
 ) -> Predictions:
     """Run a model in evaluation mode over batches, and give the predictions of all processes to each.
 
@@ -114,7 +108,7 @@ def predict_batches(
 
 
 def _gather(
-    fabric: Compute, numbers: NDArray[np.int64], logits: NDArray[np.float32], problems: dict[int, str]
+    fabric: _Compute, numbers: NDArray[np.int64], logits: NDArray[np.float32], problems: dict[int, str]
 ) -> Predictions:
     if fabric.world_size > 1:
         # Shares differ in length, and an empty one does not know K: objects may differ, tensors may not.
@@ -129,7 +123,7 @@ def _gather(
 
 
 def compute_features(
-    fabric: Compute, model: Classifier, batches: Iterable[Batch], *, channels_last: bool
+    fabric: _Compute, model: Classifier, batches: Iterable[Batch], *, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the pooled features of photos on all processes, so that each can fit the same head to them.
 
