@@ -54,13 +54,7 @@ class Preflight:
 
 
 def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Preflight:
-    """Prepare and train on a few photos.
-
-    Args:
-        config: The settings.
-        index: The photos, with their splits.
-        sizes: Photo number -> upright width and height, of training photos that can be read.
-    """
+    """Prepare and train on a few of the training photos whose upright width and height are known, by number."""
     config, _ = build.guard_computation(config)
     fabric, _ = build.build_fabric(config)
     if fabric.device.type == "cpu":

@@ -206,15 +206,8 @@ def open_session(
 ) -> Generator[Session]:
     """Claim the run folder, assemble data and model, and write what the folder holds from the start.
 
-    Args:
-        config: The settings.
-        path: The run folder.
-        start: `new` folder, `again` in one that was left before its first save, or `resumed` from its state.
-        progress: Where to report how far the work is.
-        data: Where the photos of a resumed run are now, if they moved.
-
-    Raises:
-        FieldmarkError: One of these is not what it should be; a new folder is then removed again.
+    The start is `new`, `again` in a folder that was left before its first save, or `resumed` from its state, with the
+    photos in `data` if they moved. A new folder is removed again if anything is not what it should be.
     """
     require_trackers(config.train.trackers)
     # A resumed run has computed in its layout and precision before.

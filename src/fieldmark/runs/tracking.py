@@ -33,14 +33,8 @@ def flatten(row: Mapping[str, Any]) -> dict[str, float]:
 class Trackers:
     """The trackers asked for, as one.
 
-    One that cannot start is an error. One that fails later, since its server went away, is reported once and left out
-    from then on: hours of training do not end for a copy.
-
-    Args:
-        names: Of `tensorboard`, `wandb`, `mlflow`.
-        folder: The run folder.
-        settings: The resolved recipe, kept with the run where the tracker can.
-        warn: Takes a line for the user.
+    One that cannot start is an error. One that fails later, since its server went away, is reported once (by `warn`)
+    and left out from then on: hours of training do not end for a copy.
     """
 
     def __init__(

@@ -77,14 +77,9 @@ def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> N
 def predict_batches(
     fabric: _Compute, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
 ) -> Predictions:
-    """Run a model in evaluation mode over batches, and give the predictions of all processes to each.
+    """Run a model in evaluation mode over this process's share of batches, and give each process all predictions.
 
-    Args:
-        fabric: Device, precision, and the other processes.
-        model: (B, 3, S, S) images to (B, K) logits.
-        batches: This process's share; together the shares hold each photo once.
-        flips: Average the logits of each photo and its mirror image.
-        channels_last: Memory layout of the images.
+    With `flips` the (B, K) logits of each photo and its mirror image are averaged.
     """
     numbers: list[Tensor] = []
     logits: list[Tensor] = []

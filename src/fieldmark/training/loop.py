@@ -269,6 +269,8 @@ def train_epochs(
 ) -> Iterator[EpochReport]:
     """Train from where `state` is, also in the middle of an epoch, until `epochs` epochs are complete.
 
+    Yields a report after each epoch; between two reports the caller may change the model.
+
     Args:
         fabric: Device, precision and the other processes.
         state: Changed in place.
@@ -277,9 +279,6 @@ def train_epochs(
         batches: (epoch, first step in it) to this process's batches from there on. To stop, it ends early.
         evaluate: Model in evaluation mode to its validation; called after each complete epoch.
         options: How each update is done.
-
-    Yields:
-        A report after each epoch; between two reports the caller may change the model.
 
     Raises:
         NonFiniteError: A loss, a gradient or a weight is not finite.

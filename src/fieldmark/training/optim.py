@@ -32,21 +32,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Make an optimizer's groups of parameters: one or two (with and without decay) for each stage.
 
-    Args:
-        stages: (name, parameter) by stage from the input outwards, the head last.
-        lr: Peak rate of the head, > 0.
-        backbone_lr_scale: Rate of the backbone's last stage over the head's, > 0.
-        layer_decay: Rate of a backbone stage over that of the next one outwards, in (0, 1].
-        weight_decay: Decay of the parameters that are decayed, >= 0.
-        decay_norms_and_biases: Decay every parameter. If not, those of one dimension or none (biases, norms, layer
-            scales) are exempt, and so is `no_weight_decay`.
-        no_weight_decay: Names of further parameters to exempt, such as position embeddings.
-        include_frozen: Keep parameters that do not require gradients, for stages that are thawed later. An optimizer
-            passes over them as long as they have no gradient, decay included.
-
-    Returns:
-        Dicts with `params`, `lr` and `weight_decay`, and for us `name` ("stage2.decay", "head.no_decay") and
-        `base_lr`, which `Schedule` multiplies.
+    `stages` are lists of (name, parameter) from the input outwards, the head last; the numbers are settings of
+    `config.OptimConfig`. Parameters of one dimension or none (biases, norms, layer scales) and those named in
+    `no_weight_decay` (such as position embeddings) are exempt from decay unless `decay_norms_and_biases`.
+    `include_frozen` keeps parameters for stages that are thawed later: an optimizer passes over them as long as they
+    have no gradient, decay included. A group has a `name` ("stage2.decay", "head.no_decay") and a `base_lr`, which
+    `Schedule` multiplies.
 
     Source:
         Layer-wise rates: Clark et al., "ELECTRA", arXiv:2003.10555, section 3.1 and table 6; for stages of image
@@ -80,14 +71,11 @@ def parameter_groups(
 
 
 def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool) -> Optimizer:
-    """Make an optimizer over the groups of `parameter_groups`.
+    """Make "adamw" (as torch's), "sgd" (Nesterov momentum 0.9) or an optimizer of timm.optim over `parameter_groups`.
 
-    Args:
-        name: "adamw" (betas 0.9 and 0.999, eps 1e-8, as torch), "sgd" (Nesterov momentum 0.9) or a name of timm.optim.
-        groups: Each brings its own rate and decay.
-        use_fused: Let adamw and sgd take torch's one-kernel step where the parameters' device has it. Same update to
-            rounding, several times as fast. Not together with clipping under fp16 loss scaling, because the kernel
-            would unscale by itself (Fabric refuses).
+    With `use_fused` adamw and sgd take torch's one-kernel step where the parameters' device has it. Same update to
+    rounding, several times as fast. Not together with clipping under fp16 loss scaling, because the kernel would
+    unscale by itself (Fabric refuses).
     """
     settings: dict[str, Any] = {"lr": groups[-1]["lr"], "weight_decay": 0.0}
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
