@@ -49,8 +49,8 @@ def choose_computation(
 ) -> tuple[Computation, str]:
     """Give the first computation that survives an update: as wanted, in the other layout, or in 32 bit as well.
 
-    `model` are arguments of `create_classifier`. Outcomes are remembered in the folder `memory`, by processor, versions,
-    model and computation. Also gives a sentence where the computation is not what was wanted, else "".
+    `model` are arguments of `create_classifier`. Outcomes are remembered in the folder `memory`, by processor,
+    versions, model and computation. Also gives a sentence where the computation is not what was wanted, else "".
     """
     plain = replace(wanted, channels_last=False)
     for computation in dict.fromkeys((wanted, plain, replace(plain, precision="32-true"))):
