@@ -186,6 +186,14 @@ def test_a_deadline_shorter_than_the_floor_gives_the_floor_and_says_so(settings,
     assert Predictor.load(run).classes == ("blue", "green", "red")
 
 
+def test_broken_photos_that_are_left_out_are_listed(settings, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "red" / "torn.png").write_bytes(b"no photo")
+    data = settings.data.model_copy(update={"path": str(tmp_path / "photos"), "broken": "skip"})
+    run = budget.train_within(settings.model_copy(update={"data": data}), tmp_path / "run", minutes=0.001)
+    assert "red/torn.png" in (run.path / "broken.csv").read_text()
+
+
 def test_a_finished_run_goes_on_with_new_minutes_and_not_without(finished, tmp_path):
     copy = tmp_path / "more"
     shutil.copytree(finished, copy)

@@ -141,12 +141,10 @@ def _prepare(config: Config, path: Path, plan: Plan, progress: Progress | None, 
     index, labels = dataset.index, dataset.labels
     split = np.asarray([photo.split for photo in index.photos])
     train, val = (np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", "val"))
-    counts = np.bincount(labels[train], minlength=len(index.classes))
     log.message(f"data: {len(train)} photos of {len(index.classes)} classes to learn from, {len(val)} to validate on")
     order = train[stratified_order(labels[train], seed=config.train.seed)]
     course = Course(config, path, plan, log, stop, dataset, fabric, order, val)
-    shelf = Shelf(path, index, val, counts / counts.sum())
-    return _Work(course, backbones, shelf, str(choices["precision"].value))
+    return _Work(course, backbones, Shelf(course), str(choices["precision"].value))
 
 
 @dataclass(eq=False)
@@ -185,7 +183,7 @@ class _Work:
     def run(self) -> Run:
         """Spend the budget; a signal leaves what is best by then."""
         course = self.course
-        self.shelf.open(self.config, num_broken=len(course.dataset.broken))
+        self.shelf.open(self.config)
         try:
             self.floor()
             may_tune = self.may_tune()

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fieldmark.budget.race import Course
 from fieldmark.config import Config, dump_config
-from fieldmark.data.index import PhotoIndex, save_split_table
 from fieldmark.inference.calibration import FILE as CALIBRATION
 from fieldmark.inference.calibration import apply_temperature, calibrate_run, fit_temperature, log_probabilities
 from fieldmark.inference.predictor import mean_probabilities
 from fieldmark.runs import folder
-from fieldmark.runs.environment import describe_environment
+from fieldmark.runs.writer import RunWriter
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import save_weights
 
@@ -74,38 +74,20 @@ def choose_temperature(probabilities: Floats, labels: NDArray[np.int64]) -> floa
 
 
 class Shelf:
-    """A run folder whose best model is replaced as better ones are found.
+    """A run folder whose best model is replaced as better ones are found."""
 
-    Args:
-        path: The folder; exists.
-        index: The photos with their splits.
-        val: (M,) validation photos.
-        prior: (K,) share of each class in training.
-    """
+    def __init__(self, course: Course) -> None:
+        self.path = course.path
+        self._dataset = course.dataset
+        self._val = course.val
+        self._labels = course.dataset.labels[course.val]
+        counts = np.bincount(course.dataset.labels[course.order], minlength=course.num_classes)
+        self._prior = counts / counts.sum()
+        self._writer = RunWriter(self.path, course.fabric, course.dataset, select="best", metric="log_loss")
 
-    def __init__(self, path: Path, index: PhotoIndex, val: NDArray[np.int64], prior: NDArray[np.float64]) -> None:
-        self.path = path
-        self._index = index
-        self._val = val
-        self._labels = index.label_numbers()[val]
-        self._prior = prior
-
-    def open(self, config: Config, *, num_broken: int) -> None:
-        """Write what the folder holds from the start."""
-        index = self._index
-        save_split_table(index, self.path / folder.SPLIT)
-        folder.write_json(self.path / folder.CLASSES, list(index.classes))
-        data = {
-            "root": str(index.root.resolve()),
-            "fingerprint": index.fingerprint(),
-            "counts": index.counts(),
-            "prior": self._prior.tolist(),
-            "ignored": dict(index.ignored),
-            "num_broken": num_broken,
-        }
-        folder.write_json(self.path / folder.DATA, data)
-        folder.write_json(self.path / folder.ENVIRONMENT, describe_environment())
-        _write_recipe(self.path, config)
+    def open(self, config: Config) -> None:
+        """Write what the folder holds from the start, but no model yet."""
+        self._writer.write_beginning(dump_config(config), None, self._prior.tolist())
 
     def put(self, answer: Answer) -> None:
         """Let these networks answer from now on; a kill at any moment leaves the old answer or this one."""
@@ -113,7 +95,7 @@ class Shelf:
             path = self.path / folder.MEMBERS / member.key
             if not (path / folder.WEIGHTS).is_file():
                 path.mkdir(parents=True, exist_ok=True)
-                folder.write_json(path / folder.CLASSES, list(self._index.classes))
+                folder.write_json(path / folder.CLASSES, list(self._dataset.index.classes))
                 _write_model(path, member)
         listed = [
             {"folder": member.key, "name": member.key, "temperature": member.temperature} for member in answer.members
@@ -155,12 +137,13 @@ class Shelf:
 
     def _write_predictions(self, probabilities: Floats) -> None:
         if len(self._val):
+            index = self._dataset.index
             folder.write_predictions(
                 self.path / "predictions" / "val.parquet",
-                paths=[self._index.photos[number].path for number in self._val],
+                paths=[index.photos[number].path for number in self._val],
                 labels=self._labels,
                 probabilities=probabilities,
-                classes=self._index.classes,
+                classes=index.classes,
             )
 
 

@@ -119,12 +119,13 @@ class RunWriter:
         self._select = select
         self._metric = metric
 
-    def write_beginning(self, recipe: str, model: Mapping[str, Any], prior: Sequence[float]) -> None:
+    def write_beginning(self, recipe: str, model: Mapping[str, Any] | None, prior: Sequence[float]) -> None:
         """Write what does not change; the recipe last, so that a folder that has one can begin again."""
         path, dataset, index = self.path, self._dataset, self._dataset.index
         save_split_table(index, path / folder.SPLIT)
         folder.write_json(path / folder.CLASSES, list(index.classes))
-        folder.write_json(path / folder.MODEL, model)
+        if model is not None:  # a budget has none yet
+            folder.write_json(path / folder.MODEL, model)
         data = {
             "root": str(index.root.resolve()),
             "fingerprint": index.fingerprint(),
