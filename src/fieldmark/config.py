@@ -93,7 +93,7 @@ class DataConfig(Section):
     test_fraction: ShareBelowOne = 0.0
     """Share of the labeled photos set aside for a test where the data do not say."""
 
-    folds: Annotated[int, Field(ge=0)] = 0
+    folds: NonNegativeInt = 0
     """k of k-fold cross-validation over train and val together; 0 is off."""
 
     fold: NonNegativeInt = 0
@@ -498,9 +498,12 @@ class Config(Section):
         return self
 
 
+RECIPES: Any = resources.files("fieldmark") / "recipes"
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that are shipped, sorted."""
-    return sorted(path.name.removesuffix(".toml") for path in _recipes().iterdir() if path.name.endswith(".toml"))
+    return sorted(path.name.removesuffix(".toml") for path in RECIPES.iterdir() if path.name.endswith(".toml"))
 
 
 def load_config(recipe: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -578,7 +581,7 @@ def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
     """
     if recipe is None:
         return "settings", {}
-    path, shipped = Path(recipe), _recipes() / f"{RENAMED_RECIPES.get(str(recipe), recipe)}.toml"
+    path, shipped = Path(recipe), RECIPES / f"{RENAMED_RECIPES.get(str(recipe), recipe)}.toml"
     try:
         file = path if path.is_file() else shipped
         if not file.is_file():
@@ -593,7 +596,3 @@ def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
         note(f"the recipe {recipe!r} is now called {RENAMED_RECIPES[str(recipe)]!r}")
     read_old_names(settings)
     return path.name if file == path else str(recipe), settings
-
-
-def _recipes() -> Any:
-    return resources.files("fieldmark") / "recipes"

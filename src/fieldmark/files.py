@@ -27,8 +27,10 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)
-        # safetensors makes files that only their owner may read.
-        part.chmod(0o666 & ~_umask())
+        # safetensors makes files that only their owner may read; the umask can only be read by setting it.
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)
         # Without the sync a power cut may leave a renamed but empty file.
         with part.open("rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
@@ -50,13 +52,6 @@ def explain_disk_error(path: Path, error: BaseException) -> ResourceError | None
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
     hint = "Free some space" if is_full else "Make the folder writable, or choose another"
     return ResourceError(f"{path} could not be written: {reason}. What was there before is intact. {hint}")
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def require_path(path: Path) -> Path:
@@ -122,14 +117,10 @@ def read_values(kind: type[Value], values: Any) -> Value:
 
 def remove_dead_parts(folder: Path) -> None:
     """Remove the unfinished files that killed processes left below a folder; those of living ones stay."""
-    for part in folder.rglob("*.part"):
-        number = part.name.split(".")[-2]
-        if number.isdecimal() and not _is_alive(int(number)):
-            with suppress(OSError):
-                part.unlink()
-
-
-def _is_alive(process: int) -> bool:
     import psutil
 
-    return psutil.pid_exists(process)
+    for part in folder.rglob("*.part"):
+        number = part.name.split(".")[-2]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            with suppress(OSError):
+                part.unlink()

@@ -133,8 +133,11 @@ def test_doctor_describes_machine_versions_weights_extras_and_folders(monkeypatc
 
 def test_an_extra_that_lacks_a_package_is_named(monkeypatch):
     from fieldmark.cli import prepare
+    from fieldmark.runs import environment
 
-    monkeypatch.setattr(prepare, "find_version", lambda name: None if name == "uvicorn" else "1")
+    monkeypatch.setattr(
+        environment, "package_versions", lambda names: {name: "1" for name in names if name != "uvicorn"}
+    )
     assert prepare.find_extras()["serve"] == ["uvicorn"]
 
 

@@ -110,11 +110,10 @@ class Plan:
         return value
 
     def take(self, what: str) -> list[Any]:
-        """The values of the recorded decisions of this name that come next, each as a tuple if it is a list."""
+        """The values of the recorded decisions of this name that come next, in order."""
         found: list[Any] = []
         while self.is_repeating and self._recorded[self._position]["what"] == what:
-            value = self._recorded[self._position]["value"]
-            found.append(tuple(cast("list[Any]", value)) if isinstance(value, list) else value)
+            found.append(self._recorded[self._position]["value"])
             self._position += 1
         return found
 
@@ -131,15 +130,13 @@ class Plan:
 def _read(path: Path) -> list[dict[str, Any]]:
     """Lines of a record; a torn last line, as a kill leaves it, is cut off the file too."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("r+b") as file:
+            whole = file.read().rpartition(b"\n")[0]
+            file.truncate(len(whole) + 1 if whole else 0)
+        return [json.loads(line) for line in whole.splitlines()]
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}; there is no plan to go on with") from None
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise RunError(f"{path} is not JSON lines: {error}. Begin a new run") from None
 
 

@@ -27,15 +27,10 @@ class GroupedHelp(TyperGroup):
         commands: dict[str, Any] = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
         for title in (PREPARE, TRAIN, USE, COMPARE):
             with formatter.section(title):
-                formatter.write_dl(
-                    [
-                        (name, command.get_short_help_str(80))
-                        for name, command in commands.items()
-                        if command.rich_help_panel == title
-                    ]
-                )
+                shown = {name: verb for name, verb in commands.items() if verb.rich_help_panel == title}
+                formatter.write_dl([(name, verb.get_short_help_str(80)) for name, verb in shown.items()])
         with formatter.section("More"):
-            hidden = ", ".join(name for name, command in commands.items() if command.hidden)
+            hidden = ", ".join(name for name, verb in commands.items() if verb.hidden)
             formatter.write_text(f"{hidden}: fieldmark VERB -h")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import shutil
 from importlib import metadata
@@ -25,8 +24,6 @@ from fieldmark.progress import open_progress
 
 HUB = "https://huggingface.co/"
 HUB_SECONDS = 3.0
-LIBRARIES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "numba", "pillow", "simplejpeg",
-             "opencv-python-headless", "scipy", "scikit-learn", "pyarrow", "pydantic", "typer")  # fmt: skip
 NOT_FOR_USERS = ("test", "bench", "docs", "all")
 
 
@@ -171,23 +168,24 @@ def doctor(as_json: Json = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything that `doctor` prints, for JSON. Contains no user name: paths are shown from the home folder on."""
-    import fieldmark
     from fieldmark.budget.candidates import find_backbones
     from fieldmark.config import Config
     from fieldmark.errors import FieldmarkError
     from fieldmark.runs.dataset import user_folder
-    from fieldmark.runs.environment import describe_hardware
+    from fieldmark.runs.environment import describe_environment
 
+    environment = describe_environment()
+    versions = environment["versions"]
     try:
         weights = [f"{found.name} ({found.weights})" for found in find_backbones(Config())]
     except FieldmarkError:
         weights = []
     folders = {"cache": user_folder("cache").parent, "runs": Path.cwd() / "runs"}
     return {
-        "fieldmark": fieldmark.__version__,
-        "python": platform.python_version(),
-        "machine": describe_hardware(),
-        "versions": {name: version for name in LIBRARIES if (version := find_version(name))},
+        "fieldmark": versions.pop("fieldmark"),
+        "python": versions.pop("python"),
+        "machine": environment["hardware"],
+        "versions": versions,
         "weights": weights,
         "extras": find_extras(),
         "folders": [measure_folder(name, path) for name, path in folders.items()],
@@ -195,16 +193,10 @@ def examine() -> dict[str, Any]:
     }
 
 
-def find_version(name: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def find_extras() -> dict[str, list[str]]:
     """Extra to the packages of it that are not installed; an empty list is a complete extra."""
+    from fieldmark.runs.environment import package_versions
+
     missing: dict[str, list[str]] = {}
     for line in metadata.requires("fieldmark") or ():
         requirement, _, marker = line.partition(";")
@@ -213,7 +205,7 @@ def find_extras() -> dict[str, list[str]]:
         if not extra or not name or extra[1] in NOT_FOR_USERS:
             continue
         absent = missing.setdefault(extra[1], [])
-        if name[0] != "fieldmark" and find_version(name[0]) is None:
+        if name[0] != "fieldmark" and not package_versions([name[0]]):
             absent.append(name[0])
     return missing
 

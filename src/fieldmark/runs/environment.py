@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any
 from fieldmark.errors import MissingExtraError, ResourceError
 
 PACKAGES = ("fieldmark", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "simplejpeg",
-            "opencv-python-headless", "numba", "scikit-learn", "scipy")  # fmt: skip
+            "opencv-python-headless", "numba", "scikit-learn", "scipy", "pyarrow", "pydantic", "typer")  # fmt: skip
 
 
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware, command line, and the git commit of the working directory if it is in a repository."""
     return {
-        "versions": {"python": platform.python_version(), **_package_versions()},
+        "versions": {"python": platform.python_version(), **package_versions()},
         "hardware": describe_hardware(),
         "command": sys.argv,
         "git_commit": _git_commit(),
@@ -95,9 +95,10 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
     versions: dict[str, str] = {}
-    for name in PACKAGES:
+    for name in names:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
