@@ -13,7 +13,7 @@ import numpy as np
 from fieldmark import plots
 from fieldmark.config import load_config
 from fieldmark.data.tables import write_csv
-from fieldmark.errors import MissingExtraError
+from fieldmark.errors import needs_extra
 from fieldmark.files import whole_or_absent
 from fieldmark.inference.evaluation import Evaluation, evaluate, save_evaluation
 from fieldmark.progress import Progress, format_seconds
@@ -80,10 +80,8 @@ def write_table(path: Path) -> tuple[int, int]:
     Raises:
         MissingExtraError: The package is not installed.
     """
-    try:
+    with needs_extra("elpv-dataset", "demo"):
         data = resources.files("elpv_dataset") / "data"
-    except ModuleNotFoundError:
-        raise MissingExtraError("elpv-dataset", "demo") from None
     rows: list[tuple[str, str]] = []
     for line in (data / "labels.csv").read_text(encoding="utf-8").splitlines():
         name, probability, _ = line.split()

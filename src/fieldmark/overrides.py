@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -208,17 +208,17 @@ def _last(key: str) -> str:
 
 
 # What pydantic found, in words that name what to give.
-_WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), lambda _: "a whole number"),
-    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), lambda _: "a number"),
-    **dict.fromkeys(("bool_parsing", "bool_type"), lambda _: "true or false"),
-    "string_type": lambda _: "text",
-    "greater_than_equal": lambda limits: f"at least {limits['ge']:g}",
-    "greater_than": lambda limits: f"more than {limits['gt']:g}",
-    "less_than_equal": lambda limits: f"at most {limits['le']:g}",
-    "less_than": lambda limits: f"less than {limits['lt']:g}",
-    "literal_error": lambda limits: f"{limits['expected']}",
-    **dict.fromkeys(("tuple_type", "list_type"), lambda _: "a list, such as [a, b]"),
+_WORDS = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list, such as [a, b]"),
+    "string_type": "text",
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "less than {lt:g}",
+    "literal_error": "{expected}",
 }
 
 
@@ -246,5 +246,5 @@ def _describe(model: type[BaseModel], key: str, problems: list[Mapping[str, Any]
         return f"{key}: is a group of settings; give one of them, such as {inside}; got {given!r}"
     if kind in ("missing", "too_short", "too_long"):  # in a list: pairs are all that have a length
         return f"{key}: must be a list of {len(get_args(list_settings(model)[key]))} values; got {given!r}"
-    words = [_WORDS[p["type"]](p.get("ctx", {})) if p["type"] in _WORDS else str(p["msg"]) for p in problems]
+    words = [_WORDS[p["type"]].format(**p.get("ctx", {})) if p["type"] in _WORDS else str(p["msg"]) for p in problems]
     return f"{key}: must be {' or '.join(dict.fromkeys(words))}; got {given!r}"
