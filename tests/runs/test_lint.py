@@ -58,7 +58,7 @@ def test_an_average_is_advised_that_fits_the_run():
 
 def test_crop_fallback_is_measured_on_the_photos():
     scale = "augment.crop_scale=[0.6, 1.2]"
-    wide = [finding for finding in lint(scale, sizes=[(1600, 900)] * 4) if "fixed centre crop" in finding]
+    wide = [finding for finding in lint(scale, sizes=[(1600, 900)] * 4) if "fixed center crop" in finding]
     assert len(wide) == 1
     config = load_config(None, [scale, "augment.crop_ratio=[0.75, 1.33]"])
     rates = [fallback_rate(config, WEIGHTS, np.array([size])) for size in ((900, 900), (1200, 900), (1600, 900))]

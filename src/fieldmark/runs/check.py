@@ -286,8 +286,7 @@ class LintInput:
 
 def lint_recipe(given: LintInput) -> list[str]:
     """One sentence per finding, each with the way out; empty where nothing looks wrong."""
-    rules = (_crop, _affine, _flips, _mixing, _sizes, _squash, _schedule, _average, _selection)
-    return [finding for rule in rules for finding in rule(given)]
+    return [text for rule in (_crop, _affine, _flips, _mixing, _pictures, _training) for text in rule(given)]
 
 
 def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]) -> float:
@@ -312,7 +311,7 @@ def _crop(given: LintInput) -> Iterable[str]:
         )
     if rate >= 0.01:
         yield (
-            f"{rate:.1%} of the random crops of these photos are a fixed centre crop instead, because ten draws in a "
+            f"{rate:.1%} of the random crops of these photos are a fixed center crop instead, because ten draws in a "
             f'row did not fit (crop_scale [{low:g}, {high:g}]). Lower crop_scale, or set augment.crop="zoom"'
         )
 
@@ -327,9 +326,9 @@ def _affine(given: LintInput) -> Iterable[str]:
         'augment.executor="fast" composes both into one filtered warp'
     )
     if augment.affine_interpolation == "nearest":
-        yield 'nearest-neighbour affine leaves jagged edges: set augment.affine_interpolation="bilinear"'
+        yield 'nearest-neighbor affine leaves jagged edges: set augment.affine_interpolation="bilinear"'
     if augment.fill == (0, 0, 0):
-        yield "black corners tell the model how far a photo was turned: set augment.fill to the mean colour"
+        yield "black corners tell the model how far a photo was turned: set augment.fill to the mean color"
 
 
 def _flips(given: LintInput) -> Iterable[str]:
@@ -348,17 +347,13 @@ def _flips(given: LintInput) -> Iterable[str]:
 
 def _opposites(classes: Sequence[str], words: tuple[set[str], set[str]]) -> tuple[str, str] | None:
     """Two classes whose names differ in a pair of opposite words alone."""
-    seen: dict[tuple[str, ...], str] = {}
-    first, second = words
-    for name in classes:
-        parts = tuple(re.findall(r"[^\W_]+", name.lower()))
+    names = {tuple(re.findall(r"[^\W_]+", name.lower())): name for name in classes}
+    for parts, name in names.items():
         for position, part in enumerate(parts):
-            if part in first | second:
-                key = (*parts[:position], "", *parts[position + 1 :])
-                other = seen.setdefault((*key, "1" if part in first else "2"), name)
-                opposite = seen.get((*key, "2" if part in first else "1"))
-                if opposite is not None:
-                    return opposite, other
+            for opposite in words[1] if part in words[0] else ():
+                other = names.get((*parts[:position], opposite, *parts[position + 1 :]))
+                if other is not None:
+                    return name, other
     return None
 
 
@@ -381,8 +376,8 @@ def _mixing(given: LintInput) -> Iterable[str]:
         yield "mixing goes on to the last epoch: mix.off_epochs=3 or so lets the model end on whole photos"
 
 
-def _sizes(given: LintInput) -> Iterable[str]:
-    weights = given.weights
+def _pictures(given: LintInput) -> Iterable[str]:
+    weights, sizes = given.weights, given.sizes
     size, evaluation = build.train_size(given.config, weights), build.build_eval_spec(given.config, weights)
     if size != weights.train_size:
         cost = (size / weights.train_size) ** 2
@@ -395,34 +390,25 @@ def _sizes(given: LintInput) -> Iterable[str]:
             f"evaluation at {evaluation.size} pixels is smaller than training at {size}; random crops enlarge objects, "
             f"so evaluate at the same size or more (arXiv:1906.06423): set eval.size={size}"
         )
-    small = float((given.sizes.min(axis=1) < size).mean()) if len(given.sizes) else 0.0
+    small = float((sizes.min(axis=1) < size).mean()) if len(sizes) else 0.0
     if small > 0.5:
         yield f"{small:.0%} of the photos are smaller than {size} pixels and will be enlarged"
-
-
-def _squash(given: LintInput) -> Iterable[str]:
-    config = given.config
-    evaluation = build.build_eval_spec(config, given.weights)
-    if evaluation.transform == "squash" and len(given.sizes):
-        aspect = float(np.median(given.sizes.max(axis=1) / np.maximum(given.sizes.min(axis=1), 1)))
-        if aspect > 1.05:
-            yield (
-                f"evaluation squashes photos of median aspect {aspect:.2f} to a square, while the "
-                "weights expect an undistorted centre crop: set eval.transform=pretrained"
-            )
-    if evaluation.interpolation != given.weights.interpolation:
+    aspect = float(np.median(sizes.max(axis=1) / np.maximum(sizes.min(axis=1), 1))) if len(sizes) else 1.0
+    if evaluation.transform == "squash" and aspect > 1.05:
         yield (
-            f"evaluation resizes {evaluation.interpolation}, the weights expect {given.weights.interpolation}: "
+            f"evaluation squashes photos of median aspect {aspect:.2f} to a square, while the "
+            "weights expect an undistorted center crop: set eval.transform=pretrained"
+        )
+    if evaluation.interpolation != weights.interpolation:
+        yield (
+            f"evaluation resizes {evaluation.interpolation}, the weights expect {weights.interpolation}: "
             "leave eval.interpolation out"
         )
 
 
-def _schedule(given: LintInput) -> Iterable[str]:
-    return build.build_schedule_spec(given.config).warnings()
-
-
-def _average(given: LintInput) -> Iterable[str]:
+def _training(given: LintInput) -> Iterable[str]:
     train = given.config.train
+    yield from build.build_schedule_spec(given.config).warnings()
     steps = train.epochs * given.steps_per_epoch
     if train.ema_decay and steps and 1 / (1 - train.ema_decay) > steps / 3:
         fitting = f"{1 - 10 / steps:.3g} or 0" if steps > 10 else "0"
@@ -430,10 +416,6 @@ def _average(given: LintInput) -> Iterable[str]:
             f"the average of decay {train.ema_decay:g} remembers {1 / (1 - train.ema_decay):.0f} updates, and the run "
             f"has {steps}: much of it will be the start. Set train.ema_decay={fitting}"
         )
-
-
-def _selection(given: LintInput) -> Iterable[str]:
-    train = given.config.train
     if train.select == "best" and train.epochs > 1 and 0 < given.num_val < 500:
         yield (
             f"the best of {train.epochs} epochs is chosen on {given.num_val} photos, where one photo is "
