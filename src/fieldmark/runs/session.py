@@ -93,7 +93,8 @@ class Session:
             is_fixres=phase.is_fixres,
             cache=self.cache,
         )
-        mix = build.build_mix_spec(self.config) if phase.is_mixing else None
+        mix = build.build_mix_spec(self.config)
+        mix = mix if phase.is_mixing else replace(mix, share=0.0)
         updates = self.plan.updates(epoch)[first_step:]
         shares = shard_plan(updates, rank=self.fabric.global_rank, processes=self.fabric.world_size)
         is_raw = build.augments_on_device(self.config, device)
