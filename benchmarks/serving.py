@@ -55,6 +55,7 @@ class Model:
     fallback = None
     has_attention = False
     examples = ()
+    name, accuracy, is_calibrated = "lite0", None, False
 
     def __init__(self) -> None:
         import timm
@@ -62,9 +63,7 @@ class Model:
 
         from benchmarks.fusion import fuse_batch_norm
         from fieldmark.augment.reference import EvalSpec
-        from fieldmark.serve.service import About
 
-        self.about = About("lite0", None, is_calibrated=False)
         torch.set_num_threads(os.cpu_count() or 1)
         model = timm.create_model("tf_efficientnet_lite0").eval()
         self._model = fuse_batch_norm(model)[0].to(memory_format=torch.channels_last)

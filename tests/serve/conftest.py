@@ -15,7 +15,7 @@ from PIL import Image
 from fieldmark.data.decode import decode
 from fieldmark.serve.app import create_app
 from fieldmark.serve.limits import Access, Limits
-from fieldmark.serve.service import About, Accuracy, Prepared
+from fieldmark.serve.service import Accuracy, Prepared
 
 LIMITS = {
     "max_body_bytes": 200_000,
@@ -30,7 +30,9 @@ LIMITS = {
 
 
 class ColorModel:
-    about = About("colors", Accuracy(value=0.9, low=0.85, high=0.94), False)
+    name = "colors"
+    accuracy = Accuracy(value=0.9, low=0.85, high=0.94)
+    is_calibrated = False
     classes = ("red", "green", "blue <b>")
     threshold = 0.5
     fallback = None

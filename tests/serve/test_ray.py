@@ -21,7 +21,7 @@ from tests.serve.conftest import LIMITS, ask, make_photo, upload
 from fieldmark.errors import MissingExtraError, ResourceError
 from fieldmark.serve.app import open_app
 from fieldmark.serve.limits import Access, Limits
-from fieldmark.serve.server import _own_serve, _reason, num_places, run_on_ray, share_out
+from fieldmark.serve.server import _own_serve, _reason, count_replicas, run_on_ray, share_cores
 
 
 def cluster_of(*machines):
@@ -42,14 +42,14 @@ def cluster_of(*machines):
     ],
 )
 def test_replicas_share_the_cores_of_the_machines_that_hold_them(machines, count, expected):
-    assert share_out(cluster_of(*machines), count) == expected
+    assert share_cores(cluster_of(*machines), count) == expected
 
 
 def test_replicas_suit_the_cluster_or_are_refused():
-    assert num_places(cluster_of({"CPU": 4.0}, {"CPU": 4.0}, {})) == 2
-    assert num_places(cluster_of({"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0})) == 2
+    assert count_replicas(cluster_of({"CPU": 4.0}, {"CPU": 4.0}, {})) == 2
+    assert count_replicas(cluster_of({"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0})) == 2
     with pytest.raises(ResourceError, match=r"3 replicas need a CPU each and 0 GPUs each.*has 2 CPUs.*--replicas"):
-        share_out(cluster_of({"CPU": 2.0}), 3)
+        share_cores(cluster_of({"CPU": 2.0}), 3)
 
 
 @pytest.mark.parametrize("package", ["ray", "ray.serve"])

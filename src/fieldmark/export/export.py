@@ -52,13 +52,7 @@ class Photos:
 
 
 def export_run(
-    run: Run,
-    out: Path,
-    *,
-    to: str,
-    is_int8: bool,
-    max_accuracy_loss: float,
-    max_photos: int,
+    run: Run, out: Path, *, to: str, is_int8: bool, max_accuracy_loss: float, max_photos: int
 ) -> ModelMetadata:
     """Export the kept weights of a run, with its calibration where `fieldmark calibrate` made one.
 
@@ -110,16 +104,8 @@ def export_model(
 ) -> ModelMetadata:
     """Export a classifier in eval mode on the CPU, whole or not at all, and prove it on photos; see `export_run`.
 
-    Args:
-        model: (B, 3, S, S) -> (B, K) logits.
-        metadata: Of the model; `precision` and `evidence` are filled in.
-        out: Folder to create.
-        photos: At least one; labeled where int8 is asked for.
-        is_int8: See `export_run`.
-        max_accuracy_loss: See `export_run`.
-        is_plain: Whether timm's architecture is unchanged.
-        card: Model card from the final metadata.
-        run: The model's run, to say how far the answers of `predict` differ where it computes in less than 32 bit.
+    The `precision` and `evidence` of the metadata are filled in. `is_plain` says that timm's architecture is unchanged;
+    `run` is there to say how far the answers of `predict` differ where it computes in less than 32 bit.
     """
     _check(metadata.kind, out, photos, is_int8=is_int8)
     precision = "int8" if is_int8 else "float16" if metadata.kind == "openvino" else "float32"
@@ -260,8 +246,8 @@ def _prove(
         logits = photos.ask(range(len(photos.labels)), ask_original, exported.logits)
         return {"parity": require_parity(*logits, limit=LIMITS[metadata.precision])}
     calibration, others = _halves(photos)
-    logits = photos.ask(others, ask_original, exported.logits)
-    loss = require_small_loss(*logits, photos.labels[others], limit=max_accuracy_loss)
+    reference, quantized = photos.ask(others, ask_original, exported.logits)
+    loss = require_small_loss(reference, quantized, photos.labels[others], limit=max_accuracy_loss)
     return {"int8": {**loss, "calibration_photos": len(calibration)}}
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
@@ -59,18 +58,11 @@ def create_app(model: ServedModel, *, limits: Limits, access: Access, decode_thr
     # A line for each malformed form: strangers could fill the log, and a log that nobody reads stops the server.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     service = PhotoService(model, limits, decode_threads=decode_threads)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        service.start()
-        yield
-        await service.stop()
-
     app = FastAPI(
         title="Fieldmark",
         summary=f"Names for photographs, from {len(model.classes)} classes.",
         version=_version(),
-        lifespan=lifespan,
+        lifespan=service.run,
         docs_url=None,  # both load scripts from elsewhere; /docs is a page of our own
         redoc_url=None,
     )
@@ -135,7 +127,7 @@ async def predict(
     answers = await service.answer(contents, top=top, wants_attention=attention)
     if all(answer.problem for answer in answers):
         raise HTTPException(422, "; ".join(f"photo {n} {answer.problem}" for n, answer in enumerate(answers, start=1)))
-    return PhotoAnswers(model=service.model.about.name, threshold=service.model.threshold, photos=answers)
+    return PhotoAnswers(model=service.model.name, threshold=service.model.threshold, photos=answers)
 
 
 @_router.get("/health")
@@ -145,10 +137,10 @@ async def health(service: Service) -> Health:
     return Health(
         status="ok",
         version=_version(),
-        model=model.about.name,
+        model=model.name,
         classes=len(model.classes),
-        accuracy=model.about.accuracy,
-        is_calibrated=model.about.is_calibrated,
+        accuracy=model.accuracy,
+        is_calibrated=model.is_calibrated,
         waiting=service.num_waiting,
         has_attention=model.has_attention,
         examples=len(model.examples),

@@ -13,7 +13,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -202,11 +202,10 @@ class RequestLimits:
         if shared_with:
             fields |= {"access-control-allow-origin": shared_with, "vary": "Origin"}
             fields |= {"access-control-expose-headers": "Retry-After"}
-        raw = [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *raw]}
+                MutableHeaders(scope=message).update(fields)
             try:
                 async with asyncio.timeout(self._limits.answer_seconds):
                     await send(message)

@@ -118,20 +118,12 @@ class Corrections:
         return {path: Decision(action, label) for path, action, label in rows}
 
 
-DuplicateSearch = Callable[[], Sequence[tuple[int, int, int]]]
-Look = Callable[[int, int], dict[str, Any]]
+DuplicateSearch = Callable[[], Sequence[tuple[int, int, int]]]  # photo number, photo number, bits that differ
+Look = Callable[[int, int], dict[str, Any]]  # photo number, class number -> the attention map and its box
 
 
 class ReviewViews:
-    """Orders the photos of a run by why they deserve a look.
-
-    Args:
-        index: All photos of the run.
-        held_out: Predictions of those that the model was not trained on.
-        corrections: Decisions so far.
-        find_duplicates: Looks for near-duplicates; called once, on a thread of its own.
-        look: (photo number, class number) -> the attention map and its box; None if the model has no maps.
-    """
+    """Orders the photos of a run by why they deserve a look; near-duplicates are searched on a thread of their own."""
 
     def __init__(
         self,
@@ -149,7 +141,7 @@ class ReviewViews:
         self.corrections = corrections
         self.classes = held_out.classes
         self.thumbnail = lru_cache(maxsize=_THUMBNAILS_KEPT)(thumbnail)
-        self._number_of = {photo.path: number for number, photo in enumerate(index.photos)}
+        self.number_of = {photo.path: number for number, photo in enumerate(index.photos)}
         self._row_of = {path: row for row, path in enumerate(held_out.paths)}
         self._guesses, self._losses = held_out.guesses, held_out.losses
         self.pairs: list[ConfusedPair] = confused_pairs(held_out)
@@ -172,7 +164,7 @@ class ReviewViews:
         return {
             "classes": [{"name": name, "photos": len(self._by_class[name])} for name in self.classes],
             "photos": len(self.index.photos),
-            "judged": len(self.held_out.paths),
+            "held_out": len(self.held_out.paths),
             "suspects": len(self._suspects),
             "losses": len(self._highest),
             "pairs": [
@@ -223,19 +215,6 @@ class ReviewViews:
             "new_label": decision.label if decision else None,
         }
 
-    def decide(self, number: int, action: str, label: str) -> dict[str, Any]:
-        """Decide about a photo; the photo afterwards."""
-        if action == "relabel" and label not in self.classes:
-            raise DataError(f"{label!r} is not one of the {len(self.classes)} classes")
-        self.corrections.decide(self.index.photos[number].path, action, label)
-        return self.photo(number)
-
-    def undo(self) -> dict[str, Any] | None:
-        """Take back the latest decision; the photo afterwards, or None."""
-        path = self.corrections.undo()
-        number = self._number_of.get(path) if path is not None else None
-        return None if number is None else self.photo(number)
-
     def _view(self, view: str, which: int) -> list[int]:
         if view == "suspects":
             return self._suspects
@@ -254,7 +233,7 @@ class ReviewViews:
 
     def _present(self, paths: Iterable[str]) -> list[int]:
         """Numbers in the index; photos that are no longer in it are left out."""
-        return [self._number_of[path] for path in paths if path in self._number_of]
+        return [self.number_of[path] for path in paths if path in self.number_of]
 
     def _find(self, find_duplicates: DuplicateSearch) -> None:
         try:
@@ -269,7 +248,7 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-class Wish(BaseModel):
+class DecisionRequest(BaseModel):
     """A decision about one photo."""
 
     number: int
@@ -294,14 +273,9 @@ Views = Annotated[ReviewViews, Depends(_find_views)]
 
 
 def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int, memory: Path) -> FastAPI:
-    """The app over one run, or over the folds of a cross-validation, whose photos must still be there.
+    """The app over one run, or over the folds of a cross-validation, and over a table of corrections.
 
-    Args:
-        runs: They belong together.
-        table: Corrections, read and written.
-        max_distance: Near-duplicates differ in at most so many of 64 bits.
-        threads: Photos read at once in the search for near-duplicates.
-        memory: Folder where that search remembers what it saw.
+    The search for near-duplicates (`max_distance` bits of 64 apart) remembers what it saw in the folder `memory`.
     """
     index = runs[0].split
     if not any(file.is_file() for file in index.files()[:100]):
@@ -355,16 +329,20 @@ def photos(
 
 
 @_router.post("/api/decide", dependencies=[Depends(_require_json)])
-def decide(views: Views, wish: Wish) -> dict[str, Any]:
+def decide(views: Views, request: DecisionRequest) -> dict[str, Any]:
     """Take a decision; the photo afterwards."""
-    _require_photo(views, wish.number)
-    return views.decide(wish.number, wish.action, wish.label)
+    _require_photo(views, request.number)
+    if request.action == "relabel" and request.label not in views.classes:
+        raise HTTPException(422, f"{request.label!r} is not one of the {len(views.classes)} classes")
+    views.corrections.decide(views.index.photos[request.number].path, request.action, request.label)
+    return views.photo(request.number)
 
 
 @_router.post("/api/undo", dependencies=[Depends(_require_json)])
 def undo(views: Views) -> dict[str, Any]:
-    """Take back the latest decision."""
-    return {"photo": views.undo()}
+    """Take back the latest decision; the photo afterwards, or null."""
+    number = views.number_of.get(views.corrections.undo() or "")
+    return {"photo": None if number is None else views.photo(number)}
 
 
 @_router.get("/photo/{number}")

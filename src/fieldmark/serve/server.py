@@ -83,16 +83,15 @@ def make_application(
 ) -> Any:
     """The app as what `ray.serve.run` takes, for a cluster that has Serve already.
 
-    Each replica has a model, batches and limits of its own, and restarts by itself when it dies.
+    Each replica has cores, GPUs, a model, batches and limits of its own, and restarts by itself when it dies.
 
     Args:
-        open_app: Called on a replica with the number of its cores; a function of a module that is installed there, or
-            a `functools.partial` of one.
+        open_app: Called on a replica with the number of its cores; importable there, or a `functools.partial`.
         replicas: How many.
-        cpus: Cores of each.
-        gpus: GPUs of each.
-        max_requests: Requests that a replica takes at once, and that wait in front of all. No fewer than the photos
-            that it holds: the app refuses by itself, with Retry-After.
+        cpus: Of each.
+        gpus: Of each.
+        max_requests: That a replica takes at once, and that wait in front of all. No fewer than the photos that it
+            holds: the app refuses by itself, with Retry-After.
         drain_seconds: Longest time that requests in hand may take at the end.
     """
     serve = _import_serve()
@@ -141,8 +140,8 @@ def run_on_ray(
     ray, owns = open_cluster(address)
     try:
         with _own_serve(serve), stop_requests() as stop:
-            count = replicas or num_places(ray)
-            cpus, gpus = share_out(ray, count)
+            count = replicas or count_replicas(ray)
+            cpus, gpus = share_cores(ray, count)
             application = make_application(
                 open_app, replicas=count, cpus=cpus, gpus=gpus, max_requests=max_requests, drain_seconds=drain_seconds
             )
@@ -203,14 +202,14 @@ def _drain(serve: Any, seconds: float) -> None:
                 return
 
 
-def num_places(ray: Any) -> int:
+def count_replicas(ray: Any) -> int:
     """Replicas that suit a cluster: one for each GPU, or else for each machine with cores."""
     gpus = int(ray.cluster_resources().get("GPU", 0.0))
     machines = sum(node["Alive"] and node["Resources"].get("CPU", 0.0) >= 1 for node in ray.nodes())
     return gpus or machines or 1
 
 
-def share_out(ray: Any, count: int) -> tuple[int, int]:
+def share_cores(ray: Any, count: int) -> tuple[int, int]:
     """Most cores, and GPUs, that each of so many replicas can have; ResourceError where the cluster has no room."""
     total = ray.cluster_resources()
     gpus = 1 if total.get("GPU") else 0

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,26 +58,13 @@ class Group(BaseModel):
 class PhotoAnswer(BaseModel):
     """What the model says of one photo."""
 
-    label: str | None
-    """The likeliest class; null if it is not sure enough, or the photo could not be read."""
-
+    label: str | None  # the likeliest class; null if it is not sure enough, or the photo could not be read
     is_unknown: bool
-    """Whether the probability is below the threshold."""
-
-    group: Group | None
-    """Where the class is not sure: the finest group of the taxonomy that is; null if there is none."""
-
-    top: list[Answer]
-    """The likeliest classes, best first; empty for a photo that could not be read."""
-
-    problem: str | None
-    """Why the photo could not be read; null if it could."""
-
-    attention: list[list[float]] | None
-    """Rows of a map in 0 to 1: where the model looked for its first answer. Only on request."""
-
-    seen: list[float] | None
-    """x, y, width, height, as shares of the photo, of what the model sees and `attention` covers."""
+    group: Group | None  # where the class is not sure: the finest group of the taxonomy that is
+    top: list[Answer]  # the likeliest classes, best first; empty for a photo that could not be read
+    problem: str | None  # why the photo could not be read
+    attention: list[list[float]] | None  # rows of a map in 0 to 1: where the model looked for its first answer
+    seen: list[float] | None  # x, y, width, height, as shares of the photo, of what the model sees and the map covers
 
 
 class PhotoAnswers(BaseModel):
@@ -135,14 +122,13 @@ class PhotoService:
         self._decode_threads = decode_threads
         self._is_open = False
 
-    def start(self) -> None:
-        """Begin to answer, also after a stop; call it inside the event loop."""
+    @asynccontextmanager
+    async def run(self, _: object) -> AsyncGenerator[None]:
+        """Answer to the end of the block; then take no more, answer what was taken, and end."""
         self._decoders = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
         self._batcher = Batcher(self._answer_batch, max_batch=self.limits.max_batch)
         self._is_open = True
-
-    async def stop(self) -> None:
-        """Take no more, answer what was taken, then end."""
+        yield
         self._is_open = False
         while self.num_waiting:
             await asyncio.sleep(0.01)
@@ -177,17 +163,16 @@ class PhotoService:
         rows = iter(await self._batcher.submit([item.picture for item in prepared if isinstance(item, Prepared)]))
         answers: list[PhotoAnswer] = []
         for item in prepared:
-            if isinstance(item, Prepared):
+            if isinstance(item, str):
+                answer = self._describe(np.empty(0, np.float32), item, top)
+            else:
                 row = next(rows)
-                answer = self._describe(row, item, top)
+                answer = self._describe(row, "", top)
+                answer.seen = list(item.box)
                 if wants_attention and self.model.has_attention:
                     best = int(row.argmax())
                     found = await loop.run_in_executor(self._decoders, self.model.attention, item.picture, best)
                     answer.attention = np.round(found.astype(float), 3).tolist()
-            else:
-                answer = PhotoAnswer(
-                    label=None, is_unknown=True, group=None, top=[], problem=item, attention=None, seen=None
-                )
             outcome = "unreadable" if answer.problem else "unknown" if answer.is_unknown else "answered"
             self.metrics.photos.labels(outcome).inc()
             answers.append(answer)
@@ -206,9 +191,9 @@ class PhotoService:
         self.metrics.batch_size.observe(len(pictures))
         return self.model.probabilities(np.stack(pictures))
 
-    def _describe(self, row: NDArray[np.float32], item: Prepared, top: int) -> PhotoAnswer:
+    def _describe(self, row: NDArray[np.float32], problem: str, top: int) -> PhotoAnswer:
         model = self.model
-        prediction = Prediction("", model.classes, row, "", model.threshold, model.fallback)
+        prediction = Prediction("", model.classes, row, problem, model.threshold, model.fallback)
         is_unknown, finest = prediction.is_unknown, prediction.answer
         has_group = is_unknown and finest.level
         return PhotoAnswer(
@@ -216,9 +201,9 @@ class PhotoService:
             is_unknown=is_unknown,
             group=Group(level=finest.level, name=finest.name, probability=finest.probability) if has_group else None,
             top=[Answer(label=label, probability=probability) for label, probability in prediction.top(top)],
-            problem=None,
+            problem=problem or None,
             attention=None,
-            seen=list(item.box),
+            seen=None,
         )
 
 
@@ -312,15 +297,6 @@ def _seen_box(width: int, height: int, spec: EvalSpec) -> tuple[float, float, fl
     return ((width - side) / 2 / width, (height - side) / 2 / height, side / width, side / height)
 
 
-@dataclass(frozen=True)
-class About:
-    """What the page says of a model: a name that is no path, and what validation photos say of it."""
-
-    name: str
-    accuracy: Accuracy | None
-    is_calibrated: bool
-
-
 class ServedModel:
     """A run folder, an ensemble or an export behind the server."""
 
@@ -337,14 +313,15 @@ class ServedModel:
         self.fallback = self._predictor.fallback
         self.examples: list[bytes] = []  # photos that the page may offer to try, as JPEG
         self._maps: AttentionMaps | None = None
-        name = path.resolve().name
+        self.name = path.resolve().name  # never a path
         if (path / FILE).is_file():
             metadata = ModelMetadata.load(path)
-            is_calibrated = metadata.temperature != 1 or metadata.threshold > 0
-            self.about = About(name, _accuracy(metadata.metrics), is_calibrated)
+            self.accuracy = _accuracy(metadata.metrics)
+            self.is_calibrated = metadata.temperature != 1 or metadata.threshold > 0
             return
         run = Run(path)
-        self.about = About(name, _accuracy(run.summary), load_calibration(run) is not None)
+        self.accuracy = _accuracy(run.summary)
+        self.is_calibrated = load_calibration(run) is not None
         self.examples = _examples(run)
         if not run.is_ensemble:
             self._maps = AttentionMaps(run.load_model())

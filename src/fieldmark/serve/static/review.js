@@ -86,8 +86,8 @@ function counts() {
 }
 
 function describe() {
-  const scored = overview.judged === overview.photos ? "all with a prediction"
-    : `${overview.judged} with a prediction (those it was not trained on; give the runs of all folds to have all)`;
+  const scored = overview.held_out === overview.photos ? "all with a prediction"
+    : `${overview.held_out} with a prediction (those it was not trained on; give the runs of all folds to have all)`;
   byId("about").textContent =
     `${overview.photos} photos, ${scored}. ${overview.marked} decided, kept in ${overview.table}; your photos are not changed.`;
   const titles = { suspects: "Likely label errors", losses: "Highest losses", pair: "Confused classes",
