@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,7 +61,8 @@ def test_processes_share_the_evaluation_batches_of_one():
 
 
 def test_each_epoch_has_its_size_its_frozen_stages_and_its_mixing():
-    phases = [build_phase(CONFIG, epoch, size=64, eval_size=80, num_stages=5) for epoch in range(10)]
+    built = SimpleNamespace(data=SimpleNamespace(train_size=64), model=SimpleNamespace(count_stages=lambda: 5))
+    phases = [build_phase(CONFIG, epoch, built, SimpleNamespace(size=80)) for epoch in range(10)]
     assert [phase.size for phase in phases] == [32] * 5 + [64] * 3 + [80] * 2
     assert [phase.freeze for phase in phases] == ["all", "all", 4, 4, 3, 3, 2, 2, 1, 1]
     assert [phase.is_mixing for phase in phases] == [True] * 7 + [False] * 3

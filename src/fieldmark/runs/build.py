@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -296,10 +297,11 @@ class Phase:
     is_mixing: bool  # batches may be mixed
 
 
-def build_phase(config: Config, epoch: int, *, size: int, eval_size: int, num_stages: int) -> Phase:
-    """Give what holds during an epoch (0-based), of a backbone of so many stages, at `size` if no step says else."""
+def build_phase(config: Config, epoch: int, built: BuiltModel, evaluation: EvalSpec) -> Phase:
+    """Give what holds during an epoch (0-based)."""
     train, model = config.train, config.model
     is_fixres = train.epochs - train.fixres_epochs <= epoch < train.epochs
+    size, num_stages = train_size(config, built.data), built.model.count_stages()
     for start, side in train.resolution_steps:
         size = side if epoch >= start * train.epochs else size
     freeze = model.freeze
@@ -308,7 +310,7 @@ def build_phase(config: Config, epoch: int, *, size: int, eval_size: int, num_st
         freeze = max(frozen - epoch // model.unfreeze_every_epochs, 0)
         freeze = "all" if freeze == num_stages else freeze
     return Phase(
-        size=eval_size if is_fixres else size,
+        size=evaluation.size if is_fixres else size,
         freeze=freeze,
         is_fixres=is_fixres,
         is_mixing=epoch < train.epochs - config.mix.off_epochs,
@@ -343,22 +345,20 @@ class TrainPlan:
 
 
 def count_updates(num_photos: int, batch_size: int, *, processes: int) -> int:
-    """Count the updates that `cut_updates` makes."""
+    """Count the updates of an epoch.
+
+    A last batch that would leave a process with fewer than two photos joins the one before: BatchNorm has no variance
+    of one value, which is what a single photo amounts to at the end of a network on small images.
+    """
     count = -(-num_photos // batch_size)
     last = num_photos - (count - 1) * batch_size
     return count - (count > 1 and last < 2 * processes)
 
 
 def cut_updates(order: Sequence[int], batch_size: int, *, processes: int) -> list[Sequence[int]]:
-    """Cut an epoch's order into updates; no photo is dropped.
-
-    A last batch that would leave a process with fewer than two photos joins the one before: BatchNorm has no variance
-    of one value, which is what a single photo amounts to at the end of a network on small images.
-    """
-    cuts = cut_plan(order, batch_size)
-    if len(cuts) > 1 and len(cuts[-1]) < 2 * processes:
-        cuts[-2:] = [order[(len(cuts) - 2) * batch_size :]]
-    return cuts
+    """Cut an epoch's order into updates; no photo is dropped."""
+    count = count_updates(len(order), batch_size, processes=processes)
+    return [order[start:end] for start, end in pairwise([*range(0, count * batch_size, batch_size), len(order)])]
 
 
 def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPlan:

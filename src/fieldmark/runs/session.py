@@ -64,26 +64,16 @@ class Session:
         """(B, K) smoothed distributions of (B,) class numbers."""
         return one_hot(labels, len(self.dataset.index.classes), self.config.train.label_smoothing)
 
-    def find_phase(self, epoch: int) -> build.Phase:
-        """Say what holds during an epoch (0-based)."""
-        return build.build_phase(
-            self.config,
-            epoch,
-            size=build.train_size(self.config, self.built.data),
-            eval_size=self.evaluation.size,
-            num_stages=self.built.model.count_stages(),
-        )
-
     def enter_phase(self, epoch: int) -> None:
         """Freeze and thaw the model as the epoch about to begin asks for."""
-        phase = self.find_phase(epoch)
+        phase = build.build_phase(self.config, epoch, self.built, self.evaluation)
         freeze_stages(self.built.model, phase.freeze, freeze_batchnorm=self.config.model.freeze_batchnorm)
         if phase.is_fixres:
             train_only_head_and_norms(self.built.model)
 
     def train_batches(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
         """Yield this process's batches of an epoch, on the device, mixed."""
-        phase, device = self.find_phase(epoch), self.fabric.device
+        phase, device = build.build_phase(self.config, epoch, self.built, self.evaluation), self.fabric.device
         prepare = build.build_train_photos(
             self.config,
             self.dataset.index,
@@ -146,7 +136,8 @@ class Session:
         if build.is_channels_last(config):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         fabric.to_device(model)
-        freeze_stages(model, self.find_phase(0).freeze, freeze_batchnorm=config.model.freeze_batchnorm)
+        freeze = build.build_phase(config, 0, self.built, self.evaluation).freeze
+        freeze_stages(model, freeze, freeze_batchnorm=config.model.freeze_batchnorm)
         plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
         network, optimizer = fabric.setup(build.compile_model(config, model, fabric.device), plain)
         decay, factor = config.train.ema_decay, build.build_schedule_spec(config).factor

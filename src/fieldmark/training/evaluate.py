@@ -110,7 +110,8 @@ def _gather(
         shares: list[tuple[NDArray[np.int64], NDArray[np.float32], dict[int, str]] | None] = [None] * fabric.world_size
         torch.distributed.all_gather_object(shares, (numbers, logits, problems))
         filled = [share for share in shares if share is not None and len(share[0])]
-        numbers, logits = (np.concatenate([share[part] for share in filled]) for part in (0, 1))
+        numbers = np.concatenate([share[0] for share in filled])
+        logits = np.concatenate([share[1] for share in filled])
         problems = {number: reason for share in filled for number, reason in share[2].items()}
     order = np.argsort(numbers, kind="stable")
     assert len(np.unique(numbers)) == len(numbers), "a photo was evaluated twice"
