@@ -188,6 +188,17 @@ def test_the_status_tells_of_every_cell_and_the_time_left(tmp_path):
     assert max(left) > 0
 
 
+def test_epochs_of_an_earlier_sweep_are_no_measure_of_the_speed(tmp_path):
+    _behave(tmp_path, **{"0.2": "fail"})
+    _run(_grid((0.2,)), tmp_path)
+    _behave(tmp_path)
+    seen = []
+    status = _run(_grid((0.1, 0.2)), tmp_path, on_status=seen.append)
+    assert [cell.epoch for cell in seen[0].cells] == [0, 1]
+    assert seen[0].seconds_left is None
+    assert status.num("finished") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("processes")
 def test_two_cells_run_at_a_time_when_asked(tmp_path):
