@@ -84,15 +84,12 @@ def figure_svg(figure: Figure, tips: Sequence[Tip] = (), *, key: str) -> str:
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"#000000|#22303c", "currentColor", text).replace(" xmlns:xlink=", " data-xlink=")
     text = text.replace("xlink:href", "href")
-    text = re.sub(r"font(-family)?: ([\d.]+px )?['\"]?DejaVu Sans[^;\"]*", _page_font, text)
+    family = r"font(-family)?: ([\d.]+px )?['\"]?DejaVu Sans[^;\"]*"  # the page has a font of its own
+    text = re.sub(family, lambda found: f"font-size: {found[2]}".strip() if found[2] else "font-family: inherit", text)
     used = set(re.findall(r"#([\w-]+)[\")]", text))
     text = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", text)
     overlay = "".join(_overlay(tip, figure.bbox.height) for tip in tips)
     return text[: text.rindex("</svg>")] + f'<g class="tips">{overlay}</g></svg>'
-
-
-def _page_font(found: re.Match[str]) -> str:
-    return f"font-size: {found[2].strip()}" if found[2] else "font-family: inherit"
 
 
 def _overlay(tip: Tip, height: float) -> str:

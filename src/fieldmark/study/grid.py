@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from fieldmark.config import Section, apply_overrides, load_config, parse_config
-from fieldmark.errors import ConfigError, MissingExtraError
+from fieldmark.errors import ConfigError, needs_extra
 from fieldmark.overrides import parse_value
 from fieldmark.runs.folder import flatten, format_value
 from fieldmark.study.cell import Cell, best_value, load_drawn, read_rows, settled_state
@@ -292,11 +292,8 @@ def propose(search: Search, past: Sequence[tuple[Mapping[str, Any], float | None
     Nothing is kept between calls: a study is made anew from `past`, seeded by its length, so that a sweep that was
     interrupted goes on as it would have.
     """
-    try:
+    with needs_extra("optuna", "sweep"):
         import optuna
-    except ImportError:
-        raise MissingExtraError("optuna", "sweep") from None
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seed = search.seed * 100_003 + len(past)
     samplers = {"random": optuna.samplers.RandomSampler, "bayesian": optuna.samplers.TPESampler}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -89,89 +90,79 @@ def write_report(
         ResourceError: The page cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".html", ".md"):
+    kind = path.suffix.lower()
+    if kind not in (".html", ".md"):
         raise RunError(f"a report is .html or .md; got {path.name!r}")
     folders = [run.path if isinstance(run, Run) else run for run in runs]
     comparison = compare_runs(folders, metric=metric, split=split)
+    # The highest estimate; whether it is truly the best, the verdicts say.
+    best = max(comparison.variants, key=lambda variant: variant.interval.estimate)
+    charts = [*report_charts(comparison), _confusion_chart(best)]
     count = len(comparison.variants)
-    heading = title or (f"{count} variants compared" if count > 1 else comparison.variants[0].name)
+    page: dict[str, Any] = {
+        "title": title or (f"{count} variants compared" if count > 1 else comparison.variants[0].name),
+        "comparison": comparison,
+        "best": best,
+        "headline": _headline(comparison, best),
+        "variants": _variants_table(comparison),
+        "pairs": pairs_table(comparison),
+        "classes": class_table(best),
+        "recipe": _full_recipe(best),
+        "charts": charts,
+    }
+    files: list[Path] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() == ".md":
-            return _write_markdown(comparison, path, heading)
-        page = _render_html(comparison, title=heading, with_photos=with_photos)
+        if kind == ".md":
+            files = _save_pictures(charts, path.with_name(path.stem + "_files"))
+            page["pictures"] = {file.stem: quote(f"{file.parent.name}/{file.name}") for file in files}
+        else:
+            page |= _page_parts(comparison, best, charts, with_photos=with_photos)
         # A file name that is not UTF-8 comes as lone surrogates, which no page can hold.
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+        path.write_text(_render(f"report{kind}", page), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ResourceError(f"{path} cannot be written: {error.strerror}") from None
-    return [path]
+    return [path, *files]
 
 
-def _render_html(comparison: Comparison, *, title: str, with_photos: bool) -> str:
-    """The whole page as text: pictures and photos inside, no script, nothing to load."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def _render(template: str, page: dict[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-    page = Environment(
+    environment = Environment(
         loader=PackageLoader("fieldmark.study", "templates"),
-        autoescape=True,
+        autoescape=select_autoescape(("html",)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("report.html")
-    best = _best_variant(comparison)
-    charts, confusion = report_charts(comparison), _confusion_chart(best)
-    return page.render(
-        title=title,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        comparison=comparison,
-        is_single=len(comparison.variants) == 1,
-        headline=_headline(comparison),
-        best=best,
-        facts=_run_facts(best, comparison),
-        variants=_variants_table(comparison),
-        pairs=pairs_table(comparison),
-        charts=charts,
-        confusion=confusion,
-        pictures={chart.key: figure_svg(chart.figure, chart.tips, key=chart.key) for chart in (*charts, confusion)},
-        classes=class_table(best),
-        rows_open=ROWS_OPEN,
-        confused=most_confused(best, with_photos=with_photos),
-        changes=_recipe_table(comparison.variants),
-        recipe=_full_recipe(best),
-        environment=[
-            (key, " ".join(map(str, value)) if isinstance(value, list) else str(value))
-            for key, value in flatten(best.runs[0].environment).items()
-        ],
-        css=(resources.files("fieldmark.study") / "templates" / "report.css").read_text(encoding="utf-8"),
     )
+    environment.filters |= {"text": markdown_text, "table": markdown_table}
+    return environment.get_template(template).render(page) + "\n"
 
 
-def _write_markdown(comparison: Comparison, path: Path, title: str) -> list[Path]:
-    folder = path.with_name(path.stem + "_files")
+def _save_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
-    best = _best_variant(comparison)
-    pictures = {folder / f"{chart.key}.png": chart for chart in (*report_charts(comparison), _confusion_chart(best))}
-    for target, chart in pictures.items():
-        target.write_bytes(figure_png(chart.figure, dpi=160))
-    figures = [
-        f"## {chart.title}\n\n![{chart.title}]({quote(f'{folder.name}/{file.name}')})\n\n{markdown_text(chart.note)}"
-        for file, chart in pictures.items()
-    ]
-    parts = [
-        f"# {markdown_text(title)}",
-        markdown_text(_headline(comparison)),
-        *(f"> {markdown_text(note)}" for note in comparison.notes),
-        "## Variants",
-        markdown_table(_variants_table(comparison)),
-        *(["## Verdicts", markdown_table(pairs_table(comparison))] if comparison.pairs else []),
-        *figures,
-        f"## Classes of {markdown_text(best.name)}",
-        markdown_table(class_table(best)),
-        "## Recipe",
-        markdown_table(Table(("Key", "Value"), _full_recipe(best), frozenset())),
-    ]
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
-    return [path, *pictures]
+    files = [folder / f"{chart.key}.png" for chart in charts]
+    for file, chart in zip(files, charts, strict=True):
+        file.write_bytes(figure_png(chart.figure, dpi=160))
+    return files
+
+
+def _page_parts(comparison: Comparison, best: Variant, charts: Sequence[Chart], *, with_photos: bool) -> dict[str, Any]:
+    """What a page has and Markdown has not: pictures and photos inside, no script, nothing to load."""
+    return {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "is_single": len(comparison.variants) == 1,
+        "facts": _run_facts(best, comparison),
+        "pictures": {chart.key: figure_svg(chart.figure, chart.tips, key=chart.key) for chart in charts},
+        "rows_open": ROWS_OPEN,
+        "confused": most_confused(best, with_photos=with_photos),
+        "changes": _recipe_table(comparison.variants),
+        "environment": {
+            key: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            for key, value in flatten(best.runs[0].environment).items()
+        },
+        "css": (resources.files("fieldmark.study") / "templates" / "report.css").read_text(encoding="utf-8"),
+    }
 
 
 def markdown_table(table: Table) -> str:
@@ -187,14 +178,9 @@ def markdown_text(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(flat, quote=False))
 
 
-def _best_variant(comparison: Comparison) -> Variant:
-    """The variant with the highest estimate; whether it is truly the best, the verdicts say."""
-    return max(comparison.variants, key=lambda variant: variant.interval.estimate)
-
-
-def _headline(comparison: Comparison) -> str:
+def _headline(comparison: Comparison, best: Variant) -> str:
     """The result in a sentence or two."""
-    best, shown = _best_variant(comparison), comparison.shown
+    shown = comparison.shown
     found = f"{shown.title} {shown.interval(best.interval)}"
     photos = f"{comparison.num_photos:,} photos"
     if len(comparison.variants) == 1:
@@ -376,6 +362,7 @@ def _recipe_table(variants: Sequence[Variant]) -> Table:
     return Table(("Key", *map(str, range(1, len(variants) + 1))), rows, frozenset())
 
 
-def _full_recipe(variant: Variant) -> tuple[tuple[str, str], ...]:
+def _full_recipe(variant: Variant) -> Table:
     """All settings of a variant's first run."""
-    return tuple((key, format_value(value)) for key, value in flatten(variant.runs[0].config).items())
+    rows = tuple((key, format_value(value)) for key, value in flatten(variant.runs[0].config).items())
+    return Table(("Key", "Value"), rows, frozenset())

@@ -54,11 +54,6 @@ class Difference:
     num_runs: tuple[int, int]
 
     @property
-    def run_share(self) -> float:
-        """Variance of the difference of two means over runs, as a multiple of one run's."""
-        return 1 / self.num_runs[0] + 1 / self.num_runs[1]
-
-    @property
     def photo_variance(self) -> float:
         """Variance between photos; with the pseudo-photos', or variants that always agree would need no photos."""
         return max(self.variance.photos, 1 / (self.num_photos + 2))
@@ -146,7 +141,7 @@ def photos_needed(difference: Difference, *, effect: float, level: float, power:
         Sample size of a paired z-test: Connor, "Sample size for testing differences in proportions for the
         paired-sample design", Biometrics 43 (1987), in its unconditional form.
     """
-    variance, share = difference.variance, difference.run_share
+    variance, share = difference.variance, sum(1 / count for count in difference.num_runs)
     room = _variance_allowed(effect, level, power) - (variance.seeds or 0.0) * share
     return max(1, math.ceil((difference.photo_variance + variance.interaction * share) / room)) if room > 0 else None
 
