@@ -266,11 +266,7 @@ def compare_answers(run: Run, folder: Path, photos: Photos) -> dict[str, Any] | 
 
 
 def require_parity(reference: Floats, exported: Floats, *, limit: float) -> dict[str, Any]:
-    """How far (N, K) logits of the run's own model and of the exported one differ on the same photos.
-
-    Raises:
-        ExportError: By more than `limit`, a share of the largest absolute logit: says on how many photos and how far.
-    """
+    """How far (N, K) logits of the run and of the export differ; at most `limit`, a share of the largest logit."""
     gaps = np.abs(reference - exported)
     largest = float(np.where(np.isfinite(gaps), gaps, np.inf).max())
     relative = largest / max(float(np.abs(reference).max()), 1e-12)
@@ -293,11 +289,7 @@ def require_parity(reference: Floats, exported: Floats, *, limit: float) -> dict
 def require_small_loss(
     reference: Floats, quantized: Floats, labels: NDArray[np.integer[Any]], *, limit: float
 ) -> dict[str, Any]:
-    """What int8 costs in accuracy, by (N, K) logits of photos with (N,) class numbers that did not calibrate it.
-
-    Raises:
-        ExportError: More than `limit`, a share: says both accuracies.
-    """
+    """What int8 costs in accuracy, at most the share `limit`, by (N, K) logits of photos that did not calibrate it."""
     was_right, is_right = reference.argmax(axis=1) == labels, quantized.argmax(axis=1) == labels
     before, after = float(was_right.mean()), float(is_right.mean())
     if before - after > limit + 1e-12:

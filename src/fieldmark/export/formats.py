@@ -160,9 +160,6 @@ def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata, *, is_pl
     """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, and so for the Hub.
 
     `model` has a `backbone` (timm, without its own head) and a `head`; `is_plain` says that the backbone is timm's.
-
-    Raises:
-        ExportError: timm's architecture cannot hold this model.
     """
     import timm
     import torch

@@ -56,11 +56,7 @@ class Decision(NamedTuple):
 
 
 class Corrections:
-    """Decisions by path, written to disk after each change. Calls from several threads are safe.
-
-    Raises:
-        DataError: The table cannot be read, is no table of corrections, or would not be read by `train`.
-    """
+    """Decisions by path, written to disk after each change. Calls from several threads are safe."""
 
     def __init__(self, file: Path) -> None:
         if file.suffix.lower() != ".csv":
@@ -80,11 +76,7 @@ class Corrections:
         return list(self._decisions)
 
     def decide(self, path: str, action: str, label: str) -> None:
-        """Decide about a photo; an earlier decision is replaced.
-
-        Raises:
-            ResourceError: The table cannot be written; the decision is not taken.
-        """
+        """Decide about a photo; an earlier decision is replaced."""
         with self._lock:
             self._write(path, Decision(action, label if action == "relabel" else ""))
 
@@ -180,11 +172,7 @@ class ReviewViews:
         }
 
     def page(self, view: str, *, which: int, offset: int, limit: int) -> dict[str, Any]:
-        """Photos of one view from row `offset` on; `which` is the number of a pair or of a class.
-
-        Raises:
-            DataError: There is no such view.
-        """
+        """Photos of one view from row `offset` on; `which` is the number of a pair or of a class."""
         rows = self._duplicates if view == "duplicates" else self._view(view, which)
         photos: list[dict[str, Any]] = []
         for position, row in enumerate(rows[offset : offset + limit], start=offset):

@@ -21,17 +21,9 @@ OpenApp = Callable[[int], "FastAPI"]
 
 
 def run_server(app: FastAPI, *, host: str, port: int, drain_seconds: int, max_connections: int) -> None:
-    """Serve until SIGINT or SIGTERM; then take no more requests, answer those in hand, and return.
+    """Serve until SIGINT or SIGTERM; then take no more requests, answer those in hand within the time, and return.
 
-    Args:
-        app: What answers.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        drain_seconds: Longest time that requests in hand may take after the signal.
-        max_connections: More connections at once are answered with 503 by uvicorn itself.
-
-    Raises:
-        ResourceError: The address cannot be listened on.
+    Port 0 takes a free one. More connections at once are answered with 503 by uvicorn itself.
     """
     import uvicorn
 
@@ -130,9 +122,6 @@ def run_on_ray(
     Every machine of the cluster with a replica listens, and hands requests to all replicas, which share the cores
     evenly. The arguments are those of `open_cluster`, `make_application` and `run_server`; without `replicas` there is
     one for each GPU, or else for each machine. `on_ready` is told what is running when requests are answered.
-
-    Raises:
-        ResourceError: There is no cluster, no room in it, Serve runs there already, or the replicas do not start.
     """
     serve = _import_serve()
     with listen(host, port) as listener:  # a port that is taken is one clear message

@@ -136,11 +136,7 @@ class PhotoService:
         await asyncio.to_thread(self._decoders.shutdown)
 
     async def answer(self, photos: Sequence[bytes], *, top: int, wants_attention: bool) -> list[PhotoAnswer]:
-        """One answer for each photo, in order.
-
-        Raises:
-            HTTPException: Too many photos are in hand, the time is up, or the server is ending.
-        """
+        """One answer for each photo, in order; refuse if too many are in hand, time is up, or the server is ending."""
         if not self._is_open:
             raise busy("the server is ending; send this request again later")
         if self.num_waiting + len(photos) > self.limits.max_queued:
@@ -217,16 +213,12 @@ class Batcher:
     While the model computes one batch, the photos that arrive wait; the next batch takes all of them, up to a limit. So
     an idle server answers at once and a busy one fills its batches.
 
-    Args:
-        answer: B pictures -> (B, K).
-        max_batch: Most pictures in a batch.
-
     Source:
         Crankshaw et al., "Clipper", arXiv:1612.03079, section 4.3.
     """
 
     def __init__(self, answer: Callable[[list[Picture]], NDArray[np.float32]], *, max_batch: int) -> None:
-        self._answer = answer
+        self._answer = answer  # B pictures -> (B, K)
         self._max_batch = max_batch
         self._waiting: deque[Waiting] = deque()
         self._arrived = asyncio.Event()
