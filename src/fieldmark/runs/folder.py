@@ -302,7 +302,10 @@ def _named(path: Path) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300] or type(error).__name__
+        if isinstance(error, OSError):
+            raise RunError(f"{path} cannot be read: {reason}") from error
+        reason = f"lacks {reason}" if isinstance(error, LookupError) else reason
         raise RunError(f"{path} {reason}: it is damaged, or another version wrote it") from error
 
 
