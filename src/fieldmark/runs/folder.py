@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,9 +91,9 @@ class _Ensemble(TypedDict, total=False):
     members: Annotated[list[_Member], Field(min_length=1)]
 
 
-class _Epoch(TypedDict):
-    epoch: int
-    val: dict[str, float]
+class _Epoch(TypedDict, total=False):
+    epoch: Required[int]
+    val: dict[str, float | None] | None
 
 
 @dataclass(frozen=True)
