@@ -57,7 +57,7 @@ def usable_cores() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks and writes: the only one, or the first of those that train together."""
+    """Whether this process reports and writes: it is the only one, or the first of those that train together."""
     from torch import distributed
 
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
@@ -88,7 +88,7 @@ def quiet_fabric() -> None:
 
 
 def processor_name() -> str:
-    """The processor's trade name, where the system tells it."""
+    """The processor's trade name, where the system knows it."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -51,7 +51,7 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
     numbers = [number for number, photo in enumerate(index.photos) if photo.label and photo.split in ("train", "")]
     sizes = _read_sizes(config, index, _spread(numbers, SIZES_READ), progress)
     if not sizes:
-        raise DataError(f"{index.root} holds no labelled photo that can be read: `fieldmark check` says why")
+        raise DataError(f"{index.root} holds no labeled photo that can be read: `fieldmark check` says why")
     num_train, num_val = len(numbers), sum(photo.split == "val" for photo in index.photos)
     if not num_val:  # its share will be taken out of training
         num_val = round(len(numbers) * config.data.val_fraction)
@@ -114,10 +114,10 @@ def _pixels(image: NDArray[np.float32], evaluation: EvalSpec) -> NDArray[np.uint
 
 
 def _draw_row(
-    place: SubFigure, title: str, photos: list[NDArray[np.uint8]], captions: list[str], *, rows: int = 1
+    part: SubFigure, title: str, photos: list[NDArray[np.uint8]], captions: list[str], *, rows: int = 1
 ) -> None:
-    place.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
-    grid = place.subplots(rows, SHOWN, squeeze=False)
+    part.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+    grid = part.subplots(rows, SHOWN, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     columns = len(photos) // rows
@@ -128,7 +128,7 @@ def _draw_row(
 
 
 def _draw_mixed(
-    place: SubFigure, given: LintInput, batch: Batch, evaluation: EvalSpec, classes: tuple[str, ...]
+    part: SubFigure, given: LintInput, batch: Batch, evaluation: EvalSpec, classes: tuple[str, ...]
 ) -> None:
     """Each method at work on the first photos, every photo from a batch (and so with a λ) of its own."""
     config, num_photos = given.config, len(batch.labels)
@@ -149,7 +149,7 @@ def _draw_mixed(
         if whole.share
         else "mixing is off (mix.share = 0); this is what it would look like"
     )
-    _draw_row(place, title, photos, captions, rows=len(whole.methods))
+    _draw_row(part, title, photos, captions, rows=len(whole.methods))
 
 
 def _mixed_label(target: NDArray[np.float32], classes: tuple[str, ...]) -> str:
@@ -157,9 +157,9 @@ def _mixed_label(target: NDArray[np.float32], classes: tuple[str, ...]) -> str:
     return "\n".join(f"{target[number]:.2f} {classes[number]}" for number in top if target[number] > 0.005)
 
 
-def _draw_curves(place: SubFigure, given: LintInput) -> None:
+def _draw_curves(part: SubFigure, given: LintInput) -> None:
     config, steps_per_epoch = given.config, given.steps_per_epoch
-    first, second, rate = place.subplots(1, 3)
+    first, second, rate = part.subplots(1, 3)
     size, spec = build.train_size(config, given.weights), build.build_mix_spec(config)
     methods: tuple[tuple[Axes, Method, tuple[float, float]], ...] = (
         (first, "mixup", config.mix.mixup_alpha),

@@ -1,4 +1,4 @@
-"""Train and resume: what happens to a run folder, and what is said of it."""
+"""Train and resume: what happens to a run folder, and what is reported of it."""
 
 from __future__ import annotations
 
