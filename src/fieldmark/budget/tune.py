@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fieldmark.budget.candidates import SMALLER, Candidate, change, round_size
 from fieldmark.budget.plan import Pace, Shape
-from fieldmark.budget.race import Course, Entry
+from fieldmark.budget.race import CPU_BATCH, Course, Entry
 from fieldmark.config import Config
 from fieldmark.models.classifier import freeze_stages
 from fieldmark.runs import build, folder
@@ -128,6 +128,8 @@ def tuning_config(config: Config, candidate: Candidate, option: Option) -> Confi
         given = getattr(config, section).model_fields_set
         wanted[section] = {name: value for name, value in values.items() if name not in given}
     wanted["train"]["epochs"] = max(round(option.epochs), 1)
+    if build.choose_device(config).value == "cpu":  # equal to one pass but for rounding, as BatchNorm is frozen
+        wanted["train"].setdefault("micro_batch_size", CPU_BATCH * torch.get_num_threads())
     return change(candidate.configure(config), wanted)
 
 
