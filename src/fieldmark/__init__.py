@@ -5,6 +5,7 @@ The public names are those in `__all__`. Each is imported when it is first asked
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from fieldmark.study.grid import choice, log_uniform, uniform
     from fieldmark.study.report import write_report
     from fieldmark.study.sweep import run_sweep, sweep
+
+# Read once, when torch is loaded. By default threads of a network spin where they meet, which on a core that another
+# program uses too costs four fifths of the speed; asleep, they lose little on a quiet machine (docs/performance.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _NAMES = {
     "config": ("Config", "load_config"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from fieldmark.budget.candidates import Candidate
 from fieldmark.budget.heads import Head, fit_head
 from fieldmark.budget.plan import Plan
 from fieldmark.config import Config
-from fieldmark.data.loader import Loader
+from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches
 from fieldmark.files import whole_or_absent
 from fieldmark.models.classifier import Classifier, fold_batchnorm
 from fieldmark.progress import Progress
@@ -28,7 +28,6 @@ from fieldmark.runs import build
 from fieldmark.runs.dataset import Dataset, EvalPhotos
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.train import StopRequest
-from fieldmark.training.evaluate import compute_features
 from fieldmark.training.metrics import log_loss
 
 FEATURES = "features"
@@ -37,7 +36,7 @@ CHUNK = 64
 """Photos between two looks at the clock."""
 
 CPU_BATCH = 8
-"""Photos per pass and core on a CPU: activations stay in its caches. Lite0 at 224 pixels: 37 photos/s of one core in
+"""Photos of a pass on a core: activations stay in its caches. Lite0 at 224 pixels: 37 photos/s of one core in
 batches of 8, 24 in batches of 32 (docs/performance.md)."""
 
 FEW_PHOTOS, MANY_FOLDS, FEW_FOLDS = 1000, 5, 3
@@ -145,14 +144,32 @@ class Course:
             self.models[key] = built
         return self.models[key]
 
-    def _extractor(self, candidate: Candidate) -> Classifier:
-        """The network in the form that computes features fastest."""
-        model = self.load_model(candidate).model
+    def _extractor(self, candidate: Candidate) -> Prepare:
+        """What prepares pictures; on a CPU their features too, since two threads with a network each never wait.
+
+        With both threads in one network they meet at every layer, which on a busy machine costs most of the time.
+        """
+        built = self.load_model(candidate)
+        pictures = EvalPhotos(
+            build.build_reader(self.config, self.dataset.index),
+            build.build_eval_spec(candidate.configure(self.config), built.data),
+            keeps_broken=False,
+        )
         if self.fabric.device.type != "cpu":
-            return model
+            return pictures
         if candidate.backbone.name not in self.folded:
-            self.folded[candidate.backbone.name] = fold_batchnorm(model, size=candidate.size)
-        return self.folded[candidate.backbone.name]
+            self.folded[candidate.backbone.name] = fold_batchnorm(built.model, size=candidate.size)
+        model = self.folded[candidate.backbone.name]
+        return lambda numbers, epoch: join_batches(
+            [self._compute(model, pictures(few, epoch)) for few in cut_plan(numbers, CPU_BATCH)]
+        )
+
+    def _compute(self, model: Classifier, batch: Batch) -> Batch:
+        """The batch with (B, F, 1, 1) features in place of its pictures."""
+        images = batch.images.to(self.fabric.device).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), self.fabric.autocast():
+            features = model.features(images).float().cpu()
+        return replace(batch, images=features[:, :, None, None])
 
     def collect_features(self, candidate: Candidate, numbers: Numbers, *, deadline: float = math.inf) -> Features:
         """Features of at least the first of `numbers`: of as many as are done by `deadline`, in elapsed seconds."""
@@ -162,24 +179,17 @@ class Course:
             return known
         parts = [known.values] if len(known.numbers) else []
         done, seconds = [known.numbers], known.seconds
-        built, model = self.load_model(candidate), self._extractor(candidate)
-        prepare = EvalPhotos(
-            build.build_reader(self.config, self.dataset.index),
-            build.build_eval_spec(candidate.configure(self.config), built.data),
-            keeps_broken=False,
-        )
-        size = CPU_BATCH * torch.get_num_threads() if self.fabric.device.type == "cpu" else CHUNK
         self.log.start(len(missing), 0)
         with Loader(workers=0, threads=usable_cores()) as loader:
+            prepare = self._extractor(candidate)
             for start in range(0, len(missing), CHUNK):
                 began = time.perf_counter()
                 chunk = np.sort(missing[start : start + CHUNK])
-                batches = [chunk[first : first + size].tolist() for first in range(0, len(chunk), size)]
-                values, order = compute_features(
-                    self.fabric, model, loader.batches(prepare, batches, epoch=0), channels_last=True
-                )
-                parts.append(values.numpy())
-                done.append(order.numpy())
+                (batch,) = loader.batches(prepare, [chunk.tolist()], epoch=0)
+                if self.fabric.device.type != "cpu":
+                    batch = self._compute(self.load_model(candidate).model, batch)
+                parts.append(batch.images.flatten(1).numpy())
+                done.append(batch.numbers.numpy())
                 seconds += time.perf_counter() - began
                 self.log.advance(len(chunk))
                 if self.plan.elapsed > deadline or self.stop:
