@@ -98,14 +98,7 @@ class Matched(NamedTuple):
 
 
 class PhotoCache:
-    """Cached photos by number. Picklable; any number of threads and processes may read at once.
-
-    Args:
-        files: N originals, absolute.
-        matched: Where the cached photos are.
-        is_jpeg: Whether cached photos are JPEG files, else pixels.
-        identity: Of the cache that this is a copy of, "" for a new one.
-    """
+    """Cached photos by number. Picklable, as copies of one `identity`; any threads and processes may read at once."""
 
     def __init__(self, files: Sequence[Path], matched: Matched, is_jpeg: bool, identity: str = "") -> None:
         identity = identity or uuid.uuid4().hex
@@ -122,13 +115,9 @@ class PhotoCache:
         return self._matched.count()
 
     def get(self, number: int) -> Pixels | None:
-        """One cached photo, or None where the original must be decoded.
+        """(H, W, 3) uint8, writable: one whole upright photo, with the short side of the cache or its own if smaller.
 
-        None means: not cached, the original has changed or vanished since, or the cached copy is damaged.
-
-        Returns:
-            (H, W, 3) uint8, writable and the caller's own; the whole upright photo, with the short side of the cache or
-            the photo's own if that is smaller.
+        None where the original must be decoded: it is not cached, has changed or vanished, or the copy is damaged.
         """
         pack = int(self._matched.pack_of[number])
         if pack < 0 or self._reader.checked[number] == _DAMAGED:
@@ -218,9 +207,8 @@ def open_cache(
     Args:
         files: N originals. Their common folder names the cache, so keep handing in the whole data set.
         sizes: (N, 2) upright width and height; 0 for broken photos.
-        mode: `uint8` keeps pixels, `jpeg` JPEGs of quality 90, `off` nothing. `auto` is `uint8` if it fits
-            `disk_gigabytes`, half the free disk and half of this machine's memory; else `jpeg` if that fits the disk;
-            else `off`.
+        mode: `uint8` keeps pixels, `jpeg` JPEGs, `off` nothing; `auto` is the first of them that fits `disk_gigabytes`,
+            half the free disk and, as pixels, half of this machine's memory.
         short_side: Of a cached photo, in pixels; photos are never enlarged.
         folder: Where caches are kept.
         disk_gigabytes: The most that this data set's cache may take, in 10^9 bytes.
@@ -338,50 +326,43 @@ def reduce_photo(pixels: Pixels, short_side: int) -> Pixels:
     return cv2.merge([*planes])  # pyright: ignore[reportReturnType]  # 25 times as fast as numpy's transposed copy
 
 
+@dataclass(frozen=True)
 class CacheFolder:
-    """The photos of one data set in one form, on disk.
+    """The photos of one data set in one form, on disk."""
 
-    Args:
-        files: N originals, absolute.
-        folder: Where their packs are.
-        preset: Their form.
-    """
-
-    def __init__(self, files: Sequence[Path], folder: Path, preset: Preset) -> None:
-        self._files = files
-        self._folder = folder
-        self._preset = preset
+    files: Sequence[Path]  # N originals, absolute
+    folder: Path  # of their packs
+    preset: Preset
 
     def match(self) -> Matched:
         """What is there of the photos as they are now."""
-        packs = load_packs(self._folder)
+        packs = load_packs(self.folder)
         rows = np.concatenate([*packs.values(), np.zeros(1, ROW)])  # the last is that of photos that are not there
         pack_of = np.repeat([*range(len(packs)), -1], [*map(len, packs.values()), 1])
         places = {key: place for place, key in enumerate(rows["key"].tolist())}
-        found = [places.get(_key(file), -1) for file in self._files]
+        found = [places.get(_key(file), -1) for file in self.files]
         return Matched(rows[found], pack_of[found], list(packs))
 
     def fill(self, *, room_bytes: int, threads: int, progress: Progress) -> tuple[str, list[PhotoError]]:
         """Write the photos that are missing, as far as there is room, waiting while another process does.
 
-        Returns:
-            What kept it from being complete ("" for nothing), and what is wrong with broken photos.
+        Returns what kept it from being complete ("" for nothing), and what is wrong with broken photos.
         """
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with exclusive_lock(
-                self._folder / "writing.lock",
+                self.folder / "writing.lock",
                 busy="another process has been writing it for more than an hour",
                 wait_seconds=_WAIT_SECONDS,
                 on_wait=lambda: progress.message("cache: another process is writing it; waiting until it is done"),
             ):
-                clean(self._folder)
+                clean(self.folder)
                 return self._write_missing(room_bytes, threads, progress)
         except RunError as error:
             return str(error), []
         except OSError as error:
             is_full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-            why = f"{self._folder} cannot be written: {error.strerror or error}"
+            why = f"{self.folder} cannot be written: {error.strerror or error}"
             return "the disk is full" if is_full else why, []
 
     def _write_missing(self, room_bytes: int, threads: int, progress: Progress) -> tuple[str, list[PhotoError]]:
@@ -389,8 +370,8 @@ class CacheFolder:
         missing = np.flatnonzero(matched.pack_of < 0).tolist()
         room = room_bytes - self._make_room(matched, room_bytes)
         broken: list[PhotoError] = []
-        progress.start(len(self._files), len(self._files) - len(missing))
-        with PackWriter(self._folder) as writer:
+        progress.start(len(self.files), len(self.files) - len(missing))
+        with PackWriter(self.folder) as writer:
             for made in map_in_threads(self._make, missing, threads):
                 if isinstance(made, PhotoError):
                     broken.append(made)
@@ -405,9 +386,9 @@ class CacheFolder:
     def _make(self, number: int) -> tuple[bytes, int, int, bytes | memoryview] | PhotoError | None:
         """One photo's key and content; None if it vanished at that moment."""
         # Taken first: a file that changes while it is read is kept under a key that will not be asked for again.
-        key = _key(self._files[number])
+        key = _key(self.files[number])
         try:
-            made = self._preset.make(self._files[number])
+            made = self.preset.make(self.files[number])
         except PhotoError as error:
             return error
         return (key, *made) if key else None

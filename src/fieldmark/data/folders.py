@@ -11,7 +11,8 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,38 @@ SYSTEM_NAMES = frozenset(
 )
 # Pillow has no decoder for the first four; the others are drawings, for which it starts another program.
 NOT_PHOTOS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF", "EMF"})
-HEIF_EXTENSIONS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
-JXL_EXTENSIONS = frozenset({".jxl"})
 _RAW = "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mrw nef nrw orf pef raf rw2 rwl sr2 srf srw x3f"
 RAW_EXTENSIONS = frozenset(f".{name}" for name in _RAW.split())
+_OTHER_EXTENSIONS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl"})
 _RUN_FILES = frozenset({"split.csv", "environment.json", "metrics.jsonl", "summary.json", "last.pt"})
 _OUTPUT_MARKS = frozenset({"fieldmark.json", "ensemble.json", "evaluation.json", "CACHEDIR.TAG"})
 _OUTPUT_PICTURES = frozenset({"preview.png", "confusion.png", "calibration.png", "training.png", "predictions.png"})
+_OUTPUT_FOLDER = "folder written by Fieldmark"
+_SPELLINGS = {"train": "train training", "val": "val valid validation validate dev", "test": "test testing"}
+_SPLIT_WORDS = {word: split for split, words in _SPELLINGS.items() for word in words.split()}
+_FILLERS = "dataset|data|set|images|image|imgs|photos|pictures|split"
+_NUMBERED = re.compile(r"(fold|split|set|part|batch)[\W_]*\w{0,2}", re.IGNORECASE)
+
+Node = tuple[int, int]  # device and number of a folder
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """One photo of a data set."""
+
+    path: str  # relative to the data set's root, "/" on every system; the photo's identity in every table
+    label: str | None  # class name; None for unlabeled photos
+    split: str  # train, val, test; "" while no split is decided
+    group: str  # what must not cross a split; "" for none
+
+
+class Listing(NamedTuple):
+    """Everything that is said about photos below one folder, in no stated order."""
+
+    root: Path
+    photos: list[Photo]
+    ignored: dict[str, int]
+    layout: str  # how it was read, as a sentence without its period
 
 
 @functools.cache
@@ -36,13 +62,13 @@ def photo_extensions() -> frozenset[str]:
     """List the extensions of photos, in lower case with their dot: `.jpg`, `.png`, ...
 
     Those of HEIC, JPEG XL and cameras' raw files belong to them whether they can be read here or not: a photo that
-    cannot be read is said, not passed over.
+    cannot be read is reported, not passed over.
     """
     from PIL import Image
 
     extensions = Image.registered_extensions()
     names = {name for name, kind in extensions.items() if kind in Image.OPEN and kind not in NOT_PHOTOS}
-    return frozenset(names) | HEIF_EXTENSIONS | JXL_EXTENSIONS | RAW_EXTENSIONS
+    return frozenset(names) | RAW_EXTENSIONS | _OTHER_EXTENSIONS
 
 
 def natural_key() -> Callable[[str], Any]:
@@ -63,11 +89,8 @@ def find_photos(root: Path) -> tuple[list[str], Counter[str]]:
     """Walk `root` and list its photos.
 
     Links to files and folders are followed, except a link to a folder that it lies in. A link to nothing or to itself
-    whose name is a photo's counts as a photo: whoever opens it will say that it is missing, rather than nobody. What
-    Fieldmark wrote (run folders, exports, reports, caches) is skipped.
-
-    Args:
-        root: An existing folder.
+    whose name is a photo's counts as a photo: opening it will say that it is missing. What Fieldmark wrote (run
+    folders, exports, reports, caches) is skipped.
 
     Returns:
         Paths of photos relative to `root`, with "/", in natural order; and a count of files and folders skipped for
@@ -76,10 +99,9 @@ def find_photos(root: Path) -> tuple[list[str], Counter[str]]:
     Raises:
         DataError: A folder cannot be listed.
     """
-    photos: list[str] = []
-    ignored: Counter[str] = Counter()
-    _walk(root, "", (), photos, ignored)
-    return sorted(photos, key=natural_key()), ignored
+    found = list(_walk(root, "", ()))
+    photos = sorted((path for path, reason in found if not reason), key=natural_key())
+    return photos, Counter(reason for _, reason in found if reason)
 
 
 def is_photo_path(path: str) -> bool:
@@ -93,11 +115,7 @@ def is_skipped(path: str) -> bool:
 
 
 def require_photos(path: Path, names: Sequence[str], ignored: Mapping[str, int]) -> None:
-    """Check that a walk found photos.
-
-    Raises:
-        DataError: It did not; says what there is instead.
-    """
+    """Check that a walk found photos; the DataError says what there is instead."""
     if names:
         return
     if not ignored:
@@ -112,9 +130,8 @@ def quote(names: Sequence[str], most: int = 3) -> str:
     return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
-def _walk(
-    folder: Path, prefix: str, above: tuple[tuple[int, int], ...], photos: list[str], ignored: Counter[str]
-) -> None:
+def _walk(folder: Path, prefix: str, above: tuple[Node, ...]) -> Iterator[tuple[str, str]]:
+    """Yield each file's relative path, or a skipped folder's, and why it is no photo: "" for photos."""
     try:
         info = folder.stat()
         with os.scandir(folder) as listing:
@@ -125,27 +142,21 @@ def _walk(
         ) from None
     inside = (*above, (info.st_dev, info.st_ino))
     names = frozenset(entry.name for entry in entries)
-    if above and _is_output(names):
-        ignored["folder written by Fieldmark"] += 1
+    is_run = "recipe.toml" in names and not names.isdisjoint(_RUN_FILES)
+    if above and (is_run or not names.isdisjoint(_OUTPUT_MARKS)):
+        yield prefix, _OUTPUT_FOLDER
         return
     if above and not entries:
-        ignored["empty folder"] += 1
+        yield prefix, "empty folder"
     for entry in entries:
         reason = _reason_to_skip(entry, inside, names)
-        if reason:
-            ignored[reason] += 1
-        elif os.path.isdir(entry.path):  # noqa: PTH112, entry.is_dir() raises for a link to itself
-            _walk(folder / entry.name, f"{prefix}{entry.name}/", inside, photos, ignored)
+        if not reason and os.path.isdir(entry.path):  # noqa: PTH112, entry.is_dir() raises for a link to itself
+            yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", inside)
         else:
-            photos.append(prefix + entry.name)
+            yield prefix + entry.name, reason
 
 
-def _is_output(names: frozenset[str]) -> bool:
-    """Whether a folder that holds these names is a run, an export, an evaluation or a cache."""
-    return ("recipe.toml" in names and not names.isdisjoint(_RUN_FILES)) or not names.isdisjoint(_OUTPUT_MARKS)
-
-
-def _reason_to_skip(entry: os.DirEntry[str], inside: tuple[tuple[int, int], ...], names: frozenset[str]) -> str:
+def _reason_to_skip(entry: os.DirEntry[str], inside: tuple[Node, ...], names: frozenset[str]) -> str:
     """Why an entry among `names` is neither a photo nor a folder to look into; "" if it is one of them."""
     if entry.name.startswith("."):
         return "hidden"
@@ -159,14 +170,19 @@ def _reason_to_skip(entry: os.DirEntry[str], inside: tuple[tuple[int, int], ...]
         if (info.st_dev, info.st_ino) in inside:
             return "link to a folder that it lies in"
         is_report = entry.name.endswith("_files") and f"{entry.name.removesuffix('_files')}.md" in names
-        return "folder written by Fieldmark" if is_report else ""
+        return _OUTPUT_FOLDER if is_report else ""
     if not stat.S_ISREG(info.st_mode):
         return "not a regular file"
     if not _is_photo_name(entry.name):
         return "not a photo"
     if entry.name in _OUTPUT_PICTURES and _is_chart(entry.path):
         return "picture written by Fieldmark"
-    return "raw file of a photo that is there" if _is_developed(entry.name, names) else ""
+    stem, extension = os.path.splitext(entry.name)  # noqa: PTH122
+    if extension.lower() in RAW_EXTENSIONS and not names.isdisjoint(
+        {stem + e for e in (".jpg", ".JPG", ".jpeg", ".JPEG")}
+    ):
+        return "raw file of a photo that is there"  # cameras that write both leave them side by side
+    return ""
 
 
 def _is_photo_name(name: str) -> bool:
@@ -179,48 +195,6 @@ def _is_chart(path: str) -> bool:
             return b"Software\0Matplotlib" in file.read(200)
     except OSError:
         return False
-
-
-def _is_developed(name: str, names: frozenset[str]) -> bool:
-    """Whether a camera's raw file has its JPEG beside it, as cameras that write both leave them."""
-    stem, extension = os.path.splitext(name)  # noqa: PTH122
-    if extension.lower() not in RAW_EXTENSIONS:
-        return False
-    return any(stem + other in names for other in (".jpg", ".JPG", ".jpeg", ".JPEG"))
-
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "validate": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
-_FILLERS = "dataset|data|set|images|image|imgs|photos|pictures|split"
-_NUMBERED = re.compile(r"(fold|split|set|part|batch)[\W_]*\w{0,2}", re.IGNORECASE)
-
-
-class Row(NamedTuple):
-    """What is said about one photo."""
-
-    path: str
-    label: str | None
-    split: str
-    group: str
-
-
-class Listing(NamedTuple):
-    """Everything that is said about photos below one folder, in no stated order."""
-
-    root: Path
-    rows: list[Row]
-    ignored: dict[str, int]
-    layout: str
-    """How it was read, as a sentence without its period."""
 
 
 def split_of(name: str) -> str:
@@ -237,51 +211,38 @@ def read_folder(root: Path) -> Listing:
     """
     names, ignored = find_photos(root)
     require_photos(root, names, ignored)
-    folders = {name: split for name in _folders(names) if (split := split_of(name))}
-    if _has_splits(root, names, folders):
-        rows = _rows_of_splits(root, names, folders, ignored)
-        layout = "read as splits: " + ", ".join(
-            f"{split} from {folder}/"
-            for split in ("train", "val", "test")
-            for folder in folders
-            if folders[folder] == split
-        )
+    inner: dict[str, dict[str, None]] = {}  # each folder, and the folders in it that hold photos at any depth
+    for parts in (name.split("/", 2) for name in names if "/" in name):
+        inner.setdefault(parts[0], {}).update(dict.fromkeys(parts[1:-1]))
+    folders = {name: list(found) for name, found in inner.items()}
+    splits = {name: split for name in folders if (split := split_of(name))}
+    if _has_splits(root, names, folders, splits):
+        photos = _read_splits(root, names, splits, ignored)
+        ranked = sorted(splits.items(), key=lambda pair: list(_SPELLINGS).index(pair[1]))
+        layout = "read as splits: " + ", ".join(f"{split} from {folder}/" for folder, split in ranked)
     else:
-        rows = _rows_of_classes(root, names, "", ignored)
-        _refuse_wrapped(root, names)
-        _refuse_unknown_splits(root, names)
-        layout = f"read as one class per folder{_doubt(names, folders)}"
-    return Listing(root, rows, dict(+ignored), layout)
+        photos = _read_classes(root, names, "", ignored)
+        _refuse_wrapped(root, folders)
+        _refuse_unknown_splits(root, names, folders)
+        layout = f"read as one class per folder{_other_reading(folders, splits)}"
+    return Listing(root, photos, dict(+ignored), layout)
 
 
-def _folders(names: Iterable[str]) -> list[str]:
-    """First folder of each path that has one, in order, each once."""
-    return list(dict.fromkeys(name.split("/", 1)[0] for name in names if "/" in name))
-
-
-def _inner_folders(names: Sequence[str]) -> dict[str, list[str]]:
-    """Folders within each first folder that hold photos, at any depth."""
-    inner: dict[str, dict[str, None]] = {name: {} for name in _folders(names)}
-    for name in names:
-        parts = name.split("/", 2)
-        if len(parts) == 3:
-            inner[parts[0]][parts[1]] = None
-    return {name: list(found) for name, found in inner.items()}
-
-
-def _has_splits(root: Path, names: Sequence[str], folders: Mapping[str, str]) -> bool:
+def _has_splits(
+    root: Path, names: Sequence[str], folders: Mapping[str, Sequence[str]], splits: Mapping[str, str]
+) -> bool:
     """Whether the folders named train, val and test are splits rather than classes that happen to be called so."""
-    others = [name for name in _folders(names) if name not in folders]
+    others = [name for name in folders if name not in splits]
     if not others:
-        return bool(folders)
-    train = [name for name in names if folders.get(name.split("/", 1)[0]) == "train"]
+        return bool(splits)
+    train = [name for name in names if splits.get(name.split("/", 1)[0]) == "train"]
     if not train or any(name.count("/") < 2 for name in train):
         return False
-    inner = _inner_folders(names)
-    classes = {name for folder, split in folders.items() if split == "train" for name in inner[folder]}
-    if any(classes.intersection(inner[folder]) for folder, split in folders.items() if split != "train"):
+    trained = [folder for folder, split in splits.items() if split == "train"]
+    classes = {name for folder in trained for name in folders[folder]}
+    if any(classes.intersection(folders[folder]) for folder in splits if folder not in trained):
         return True
-    first = next(folder for folder, split in folders.items() if split == "train")
+    first = trained[0]
     outside = sum(name.split("/", 1)[0] in others for name in names)
     raise DataError(
         f"{root} can be read in two ways: {first}/ as the photos to train on, with the classes "
@@ -291,39 +252,37 @@ def _has_splits(root: Path, names: Sequence[str], folders: Mapping[str, str]) ->
     )
 
 
-def _rows_of_splits(root: Path, names: Sequence[str], folders: Mapping[str, str], ignored: Counter[str]) -> list[Row]:
+def _read_splits(root: Path, names: Sequence[str], splits: Mapping[str, str], ignored: Counter[str]) -> list[Photo]:
     by_split: dict[str, str] = {}
-    for folder, split in folders.items():
+    photos: list[Photo] = []
+    for folder, split in splits.items():
         if by_split.setdefault(split, folder) != folder:
             raise DataError(f"{root} has both {by_split[split]}/ and {folder}/ with photos: keep one of them")
-    rows: list[Row] = []
-    for folder, split in folders.items():
         inside = [name for name in names if name.startswith(f"{folder}/")]
         if split == "test":
-            rows += [Row(name, None, split, "") for name in inside if name.count("/") == 1]
+            photos += [Photo(name, None, split, "") for name in inside if name.count("/") == 1]
             inside = [name for name in inside if name.count("/") > 1]
-        rows += _rows_of_classes(root, inside, split, ignored) if inside else []
-    ignored["photo beside the split folders"] += sum(name.split("/", 1)[0] not in folders for name in names)
-    return rows
+        photos += _read_classes(root, inside, split, ignored) if inside else []
+    ignored["photo beside the split folders"] += sum(name.split("/", 1)[0] not in splits for name in names)
+    return photos
 
 
-def _rows_of_classes(root: Path, names: Sequence[str], split: str, ignored: Counter[str]) -> list[Row]:
-    """Photos labelled by the folder below `root`, or below the split's folder; strays beside them are counted."""
+def _read_classes(root: Path, names: Sequence[str], split: str, ignored: Counter[str]) -> list[Photo]:
+    """Photos labeled by the folder below `root`, or below the split's folder; strays beside them are counted."""
     depth = 1 if split else 0
-    rows = [Row(name, name.split("/")[depth], split, "") for name in names if name.count("/") > depth]
+    photos = [Photo(name, name.split("/")[depth], split, "") for name in names if name.count("/") > depth]
     strays = [name for name in names if name.count("/") <= depth]
-    if not rows:
+    if not photos:
         raise DataError(
             f"{root}: no class folders{f' in the {split} folder' if split else ''}, only photos, such as "
             f"{quote(strays, 1)}. Put each photo into a folder named for its class, as in robin/1.jpg"
         )
     ignored["photo beside the class folders"] += len(strays)
-    return rows
+    return photos
 
 
-def _refuse_wrapped(root: Path, names: Sequence[str]) -> None:
+def _refuse_wrapped(root: Path, folders: Mapping[str, Sequence[str]]) -> None:
     """A download that unpacks to one folder around the data set is not a data set of one class."""
-    folders = _inner_folders(names)
     if len(folders) != 1:
         return
     [(folder, within)] = folders.items()
@@ -336,30 +295,30 @@ def _refuse_wrapped(root: Path, names: Sequence[str]) -> None:
         )
 
 
-def _refuse_unknown_splits(root: Path, names: Sequence[str]) -> None:
+def _refuse_unknown_splits(root: Path, names: Sequence[str], folders: Mapping[str, Sequence[str]]) -> None:
     """Folders such as seg_train/ and seg_test/, or fold1/ and fold2/, are hardly classes."""
-    inner = _inner_folders(names)
-    if len(inner) < 2 or not all(inner.values()) or any(name.count("/") == 1 for name in names):
+    if len(folders) < 2 or not all(folders.values()) or any(name.count("/") == 1 for name in names):
         return
-    words = [{word for word in re.findall("[a-z]+", name.lower()) if word in _SPLIT_WORDS} for name in inner]
+    words = [{word for word in re.findall("[a-z]+", name.lower()) if word in _SPLIT_WORDS} for name in folders]
     has_words = all(words) and any(_SPLIT_WORDS[word] == "train" for found in words for word in found)
-    if has_words or (all(_NUMBERED.fullmatch(name) for name in inner) and len(_shared(inner)) > 1):
+    if has_words or (all(_NUMBERED.fullmatch(name) for name in folders) and len(_shared(folders)) > 1):
         raise DataError(
-            f"{root} can be read in two ways: {quote(list(inner))} as classes, or as parts of a data set with the "
-            f"classes {quote(list(next(iter(inner.values()))))}. For the first, put them into one folder named "
+            f"{root} can be read in two ways: {quote(list(folders))} as classes, or as parts of a data set with the "
+            f"classes {quote(next(iter(folders.values())))}. For the first, put them into one folder named "
             "train; for the second, name them train, val and test"
         )
 
 
-def _shared(inner: Mapping[str, Sequence[str]]) -> set[str]:
-    return set.intersection(*map(set, inner.values())) if len(inner) > 1 else set()
+def _shared(folders: Mapping[str, Sequence[str]]) -> set[str]:
+    """Names of folders that are in each of several folders."""
+    return set.intersection(*map(set, folders.values())) if len(folders) > 1 else set()
 
 
-def _doubt(names: Sequence[str], folders: Mapping[str, str]) -> str:
+def _other_reading(folders: Mapping[str, Sequence[str]], splits: Mapping[str, str]) -> str:
     """What else the class folders could be, for the layout's sentence."""
-    if folders:
-        return f"; {quote(list(folders))} too {'is a class' if len(folders) == 1 else 'are classes'}"
-    shared = _shared(_inner_folders(names))
+    if splits:
+        return f"; {quote(list(splits))} too {'is a class' if len(splits) == 1 else 'are classes'}"
+    shared = _shared(folders)
     if len(shared) < 2:
         return ""
     return f"; each holds {quote(sorted(shared))}: if those are the classes, name the outer folders train, val, test"

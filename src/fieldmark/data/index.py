@@ -13,14 +13,14 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fieldmark.data.folders import (
     Listing,
-    Row,
+    Photo,
     find_photos,
     natural_key,
     photo_extensions,
@@ -37,45 +37,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-
 SPLITS = ("train", "val", "test")
-SPLIT_COLUMNS = ("path", "label", "split", "group")
+SPLIT_COLUMNS = tuple(field.name for field in fields(Photo))
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"})
-
-
-@dataclass(frozen=True, slots=True)
-class Photo:
-    """One photo of an index."""
-
-    path: str
-    """Relative to the index's root, "/" on every system; the photo's identity in every table."""
-
-    label: str | None
-    """Class name; None for unlabelled photos."""
-
-    split: str
-    """train, val, test; "" while no split is decided."""
-
-    group: str
-    """What must not cross a split; "" for none."""
 
 
 @dataclass(frozen=True)
 class PhotoIndex:
-    """The photos of a data set. A photo's number is its place in `photos`."""
+    """The photos of a data set. A photo's number is its index in `photos`."""
 
     root: Path
-    photos: tuple[Photo, ...]
-    """In natural order of path."""
-
-    classes: tuple[str, ...]
-    """Names in natural order ("2" before "10"), over all splits. A class's number is its place here."""
-
-    ignored: Mapping[str, int]
-    """Reason -> count of files, folders and rows that were skipped."""
-
-    layout: str = ""
-    """How folders or a table were read, where they were."""
+    photos: tuple[Photo, ...]  # in natural order of path
+    classes: tuple[str, ...]  # in natural order ("2" before "10"), over all splits; a class's number is its index here
+    ignored: Mapping[str, int]  # reason -> count of files, folders and rows that were skipped
+    layout: str = ""  # how folders or a table were read
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -108,9 +83,8 @@ class PhotoIndex:
     def describe(self) -> str:
         """Say how the data were read, and what was skipped of them."""
         skipped = ", ".join(f"{reason} ({count})" for reason, count in self.ignored.items())
-        return "; ".join(
-            [*([self.layout] if self.layout else []), f"skipped: {skipped}" if skipped else "nothing skipped"]
-        )
+        layout = f"{self.layout}; " if self.layout else ""
+        return layout + (f"skipped: {skipped}" if skipped else "nothing skipped")
 
     def fingerprint(self) -> str:
         """64 hex digits over path, label, split and size in bytes of every photo (-1 where the file is gone)."""
@@ -120,8 +94,8 @@ class PhotoIndex:
                 num_bytes = file.stat().st_size
             except OSError:
                 num_bytes = -1
-            fields = (photo.path, repr(photo.label), photo.split, str(num_bytes))
-            digest.update("\0".join(fields).encode("utf-8", errors="surrogateescape") + b"\0")
+            values = (photo.path, repr(photo.label), photo.split, str(num_bytes))
+            digest.update("\0".join(values).encode("utf-8", errors="surrogateescape") + b"\0")
         return digest.hexdigest()
 
 
@@ -152,18 +126,20 @@ def load_index(
     elif path.suffix.lower() in ARCHIVE_SUFFIXES:
         raise DataError(f"{path} is an archive. Unpack it, and give the folder that it becomes")
     else:
-        listing = read_listing(
-            path.parent,
-            read_table(path),
-            path_column=path_column,
-            label_column=label_column,
-            split_column=split_column,
-            group_column=group_column,
-        )
+        table = read_table(path)
+        labels = table.column(label_column, setting="data.label_column")
+        splits = [_read_split(table, row, value) for row, value in enumerate(table.optional_column(split_column))]
+        groups = table.optional_column(group_column, is_text=False)
+        paths = table.column(path_column, setting="data.path_column", is_text=False)
+        root, names = _Paths(path.parent, table).resolve(paths)
+        photos, ignored = _read_rows(table, label_column, zip(names, labels, splits, groups, strict=True))
+        has_split = "its splits" if any(splits) else "no splits"
+        layout = f"read as a table: path from {path_column!r}, class from {label_column!r}, {has_split}"
+        listing = Listing(root, photos, ignored, layout)
     key = natural_key()
-    photos = tuple(Photo(*row) for row in sorted(listing.rows, key=lambda row: key(row.path)))
-    classes = _classes(photos)
+    classes = _list_classes(listing.photos)
     _refuse_unreadable_names(listing.root, classes)
+    photos = tuple(sorted(listing.photos, key=lambda photo: key(photo.path)))
     return PhotoIndex(listing.root, photos, classes, listing.ignored, listing.layout)
 
 
@@ -205,8 +181,9 @@ def save_split_table(index: PhotoIndex, path: Path) -> None:
     Raises:
         ResourceError: The disk is full, or the folder not writable or not there.
     """
-    rows = [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]
-    write_csv(path, SPLIT_COLUMNS, rows)
+    write_csv(
+        path, SPLIT_COLUMNS, [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]
+    )
 
 
 def load_split_table(path: Path, root: Path) -> PhotoIndex:
@@ -221,14 +198,14 @@ def load_split_table(path: Path, root: Path) -> PhotoIndex:
     unknown = sorted({photo.split for photo in photos} - {*SPLITS, ""})
     if unknown:
         raise DataError(f"{path}: {unknown[0]!r} is not a split; use train, val or test")
-    return PhotoIndex(root, tuple(photos), _classes(photos), {})
+    return PhotoIndex(root, tuple(photos), _list_classes(photos), {})
 
 
 def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
     """Relabel and drop photos as a review decided.
 
     Args:
-        index: What to correct. Classes keep their place even if a class loses its last photo.
+        index: What to correct. Classes keep their number even if a class loses its last photo.
         table: CSV or Parquet with the columns path, action (keep, relabel or drop) and label (for relabel).
 
     Raises:
@@ -243,7 +220,7 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
         path = given if given in known else composed.get(_compose(given.replace("\\", "/")), given)
         where = content.where(row)
         if path not in known:
-            raise DataError(f"{where}: there is no photo {path!r} in {index.root}{did_you_mean(str(path), known)}")
+            raise DataError(f"{where}: there is no photo {path!r} in {index.root}{did_you_mean(path, known)}")
         if action not in ("keep", "relabel", "drop"):
             raise DataError(f"{where}: {path!r} has the action {action!r}; use keep, relabel or drop")
         if action == "relabel" and label not in index.classes:
@@ -252,47 +229,19 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
         decision = (action, label if action == "relabel" else "")
         if decisions.setdefault(path, decision) != decision:
             raise DataError(f"{where}: there are two decisions about {path!r}. Keep one of the rows")
-    photos: list[Photo] = []
-    for photo in index.photos:
-        action, label = decisions.get(photo.path, ("keep", ""))
-        if action != "drop":
-            photos.append(replace(photo, label=label) if action == "relabel" else photo)
+    decided = [(photo, *decisions.get(photo.path, ("keep", ""))) for photo in index.photos]
+    photos = [
+        replace(photo, label=label) if action == "relabel" else photo
+        for photo, action, label in decided
+        if action != "drop"
+    ]
     ignored = Counter(index.ignored)
     ignored["dropped by corrections"] += len(index.photos) - len(photos)
     return replace(index, photos=tuple(photos), ignored=dict(+ignored))
 
 
-def _classes(photos: Iterable[Photo]) -> tuple[str, ...]:
+def _list_classes(photos: Iterable[Photo]) -> tuple[str, ...]:
     return tuple(sorted({photo.label for photo in photos if photo.label is not None}, key=natural_key()))
-
-
-def read_listing(
-    folder: Path, table: Table, *, path_column: str, label_column: str, split_column: str, group_column: str | None
-) -> Listing:
-    """Read class, split and group of the photos that a table names.
-
-    Raises:
-        DataError: A column is missing, a row says too little, two rows contradict each other, or files are missing.
-    """
-    labels = table.column(label_column, setting="data.label_column")
-    splits = [_read_split(table, row, value) for row, value in enumerate(table.optional_column(split_column))]
-    groups = table.optional_column(group_column, is_text=False)
-    paths = table.column(path_column, setting="data.path_column", is_text=False)
-    root, names = _resolve(folder, table, paths)
-    rows: dict[str, Row] = {}
-    for number, fields in enumerate(zip(names, labels, splits, groups, strict=True)):
-        name, label, split, _ = fields
-        if not label.strip() and split != "test":
-            raise DataError(
-                f"{table.where(number)}: {name!r} has an empty {label_column!r}. Name its class; only test photos may "
-                "have none"
-            )
-        row = Row(*fields)._replace(label=label if label.strip() else None)
-        _refuse_contradiction(table, number, rows.setdefault(name, row), row)
-    ignored = {"row that repeats another": len(names) - len(rows)} if len(rows) < len(names) else {}
-    has_split = "its splits" if any(splits) else "no splits"
-    layout = f"read as a table: path from {path_column!r}, class from {label_column!r}, {has_split}"
-    return Listing(root, list(rows.values()), ignored, layout)
 
 
 def _read_split(table: Table, row: int, value: str) -> str:
@@ -303,104 +252,115 @@ def _read_split(table: Table, row: int, value: str) -> str:
     return split
 
 
-def _resolve(folder: Path, table: Table, paths: Sequence[str]) -> tuple[Path, list[str]]:
-    """Root and relative names of a table's photos. The root is the table's folder unless a photo lies elsewhere."""
-    if not paths:
-        raise DataError(f"{table.name} has no rows. Each row names one photo")
-    base = os.path.normpath(folder.absolute())
-    names_in = functools.cache(_names_in)
-    full: list[str] = []
-    missing: list[int] = []
-    for row, path in enumerate(paths):
-        whole = _resolve_one(base, table, row, path)
-        found = whole if os.path.isfile(whole) else _find_spelling(whole, names_in)  # noqa: PTH113, for every photo
-        if found is None:
-            missing.append(row)
-        full.append(found or whole)
-    if missing:
-        raise DataError(_missing_problem(table, paths, full, missing, folder, names_in))
-    if all(_is_inside(path, base) for path in full):
-        root = folder
-    else:
-        try:
-            base = os.path.commonpath([os.path.dirname(path) for path in full])  # noqa: PTH120
-        except ValueError:
-            raise DataError(f"{table.name}: the photos lie on more than one drive. Bring them to one") from None
-        root = Path(base)
-    return root, [os.path.relpath(path, base).replace(os.sep, "/") for path in full]
+def _read_rows(
+    table: Table, label_column: str, rows: Iterable[tuple[str, str, str, str]]
+) -> tuple[list[Photo], dict[str, int]]:
+    """The photos of rows of path, label, split and group, each once, and what was skipped."""
+    photos: dict[str, Photo] = {}
+    for number, (name, label, split, group) in enumerate(rows):
+        if not label.strip() and split != "test":
+            raise DataError(
+                f"{table.where(number)}: {name!r} has an empty {label_column!r}. Name its class; only test photos may "
+                "have none"
+            )
+        photo = Photo(name, label if label.strip() else None, split, group)
+        first = photos.setdefault(name, photo)
+        for what, one, other in zip(SPLIT_COLUMNS, astuple(first), astuple(photo), strict=True):
+            if one != other:
+                raise DataError(
+                    f"{table.where(number)}: {name!r} has two {what}s, {one!r} and {other!r}. Keep one of the rows"
+                )
+    num_repeated = table.num_rows - len(photos)
+    return list(photos.values()), {"row that repeats another": num_repeated} if num_repeated else {}
 
 
-def _resolve_one(base: str, table: Table, row: int, path: str) -> str:
-    if not path.strip():
-        raise DataError(f"{table.where(row)}: this row names no photo. Fill in its path, or delete the row")
-    if "\0" in path:
-        raise DataError(f"{table.where(row)}: {path!r} holds a zero byte, which no path can. Correct the row")
-    if os.sep == "/" and re.match(r"[A-Za-z]:[\\/]", path):
-        raise DataError(
-            f"{table.where(row)}: {path!r} is a path of a Windows drive. Write paths relative to the table's folder"
+class _Paths:
+    """The paths of a table in a folder, found on disk."""
+
+    def __init__(self, folder: Path, table: Table) -> None:
+        self._folder = folder
+        self._table = table
+        self._base = os.path.normpath(folder.absolute())
+        self._names_in = functools.cache(_names_in)
+
+    def resolve(self, paths: Sequence[str]) -> tuple[Path, list[str]]:
+        """Root and relative names of the photos. The root is the table's folder unless a photo is elsewhere."""
+        if not paths:
+            raise DataError(f"{self._table.name} has no rows. Each row names one photo")
+        whole = [self._check(row, path) for row, path in enumerate(paths)]
+        full = [path if os.path.isfile(path) else self._find_spelling(path) for path in whole]  # noqa: PTH113
+        missing = [row for row, path in enumerate(full) if not path]
+        if missing:
+            raise DataError(self._explain_missing(paths, whole, missing))
+        root, base = self._folder, self._base
+        if not all(_is_inside(path, base) for path in full):
+            try:
+                base = os.path.commonpath([os.path.dirname(path) for path in full])  # noqa: PTH120
+            except ValueError:
+                raise DataError(
+                    f"{self._table.name}: the photos are on more than one drive. Bring them to one"
+                ) from None
+            root = Path(base)
+        return root, [os.path.relpath(path, base).replace(os.sep, "/") for path in full]
+
+    def _check(self, row: int, path: str) -> str:
+        """The absolute path that a row names, which may not exist."""
+        where = self._table.where(row)
+        if not path.strip():
+            raise DataError(f"{where}: this row names no photo. Fill in its path, or delete the row")
+        if "\0" in path:
+            raise DataError(f"{where}: {path!r} holds a zero byte, which no path can. Correct the row")
+        if os.sep == "/" and re.match(r"[A-Za-z]:[\\/]", path):
+            raise DataError(
+                f"{where}: {path!r} is a path of a Windows drive. Write paths relative to the table's folder"
+            )
+        whole = os.path.normpath(os.path.join(self._base, path))  # noqa: PTH118, Path would tidy what is to be checked
+        if not os.path.isabs(path) and not _is_inside(whole, self._base):  # noqa: PTH117
+            raise DataError(
+                f"{where}: {path!r} leads out of the table's folder. Write the absolute path, or move the table"
+            )
+        return whole
+
+    def _find_spelling(self, path: str) -> str:
+        """A path that is there under another spelling (a backslash, another Unicode form of its letters), or ""."""
+        found = ""
+        for part in re.split(r"[/\\]", path) if os.sep == "/" else []:
+            is_there = not part or os.path.lexists(f"{found}/{part}")
+            name = part if is_there else self._names_in(found or "/").get(_compose(part))
+            if name is None:
+                return ""
+            found = f"{found}/{name}" if part else found
+        return found if found and os.path.isfile(found) else ""  # noqa: PTH113
+
+    def _explain_missing(self, paths: Sequence[str], whole: Sequence[str], missing: Sequence[int]) -> str:
+        first = missing[0]
+        text = (
+            f"{self._table.name}: {len(missing)} of {len(paths)} photos not found in {self._folder}: "
+            f"{quote([paths[row] for row in missing])}, the first in line {self._table.lines[first]}"
         )
-    whole = os.path.normpath(os.path.join(base, path))  # noqa: PTH118, text: Path would tidy what is to be checked
-    if not os.path.isabs(path) and not _is_inside(whole, base):  # noqa: PTH117
-        raise DataError(
-            f"{table.where(row)}: {path!r} leads out of the table's folder. Write the absolute path, or move the table"
-        )
-    return whole
-
-
-def _find_spelling(path: str, names_in: Callable[[str], Mapping[str, str]]) -> str | None:
-    """Find a path that is there under another spelling: a backslash, or another Unicode form of the same letters."""
-    found = ""
-    for part in re.split(r"[/\\]", path) if os.sep == "/" else []:
-        name = part if not part or os.path.lexists(f"{found}/{part}") else names_in(found or "/").get(_compose(part))
-        if name is None:
-            return None
-        found = f"{found}/{name}" if part else found
-    return found if found and os.path.isfile(found) else None  # noqa: PTH113
-
-
-def _compose(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
+        if problem := encoding_problem(paths[first]):
+            return f"{text}. {problem}. Save the table as UTF-8"
+        where, name = os.path.split(whole[first])
+        hint = did_you_mean(name, self._names_in(where).values())
+        if not paths[first].isascii() and sys.getfilesystemencoding() != "utf-8":
+            hint = "; this Python reads file names as ASCII: set PYTHONUTF8=1"
+        return f"{text}{hint or '.'} Relative paths start at the table's folder"
 
 
 def _names_in(folder: str) -> dict[str, str]:
+    """Names in a folder by their composed form."""
     try:
         return {_compose(name): name for name in os.listdir(folder)}  # noqa: PTH208, names suffice
     except (OSError, ValueError):
         return {}
 
 
-def _missing_problem(
-    table: Table,
-    paths: Sequence[str],
-    full: Sequence[str],
-    missing: Sequence[int],
-    folder: Path,
-    names_in: Callable[[str], Mapping[str, str]],
-) -> str:
-    first = missing[0]
-    text = (
-        f"{table.name}: {len(missing)} of {len(paths)} photos not found in {folder}: "
-        f"{quote([paths[row] for row in missing])}, the first in line {table.lines[first]}"
-    )
-    if problem := encoding_problem(paths[first]):
-        return f"{text}. {problem}. Save the table as UTF-8"
-    where, name = os.path.split(full[first])
-    hint = did_you_mean(name, names_in(where).values())
-    if not paths[first].isascii() and sys.getfilesystemencoding() != "utf-8":
-        hint = "; this Python reads file names as ASCII: set PYTHONUTF8=1"
-    return f"{text}{hint or '.'} Relative paths start at the table's folder"
+def _compose(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _is_inside(path: str, base: str) -> bool:
     return path.startswith(base.rstrip(os.sep) + os.sep)
-
-
-def _refuse_contradiction(table: Table, number: int, first: Row, second: Row) -> None:
-    for what, one, other in zip(Row._fields, first, second, strict=True):
-        if one != other:
-            raise DataError(
-                f"{table.where(number)}: {first.path!r} has two {what}s, {one!r} and {other!r}. Keep one of the rows"
-            )
 
 
 def _refuse_unreadable_names(root: Path, classes: Sequence[str]) -> None:

@@ -261,10 +261,9 @@ class _Task(NamedTuple):
 
 
 class _Reply(NamedTuple):
-    """A batch whose images are in a slot."""
+    """A batch whose images are in the slot of its task."""
 
     batch: Batch
-    slot: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -295,24 +294,28 @@ class _Worker:
         with _without_main():
             self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
-        self._slots: dict[int, Tensor] = {}  # shared memory, (bytes,) uint8
-        self._num_slots = 0
-        self._slot_bytes = 0
-        self._free: deque[int] = deque()
-        self._lent: dict[int, tuple[weakref.ref[Any], int]] = {}  # by id: what is held of a slot, and the slot
-        self._returned: deque[weakref.ref[Any]] = deque()
+        self._slots: list[Tensor] = []  # memory for the images of one batch, shared with the worker: (bytes,) uint8
+        self._slot_bytes = 0  # of the largest batch so far; smaller slots are left alone
+        self._loans: dict[int, weakref.ref[Any]] = {}  # by slot: alive as long as anybody holds the batch on it
         self._asked: deque[int | None] = deque()
 
     def ask(self, numbers: list[int], epoch: int) -> None:
         """Ask for a batch, to be put in shared memory that nobody uses."""
-        self._take_back()
-        slot = self._free.popleft() if self._free else None
+        slot = self._find_free_slot()
         if slot is None and self._slot_bytes:
-            slot, self._num_slots = self._num_slots, self._num_slots + 1
-            self._slots[slot] = torch.empty(self._slot_bytes, dtype=torch.uint8).share_memory_()
+            slot = len(self._slots)
+            self._slots.append(torch.empty(self._slot_bytes, dtype=torch.uint8).share_memory_())
             self.send(self._slots[slot])
         self._asked.append(slot)
         self.send(_Task(numbers, epoch, slot))
+
+    def _find_free_slot(self) -> int | None:
+        for slot, memory in enumerate(self._slots):
+            loan = self._loans.get(slot)
+            is_used = slot in self._asked or (loan is not None and loan() is not None)
+            if memory.nbytes >= self._slot_bytes and not is_used:
+                return slot
+        return None
 
     def send(self, task: object) -> None:
         try:
@@ -331,38 +334,16 @@ class _Worker:
         except (EOFError, OSError):
             raise self._death() from None
         slot = self._asked.popleft()
-        if isinstance(reply, _Reply):
-            return replace(reply.batch, images=self._view_slot(reply))
-        if isinstance(reply, Batch) and reply.images.nbytes > self._slot_bytes:
-            # The first batch, or a larger one than before: those to come get memory of this size.
-            self._slot_bytes = reply.images.nbytes
-            self._take_back()
-            while self._free:
-                del self._slots[self._free.popleft()]
-        if slot is not None:
-            self._release(slot)
+        if isinstance(reply, _Reply) and slot is not None:
+            size = reply.dtype.itemsize * math.prod(reply.shape)
+            pixels = self._slots[slot][:size].numpy()
+            # torch holds this very array as long as any tensor shares its memory. No Python code runs at its end: a
+            # Ctrl-C that arrived there would be reported on stderr and lost.
+            self._loans[slot] = weakref.ref(pixels)
+            return replace(reply.batch, images=torch.from_numpy(pixels).view(reply.dtype).view(reply.shape))
+        if isinstance(reply, Batch):  # the first, or a larger one than before
+            self._slot_bytes = max(self._slot_bytes, reply.images.nbytes)
         return reply
-
-    def _view_slot(self, reply: _Reply) -> Tensor:
-        """A view of the slot, which is free again when the last tensor on it is gone."""
-        size = reply.dtype.itemsize * math.prod(reply.shape)
-        pixels = self._slots[reply.slot][:size].numpy()
-        # torch holds this very array as long as any tensor shares its memory. What happens at its end is no Python
-        # code: a Ctrl-C that arrived there would be reported on stderr and lost.
-        loan = weakref.ref(pixels, self._returned.append)
-        self._lent[id(loan)] = loan, reply.slot
-        return torch.from_numpy(pixels).view(reply.dtype).view(reply.shape)
-
-    def _take_back(self) -> None:
-        """Free the slots of which no tensor is left."""
-        while self._returned:
-            self._release(self._lent.pop(id(self._returned.popleft()))[1])
-
-    def _release(self, slot: int) -> None:
-        if self._slots[slot].nbytes >= self._slot_bytes:
-            self._free.append(slot)
-        else:  # too small for the batches of now; the worker lets go of it when it ends
-            del self._slots[slot]
 
     def stop(self) -> None:
         with suppress(OSError):
@@ -421,7 +402,7 @@ def _answer(prepare: Prepare | Exception, task: _Task, slots: list[Tensor]) -> B
         return batch
     target = slots[task.slot][: images.nbytes].view(images.dtype).view(images.shape)
     target.copy_(images)
-    return _Reply(replace(batch, images=torch.empty(0)), task.slot, tuple(images.shape), images.dtype)
+    return _Reply(replace(batch, images=torch.empty(0)), tuple(images.shape), images.dtype)
 
 
 def _use_one_thread() -> None:

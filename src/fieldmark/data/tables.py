@@ -25,17 +25,10 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 class Table:
     """Columns of text with their names."""
 
-    name: str
-    """What messages call it."""
-
-    values: Mapping[str, list[str]]
-    """The text of each column, in the order of the file; one value for each row."""
-
-    unusable: Mapping[str, str]
-    """Columns that cannot be taken as text, and why. It matters only to those who ask for them."""
-
-    lines: Sequence[int]
-    """The line of the file that each row begins on, from 1; of Parquet the row's number, from 1."""
+    name: str  # what messages call it
+    values: Mapping[str, list[str]]  # the text of each column, in the order of the file; one value for each row
+    unusable: Mapping[str, str]  # columns that cannot be taken as text, and why; it matters if they are asked for
+    lines: Sequence[int]  # the line of the file that each row begins on, from 1; of Parquet the row's number, from 1
 
     @property
     def num_rows(self) -> int:
@@ -51,11 +44,8 @@ class Table:
 
         Args:
             name: The column's.
-            setting: Where a user may give another name, for the message.
+            setting: Where a user may give another name, for the DataError if there is no such column.
             is_text: Refuse bytes that are not UTF-8; else they come as lone surrogates, as paths may.
-
-        Raises:
-            DataError: There is no such column, or it is not text; lists the columns there are.
         """
         if name in self.unusable:
             raise DataError(f"{self.name}: column {name!r} {self.unusable[name]}")
@@ -108,45 +98,38 @@ def read_table(path: Path) -> Table:
 
 
 def read_csv(path: str, data: bytes) -> Table:
-    """Read the content of a CSV file, as `read_table` does, wherever it comes from.
+    """Read the content of a CSV file, as `read_table` does, wherever it comes from; `path` is its name in messages.
 
     A first line `sep=;`, as Excel writes it, names the separator. Rows without a value are skipped.
-
-    Args:
-        path: What messages call it; `.tsv` at its end says what separates the values.
-        data: Its content.
-
-    Raises:
-        DataError: As in `read_table`.
     """
     text = _decode_text(path, data)
     given = re.match(r'"?sep=(.)"?\r?\n', text)
     text = text[given.end() :] if given else text
-    delimiter = given[1] if given else _delimiter(path, text)
+    header = text.split("\n", 1)[0]
+    delimiter = given[1] if given else "\t" if path.lower().endswith(".tsv") else max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    skipped = 1 if given else 0
+    first = 2 if given else 1
+    line = first
     rows: list[list[str]] = []
     lines: list[int] = []
-    line = 1 + skipped
     try:
-        header = _checked_header(path, next(reader, []))
-        line = reader.line_num + 1 + skipped
+        names = _check_header(path, next(reader, []))
+        line = reader.line_num + first
         for row in reader:
-            if len(row) not in (0, len(header)):
+            if len(row) not in (0, len(names)):
                 raise DataError(
-                    f"{path}, line {line}: {len(row)} values, but the header names {len(header)} columns. "
+                    f"{path}, line {line}: {len(row)} values, but the header names {len(names)} columns. "
                     "Put values that hold the separator in double quotes"
                 )
             if row and (len(row) == 1 or any(map(str.strip, row))):
                 rows.append(row)
                 lines.append(line)
-            line = reader.line_num + 1 + skipped
+            line = reader.line_num + first
     except csv.Error as error:
         is_open = "unexpected end of data" in str(error)
         problem = "a double quote is opened and never closed" if is_open else str(error)
         raise DataError(f"{path} is not a CSV table: line {line}: {problem}") from None
-    columns = list(zip(*rows, strict=True)) or [()] * len(header)
-    return Table(path, {name: list(column) for name, column in zip(header, columns, strict=True)}, {}, lines)
+    return Table(path, {name: [row[column] for row in rows] for column, name in enumerate(names)}, {}, lines)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -165,7 +148,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]])
     whole_or_absent(path, lambda part: part.write_bytes(content))
 
 
-def _checked_header(path: str, header: Sequence[str]) -> Sequence[str]:
+def _check_header(path: str, header: Sequence[str]) -> Sequence[str]:
     if not header:
         raise DataError(f"{path} is empty: its first line must name the columns")
     twice = [name for place, name in enumerate(header) if name in header[:place]]
@@ -188,13 +171,6 @@ def _decode_text(path: str, data: bytes) -> str:
         ) from None
 
 
-def _delimiter(path: str, text: str) -> str:
-    if path.lower().endswith(".tsv"):
-        return "\t"
-    header = text.split("\n", 1)[0]
-    return max(",;\t", key=header.count)
-
-
 def _read_parquet(path: Path) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -206,7 +182,7 @@ def _read_parquet(path: Path) -> Table:
         raise DataError(f"{path} is not a Parquet table: {error}") from None
     values: dict[str, list[str]] = {}
     unusable: dict[str, str] = {}
-    names = _checked_header(str(path), content.column_names)
+    names = _check_header(str(path), content.column_names)
     for name, column in zip(names, content.columns, strict=True):
         if pa.types.is_floating(column.type):
             unusable[name] = f"holds {column.type} numbers: is it 1 or 1.0? Store it as text or as integers"
