@@ -73,13 +73,9 @@ class DecodeSpec:
     """Photos with more pixels than this, by their header, are refused before they are decoded."""
 
     def read(self, source: Source | PhotoError, *, min_short_side: float | None = None) -> Pixels:
-        """Decode a photo in any form to (H, W, 3) uint8, upright; an array is taken as it is.
+        """Decode a photo in any form to (H, W, 3) uint8, upright; arrays are taken as they are, files as in `decode`.
 
-        Files and bytes come reduced where `min_short_side` allows it, as from `decode`.
-
-        Raises:
-            PhotoError: The photo cannot be read, or the source is such an error.
-            DataError: The source is no photo at all.
+        Raises PhotoError, also where the source is one; DataError for what is no photo at all.
         """
         from PIL import Image
 
@@ -115,7 +111,7 @@ def decode(
     """Decode one photo of any format that Pillow reads, no larger than it needs to be.
 
     Gray of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB,
-    of an animation the first frame counts.
+    of an animation the first frame counts. Raises PhotoError.
 
     Args:
         source: A file, or its content.
@@ -129,9 +125,6 @@ def decode(
 
     Returns:
         (H, W, 3) uint8, writable and contiguous, upright by EXIF (mirrored orientations too).
-
-    Raises:
-        PhotoError: The file cannot be read, is empty, truncated, corrupt, too large, or no image.
     """
     path, data = (name, source) if isinstance(source, bytes) else (str(source), _read(source))
     if not data:
@@ -148,11 +141,7 @@ def decode(
 
 
 def read_size(source: Path | bytes, *, max_pixels: int, name: str = "<bytes>") -> tuple[int, int]:
-    """Read width and height of the upright photo from its header, as `decode` will give them.
-
-    Raises:
-        PhotoError: The header cannot be read. The pixels behind it may still be broken.
-    """
+    """Read width and height of the upright photo from its header; raises PhotoError. The pixels may still be broken."""
     path = name if isinstance(source, bytes) else str(source)
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:

@@ -86,18 +86,11 @@ def natural_key() -> Callable[[str], Any]:
 
 
 def find_photos(root: Path) -> tuple[list[str], Counter[str]]:
-    """Walk `root` and list its photos.
+    """List the photos below `root` by relative path, with "/", in natural order; and count what is skipped and why.
 
     Links to files and folders are followed, except a link to a folder that it lies in. A link to nothing or to itself
     whose name is a photo's counts as a photo: opening it will say that it is missing. What Fieldmark wrote (run
-    folders, exports, reports, caches) is skipped.
-
-    Returns:
-        Paths of photos relative to `root`, with "/", in natural order; and a count of files and folders skipped for
-        each reason.
-
-    Raises:
-        DataError: A folder cannot be listed.
+    folders, exports, reports, caches) is skipped. A folder that cannot be listed is a DataError.
     """
     found = list(_walk(root, "", ()))
     photos = sorted((path for path, reason in found if not reason), key=natural_key())
@@ -204,11 +197,7 @@ def split_of(name: str) -> str:
 
 
 def read_folder(root: Path) -> Listing:
-    """Read class and split of the photos in a folder from the names of the folders that they lie in.
-
-    Raises:
-        DataError: No photos, or none of them in class folders, or the folders can be read in two ways.
-    """
+    """Read class and split of photos from their folders' names; what can be read in two ways is a DataError."""
     names, ignored = find_photos(root)
     require_photos(root, names, ignored)
     inner: dict[str, dict[str, None]] = {}  # each folder, and the folders in it that hold photos at any depth

@@ -102,7 +102,7 @@ class PhotoIndex:
 def load_index(
     path: Path, *, path_column: str, label_column: str, split_column: str, group_column: str | None
 ) -> PhotoIndex:
-    """Read a data set.
+    """Read a data set; what contradicts itself or the disk is a DataError.
 
     Args:
         path: One of: a folder with train/ and perhaps val/ (or valid/, validation/) and test/, each holding class
@@ -111,10 +111,6 @@ def load_index(
         label_column: Column that names the class. Only test photos may leave it empty.
         split_column: Column that says train, val or test; photos without it are undecided. May be absent.
         group_column: Column whose value must not cross a split. May be absent.
-
-    Raises:
-        DataError: Nothing there, no photos, photos outside class folders, or a table that contradicts itself or the
-            disk.
     """
     path = require_path(Path(path))
     if problem := encoding_problem(str(path)):  # recipes and reports name it, and they are text
@@ -144,11 +140,7 @@ def load_index(
 
 
 def list_photos(path: Path) -> PhotoIndex:
-    """The photos of a folder and its sub-folders, or one file, without labels.
-
-    Raises:
-        DataError: The path does not exist, or holds no photo.
-    """
+    """The photos of a folder and its sub-folders, or one file, without labels; DataError if there is none."""
     path = require_path(Path(path))
     if not path.is_dir():  # one photo by name, whatever its extension
         return PhotoIndex(path.parent, (Photo(path.name, None, "", ""),), (), {})
@@ -158,11 +150,7 @@ def list_photos(path: Path) -> PhotoIndex:
 
 
 def require_trainable(index: PhotoIndex) -> None:
-    """Check that a classifier can be trained on the "train" photos of `index`.
-
-    Raises:
-        DataError: Fewer than two classes, or a class without a photo in train.
-    """
+    """Refuse fewer than two classes, or a class without a photo in train."""
     if len(index.classes) < 2:
         only = f"only {index.classes[0]!r}" if index.classes else "none"
         raise DataError(f"{index.root}: a classifier needs at least 2 classes, there is {only}. Add a second class")
@@ -176,22 +164,14 @@ def require_trainable(index: PhotoIndex) -> None:
 
 
 def save_split_table(index: PhotoIndex, path: Path) -> None:
-    """Write path, label, split and group of every photo as CSV, in index order, whole or not at all.
-
-    Raises:
-        ResourceError: The disk is full, or the folder not writable or not there.
-    """
+    """Write path, label, split and group of every photo as CSV, in index order, whole or not at all."""
     write_csv(
         path, SPLIT_COLUMNS, [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]
     )
 
 
 def load_split_table(path: Path, root: Path) -> PhotoIndex:
-    """Read what `save_split_table` wrote, in the same order. The photos need not exist.
-
-    Raises:
-        DataError: Not such a table.
-    """
+    """Read what `save_split_table` wrote, in the same order. The photos need not exist."""
     table = read_table(require_path(path))
     columns = [table.column(name, is_text=name == "label") for name in SPLIT_COLUMNS]
     photos = [Photo(name, label or None, split, group) for name, label, split, group in zip(*columns, strict=True)]
@@ -202,14 +182,10 @@ def load_split_table(path: Path, root: Path) -> PhotoIndex:
 
 
 def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
-    """Relabel and drop photos as a review decided.
+    """Relabel and drop photos as a review decided; classes keep their number even if a class loses its last photo.
 
-    Args:
-        index: What to correct. Classes keep their number even if a class loses its last photo.
-        table: CSV or Parquet with the columns path, action (keep, relabel or drop) and label (for relabel).
-
-    Raises:
-        DataError: A photo, action or class that does not exist, or two decisions about one photo.
+    The table has the columns path, action (keep, relabel or drop) and label (for relabel). A photo, action or class
+    that does not exist, or two decisions about one photo, are a DataError.
     """
     content = read_table(require_path(table))
     columns = [content.column(name, is_text=name != "path") for name in ("path", "action", "label")]

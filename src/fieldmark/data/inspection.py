@@ -64,7 +64,7 @@ def inspect_photos(
     cache_folder: Path | None,
     progress: Progress,
 ) -> list[PhotoFacts]:
-    """Decode every photo fully and note what it is.
+    """Decode every photo fully and note what it is, in the order of the index; no photo raises.
 
     A photo that was inspected before is not opened again while its path, size and modification time are the same.
 
@@ -75,9 +75,6 @@ def inspect_photos(
         threads: Photos at once, at least 1.
         cache_folder: Where to remember; None remembers nothing. What cannot be remembered is no error.
         progress: Told of each photo.
-
-    Returns:
-        One entry for each photo, in the order of the index. No photo raises: its `problem` says what is wrong.
     """
     import PIL
 
@@ -128,7 +125,7 @@ def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], thread
 
 
 def perceptual_hash(photo: Pixels) -> str:
-    """The 64-bit perceptual hash of an (H, W, 3) upright photo as 16 hex digits; close photos differ in few bits.
+    """The 64-bit hash of an (H, W, 3) upright photo as 16 hex digits; close photos differ in few bits.
 
     Source:
         pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2), as
@@ -211,9 +208,7 @@ def _name_profile(profile: bytes) -> str:
 class Memory:
     """What is known of files by path, size and modification time. A failure to read or write only makes it forget.
 
-    Args:
-        folder: Made if absent; None, or a folder that cannot be written, remembers nothing.
-        settings: Facts found under other settings are not found under these.
+    The folder is made if absent; None remembers nothing. Facts are not found under other settings than their own.
     """
 
     def __init__(self, folder: Path | None, settings: str) -> None:

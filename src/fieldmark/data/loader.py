@@ -142,16 +142,9 @@ class Loader:
     def batches(self, prepare: Prepare, plan: Plan, *, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, in the order of the plan.
 
-        Args:
-            prepare: Called as `prepare(numbers, epoch)`; picklable if there are workers. What it does to a photo must
-                not depend on the photos beside it.
-            plan: Photo numbers of each batch.
-            epoch: Handed to `prepare`.
-
-        Raises:
-            FieldmarkError: As raised by `prepare`, wherever it ran.
-            ResourceError: A worker died.
-            TrainingError: `prepare` cannot be sent to a worker, or another epoch was begun before this one ended.
+        `prepare(numbers, epoch)` must be picklable if there are workers, and what it does to a photo must not depend on
+        the photos beside it. A FieldmarkError arrives as it was raised, wherever that was; a worker that died is a
+        ResourceError, a `prepare` that cannot be sent or an epoch begun before this one has ended a TrainingError.
         """
         if not self._num_workers:
             for numbers in plan:
@@ -235,13 +228,7 @@ def _compute_alone() -> None:
 
 
 def auto_workers(*, cores: int, is_cached: bool, has_gpu: bool) -> tuple[int, str]:
-    """How many processes should prepare batches, and the reason in one phrase.
-
-    Args:
-        cores: That this process may use.
-        is_cached: Whether photos come from the cache, so that preparing one takes well under a millisecond.
-        has_gpu: Whether the model computes elsewhere than on these cores.
-    """
+    """How many processes should prepare batches, and the reason in one phrase; from the cache, a photo costs little."""
     if cores <= 1:
         return 0, "one core: it prepares and computes by turns"
     if has_gpu:

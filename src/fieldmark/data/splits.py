@@ -42,7 +42,7 @@ def split_index(
     If the data have a val (or test) split, none is made. If all photos are in train, val and test are taken out of it;
     otherwise only undecided photos are touched. A class with two photos or more keeps at least one in train. Without
     groups, each class gives its exact share, rounded down or up so that the totals are right; with groups, the share
-    is as near as the groups allow.
+    is as near as the groups allow. Raises DataError where no photo could be set aside for a split that was asked for.
 
     Args:
         index: Photos with or without a split.
@@ -51,12 +51,6 @@ def split_index(
         seed: Same seed and same photos, same split.
         groups: Group of each photo, "" for none; groups are never divided. None is no groups at all.
         before: Path -> split of photos that should stay where they were.
-
-    Returns:
-        The same photos with every labeled one in train, val or test, and the group that was used.
-
-    Raises:
-        DataError: No photo could be set aside for a split that was asked for.
     """
     division = _Division.begin(index, groups)
     parts, labeled = division.parts, division.labels >= 0
@@ -94,10 +88,7 @@ def remembered_split(
 
     The split is a table in `folder` (made if absent), one for each data root, fractions, seed and `settings`, which say
     how groups are made, in JSON values. Photos that have joined since are assigned so that the fractions are right over
-    all; a group stays where its first photos went.
-
-    Raises:
-        DataError: As in `split_index`, or the remembered table is damaged or cannot be written.
+    all; a group stays where its first photos went. A table that is damaged or cannot be written is a DataError.
     """
     key = {**settings, "val_fraction": val_fraction, "test_fraction": test_fraction, "seed": seed}
     text = json.dumps([str(index.root.resolve()), key], sort_keys=True)
@@ -125,20 +116,10 @@ def remembered_split(
 
 
 def fold_index(index: PhotoIndex, *, folds: int, fold: int, seed: int, groups: Sequence[str] | None) -> PhotoIndex:
-    """One fold of stratified k-fold cross-validation over train, val and undecided photos; test stays apart.
+    """One of `folds` (at least 2) for stratified cross-validation of train, val and undecided photos; test stays apart.
 
-    Over all folds each photo is in val once, except one whose class would be left without training photos: it stays
-    in train.
-
-    Args:
-        index: Photos with or without a split.
-        folds: Number of folds k, at least 2.
-        fold: Which of them is val, from 0.
-        seed: Same seed and same photos, same folds.
-        groups: As in `split_index`.
-
-    Raises:
-        DataError: Fewer photos in the largest class, or fewer groups, than folds.
+    Over all folds each photo is in val once, except one whose class would be left without training photos: it stays in
+    train. Fewer photos in the largest class, or fewer groups, than folds are a DataError.
 
     Source:
         scikit-learn's StratifiedKFold and StratifiedGroupKFold.
@@ -182,11 +163,7 @@ def groups_by_column(index: PhotoIndex) -> list[str]:
 
 
 def groups_by_pattern(index: PhotoIndex, pattern: str) -> list[str]:
-    """What the first parentheses of a regular expression match in each path, "" for nothing.
-
-    Raises:
-        DataError: It matches no photo.
-    """
+    """What the first parentheses of a regular expression match in each path, "" for nothing; DataError for no match."""
     expression = re.compile(pattern)
     matches = [expression.search(photo.path) for photo in index.photos]
     groups = [(match[1] or "") if match else "" for match in matches]
@@ -197,11 +174,7 @@ def groups_by_pattern(index: PhotoIndex, pattern: str) -> list[str]:
 
 
 def groups_by_capture_time(index: PhotoIndex, facts: Sequence[PhotoFacts], gap_seconds: float) -> list[str]:
-    """Bursts: photos of which each was taken no more than `gap_seconds` after the one before; "" without EXIF time.
-
-    Raises:
-        DataError: No photo tells its time.
-    """
+    """Bursts: photos of which each was taken no more than `gap_seconds` after the one before; "" without EXIF time."""
     times = [(fact.captured_at, number) for number, fact in enumerate(facts) if fact.captured_at is not None]
     if not times:
         raise DataError(f"no photo of {index.root} has an EXIF capture time. Group by pattern or by a column instead")

@@ -82,12 +82,7 @@ def encoding_problem(text: str) -> str:
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV (comma, semicolon or tab; UTF-8 or UTF-16) or Parquet file as text.
-
-    Raises:
-        DataError: Not a table, unreadable, no header, two columns of one name, or a row of another length than the
-            header.
-    """
+    """Read a CSV (comma, semicolon or tab; UTF-8 or UTF-16) or Parquet file as text; raises DataError."""
     suffix = path.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
         raise DataError(f"{path} is a file, but not a table ({', '.join(TABLE_SUFFIXES)}). Give a folder or a table")
@@ -133,11 +128,7 @@ def read_csv(path: str, data: bytes) -> Table:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a CSV file whole or not at all; `read_table` gives the same text back.
-
-    Raises:
-        ResourceError: The disk is full, or the folder not writable or not there.
-    """
+    """Write a CSV file whole or not at all; `read_table` gives the same text back."""
     # A bare carriage return is quoted by some versions of Python only, so quote everything where there is one.
     needs_quotes = any("\r" in value for row in rows for value in row)
     text = io.StringIO(newline="")
