@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import median
@@ -117,17 +117,11 @@ def audit(
     crop_fallback_rate: float | None,
     estimates: Mapping[str, float],
 ) -> Audit:
-    """Examine a data set.
+    """Examine a data set whose splits are decided; facts are of `inspect_photos`, estimates are passed through.
 
-    Args:
-        index: The photos, with their splits decided.
-        facts: What `inspect_photos` found, one for each photo, in order.
-        near_distance: Photos of different splits whose perceptual hashes differ in no more bits are near-duplicates.
-            Of 5,902 photos of 100 bird species, 3 pairs were within 6 bits, 2 of them the same photo treated
-            differently, and 17 within 8: 6 is a good value.
-        skip_broken: Broken photos are left out of training, so they are a warning and need not be fixed.
-        crop_fallback_rate: Measured on these photos, in [0, 1]; None for none.
-        estimates: Memory and time, by names with units; passed through.
+    Photos of different splits whose perceptual hashes differ in no more than `near_distance` bits are near-duplicates.
+    Of 5,902 photos of 100 bird species, 3 pairs were within 6 bits, 2 of them the same photo treated differently, and
+    17 within 8: 6 is a good value. With `skip_broken`, broken photos are a warning and need not be fixed.
     """
     photos = index.photos
     copies = _find_copies(facts)
@@ -164,14 +158,14 @@ def audit(
         crop_fallback_rate=crop_fallback_rate,
         estimates=dict(estimates),
     )
-    warnings = _list_doubts(found, skip_broken) + _list_weaknesses(found)
-    return Audit(**vars(found), must_mend=_list_faults(found, skip_broken), warnings=warnings)
+    warnings = [*_list_doubts(found, skip_broken), *_list_weaknesses(found)]
+    return Audit(**vars(found), must_mend=list(_list_faults(found, skip_broken)), warnings=warnings)
 
 
 def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
     """Say what a training should mention of its labels: nearly equal class names, and one photo under two of them."""
-    similar = [_similar_text(names) for names in _find_similar_names(index.classes)]
-    return similar + _conflict_text(_paths(index, _find_conflicts(index, _find_copies(facts))))
+    conflicts = _paths(index, _find_conflicts(index, _find_copies(facts)))
+    return [*map(_similar_text, _find_similar_names(index.classes)), *_conflict_text(conflicts)]
 
 
 def near_pairs(first: Hashes, second: Hashes, *, max_distance: int) -> tuple[Numbers, Numbers, Numbers]:
@@ -289,93 +283,87 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(value for value in values if value).most_common())
 
 
-def _list_faults(found: Findings, skip_broken: bool) -> list[str]:
+def _list_faults(found: Findings, skip_broken: bool) -> Iterator[str]:
     """What must be fixed before training."""
-    lines: list[str] = []
     if len(found.num_train) < 2:
         only = f"there is only {quote(list(found.num_train))}" if found.num_train else "there is none"
-        lines.append(f"A classifier needs at least 2 classes; {only}. Add a class folder with photos")
+        yield f"A classifier needs at least 2 classes; {only}. Add a class folder with photos"
     if untrained := [name for name, count in found.num_train.items() if not count]:
-        lines.append(f"{_classes(untrained)} no photo in train: {quote(untrained)}. Add some, or leave the class out")
+        yield f"{_classes(untrained)} no photo in train: {quote(untrained)}. Add some, or leave the class out"
     if found.crossing_groups:
         name, splits = next(iter(found.crossing_groups.items()))
-        lines.append(
+        yield (
             f"{_count(found.crossing_groups, 'group lies', 'groups lie')} in more than one split: {name!r} is "
             f"in {' and '.join(splits)}. Move each to one side"
         )
     if found.broken and not skip_broken:
         first = found.broken[0]
-        lines.append(
+        yield (
             f"{_count(found.broken, 'photo', 'photos')} cannot be used, such as {first.path!r}: {first.reason}. "
             'Replace or delete them, or set data.broken = "skip"'
         )
-    lines += _conflict_text(found.conflicting_labels)
+    yield from _conflict_text(found.conflicting_labels)
     if across := found.exact_across_splits:
-        lines.append(
+        yield (
             f"{_count(across, 'photo lies', 'photos lie')} in more than one split, such as {quote(across[0])}. "
             "The result would be too good: delete the copies"
         )
-    return lines
 
 
-def _list_doubts(found: Findings, skip_broken: bool) -> list[str]:
+def _list_doubts(found: Findings, skip_broken: bool) -> Iterator[str]:
     """What may make the result better than it is, or other than it seems."""
-    lines: list[str] = []
     if found.broken and skip_broken:
-        lines.append(f"{_count(found.broken, 'photo', 'photos')} cannot be used and will be left out")
+        yield f"{_count(found.broken, 'photo', 'photos')} cannot be used and will be left out"
     if copies := found.exact_in_unlabelled:
         words = _count(copies, "photo", "photos")
-        lines.append(f"{words} of the unlabelled test also in train or val, such as {quote(copies[0])}")
+        yield f"{words} of the unlabelled test also in train or val, such as {quote(copies[0])}"
     if found.num_near_duplicates:
         pair = found.near_duplicates[0]
-        lines.append(
+        yield (
             f"{_count(found.num_near_duplicates, 'pair', 'pairs')} of photos in different splits look alike, such as "
             f"{pair.path!r} and {pair.other_path!r}. If they show the same moment, group them: the result is too good "
             "otherwise"
         )
     if profiles := found.color_profiles:
         names = ", ".join(f"{name} ({count})" for name, count in list(profiles.items())[:3])
-        lines.append(
+        yield (
             f"{_count(sum(profiles.values()), 'photo has', 'photos have')} a color profile other than sRGB, which is "
             f"ignored: {names}. Convert to sRGB if exact colors matter"
         )
     repeated = len(found.exact_duplicates) - len(found.exact_across_splits) - len(found.exact_in_unlabelled)
     if repeated:
-        lines.append(f"{_count(repeated, 'photo is', 'photos are')} there more than once in a split: each copy counts")
-    return [*lines, *map(_similar_text, found.similar_names)]
+        yield f"{_count(repeated, 'photo is', 'photos are')} there more than once in a split: each copy counts"
+    yield from map(_similar_text, found.similar_names)
 
 
-def _list_weaknesses(found: Findings) -> list[str]:
+def _list_weaknesses(found: Findings) -> Iterator[str]:
     """What makes the classifier worse than it could be, or its measure coarse."""
-    lines: list[str] = []
     for split in ("val", "test"):
         if absent := [name for name, gap in found.gaps if gap == split]:
-            lines.append(f"{_classes(absent)} no photo in {split}: {quote(absent)}. Nothing is measured there")
+            yield f"{_classes(absent)} no photo in {split}: {quote(absent)}. Nothing is measured there"
     few = sorted((count, name) for name, count in found.num_train.items() if 0 < count < FEW_PHOTOS)
     if names := [name for _, name in few]:
-        lines.append(f"{_classes(names)} fewer than {FEW_PHOTOS} photos to train on: {quote(names)}")
+        yield f"{_classes(names)} fewer than {FEW_PHOTOS} photos to train on: {quote(names)}"
     if found.imbalance is not None and found.imbalance > IMBALANCE:
-        lines.append(
+        yield (
             f"The largest class has {found.imbalance:.0f} times the training photos of the smallest. Look at macro "
             'recall beside accuracy, or set train.class_weights = "balanced"'
         )
     if found.crop_fallback_rate is not None and found.crop_fallback_rate > CROP_FALLBACK:
-        lines.append(
+        yield (
             f"{found.crop_fallback_rate:.0%} of the training crops fall back to one and the same center crop, because "
             'ten draws in a row do not fit into the photo. Lower augment.crop_scale, or set augment.crop = "zoom"'
         )
-    return lines
 
 
 def _similar_text(names: Sequence[str]) -> str:
     return f"classes with nearly the same name: {quote(names)}. Are they one?"
 
 
-def _conflict_text(conflicts: Sequence[Sequence[str]]) -> list[str]:
-    if not conflicts:
-        return []
-    words = _count(conflicts, "photo has", "photos have")
-    return [f"{words} more than one label, such as {quote(conflicts[0])}. Keep the right one"]
+def _conflict_text(conflicts: Sequence[Sequence[str]]) -> Iterator[str]:
+    if conflicts:
+        words = _count(conflicts, "photo has", "photos have")
+        yield f"{words} more than one label, such as {quote(conflicts[0])}. Keep the right one"
 
 
 def _count(things: int | Sequence[object] | Mapping[str, object], one: str, many: str) -> str:

@@ -4,10 +4,9 @@ A photo is found again by its path, size and modification time. It is written wh
 process reads it for the first time, and counts as absent when anything is wrong: the cache can cost time, never a
 wrong pixel.
 
-Photos are appended to packs. A pack is `NAME.pack`, the photos one after another, and `NAME.idx`, a checksum and a
-table of where each is. Both are written as `.part` and renamed, the table last, so a pack that has a table is
-complete. Only the holder of the folder's lock writes; anybody reads at any time. A pack never changes, and may be
-deleted while others still read it.
+Photos are appended to packs: files of photos one after another, then a table of where each is, and at the end the
+table's number of rows and checksum. A pack is written as `.part` and renamed when it is complete. Only the holder of
+the folder's lock writes; anybody reads at any time. A pack never changes, and may be deleted while others read it.
 
 Shape letters: N photos; H, W height and width of a cached photo, in pixels.
 """
@@ -46,7 +45,7 @@ _JPEG_BYTES_PER_PIXEL = 0.35  # photographs at quality 90 and 320 pixels: 45 KB 
 _GIGA = 1e9
 _PACK_BYTES = 128 * 2**20  # what a kill while writing loses at most
 _WAIT_SECONDS = 3600.0
-_KEY_BYTES, _CHECKSUM_BYTES = 16, 4
+_KEY_BYTES, _FOOTER_BYTES = 16, 8
 _SOUND, _DAMAGED = 1, 2
 
 ROW = np.dtype(
@@ -109,10 +108,6 @@ class PhotoCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
-
-    def __len__(self) -> int:
-        """Number of photos that are cached."""
-        return self._matched.count()
 
     def get(self, number: int) -> Pixels | None:
         """(H, W, 3) uint8, writable: one whole upright photo, with the short side of the cache or its own if smaller.
@@ -199,22 +194,14 @@ def open_cache(
     threads: int,
     progress: Progress,
 ) -> tuple[PhotoCache | None, CacheReport]:
-    """Open the cache of a data set and write what is missing.
+    """Open the cache of a data set in a folder of caches, and write what is missing.
 
     If another process is writing the same cache, waits for it and then finds its photos. Nothing that goes wrong with
-    the cache is an error: the report says what was done instead.
+    the cache is an error: the report says what was done instead. The common folder of the N originals names the cache,
+    so keep handing in the whole data set, with (N, 2) upright sizes, 0 for broken photos.
 
-    Args:
-        files: N originals. Their common folder names the cache, so keep handing in the whole data set.
-        sizes: (N, 2) upright width and height; 0 for broken photos.
-        mode: `uint8` keeps pixels, `jpeg` JPEGs, `off` nothing; `auto` is the first of them that fits `disk_gigabytes`,
-            half the free disk and, as pixels, half of this machine's memory.
-        short_side: Of a cached photo, in pixels; photos are never enlarged.
-        folder: Where caches are kept.
-        disk_gigabytes: The most that this data set's cache may take, in 10^9 bytes.
-        decoding: How files become pixels.
-        threads: That decode while filling.
-        progress: Told of each photo that is written.
+    The mode `uint8` keeps pixels, `jpeg` JPEGs, `off` nothing; `auto` is the first of them that fits `disk_gigabytes`
+    (of 10^9 bytes), half the free disk and, as pixels, half of this machine's memory. Photos are never enlarged.
     """
     started = time.perf_counter()
     absolute = [Path(os.path.abspath(file)) for file in files]  # noqa: PTH100  # Path.resolve would follow links
@@ -399,7 +386,7 @@ class CacheFolder:
         if sum(taken) > room_bytes / 2:
             for number, pack in enumerate(matched.packs):
                 if number not in matched.pack_of:
-                    _remove(pack.with_suffix(".idx"), pack)
+                    _remove(pack)
                     taken[number] = 0
         return sum(taken)
 
@@ -443,13 +430,10 @@ class PackWriter:
         """Make what was added so far part of the cache; raises OSError."""
         if self._file is None:
             return
-        self._file.close()
-        pack = self._part.with_suffix("")
         content = np.array(self._rows, ROW).tobytes()
-        table_part = pack.with_suffix(".idx.part")
-        table_part.write_bytes(zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little") + content)
-        self._part.replace(pack)
-        table_part.replace(pack.with_suffix(".idx"))
+        self._file.write(content + np.array([len(self._rows), zlib.crc32(content)], "<u4").tobytes())
+        self._file.close()
+        self._part.replace(self._part.with_suffix(""))
         self._file = None
 
     def __enter__(self) -> Self:
@@ -466,25 +450,20 @@ class PackWriter:
             if self._file is not None:
                 with contextlib.suppress(OSError):
                     self._file.close()
-                _remove(self._part, self._part.with_suffix("").with_suffix(".idx.part"))
+                _remove(self._part)
 
 
 def load_packs(folder: Path) -> dict[Path, NDArray[np.void]]:
     """The complete packs of a folder and their tables, (photos,) of dtype `ROW`; damaged ones are left out."""
     packs: dict[Path, NDArray[np.void]] = {}
-    for table in sorted(folder.glob("*.idx")):
-        pack = table.with_suffix(".pack")
-        try:
-            content = table.read_bytes()
-            size = pack.stat().st_size
-        except OSError:
-            continue
-        checksum, content = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
-        if not content or zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
-            continue
-        rows = np.frombuffer(content, ROW)
-        if int(rows["offset"][-1] + rows["length"][-1]) <= size:
-            packs[pack] = rows
+    for pack in sorted(folder.glob("*.pack")):
+        with contextlib.suppress(OSError, ValueError), pack.open("rb") as file:
+            end = file.seek(-_FOOTER_BYTES, os.SEEK_END)
+            num_rows, checksum = np.frombuffer(file.read(), "<u4").tolist()
+            file.seek(end - num_rows * ROW.itemsize)
+            content = file.read(num_rows * ROW.itemsize)
+            if content and zlib.crc32(content) == checksum:
+                packs[pack] = np.frombuffer(content, ROW)
     return packs
 
 
@@ -492,12 +471,10 @@ def clean(folder: Path) -> None:
     """Remove what a writer that was killed has left. The caller holds the folder's lock."""
     whole = load_packs(folder)
     for path in folder.iterdir():
-        is_lost_pack = path.suffix in {".pack", ".idx"} and path.with_suffix(".pack") not in whole
-        if path.suffix == ".part" or is_lost_pack:
+        if path.suffix == ".part" or (path.suffix == ".pack" and path not in whole):
             _remove(path)
 
 
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):  # another system may hold it open: next time
-            path.unlink(missing_ok=True)
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # another system may hold it open: next time
+        path.unlink(missing_ok=True)

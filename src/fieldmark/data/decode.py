@@ -44,7 +44,7 @@ _HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", 
 _NESTED = re.compile(rb"(?:\x89PNG\r\n\x1a\n.{4}IHDR|\xff\x4f\xff\x51.{4})(.{4})(.{4})", re.DOTALL)  # PNG, JPEG 2000
 _TRUNCATED = re.compile(r"truncat|premature end|not enough|unexpected end|end of file|too short", re.IGNORECASE)
 _EMPTY = "is empty (0 bytes)"
-NO_MEMORY = "needs more memory than there is"
+_NO_MEMORY = "needs more memory than there is"
 _RAW_PROBLEM = "is a camera's raw file, which cannot be read: convert it to JPEG or TIFF"
 _NO_IMAGES = {
     (b"FUJIFILMCCD-RAW", b"FOVb", b"IIU\0", b"IIRO", b"IIRS"): _RAW_PROBLEM,
@@ -66,11 +66,8 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 class DecodeSpec:
     """How files become pixels; one for all photos of a model."""
 
-    background: RGB
-    """Under transparent pixels, 0 to 255."""
-
-    max_pixels: int
-    """Photos with more pixels than this, by their header, are refused before they are decoded."""
+    background: RGB  # under transparent pixels, 0 to 255
+    max_pixels: int  # photos with more, by their header, are refused before they are decoded
 
     def read(self, source: Source | PhotoError, *, min_short_side: float | None = None) -> Pixels:
         """Decode a photo in any form to (H, W, 3) uint8, upright; arrays are taken as they are, files as in `decode`.
@@ -108,25 +105,17 @@ def decode(
     min_short_side: float | None = None,
     name: str = "<bytes>",
 ) -> Pixels:
-    """Decode one photo of any format that Pillow reads, no larger than it needs to be.
+    """Decode a file or its content, of any format that Pillow reads, to (H, W, 3) uint8, writable, upright by EXIF.
 
-    Gray of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB,
-    of an animation the first frame counts. Raises PhotoError.
+    Gray of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB, of an
+    animation the first frame counts. `name` is what errors call bytes. Raises PhotoError.
 
-    Args:
-        source: A file, or its content.
-        background: RGB under transparent pixels, 0 to 255.
-        max_pixels: Photos with more pixels than this, by their header, are refused before they are decoded.
-        min_short_side: The least short side of the result, in pixels; None is the whole photo. JPEG is then scaled by
-            1/2, 1/4 or 1/8, rounded up, in the DCT domain: libjpeg-turbo has SIMD code for these factors (5/8 to 7/8
-            take longer than the whole photo). Other formats come whole. To crop a box afterwards, ask for
-            `size * short side of the photo / short side of the box`.
-        name: What to call `bytes` in an error.
-
-    Returns:
-        (H, W, 3) uint8, writable and contiguous, upright by EXIF (mirrored orientations too).
+    With `min_short_side`, in pixels, JPEG is scaled by 1/2, 1/4 or 1/8, rounded up, as far as the short side stays that
+    long, in the DCT domain: libjpeg-turbo has SIMD code for these factors (5/8 to 7/8 take longer than the whole
+    photo). Other formats come whole. To crop a box afterwards, ask for `size * short side of the photo / short side of
+    the box`.
     """
-    path, data = (name, source) if isinstance(source, bytes) else (str(source), _read(source))
+    path, data = (name, source) if isinstance(source, bytes) else (str(source), read_bytes(source))
     if not data:
         raise PhotoError(path, _EMPTY)
     header = _read_jpeg_header(data)
@@ -179,15 +168,18 @@ def silence_pillow() -> None:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
 
 
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Read a file; raises PhotoError."""
     try:
         return path.read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise PhotoError(str(path), explain_reading(error)) from None
 
 
-def explain_reading(error: OSError | ValueError) -> str:
+def explain_reading(error: OSError | ValueError | MemoryError) -> str:
     """Say why a file cannot be read, without its name."""
+    if isinstance(error, MemoryError):
+        return _NO_MEMORY
     if isinstance(error, FileNotFoundError):
         return "has vanished"
     if isinstance(error, IsADirectoryError):
@@ -260,6 +252,8 @@ def _decode_jpeg(path: str, data: bytes, header: _JpegHeader, min_short_side: fl
         if "premature end of data segment" in str(error):
             raise PhotoError(path, "is truncated") from None
         return None
+    except MemoryError:
+        raise PhotoError(path, _NO_MEMORY) from None
     return turn_upright(pixels, header.orientation)
 
 
@@ -344,7 +338,7 @@ def _photo_errors(path: str, max_pixels: int, explain: Callable[[Exception], str
         found = number[0] if number else "far too many"
         raise PhotoError(path, f"has {found} pixels, more than the limit {limit}") from None
     except MemoryError:
-        raise PhotoError(path, NO_MEMORY) from None
+        raise PhotoError(path, _NO_MEMORY) from None
     except Exception as error:
         raise PhotoError(path, explain(error)) from None
 

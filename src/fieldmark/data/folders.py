@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fieldmark.errors import DataError
 
@@ -46,15 +46,6 @@ class Photo:
     label: str | None  # class name; None for unlabeled photos
     split: str  # train, val, test; "" while no split is decided
     group: str  # what must not cross a split; "" for none
-
-
-class Listing(NamedTuple):
-    """Everything that is said about photos below one folder, in no stated order."""
-
-    root: Path
-    photos: list[Photo]
-    ignored: dict[str, int]
-    layout: str  # how it was read, as a sentence without its period
 
 
 @functools.cache
@@ -196,8 +187,11 @@ def split_of(name: str) -> str:
     return _SPLIT_WORDS.get(word) or _SPLIT_WORDS.get(re.sub(f"({_FILLERS})+$", "", word), "")
 
 
-def read_folder(root: Path) -> Listing:
-    """Read class and split of photos from their folders' names; what can be read in two ways is a DataError."""
+def read_folder(root: Path) -> tuple[list[Photo], dict[str, int], str]:
+    """Photos with the class and split that their folders' names give them, what was skipped, and how they were read.
+
+    What can be read in two ways is a DataError.
+    """
     names, ignored = find_photos(root)
     require_photos(root, names, ignored)
     inner: dict[str, dict[str, None]] = {}  # each folder, and the folders in it that hold photos at any depth
@@ -214,7 +208,7 @@ def read_folder(root: Path) -> Listing:
         _refuse_wrapped(root, folders)
         _refuse_unknown_splits(root, names, folders)
         layout = f"read as one class per folder{_other_reading(folders, splits)}"
-    return Listing(root, photos, dict(+ignored), layout)
+    return photos, dict(+ignored), layout
 
 
 def _has_splits(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fieldmark.data.folders import (
-    Listing,
     Photo,
     find_photos,
     natural_key,
@@ -104,19 +103,16 @@ def load_index(
 ) -> PhotoIndex:
     """Read a data set; what contradicts itself or the disk is a DataError.
 
-    Args:
-        path: One of: a folder with train/ and perhaps val/ (or valid/, validation/) and test/, each holding class
-            folders (test/ may hold photos without labels); a folder of class folders; a CSV or Parquet table.
-        path_column: Column of a table that names the photo, relative to the table's folder or absolute.
-        label_column: Column that names the class. Only test photos may leave it empty.
-        split_column: Column that says train, val or test; photos without it are undecided. May be absent.
-        group_column: Column whose value must not cross a split. May be absent.
+    The path is a folder with train/ and perhaps val/ (or valid/, validation/) and test/, each holding class folders
+    (test/ may hold photos without labels); a folder of class folders; or a CSV or Parquet table, whose paths are
+    absolute or relative to its folder, and whose columns of splits and groups may be absent. Photos without a split are
+    undecided; only test photos may have no label.
     """
     path = require_path(Path(path))
     if problem := encoding_problem(str(path)):  # recipes and reports name it, and they are text
         raise DataError(f"the data's path {problem}. Rename the folder")
     if path.is_dir():
-        listing = read_folder(path)
+        root, (photos, ignored, layout) = path, read_folder(path)
     elif path.suffix.lower() in photo_extensions():
         raise DataError(f"{path} is one photo. Give the folder that holds the class folders")
     elif path.suffix.lower() in ARCHIVE_SUFFIXES:
@@ -131,12 +127,10 @@ def load_index(
         photos, ignored = _read_rows(table, label_column, zip(names, labels, splits, groups, strict=True))
         has_split = "its splits" if any(splits) else "no splits"
         layout = f"read as a table: path from {path_column!r}, class from {label_column!r}, {has_split}"
-        listing = Listing(root, photos, ignored, layout)
     key = natural_key()
-    classes = _list_classes(listing.photos)
-    _refuse_unreadable_names(listing.root, classes)
-    photos = tuple(sorted(listing.photos, key=lambda photo: key(photo.path)))
-    return PhotoIndex(listing.root, photos, classes, listing.ignored, listing.layout)
+    classes = _list_classes(photos)
+    _refuse_unreadable_names(root, classes)
+    return PhotoIndex(root, tuple(sorted(photos, key=lambda photo: key(photo.path))), classes, ignored, layout)
 
 
 def list_photos(path: Path) -> PhotoIndex:

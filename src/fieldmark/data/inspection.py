@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fieldmark.data.decode import NO_MEMORY, DecodeSpec, Pixels, decode, explain_reading, silence_pillow
+from fieldmark.data.decode import DecodeSpec, Pixels, decode, explain_reading, read_bytes, silence_pillow
 from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import PhotoError
 from fieldmark.progress import Progress
@@ -66,15 +66,8 @@ def inspect_photos(
 ) -> list[PhotoFacts]:
     """Decode every photo fully and note what it is, in the order of the index; no photo raises.
 
-    A photo that was inspected before is not opened again while its path, size and modification time are the same.
-
-    Args:
-        index: The photos.
-        decoding: How files become pixels.
-        with_hash: Compute the perceptual hash: about 2 ms a photo more.
-        threads: Photos at once, at least 1.
-        cache_folder: Where to remember; None remembers nothing. What cannot be remembered is no error.
-        progress: Told of each photo.
+    A photo that was inspected before is not opened again while its path, size and modification time are the same. No
+    `cache_folder` remembers nothing, and what cannot be remembered is no error. The hash takes about 2 ms a photo more.
     """
     import PIL
 
@@ -85,17 +78,11 @@ def inspect_photos(
     settings = f"{PIL.__version__} {decoding.background} {decoding.max_pixels}"
     with contextlib.closing(Memory(cache_folder, settings)) as memory:
         for number, file in enumerate(files):
-            try:
-                info = file.stat()
-            except (OSError, ValueError) as error:
-                facts[number] = dataclasses.replace(_UNKNOWN, problem=explain_reading(error))
-                continue
-            if not stat.S_ISREG(info.st_mode):  # to open a pipe would be to wait for ever
-                facts[number] = dataclasses.replace(_UNKNOWN, problem="is not a regular file")
-                continue
-            stamps[number] = f"{info.st_size} {info.st_mtime_ns}"
+            stamps[number], problem = _look(file)
             known = memory.get(file, stamps[number])
-            if known is not None and (known.perceptual_hash or not with_hash):
+            if problem:
+                facts[number] = dataclasses.replace(_UNKNOWN, problem=problem)
+            elif known is not None and (known.perceptual_hash or not with_hash):
                 facts[number] = known
         progress.start(len(files), len(facts))
         new = [number for number in range(len(files)) if number not in facts]
@@ -158,23 +145,27 @@ def capture_time(exif: Any) -> float | None:
     return None
 
 
+def _look(file: Path) -> tuple[str, str]:
+    """The stamp of a file, by which a change is seen, and what is wrong with it before it is opened."""
+    try:
+        info = file.stat()
+    except (OSError, ValueError) as error:
+        return "", explain_reading(error)
+    # To open a pipe would be to wait for ever.
+    return f"{info.st_size} {info.st_mtime_ns}", "" if stat.S_ISREG(info.st_mode) else "is not a regular file"
+
+
 def _inspect(file: Path, decoding: DecodeSpec, with_hash: bool) -> PhotoFacts:
     facts = _UNKNOWN
     try:
-        data = file.read_bytes()
+        data = read_bytes(file)
         facts = dataclasses.replace(facts, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         photo = decode(data, background=decoding.background, max_pixels=decoding.max_pixels, name=str(file))
         hashed = perceptual_hash(photo) if with_hash else ""
-    except (OSError, PhotoError, MemoryError) as error:
-        return dataclasses.replace(facts, problem=_explain(error))
+    except PhotoError as error:
+        return dataclasses.replace(facts, problem=error.reason)
     height, width = photo.shape[:2]
     return dataclasses.replace(facts, width=width, height=height, perceptual_hash=hashed, **_read_header(data))
-
-
-def _explain(error: OSError | PhotoError | MemoryError) -> str:
-    if isinstance(error, PhotoError):
-        return error.reason
-    return NO_MEMORY if isinstance(error, MemoryError) else explain_reading(error)
 
 
 def _read_header(data: bytes) -> dict[str, Any]:

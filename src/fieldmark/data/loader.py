@@ -120,14 +120,10 @@ class Loader:
     """Prepares batches in the training process or in others, epoch after epoch.
 
     Close it, or use it in a `with`: its processes live until then. They are started by forkserver on Linux (a fork of a
-    process that has imported torch but has no threads), by spawn elsewhere: a fork of the training process would
-    inherit the locks of its OpenMP threads without the threads.
-
-    Args:
-        workers: Processes that prepare batches; 0 prepares them here, between two steps.
-        threads: Threads that share the preparation of a batch when `workers` is 0. What releases the interpreter lock
-            (decoding, warping) then uses the cores that the model is not using at that moment.
-        start_method: "forkserver" or "spawn"; None is the first that the system has.
+    process that has imported torch but has no threads), by spawn elsewhere, or as asked: a fork of the training process
+    would inherit the locks of its OpenMP threads without the threads. Without workers, batches are prepared here,
+    between two steps, by some threads: what releases the interpreter lock (decoding, warping) then uses the cores that
+    the model is not using at that moment.
     """
 
     def __init__(self, *, workers: int, threads: int, start_method: str | None = None) -> None:

@@ -37,20 +37,14 @@ def split_index(
     groups: Sequence[str] | None,
     before: Mapping[str, str] | None = None,
 ) -> PhotoIndex:
-    """Decide a split for every labeled photo that has none, stratified by class.
+    """Decide a split for every labeled photo that has none, stratified by class; same seed and photos, same split.
 
     If the data have a val (or test) split, none is made. If all photos are in train, val and test are taken out of it;
     otherwise only undecided photos are touched. A class with two photos or more keeps at least one in train. Without
-    groups, each class gives its exact share, rounded down or up so that the totals are right; with groups, the share
-    is as near as the groups allow. Raises DataError where no photo could be set aside for a split that was asked for.
-
-    Args:
-        index: Photos with or without a split.
-        val_fraction: Share of the labeled photos to divide that goes to val, in (0, 1).
-        test_fraction: Share that goes to test, in [0, 1).
-        seed: Same seed and same photos, same split.
-        groups: Group of each photo, "" for none; groups are never divided. None is no groups at all.
-        before: Path -> split of photos that should stay where they were.
+    groups, each class gives its exact share, rounded down or up so that the totals are right; with groups (one a photo,
+    "" for none), which are never divided, the share is as near as they allow. The fractions are of the labeled photos
+    to divide. Photos whose path is in `before` stay in the split that they had. Raises DataError where no photo could
+    be set aside for a split that was asked for.
     """
     division = _Division.begin(index, groups)
     parts, labeled = division.parts, division.labels >= 0
@@ -238,12 +232,7 @@ class _Division:
             self.parts[number] = homes.get(int(self.groups[number]), self.parts[number])
 
     def assign(self, wanted: Mapping[str, float], rng: np.random.Generator) -> None:
-        """Decide the undecided photos of the pool, a group as a whole or not at all.
-
-        Args:
-            wanted: Split -> share of the pool, in (0, 1), together below 1. The rest is train.
-            rng: Breaks ties and shuffles.
-        """
+        """Decide the undecided photos of the pool, a group as a whole, by shares of the pool; the rest is train."""
         undecided = self.within("")
         if len(np.unique(self.groups[undecided])) == len(undecided):
             self._assign_photos(wanted, rng)

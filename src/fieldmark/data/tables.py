@@ -42,10 +42,8 @@ class Table:
     def column(self, name: str, *, setting: str = "", is_text: bool = True) -> list[str]:
         """Read the values of a column, one for each row.
 
-        Args:
-            name: The column's.
-            setting: Where a user may give another name, for the DataError if there is no such column.
-            is_text: Refuse bytes that are not UTF-8; else they come as lone surrogates, as paths may.
+        The DataError for a column that is not there names the setting that would say which it is. Bytes that are not
+        UTF-8 are refused in text; else they come as lone surrogates, as paths may.
         """
         if name in self.unusable:
             raise DataError(f"{self.name}: column {name!r} {self.unusable[name]}")
