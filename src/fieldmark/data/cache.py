@@ -25,10 +25,10 @@ import uuid
 import weakref
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,41 +84,38 @@ class CacheReport:
         )
 
 
-class Matched(NamedTuple):
-    """What a folder holds of a data set of N photos."""
+@dataclass(eq=False)
+class PhotoCache:
+    """Cached photos of N files by number. Picklable; any number of threads and processes may read at once."""
 
+    files: Sequence[Path]  # N originals, absolute
     rows: NDArray[np.void]  # (N,) of ROW
     pack_of: NDArray[np.int64]  # (N,) number of each photo's pack, -1 for photos that are not cached
-    packs: list[Path]
+    packs: Sequence[Path]
+    is_jpeg: bool  # else cached photos are pixels
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)  # shared by copies, as their reader is
 
-    def count(self) -> int:
-        """Count the photos that are cached."""
-        return int((self.pack_of >= 0).sum())
-
-
-class PhotoCache:
-    """Cached photos by number. Picklable, as copies of one `identity`; any threads and processes may read at once."""
-
-    def __init__(self, files: Sequence[Path], matched: Matched, is_jpeg: bool, identity: str = "") -> None:
-        identity = identity or uuid.uuid4().hex
-        self._arguments = (files, matched, is_jpeg, identity)
-        self._files, self._matched, self._is_jpeg = files, matched, is_jpeg
-        self._reader = _READERS.get(identity) or _Reader(matched.packs, len(files))
-        _READERS[identity] = self._reader
+    def __post_init__(self) -> None:
+        self._reader = _READERS.get(self.identity) or _Reader(self.packs, len(self.files))
+        _READERS[self.identity] = self._reader
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))
+
+    def __len__(self) -> int:
+        """Number of photos that are cached."""
+        return int((self.pack_of >= 0).sum())
 
     def get(self, number: int) -> Pixels | None:
         """(H, W, 3) uint8, writable: one whole upright photo, with the short side of the cache or its own if smaller.
 
         None where the original must be decoded: it is not cached, has changed or vanished, or the copy is damaged.
         """
-        pack = int(self._matched.pack_of[number])
+        pack = int(self.pack_of[number])
         if pack < 0 or self._reader.checked[number] == _DAMAGED:
             return None
-        key, offset, length, height, width, checksum = self._matched.rows[number].item()
-        if _key(self._files[number]) != key:
+        key, offset, length, height, width, checksum = self.rows[number].item()
+        if _key(self.files[number]) != key:
             return None
         data = self._reader.read(pack, offset, length)
         if data is None:
@@ -128,7 +125,7 @@ class PhotoCache:
             self._reader.checked[number] = _SOUND if is_sound else _DAMAGED
             if not is_sound:
                 return None
-        if not self._is_jpeg:
+        if not self.is_jpeg:
             return data.reshape(height, width, 3)
         import simplejpeg
 
@@ -213,18 +210,17 @@ def open_cache(
         preset, reason = choose_mode(mode, presets, sizes, folder=home, disk_gigabytes=disk_gigabytes)
     if preset is not None:
         there = CacheFolder(absolute, home / preset.name, preset)
-        matched, broken = there.match(), list[PhotoError]()
-        hits = matched.count()
+        cache, broken = there.match(), list[PhotoError]()
+        hits = len(cache)
         if hits < len(files):
             problem, broken = there.fill(room_bytes=int(disk_gigabytes * _GIGA), threads=threads, progress=progress)
             reason = problem or reason
-            matched = there.match()
-        if cached := matched.count():
-            num_bytes = int(matched.rows["length"].sum())
+            cache = there.match()
+        if len(cache):
+            num_bytes = int(cache.rows["length"].sum())
             seconds = time.perf_counter() - started
             told = tuple((error.path, error.reason) for error in broken)
-            report = CacheReport(preset.mode, cached, len(files), num_bytes, seconds, hits, reason, told)
-            return PhotoCache(absolute, matched, preset.mode == "jpeg"), report
+            return cache, CacheReport(preset.mode, len(cache), len(files), num_bytes, seconds, hits, reason, told)
     return None, CacheReport("off", 0, len(files), 0, time.perf_counter() - started, 0, reason)
 
 
@@ -321,14 +317,15 @@ class CacheFolder:
     folder: Path  # of their packs
     preset: Preset
 
-    def match(self) -> Matched:
+    def match(self) -> PhotoCache:
         """What is there of the photos as they are now."""
         packs = load_packs(self.folder)
         rows = np.concatenate([*packs.values(), np.zeros(1, ROW)])  # the last is that of photos that are not there
         pack_of = np.repeat([*range(len(packs)), -1], [*map(len, packs.values()), 1])
         places = {key: place for place, key in enumerate(rows["key"].tolist())}
         found = [places.get(_key(file), -1) for file in self.files]
-        return Matched(rows[found], pack_of[found], list(packs))
+        is_jpeg = self.preset.mode == "jpeg"
+        return PhotoCache(self.files, rows[found], pack_of[found], list(packs), is_jpeg)
 
     def fill(self, *, room_bytes: int, threads: int, progress: Progress) -> tuple[str, list[PhotoError]]:
         """Write the photos that are missing, as far as there is room, waiting while another process does.
@@ -353,9 +350,9 @@ class CacheFolder:
             return "the disk is full" if is_full else why, []
 
     def _write_missing(self, room_bytes: int, threads: int, progress: Progress) -> tuple[str, list[PhotoError]]:
-        matched = self.match()
-        missing = np.flatnonzero(matched.pack_of < 0).tolist()
-        room = room_bytes - self._make_room(matched, room_bytes)
+        cache = self.match()
+        missing = np.flatnonzero(cache.pack_of < 0).tolist()
+        room = room_bytes - _make_room(cache, room_bytes)
         broken: list[PhotoError] = []
         progress.start(len(self.files), len(self.files) - len(missing))
         with PackWriter(self.folder) as writer:
@@ -380,15 +377,16 @@ class CacheFolder:
             return error
         return (key, *made) if key else None
 
-    def _make_room(self, matched: Matched, room_bytes: int) -> int:
-        """Bytes of the packs that stay. Packs of photos that are gone go too, once more than half the room is taken."""
-        taken = [pack.stat().st_size for pack in matched.packs]
-        if sum(taken) > room_bytes / 2:
-            for number, pack in enumerate(matched.packs):
-                if number not in matched.pack_of:
-                    _remove(pack)
-                    taken[number] = 0
-        return sum(taken)
+
+def _make_room(cache: PhotoCache, room_bytes: int) -> int:
+    """Bytes of the packs that stay. Packs of photos that are gone go too, once more than half the room is taken."""
+    taken = [pack.stat().st_size for pack in cache.packs]
+    if sum(taken) > room_bytes / 2:
+        for number, pack in enumerate(cache.packs):
+            if number not in cache.pack_of:
+                _remove(pack)
+                taken[number] = 0
+    return sum(taken)
 
 
 def _key(file: Path) -> bytes | None:

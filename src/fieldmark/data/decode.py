@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,12 +91,6 @@ class DecodeSpec:
         return _from_image("the photo", image.copy(), self.background, self.max_pixels)
 
 
-class _JpegHeader(NamedTuple):
-    width: int  # as stored, before orientation
-    height: int
-    orientation: int
-
-
 def decode(
     source: Path | bytes,
     *,
@@ -118,12 +112,9 @@ def decode(
     path, data = (name, source) if isinstance(source, bytes) else (str(source), read_bytes(source))
     if not data:
         raise PhotoError(path, _EMPTY)
-    header = _read_jpeg_header(data)
-    if header is not None:
-        _check_pixels(path, header.width * header.height, max_pixels, num_bytes=len(data))
-        pixels = _decode_jpeg(path, data, header, min_short_side)
-        if pixels is not None:
-            return pixels
+    pixels = _decode_jpeg(path, data, max_pixels, min_short_side) if data.startswith(_JPEG_START) else None
+    if pixels is not None:
+        return pixels
     image = _open(path, io.BytesIO(data), max_pixels)
     _check_pixels(path, image.width * image.height, max_pixels, num_bytes=len(data))
     return _from_image(path, image, background, max_pixels)
@@ -195,22 +186,6 @@ def _check_pixels(path: str, num_pixels: int, limit: int, *, num_bytes: int = 0)
         raise PhotoError(path, f"has {num_pixels} pixels in {num_bytes} bytes, which no photo has")
 
 
-def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
-    """Size and orientation; None for what simplejpeg cannot turn into RGB just as Pillow would."""
-    if not data.startswith(_JPEG_START):
-        return None
-    import simplejpeg
-
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    # CMYK and YCCK are Pillow's: it knows that Adobe stores them inverted.
-    if colorspace not in {"YCbCr", "Gray", "RGB"}:
-        return None
-    return _JpegHeader(int(width), int(height), _read_jpeg_orientation(data))
-
-
 def _read_jpeg_orientation(data: bytes) -> int:
     """EXIF orientation, 1 to 8. Walks the segments, as Pillow's own header takes four times as long."""
     from PIL import Image
@@ -235,16 +210,23 @@ def _read_jpeg_orientation(data: bytes) -> int:
     return 1
 
 
-def _decode_jpeg(path: str, data: bytes, header: _JpegHeader, min_short_side: float | None) -> Pixels | None:
-    """Decode with libjpeg-turbo; None if it warns of something that Pillow should decide."""
+def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float | None) -> Pixels | None:
+    """Decode with libjpeg-turbo; None for what Pillow should decide: warnings, and colors that it alone knows."""
     import simplejpeg
 
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    # CMYK and YCCK are Pillow's: it knows that Adobe stores them inverted.
+    if colorspace not in {"YCbCr", "Gray", "RGB"}:
+        return None
+    _check_pixels(path, width * height, max_pixels, num_bytes=len(data))
     factor = 1
     if min_short_side is not None:
-        short_side = min(header.width, header.height)
-        factor = next((f for f in (8, 4, 2) if short_side // f >= min_short_side), 1)
+        factor = next((f for f in (8, 4, 2) if min(width, height) // f >= min_short_side), 1)
     # simplejpeg takes the smallest scaled size that is no less than these.
-    height, width = -(-header.height // factor), -(-header.width // factor)
+    height, width = -(-height // factor), -(-width // factor)
     try:
         pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width, strict=True)
     except ValueError as error:
@@ -254,7 +236,7 @@ def _decode_jpeg(path: str, data: bytes, header: _JpegHeader, min_short_side: fl
         return None
     except MemoryError:
         raise PhotoError(path, _NO_MEMORY) from None
-    return turn_upright(pixels, header.orientation)
+    return turn_upright(pixels, _read_jpeg_orientation(data))
 
 
 def _open(path: str, file: BinaryIO, max_pixels: int) -> Image.Image:

@@ -190,7 +190,7 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
         path = given if given in known else composed.get(_compose(given.replace("\\", "/")), given)
         where = content.where(row)
         if path not in known:
-            raise DataError(f"{where}: there is no photo {path!r} in {index.root}{did_you_mean(path, known)}")
+            raise DataError(f"{where}: there is no photo {path!r} in {index.root}{did_you_mean(str(path), known)}")
         if action not in ("keep", "relabel", "drop"):
             raise DataError(f"{where}: {path!r} has the action {action!r}; use keep, relabel or drop")
         if action == "relabel" and label not in index.classes:

@@ -15,7 +15,6 @@ Shape letters: B batch, S side in pixels, N photos.
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 import pickle
 import signal
@@ -243,14 +242,6 @@ class _Task(NamedTuple):
     slot: int | None  # where the images may be put
 
 
-class _Reply(NamedTuple):
-    """A batch whose images are in the slot of its task."""
-
-    batch: Batch
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 @contextlib.contextmanager
 def _without_main() -> Generator[None]:
     """Start processes that do not run the user's script again, which may have no `__main__` guard.
@@ -317,13 +308,13 @@ class _Worker:
         except (EOFError, OSError):
             raise self._death() from None
         slot = self._asked.popleft()
-        if isinstance(reply, _Reply) and slot is not None:
-            size = reply.dtype.itemsize * math.prod(reply.shape)
-            pixels = self._slots[slot][:size].numpy()
+        if isinstance(reply, Batch) and slot is not None and reply.images.is_meta:
+            pixels = self._slots[slot][: reply.images.nbytes].numpy()
             # torch holds this very array as long as any tensor shares its memory. No Python code runs at its end: a
             # Ctrl-C that arrived there would be reported on stderr and lost.
             self._loans[slot] = weakref.ref(pixels)
-            return replace(reply.batch, images=torch.from_numpy(pixels).view(reply.dtype).view(reply.shape))
+            images = torch.from_numpy(pixels).view(reply.images.dtype).view(reply.images.shape)
+            return replace(reply, images=images)
         if isinstance(reply, Batch):  # the first, or a larger one than before
             self._slot_bytes = max(self._slot_bytes, reply.images.nbytes)
         return reply
@@ -373,7 +364,8 @@ def _work(pipe: Connection) -> None:
             prepare = task
 
 
-def _answer(prepare: Prepare | Exception, task: _Task, slots: list[Tensor]) -> Batch | _Reply | Exception:
+def _answer(prepare: Prepare | Exception, task: _Task, slots: list[Tensor]) -> Batch | Exception:
+    """A batch or an error; images that fit into the slot are put there, and travel without their content."""
     if isinstance(prepare, Exception):
         return prepare
     try:
@@ -385,7 +377,7 @@ def _answer(prepare: Prepare | Exception, task: _Task, slots: list[Tensor]) -> B
         return batch
     target = slots[task.slot][: images.nbytes].view(images.dtype).view(images.shape)
     target.copy_(images)
-    return _Reply(replace(batch, images=torch.empty(0)), tuple(images.shape), images.dtype)
+    return replace(batch, images=images.to("meta"))
 
 
 def _use_one_thread() -> None:
