@@ -227,18 +227,14 @@ def _find_conflicts(index: PhotoIndex, copies: Sequence[Sequence[int]]) -> list[
 
 def _find_near_duplicates(index: PhotoIndex, facts: Sequence[PhotoFacts], max_distance: int) -> list[NearDuplicate]:
     pairs: list[NearDuplicate] = []
-    hashed = {
-        split: [n for n, photo in enumerate(index.photos) if photo.split == split and facts[n].perceptual_hash]
-        for split in SPLITS
-    }
-    hashes = {
-        split: np.array([int(facts[n].perceptual_hash, 16) for n in numbers], dtype=np.uint64)
-        for split, numbers in hashed.items()
-    }
+    numbers = [number for number, fact in enumerate(facts) if fact.perceptual_hash]
+    hashes = np.array([int(facts[number].perceptual_hash, 16) for number in numbers], np.uint64)
+    splits = np.array([index.photos[number].split for number in numbers], object)
     for one, other in combinations(SPLITS, 2):
-        found = near_pairs(hashes[one], hashes[other], max_distance=max_distance)
+        ours, theirs = np.flatnonzero(splits == one), np.flatnonzero(splits == other)
+        found = near_pairs(hashes[ours], hashes[theirs], max_distance=max_distance)
         for left, right, distance in zip(*(values.tolist() for values in found), strict=True):
-            first, second = hashed[one][left], hashed[other][right]
+            first, second = numbers[ours[left]], numbers[theirs[right]]
             if facts[first].sha256 != facts[second].sha256:
                 pairs.append(NearDuplicate(index.photos[first].path, one, index.photos[second].path, other, distance))
     return sorted(pairs, key=lambda pair: pair.distance)

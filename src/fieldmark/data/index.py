@@ -159,9 +159,8 @@ def require_trainable(index: PhotoIndex) -> None:
 
 def save_split_table(index: PhotoIndex, path: Path) -> None:
     """Write path, label, split and group of every photo as CSV, in index order, whole or not at all."""
-    write_csv(
-        path, SPLIT_COLUMNS, [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]
-    )
+    rows = [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]
+    write_csv(path, SPLIT_COLUMNS, rows)
 
 
 def load_split_table(path: Path, root: Path) -> PhotoIndex:
@@ -199,12 +198,8 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
         decision = (action, label if action == "relabel" else "")
         if decisions.setdefault(path, decision) != decision:
             raise DataError(f"{where}: there are two decisions about {path!r}. Keep one of the rows")
-    decided = [(photo, *decisions.get(photo.path, ("keep", ""))) for photo in index.photos]
-    photos = [
-        replace(photo, label=label) if action == "relabel" else photo
-        for photo, action, label in decided
-        if action != "drop"
-    ]
+    kept = [photo for photo in index.photos if decisions.get(photo.path) != ("drop", "")]
+    photos = [replace(photo, label=decisions.get(photo.path, ("", ""))[1] or photo.label) for photo in kept]
     ignored = Counter(index.ignored)
     ignored["dropped by corrections"] += len(index.photos) - len(photos)
     return replace(index, photos=tuple(photos), ignored=dict(+ignored))

@@ -214,7 +214,7 @@ class Memory:
         try:
             query = "SELECT stamp, facts FROM files WHERE name = ?"
             found = self._database.execute(query, (self._name(file),)).fetchone()
-            if found is None or found[0] != _seal(stamp, found[1]):
+            if found is None or found[0] != _seal(stamp, str(found[1])):
                 return None
             return PhotoFacts(**json.loads(found[1]))
         except (sqlite3.Error, ValueError):

@@ -3,7 +3,7 @@
 Which photos are in a batch, and what is done to each, depends on (seed, epoch, photo number) alone: neither workers
 nor processes nor threads change what the model sees.
 
-Workers are started without fork, compute with one thread, ignore Ctrl-C, and are missed when they die. Why not torch's
+Workers are started without fork, compute with one thread and ignore Ctrl-C; their death is noticed. Why not torch's
 DataLoader: it turns an exception of ours into a RuntimeError with a traceback inside, its SIGCHLD handler raises in
 whatever line the training happens to be when a worker dies, and a new `prepare` (another resolution, say) needs new
 workers. It also makes new shared memory for every batch, which costs more than preparing one from the cache: 27 ms of
