@@ -158,35 +158,19 @@ class UpdateOptions:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """Results of one epoch.
+    """Results of one epoch."""
 
-    Attributes:
-        epoch: Number of completed epochs.
-        step: Number of completed updates.
-        is_complete: False when the batches ended before the epoch did: then `metrics` is empty.
-        lr: Learning rate of the head in the epoch's last update.
-        train_loss: Mean cross-entropy per photo against the targets that were trained on, in nats.
-        train_top1_clean: Share of hits on batches that were not mixed; None if all were.
-        train_top1_mixed: λ-weighted share of hits on mixed batches; its ceiling is E[max(λ, 1 - λ)]. None if none
-            was mixed.
-        clean_fraction: Share of photos in batches that were not mixed.
-        images: Photos trained on in this epoch by this process since it started.
-        seconds: Wall time of the epoch's training part since this process started.
-        metrics: Validation metrics, as `evaluate` returned them.
-        predictions: Of the validation photos, as `evaluate` returned them.
-    """
-
-    epoch: int
-    step: int
-    is_complete: bool
-    lr: float
-    train_loss: float
-    train_top1_clean: float | None
-    train_top1_mixed: float | None
-    clean_fraction: float
-    images: int
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    epoch: int  # completed
+    step: int  # completed updates
+    is_complete: bool  # False when the batches ended before the epoch did: then `metrics` is empty
+    lr: float  # of the head in the epoch's last update
+    train_loss: float  # mean cross-entropy per photo against the targets that were trained on, in nats
+    train_top1_clean: float | None  # share of hits on batches that were not mixed; None if all were
+    train_top1_mixed: float | None  # λ-weighted, on mixed batches, of at most E[max(λ, 1 - λ)]; None if none was mixed
+    clean_fraction: float  # share of photos in batches that were not mixed
+    images: int  # trained on in this epoch by this process since it started
+    seconds: float  # wall time of the epoch's training part since this process started
+    metrics: dict[str, float] = field(default_factory=dict[str, float])  # of the validation photos
     predictions: Predictions | None = field(default=None, repr=False, compare=False)
 
 
