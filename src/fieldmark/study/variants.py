@@ -54,18 +54,16 @@ def group_runs(results: Sequence[RunResults]) -> list[Group]:
         groups.setdefault(repr(sorted(own.items())), (own, []))[1].append(run)
     settings = [own for own, _ in groups.values()]
     differing = [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings[1:])]
-    named: list[Group] = []
-    for own, runs in groups.values():
-        changes = {key: own[key] for key in differing}
-        named.append(Group(_describe(changes) or runs[0].name, changes, tuple(runs)))
-    if len(differing) <= MOST_CHANGES:
-        return named
     # The folder of a single run, or the one that holds a variant's runs.
-    folders = [(path if len(group.runs) == 1 else path.parent).name
-               for group in named for path in [group.runs[0].path.resolve()]]  # fmt: skip
-    if len(set(folders)) < len(folders):
-        return named
-    return [replace(group, name=folder) for group, folder in zip(named, folders, strict=True)]
+    paths = [(runs[0].path.resolve(), len(runs)) for _, runs in groups.values()]
+    folders = [path.name if count == 1 else path.parent.name for path, count in paths]
+    by_folder = len(differing) > MOST_CHANGES and len(set(folders)) == len(folders)
+    named: list[Group] = []
+    for (own, runs), folder in zip(groups.values(), folders, strict=True):
+        changes = {key: own[key] for key in differing}
+        name = folder if by_folder else _describe(changes) or runs[0].name
+        named.append(Group(name, changes, tuple(runs)))
+    return named
 
 
 def name_against(groups: Sequence[Group], run: Path) -> list[Group]:
