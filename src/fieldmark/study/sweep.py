@@ -56,19 +56,12 @@ class CellStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """How far a sweep is.
-
-    Attributes:
-        out: Its folder.
-        cells: All cells known so far, in order.
-        total: Cells in all; a search finds its cells as it goes.
-        seconds_left: Time to finish at the speed so far; None while that is not known.
-    """
+    """How far a sweep is."""
 
     out: Path
-    cells: tuple[CellStatus, ...]
-    total: int
-    seconds_left: float | None
+    cells: tuple[CellStatus, ...]  # all that are known so far, in order
+    total: int  # cells in all; a search finds its cells as it goes
+    seconds_left: float | None  # at the speed so far; None while that is not known
 
     def num(self, state: State) -> int:
         """Cells in a state."""
