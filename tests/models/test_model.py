@@ -13,6 +13,7 @@ from fieldmark.models.classifier import (
     count_parameters,
     create_classifier,
     freeze_stages,
+    require_size,
     train_only_head_and_norms,
 )
 
@@ -299,8 +300,34 @@ def test_a_vision_transformer_takes_any_multiple_of_its_patch_and_is_unchanged_a
 
 
 def test_a_size_that_an_architecture_does_not_take_is_one_sentence():
-    with pytest.raises(ConfigError, match=r"takes images of 224 pixels; got 96 .*eval.size"):
-        make_classifier("swin_tiny_patch4_window7_224").features(torch.randn(1, 3, 96, 96))
+    with pytest.raises(ConfigError, match=r"mixer_s32_224 takes images of 224 pixels; got 96 .*eval.size"):
+        make_classifier("mixer_s32_224").features(torch.randn(1, 3, 96, 96))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "takes"),
+    [
+        ("mixer_s32_224", 96, r"images of 224 pixels; got 96 "),
+        ("levit_128s", 192, r"images of 224 pixels; got 192 "),  # refused by a shape deep within
+        ("test_vit", 100, r"images of 160 pixels, or of other multiples of its patch; got 100 "),
+    ],
+)
+def test_a_size_is_refused_before_anything_is_computed(name, size, takes):
+    with pytest.raises(ConfigError, match=rf"model.name: {name} takes {takes}.*augment.size"):
+        require_size(name, size)
+
+
+@pytest.mark.parametrize("size", [96, 192, 200])
+def test_a_swin_transformer_takes_other_sizes_and_is_unchanged_at_its_own(size):
+    name = "swin_tiny_patch4_window7_224"
+    require_size(name, size)
+    model = make_classifier(name).eval()
+    plain = timm.create_model(name, num_classes=0).eval()
+    plain.load_state_dict(model.backbone.state_dict())
+    with torch.inference_mode():
+        assert model.features(torch.randn(1, 3, size, size)).shape == (1, model.num_features)
+        images = torch.randn(1, 3, 224, 224)
+        assert torch.equal(model.features(images), plain(images))
 
 
 def _saved_bytes(model, images):

@@ -7,6 +7,7 @@ import torch
 from lightning_fabric.plugins import MixedPrecision, Precision
 
 from fieldmark.config import load_config
+from fieldmark.errors import ConfigError
 from fieldmark.runs import build
 
 TINY = ("model.name=test_resnet", "model.weights=random")
@@ -44,3 +45,12 @@ def test_fp16_on_a_processor_is_recorded_as_the_bf16_that_it_is():
     choice = choose_precision(load_config(None, ["train.precision=16-mixed"]), "cpu")
     assert choice.value == "bf16-mixed"
     assert "needs a GPU" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "setting", ["augment.size=100", "eval.size=100", "train.resolution_steps=[[0, 96], [0.5, 100]]"]
+)
+def test_a_size_that_the_model_does_not_take_is_refused_before_training(setting: str) -> None:
+    config = load_config(None, ["model.name=test_vit", "model.weights=random", setting])
+    with pytest.raises(ConfigError, match=r"test_vit takes images of 160 pixels, .* got 100"):
+        build.build_model(config, num_classes=3)

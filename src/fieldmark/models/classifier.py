@@ -45,12 +45,7 @@ class Classifier(nn.Module):
             with _fast_gradients() if self.training and images.device.type == "cpu" else nullcontext():
                 features = self.backbone(images)
         except AssertionError as error:  # timm's way to refuse a size
-            settings: Any = getattr(self.backbone, "pretrained_cfg", {})
-            side = (settings.get("input_size") or (0,))[-1]
-            raise ConfigError(
-                f"model.name: {self.name} takes images of {side} pixels; got {images.shape[-1]} ({error}). "
-                f"Set augment.size={side} and eval.size={side} without train.resolution_steps, or choose another model"
-            ) from None
+            raise _refuse_size(self.name, self.backbone, images.shape[-1], error) from None
         if features.ndim != 2:
             raise ConfigError(
                 f"model.name: {self.name} gives features of shape {tuple(features.shape)} rather than one vector for "
@@ -203,8 +198,32 @@ def check_parameter_budget(counts: Sequence[tuple[str, int]], *, max_millions: f
     )
 
 
-_ANY_SIZE = ("vision_transformer", "deit", "eva")
-"""timm's modules whose transformers take images of any multiple of their patch, when told so."""
+_SIZE_OPTIONS: dict[tuple[str, ...], dict[str, Any]] = {
+    # Position embeddings, or masks of windows, are made anew where the size differs, and only there.
+    ("vision_transformer", "deit", "eva"): {"dynamic_img_size": True},
+    ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"): {"strict_img_size": False},
+}
+"""timm's modules whose transformers take images of other sizes, the first of any multiple of their patch, and how."""
+
+
+def require_size(name: str, size: int) -> None:
+    """Raise ConfigError unless the architecture takes images of that side, in pixels; tried without any computing."""
+    with torch.device("meta"), torch.inference_mode():
+        backbone = _create_backbone(name, 0.0).eval()
+        try:
+            backbone(torch.empty(1, 3, size, size))
+        except (AssertionError, RuntimeError) as error:
+            raise _refuse_size(name, backbone, size, error) from None
+
+
+def _refuse_size(name: str, backbone: nn.Module, size: int, error: Exception) -> ConfigError:
+    own = cast(Any, backbone).pretrained_cfg["input_size"][-1]
+    others = ", or of other multiples of its patch" if getattr(backbone, "dynamic_img_size", False) else ""
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return ConfigError(
+        f"model.name: {name} takes images of {own} pixels{others}; got {size} ({reason}). "
+        f"Set augment.size={own} and eval.size={own} without train.resolution_steps, or choose another model"
+    )
 
 
 def _create_backbone(name: str, drop_path: float) -> nn.Module:
@@ -215,8 +234,9 @@ def _create_backbone(name: str, drop_path: float) -> nn.Module:
     if repository := hub_repository(name):
         fetch(repository, ["config.json"])  # raises what a user understands
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-    if is_model_in_modules(name.partition(".")[0], _ANY_SIZE):
-        options["dynamic_img_size"] = True  # position embeddings are resized where the size differs, and only there
+    for modules, size_options in _SIZE_OPTIONS.items():
+        if is_model_in_modules(name.partition(".")[0], modules):
+            options |= size_options
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
     except TypeError as error:

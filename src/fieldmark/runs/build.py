@@ -22,7 +22,13 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import auto_workers, cut_plan, epoch_order
 from fieldmark.errors import ConfigError, FieldmarkError
 from fieldmark.models.catalog import InputConfig, resolve_name
-from fieldmark.models.classifier import Classifier, check_parameter_budget, count_parameters, create_classifier
+from fieldmark.models.classifier import (
+    Classifier,
+    check_parameter_budget,
+    count_parameters,
+    create_classifier,
+    require_size,
+)
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, decode_spec, user_folder
@@ -206,13 +212,22 @@ def build_model(config: Config, *, num_classes: int) -> BuiltModel:
     if settings.max_parameters_millions is not None:
         counts = [(create["name"], count_parameters(model))]
         check_parameter_budget(counts, max_millions=settings.max_parameters_millions)
-    weights = load_weights(model, settings.weights)
-    return BuiltModel(model, create, weights, build_input_config(config))
+    data = build_input_config(config)
+    require_sizes(config, data)
+    return BuiltModel(model, create, load_weights(model, settings.weights), data)
 
 
 def build_input_config(config: Config) -> InputConfig:
     """Give the picture that the weights expect."""
     return data_config(resolve_name(config.model.name, config.model.weights), config.model.weights)
+
+
+def require_sizes(config: Config, data: InputConfig) -> None:
+    """Raise ConfigError where the model does not take all images that the settings show it."""
+    steps = [side for _, side in config.train.resolution_steps] or [train_size(config, data)]
+    sizes = {build_eval_spec(config, data).size, *(steps if config.train.epochs else ())}
+    for size in sorted(sizes - {data.train_size}) if data.is_size_fixed else ():
+        require_size(resolve_name(config.model.name, config.model.weights), size)
 
 
 def train_size(config: Config, data: InputConfig) -> int:

@@ -60,6 +60,7 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
     if fabric.device.type == "cpu":
         torch.set_num_threads(build.choose_threads(config, workers=0).value)
     weights = build.build_input_config(config)
+    build.require_sizes(config, weights)
     size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
     prepare = build.build_train_photos(config, index, known_sizes(index, sizes), size=size, evaluation=evaluation)
     numbers = list(sizes)[:PHOTOS_PREPARED]
