@@ -133,7 +133,7 @@ def warp(pixels: Any, matrices: Any, limits: Any, fill: Any, out: Any) -> None:
     zero, right, bottom = np.float32(0), np.float32(pixels.shape[1] - 2), np.float32(pixels.shape[0] - 2)
     last = matrices[len(matrices) - 1]
     step_x, step_y = np.float32(last[0, 0]), np.float32(last[1, 0])
-    places, part_x, part_y = np.empty(size, np.int32), np.empty(size, np.uint32), np.empty(size, np.uint32)
+    indices, part_x, part_y = np.empty(size, np.int32), np.empty(size, np.uint32), np.empty(size, np.uint32)
     upper_left, upper_right = np.empty(size, np.uint32), np.empty(size, np.uint32)
     lower_left, lower_right = np.empty(size, np.uint32), np.empty(size, np.uint32)
     span = np.empty(2, np.int64)
@@ -154,11 +154,11 @@ def warp(pixels: Any, matrices: Any, limits: Any, fill: Any, out: Any) -> None:
             x = np.int32(min(max(start_x + step_x * np.float32(k), zero), right) * fine + half)
             y = np.int32(min(max(start_y + step_y * np.float32(k), zero), bottom) * fine + half)
             part_x[k], part_y[k] = np.uint32(x) & byte, np.uint32(y) & byte
-            places[k] = np.int32((y >> np.int32(8)) * np.int32(stride)) + (x >> np.int32(8))
+            indices[k] = np.int32((y >> np.int32(8)) * np.int32(stride)) + (x >> np.int32(8))
         for k in range(count):
-            place = np.uint64(places[k])
-            upper_left[k], upper_right[k] = words[place], words[place + one]
-            lower_left[k], lower_right[k] = words[place + below], words[place + below + one]
+            index = np.uint64(indices[k])
+            upper_left[k], upper_right[k] = words[index], words[index + one]
+            lower_left[k], lower_right[k] = words[index + below], words[index + below + one]
         reds, greens, blues = out[0, row, first:end], out[1, row, first:end], out[2, row, first:end]
         for k in range(count):
             at_d = np.uint32(part_x[k] * part_y[k] + np.uint32(128)) >> eight
@@ -234,7 +234,7 @@ def turn_hue(r: Any, g: Any, b: Any, shift: Any) -> None:
 
 @compiled()
 def recolor(r: Any, g: Any, b: Any, kind: int, factor: Any, mean: Any) -> None:
-    """One color operation on a row of pixels: `kind` as in `sample.BRIGHTNESS` and its neighbours."""
+    """One color operation on a row of pixels: `kind` as in `sample.BRIGHTNESS` and its neighbors."""
     if kind == 0:
         brighten(r, g, b, factor)
     elif kind <= 2:
@@ -250,8 +250,8 @@ def gray_mean(out: Any, kinds: Any, factors: Any) -> Any:
     total = 0.0
     for row in range(size):
         r, g, b = out[0, row], out[1, row], out[2, row]
-        for place in range(len(kinds)):
-            recolor(r, g, b, kinds[place], factors[place], np.float32(0))
+        for position in range(len(kinds)):
+            recolor(r, g, b, kinds[position], factors[position], np.float32(0))
         part = np.float32(0)
         for i in range(size):
             part += gray(r[i], g[i], b[i])
@@ -291,8 +291,8 @@ def finish(
         before = 0
     for row in range(size):
         r, g, b = out[0, row], out[1, row], out[2, row]
-        for place in range(before, count):
-            recolor(r, g, b, kinds[place], factors[place], mean)
+        for position in range(before, count):
+            recolor(r, g, b, kinds[position], factors[position], mean)
         for channel in range(3):
             line, times, plus = out[channel, row], scale[channel], offset[channel]
             for i in range(size):

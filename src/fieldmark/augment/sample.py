@@ -1,4 +1,4 @@
-"""One batch's random parameters from (seed, epoch, photo number), drawn in one place and executed in others.
+"""One batch's random parameters from (seed, epoch, photo number), drawn once and executed elsewhere.
 
 The numbers come from a counter-based generator, so a photo's augmentation depends on nothing but those three: neither
 on the batch around it, nor on how many workers or processes share the work. The law of each parameter is torchvision's.

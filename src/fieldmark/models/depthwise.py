@@ -3,7 +3,7 @@
 oneDNN, which computes torch's convolutions on x86, falls back to plain loops for two gradients of depthwise
 convolutions: that of the weights of kernels wider than 3, and, in bf16 above all, that of the input at a stride. For
 EfficientNet-Lite0 at 160 pixels they were four fifths of an update. The same sums, vectorized over the channels, which
-lie side by side in channels_last, are about ten times faster.
+are side by side in channels_last, are about ten times faster.
 
 Written by hand because no library has them: torch's inductor calls the same kernels of oneDNN.
 
@@ -38,7 +38,7 @@ class DepthwiseGradients(TorchFunctionMode):
     """Within it, depthwise convolutions whose gradients torch computes slowly get theirs from this module.
 
     The forward pass stays torch's own. So do all other convolutions, and those that are not square, are dilated, are in
-    float16 or do not lie in channels_last. Gradients are summed in 32 bit, whatever the precision, in an order that
+    float16 or are not in channels_last. Gradients are summed in 32 bit, whatever the precision, in an order that
     depends on `torch.get_num_threads()` alone.
     """
 

@@ -74,39 +74,24 @@ class WeightsReport:
         return found
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Tensors by name, and what is known about them."""
-
-    label: str
-    tensors: Mapping[str, Tensor]
-    licence: str | None
-    pretraining: str | None
-    file: Path | None
-
-
 def load_weights(model: Classifier, source: str) -> WeightsReport:
     """Fill the backbone, all at once or not at all; the head stays as it is.
 
-    Half-precision tensors become float32. Names may carry `module.`, `model.`, `backbone.` or be nested under
-    `state_dict`, `model` or `model_ema` (preferred, as in timm).
+    The source is "pretrained" (timm's hub), "random", a .safetensors, .pth or .pt file, a folder with config.json and a
+    weight file (timm's local-dir form), or "package:NAME" with a NAME from `catalog.PACKAGES`. Half-precision tensors
+    become float32. Names may carry `module.`, `model.`, `backbone.` or be nested under `state_dict`, `model` or
+    `model_ema` (preferred, as in timm).
 
-    Args:
-        model: Changed in place.
-        source: "pretrained" (timm's hub), "random", a .safetensors, .pth or .pt file, a folder with config.json and a
-            weight file (timm's local-dir form), or "package:NAME" with a NAME from `catalog.PACKAGES`.
-
-    Raises:
-        WeightsError: The source cannot be had or read, holds code or values that are not finite, or fits less than
-            half of the backbone.
+    Raises WeightsError where the source cannot be had or read, has code or values that are not finite, or fits less
+    than half of the backbone.
     """
     if source == "random":
         return WeightsReport(model.name, "random", 0, len(_tensors(model)), licence="none", pretraining="none")
     if source == "pretrained":
-        return _fill(model, _from_hub(model.name))
+        return _load_from_hub(model)
     if source.startswith("package:"):
-        return _fill(model, _from_package(model.name, source))
-    return _fill(model, _from_path(model.name, Path(source).expanduser()))
+        return _load_package(model, source)
+    return _load_path(model, Path(source).expanduser())
 
 
 def data_config(name: str, source: str) -> InputConfig:
@@ -127,17 +112,24 @@ def data_config(name: str, source: str) -> InputConfig:
     return catalog.input_config(config, is_own=is_own)
 
 
-def _fill(model: Classifier, source: _Source) -> WeightsReport:
+def _fill(
+    model: Classifier,
+    label: str,
+    tensors: Mapping[str, Tensor],
+    licence: str | None,
+    pretraining: str | None,
+    file: Path | None,
+) -> WeightsReport:
     state, target = model.backbone.state_dict(), _tensors(model)
     fitting: dict[str, Tensor] = {}
     counters: dict[str, Tensor] = {}
     mismatched: dict[str, str] = {}
     skipped: list[str] = []
     unexpected: list[str] = []
-    for given, tensor in source.tensors.items():
+    for given, tensor in tensors.items():
         name = _strip(given, state)
         if name in target and tensor.shape == target[name].shape:
-            fitting[name] = _as_float32(tensor, given, source.label)
+            fitting[name] = _as_float32(tensor, given, label)
         elif name in target:
             mismatched[name] = f"{name}: {tuple(tensor.shape)} for {tuple(target[name].shape)}"
         elif _is_classifier(name, model.backbone):
@@ -148,23 +140,23 @@ def _fill(model: Classifier, source: _Source) -> WeightsReport:
             unexpected.append(given)
     if len(fitting) < MIN_MATCHED_FRACTION * len(target):
         raise WeightsError(
-            f"model.weights: {source.label} does not hold weights of {model.name}: {len(fitting)} of its {len(target)} "
+            f"model.weights: {label} does not hold weights of {model.name}: {len(fitting)} of its {len(target)} "
             f"tensors match, {len(mismatched)} have another shape, {len(unexpected)} are unknown"
             f"{f' ({_list_some(unexpected)})' if unexpected else ''}. Set model.name to the model that they belong to"
         )
     model.backbone.load_state_dict({**fitting, **counters}, strict=False)
     return WeightsReport(
         name=model.name,
-        source=source.label,
+        source=label,
         matched=len(fitting),
         total=len(target),
         missing=tuple(name for name in target if name not in fitting and name not in mismatched),
         unexpected=tuple(unexpected),
         mismatched=tuple(mismatched.values()),
         skipped=tuple(skipped),
-        licence=source.licence or "unknown",
-        pretraining=source.pretraining or "unknown",
-        sha256=_digest(source.file) if source.file else "",
+        licence=licence or "unknown",
+        pretraining=pretraining or "unknown",
+        sha256=_digest(file) if file else "",
     )
 
 
@@ -207,42 +199,42 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _from_hub(name: str) -> _Source:
+def _load_from_hub(model: Classifier) -> WeightsReport:
     """Load the weights that timm calls pretrained."""
     import timm
 
-    config = catalog.timm_config(name)
-    path = catalog.pretrained_file(config, name)
+    config = catalog.timm_config(model.name)
+    path = catalog.pretrained_file(config, model.name)
     overlay = {"file": str(path), "source": "", "hf_hub_filename": None} if path else None
     try:
         # A second model, so that timm's own conversions of the file for this architecture apply.
-        loaded = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+        loaded = timm.create_model(model.name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
     except (OSError, RuntimeError) as error:
-        raise WeightsError(f"model.weights: the pretrained weights of {name} cannot be loaded: {error}") from None
-    return _Source("pretrained", loaded.state_dict(), config.license, config.tag, path)
+        raise WeightsError(f"model.weights: the pretrained weights of {model.name} cannot be loaded: {error}") from None
+    return _fill(model, "pretrained", loaded.state_dict(), config.license, config.tag, path)
 
 
-def _from_package(name: str, source: str) -> _Source:
+def _load_package(model: Classifier, source: str) -> WeightsReport:
     import timm
 
-    package = catalog.find_package(source, name)
+    package = catalog.find_package(source, model.name)
     path = catalog.package_file(package)
     with torch.device("meta"):
         layout = timm.create_model(package.timm_name, num_classes=1000 if package.has_classifier else 0)
     tensors = match_by_position(read_tensors(path)[0], layout.state_dict(), path.name)
-    return _Source(source, tensors, package.licence, package.pretraining, path)
+    return _fill(model, source, tensors, package.licence, package.pretraining, path)
 
 
-def _from_path(name: str, path: Path) -> _Source:
-    """Read a file, whose safetensors metadata may say `license` and `pretraining`, or a folder in timm's form."""
+def _load_path(model: Classifier, path: Path) -> WeightsReport:
+    """Load a file, whose safetensors metadata may say `license` and `pretraining`, or a folder in timm's form."""
     if not path.is_dir():
         tensors, metadata = read_tensors(path)
-        return _Source(path.name, tensors, metadata.get("license"), metadata.get("pretraining"), path)
-    config = catalog.as_config(_read_config_beside(path, name))
+        return _fill(model, path.name, tensors, metadata.get("license"), metadata.get("pretraining"), path)
+    config = catalog.as_config(_read_config_beside(path, model.name))
     file = next((path / file for file in _FOLDER_FILES if (path / file).is_file()), None)
     if file is None:
         raise WeightsError(f"model.weights: the folder {path} has none of {', '.join(_FOLDER_FILES)}")
-    return _Source(path.name, read_tensors(file)[0], config.license, config.tag, file)
+    return _fill(model, path.name, read_tensors(file)[0], config.license, config.tag, file)
 
 
 def _read_config_beside(path: Path, name: str) -> dict[str, Any]:
