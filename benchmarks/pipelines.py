@@ -158,8 +158,6 @@ class Ours:
             self.open_cache(),
             sizes,
             build_augment_spec(config, size=SIZE, evaluation=evaluation, is_fixres=False),
-            MEAN,
-            STD,
             seed=0,
             is_fast=True,
         )

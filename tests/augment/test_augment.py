@@ -42,6 +42,8 @@ REPORT = AugmentSpec(
     erase_scale=(0.02, 0.15),
     erase_ratio=(0.3, 3.3),
     erase_value="random",
+    mean=MEAN,
+    std=STD,
 )
 PLAIN = replace(
     REPORT,
@@ -101,20 +103,28 @@ def test_the_report_is_executed_exactly_as_by_torchvision(scenes, birds):
     assert params.erase[:, 2].any()
     for row, photo in enumerate(photos):
         theirs = report_pipeline(params, row)(Image.fromarray(photo))
-        ours = augment_reference(photo, params, row, REPORT, MEAN, STD)
+        ours = augment_reference(photo, params, row, REPORT)
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)
 
 
 def test_a_crop_outside_the_photo_shows_the_fill(scenes):
     photo = scenes[0]
-    spec = replace(PLAIN, crop="zoom", crop_scale=(2.0, 2.0), crop_ratio=(1.0, 1.0), fill=(10, 20, 30))
+    spec = replace(
+        PLAIN,
+        crop="zoom",
+        crop_scale=(2.0, 2.0),
+        crop_ratio=(1.0, 1.0),
+        fill=(10, 20, 30),
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    )
     params = params_for([photo], spec)
     x, y, w, h = params.box[0].astype(int)
     canvas = np.full((h, w, 3), (10, 20, 30), dtype=np.uint8)
     canvas[-y : -y + photo.shape[0], max(-x, 0) : -x + photo.shape[1]] = photo[:, max(x, 0) : x + w]
     theirs = functional.resized_crop(Image.fromarray(canvas), 0, 0, h, w, [224, 224])
-    ours = augment_reference(photo, params, 0, spec, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    ours = augment_reference(photo, params, 0, spec)
     assert torch.equal(ours, functional.to_tensor(theirs))
 
 
@@ -125,7 +135,7 @@ def test_the_weights_crop_is_the_evaluation_picture(scenes, psnr, interpolation)
     params = params_for(scenes, spec)
     judged = EvalSpec("weights", 224, 0.875, interpolation, MEAN, STD)
     for row, photo in enumerate(scenes):
-        ours = augment_reference(photo, params, row, spec, MEAN, STD)
+        ours = augment_reference(photo, params, row, spec)
         assert psnr(ours, eval_reference(photo, judged), peak=1 / 0.226) > 50
 
 
@@ -133,9 +143,9 @@ def test_erasing_with_zero_is_the_mean_color(scenes):
     spec = replace(PLAIN, erase=1.0, erase_value="zero")
     params = params_for(scenes[:1], spec)
     x, y, w, h = params.erase[0]
-    ours = augment_reference(scenes[0], params, 0, spec, MEAN, STD)
+    ours = augment_reference(scenes[0], params, 0, spec)
     assert not ours[:, y : y + h, x : x + w].any()
-    plain = augment_reference(scenes[0], params_for(scenes[:1], PLAIN), 0, PLAIN, MEAN, STD)
+    plain = augment_reference(scenes[0], params_for(scenes[:1], PLAIN), 0, PLAIN)
     outside = torch.ones(224, 224, dtype=torch.bool)
     outside[y : y + h, x : x + w] = False
     assert torch.equal(ours[:, outside], plain[:, outside])

@@ -37,6 +37,8 @@ PLAIN = AugmentSpec(
     erase_scale=(0.02, 0.15),
     erase_ratio=(0.3, 3.3),
     erase_value="random",
+    mean=BYTES[0],
+    std=BYTES[1],
 )
 AFFINE = replace(PLAIN, degrees=20.0, translate=(0.1, 0.1), shear=5.0)
 EVERYTHING = replace(AFFINE, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, erase=0.5)
@@ -47,16 +49,16 @@ def photos(birds, scenes):
     return [*birds[:4], *(scene[100:340, 50:380] for scene in scenes)]
 
 
-def both(photos, spec, normalization=BYTES, enlarged=1, compiled=False):
+def both(photos, spec, enlarged=1, compiled=False):
     """Pictures of this executor and of the fast one; photos stand in slots with rubbish around them."""
     sizes = np.array([(photo.shape[1], photo.shape[0]) for photo in photos])
     params = sample_params(spec, sizes * enlarged, seed=0, epoch=0, numbers=np.arange(len(photos)))
     slots = torch.full((len(photos), 3, 350, 360), 255, dtype=torch.uint8)
     for slot, photo in zip(slots, photos, strict=True):
         slot[:, : photo.shape[0], : photo.shape[1]] = torch.from_numpy(photo.transpose(2, 0, 1).copy())
-    device = augment_device(slots, sizes, sizes * enlarged, params, spec, *normalization, compiled=compiled)
+    device = augment_device(slots, sizes, sizes * enlarged, params, spec, compiled=compiled)
     assert device.dtype == torch.float32
-    return device.numpy(), augment_fast(photos, sizes * enlarged, params, spec, *normalization)
+    return device.numpy(), augment_fast(photos, sizes * enlarged, params, spec)
 
 
 def least_psnr(psnr, ours, theirs):
@@ -96,7 +98,7 @@ def test_color_agrees_closely(photos, psnr, channel):
 
 @pytest.mark.parametrize("value", ["random", "zero"])
 def test_erasing_is_the_same_rectangle_and_noise(photos, value):
-    ours, theirs = both(photos, replace(PLAIN, erase=1.0, erase_value=value), (MEAN, STD))
+    ours, theirs = both(photos, replace(PLAIN, erase=1.0, erase_value=value, mean=MEAN, std=STD))
     spec = replace(PLAIN, erase=1.0)
     sizes = [(photo.shape[1], photo.shape[0]) for photo in photos]
     params = sample_params(spec, sizes, seed=0, epoch=0, numbers=np.arange(len(photos)))

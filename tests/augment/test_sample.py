@@ -37,6 +37,8 @@ REPORT = AugmentSpec(
     erase_scale=(0.02, 0.15),
     erase_ratio=(0.3, 3.3),
     erase_value="random",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
 )
 DRAWS = 3000
 

@@ -41,6 +41,8 @@ PLAIN = AugmentSpec(
     erase_scale=(0.02, 0.15),
     erase_ratio=(0.3, 3.3),
     erase_value="random",
+    mean=BYTES[0],
+    std=BYTES[1],
 )
 AFFINE = replace(PLAIN, degrees=20.0, translate=(0.1, 0.1), shear=5.0)
 COLOR = replace(PLAIN, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
@@ -59,13 +61,13 @@ def take(params: BatchParams, rows: list[int]) -> BatchParams:
 
 
 def reference(photos, params, spec):
-    return [augment_reference(photo, params, row, spec, *BYTES).numpy() for row, photo in enumerate(photos)]
+    return [augment_reference(photo, params, row, spec).numpy() for row, photo in enumerate(photos)]
 
 
 def both(photos, spec, given=None):
     """Pictures of both executors, 0 to 255; `given` are the photos that the fast one gets."""
     params = params_for(photos, spec)
-    fast = augment_fast(given or photos, sizes_of(photos), params, spec, *BYTES)
+    fast = augment_fast(given or photos, sizes_of(photos), params, spec)
     return fast, reference(photos, params, spec)
 
 
@@ -108,7 +110,7 @@ def test_one_warp_is_nearer_to_a_bicubic_affine_than_the_report(scenes, birds, p
     photos = scenes * 4 + birds
     params = params_for(photos, AFFINE)
     oracle = [bicubic(photo, params, row) for row, photo in enumerate(photos)]
-    ours = augment_fast(photos, sizes_of(photos), params, AFFINE, *BYTES)
+    ours = augment_fast(photos, sizes_of(photos), params, AFFINE)
     nearest = reference(photos, params, replace(AFFINE, affine_interpolation="nearest"))
     assert mean_psnr(psnr, ours, oracle) > max(40, mean_psnr(psnr, nearest, oracle) + 4)
     assert 0.85 < mean_sharpness(ours, oracle) < 1.15
@@ -116,7 +118,7 @@ def test_one_warp_is_nearer_to_a_bicubic_affine_than_the_report(scenes, birds, p
 
 def bicubic(photo, params, row):
     """The crop by torchvision, then the affine by Pillow's bicubic: one careful answer."""
-    plain = augment_reference(photo, params, row, PLAIN, *BYTES).numpy()
+    plain = augment_reference(photo, params, row, PLAIN).numpy()
     image = Image.fromarray(np.rint(plain).astype(np.uint8).transpose(1, 2, 0))
     from torchvision.transforms import functional as v1
     from torchvision.transforms.functional import _get_inverse_affine_matrix
@@ -164,7 +166,7 @@ def test_color_operations_keep_their_order(scenes):
     params.color_order[:] = [[0, 1, 2, 3], [3, 2, 1, 0]]
     params.factors[:] = (1.9, 0.3, 1.8, 0.2)
     spec = replace(COLOR, brightness=1.0, contrast=1.0, saturation=1.0)
-    ours = augment_fast(photos, sizes_of(photos), params, spec, *BYTES)
+    ours = augment_fast(photos, sizes_of(photos), params, spec)
     theirs = reference(photos, params, spec)
     for row in range(2):
         assert np.abs(ours[row] - theirs[row]).mean() < 2
@@ -173,11 +175,11 @@ def test_color_operations_keep_their_order(scenes):
 
 @pytest.mark.parametrize("value", ["random", "zero"])
 def test_erasing_and_normalization_are_the_references(scenes, value):
-    spec = replace(PLAIN, erase=1.0, erase_value=value)
+    spec = replace(PLAIN, erase=1.0, erase_value=value, mean=MEAN, std=STD)
     params = params_for(scenes, spec)
-    ours = augment_fast(scenes, sizes_of(scenes), params, spec, MEAN, STD)
+    ours = augment_fast(scenes, sizes_of(scenes), params, spec)
     for row, photo in enumerate(scenes):
-        theirs = augment_reference(photo, params, row, spec, MEAN, STD).numpy()
+        theirs = augment_reference(photo, params, row, spec).numpy()
         x, y, w, h = params.erase[row]
         assert w > 0
         assert np.array_equal(ours[row][:, y : y + h, x : x + w], theirs[:, y : y + h, x : x + w])
@@ -207,7 +209,7 @@ def test_large_photos_do_not_alias(large, psnr):
     photos = large * 2
     params = params_for(photos, AFFINE)
     oracle = [bicubic(photo, params, row) for row, photo in enumerate(photos)]
-    ours = augment_fast(photos, sizes_of(photos), params, AFFINE, *BYTES)
+    ours = augment_fast(photos, sizes_of(photos), params, AFFINE)
     assert mean_psnr(psnr, ours, oracle) > 36
     assert mean_sharpness(ours, oracle) < 1.1
 
@@ -240,7 +242,7 @@ def test_each_policy_operation_is_the_references(birds, name, psnr):
         "Posterize": 4.0,
         "Solarize": 128.0,
     }.get(name, 0.4)
-    ours = augment_fast(birds, sizes_of(birds), params, spec, *BYTES)
+    ours = augment_fast(birds, sizes_of(birds), params, spec)
     # Posterize and solarize jump where values differ by rounding; the mean difference stays small.
     assert np.abs(ours - np.stack(reference(birds, params, spec))).mean() < 2.5
 
@@ -250,7 +252,7 @@ def test_rand_augment_composes_its_geometry(birds, psnr):
     params = params_for(birds, spec)
     params.ops[:] = [1, 5]
     params.magnitudes[:] = [0.3, 25.0]
-    ours = augment_fast(birds, sizes_of(birds), params, spec, *BYTES)
+    ours = augment_fast(birds, sizes_of(birds), params, spec)
     assert mean_psnr(psnr, ours, reference(birds, params, spec)) > 28
 
 
@@ -258,9 +260,9 @@ def test_pictures_do_not_depend_on_the_batch(scenes):
     spec = replace(AFFINE, hue=0.1, contrast=0.2, erase=0.5, policy="trivial")
     photos = scenes * 2
     params = params_for(photos, spec)
-    whole = augment_fast(photos, sizes_of(photos), params, spec, MEAN, STD)
+    whole = augment_fast(photos, sizes_of(photos), params, spec)
     for row in range(4):
-        alone = augment_fast([photos[row]], [sizes_of(photos)[row]], take(params, [row]), spec, MEAN, STD)
+        alone = augment_fast([photos[row]], [sizes_of(photos)[row]], take(params, [row]), spec)
         assert np.array_equal(alone[0], whole[row])
 
 
@@ -271,9 +273,9 @@ def test_read_only_and_strided_photos_are_left_alone(scenes, large):
         photo.setflags(write=False)
     flipped = [np.asfortranarray(photo) for photo in photos]
     params = params_for(photos, AFFINE)
-    expected = augment_fast(photos, sizes_of(photos), params, AFFINE, MEAN, STD)
-    assert np.array_equal(augment_fast(locked, sizes_of(photos), params, AFFINE, MEAN, STD), expected)
-    assert np.array_equal(augment_fast(flipped, sizes_of(photos), params, AFFINE, MEAN, STD), expected)
+    expected = augment_fast(photos, sizes_of(photos), params, AFFINE)
+    assert np.array_equal(augment_fast(locked, sizes_of(photos), params, AFFINE), expected)
+    assert np.array_equal(augment_fast(flipped, sizes_of(photos), params, AFFINE), expected)
     assert all(np.array_equal(a, b) for a, b in zip(locked, photos, strict=True))
 
 
@@ -282,11 +284,11 @@ def test_read_only_and_strided_photos_are_left_alone(scenes, large):
 def test_tiny_photos_work(shape, crop):
     photo = np.full((*shape, 3), 77, dtype=np.uint8)
     spec = replace(AFFINE, crop=crop, fill=(77, 77, 77))
-    ours = augment_fast([photo] * 3, [shape[::-1]] * 3, params_for([photo] * 3, spec), spec, *BYTES)
+    ours = augment_fast([photo] * 3, [shape[::-1]] * 3, params_for([photo] * 3, spec), spec)
     assert np.abs(ours - 77).max() < 1e-3
 
 
 def test_what_is_no_photo_is_refused(scenes):
     params = params_for(scenes, PLAIN)
     with pytest.raises(DataError, match=r"a photo is \(H, W, 3\) uint8; got \(427, 640\) uint8"):
-        augment_fast([scene[:, :, 0] for scene in scenes], sizes_of(scenes), params, PLAIN, MEAN, STD)
+        augment_fast([scene[:, :, 0] for scene in scenes], sizes_of(scenes), params, PLAIN)

@@ -19,8 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fieldmark.augment.fast import apply_policy_colors, compose, crop_limits, crop_matrices, picture_matrices
-from fieldmark.augment.reference import RGB
+from fieldmark.augment.fast import (
+    Floats,
+    Whole,
+    apply_policy_colors,
+    compose,
+    crop_limits,
+    crop_matrices,
+    picture_matrices,
+)
 from fieldmark.augment.sample import BRIGHTNESS, CONTRAST, SATURATION, AugmentSpec, BatchParams, noise_bank
 
 SINGLE_LOOK = 1.25
@@ -31,15 +38,7 @@ MOST_LOOKS = 8
 
 
 def augment_device(
-    photos: Tensor,
-    valid_sizes: NDArray[np.int64],
-    source_sizes: NDArray[np.int64],
-    params: BatchParams,
-    spec: AugmentSpec,
-    mean: RGB,
-    std: RGB,
-    *,
-    compiled: bool,
+    photos: Tensor, valid_sizes: Whole, source_sizes: Whole, params: BatchParams, spec: AugmentSpec, *, compiled: bool
 ) -> Tensor:
     """Execute parameters on (B, 3, H, W) photos, upright, each in the upper left corner of its slot: (B, 3, S, S).
 
@@ -58,8 +57,8 @@ def augment_device(
         put(params.color_order, dtype=np.int64),
         put(params.factors),
         kinds,
-        put(np.array(mean)),
-        put(np.array(std)),
+        put(np.array(spec.mean)),
+        put(np.array(spec.std)),
         put(params.erase, dtype=np.int64) if params.erase.any() else None,
         put(params.noise_offset, dtype=np.int64),
         _bank(photos.device) if spec.erase_value == "random" else None,
@@ -82,9 +81,7 @@ def _compiled_finish() -> Callable[..., Tensor]:
     return torch.compile(_finish, dynamic=False)
 
 
-def _warp(
-    photos: Tensor, valid: NDArray[np.int64], ratio: NDArray[np.float64], params: BatchParams, spec: AugmentSpec
-) -> Tensor:
+def _warp(photos: Tensor, valid: Whole, ratio: Floats, params: BatchParams, spec: AugmentSpec) -> Tensor:
     """Crop, resize, flips and all geometry: (B, 3, S, S) float32, 0 to 255."""
     pictures = picture_matrices(params, spec)
     crop = crop_matrices(params, spec.size) * ratio[:, :, None]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fieldmark.augment.kernels import finish, soften, warp
 from fieldmark.augment.policy import apply_operation, is_geometric, operation_matrix
-from fieldmark.augment.reference import RGB, require_photo, resize_box, to_pil
+from fieldmark.augment.reference import require_photo, resize_box, to_pil
 from fieldmark.augment.sample import AugmentSpec, BatchParams, noise_bank
 
 Floats = NDArray[np.float64]
@@ -99,17 +99,12 @@ class _Plan:
 
 
 def augment_fast(
-    photos: Sequence[NDArray[np.uint8]],
-    source_sizes: Whole,
-    params: BatchParams,
-    spec: AugmentSpec,
-    mean: RGB,
-    std: RGB,
+    photos: Sequence[NDArray[np.uint8]], source_sizes: Whole, params: BatchParams, spec: AugmentSpec
 ) -> NDArray[np.float32]:
     """Execute parameters on B upright photos (H, W, 3), each at its source size (B, 2) or smaller: (B, 3, S, S)."""
     out = np.empty((len(photos), 3, spec.size, spec.size), dtype=np.float32)
-    deviation = np.asarray(std, dtype=np.float64)
-    scale, offset = (1 / (255 * deviation)).astype(np.float32), (-np.asarray(mean) / deviation).astype(np.float32)
+    deviation = np.asarray(spec.std, dtype=np.float64)
+    scale, offset = (1 / (255 * deviation)).astype(np.float32), (-np.asarray(spec.mean) / deviation).astype(np.float32)
     bank = noise_bank() if spec.erase_value == "random" else noise_bank()[:0]
     colors = np.flatnonzero(spec.color_ranges)
     factors = params.factors.astype(np.float32)

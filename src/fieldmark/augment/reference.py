@@ -18,10 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from fieldmark.augment.policy import apply_operation
-from fieldmark.augment.sample import AugmentSpec, BatchParams, noise_bank
+from fieldmark.augment.sample import RGB, AugmentSpec, BatchParams, noise_bank
 from fieldmark.errors import DataError
-
-RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +47,7 @@ class Views:
     specs: tuple[EvalSpec, ...]
 
 
-def augment_reference(
-    photo: NDArray[np.uint8], params: BatchParams, row: int, spec: AugmentSpec, mean: RGB, std: RGB
-) -> Tensor:
+def augment_reference(photo: NDArray[np.uint8], params: BatchParams, row: int, spec: AugmentSpec) -> Tensor:
     """Execute one row of the parameters on an upright (H, W, 3) photo of full size as torchvision would: (3, S, S).
 
     The order is the report's: crop and resize, flips, policy, affine, color, normalize, erase.
@@ -81,7 +77,7 @@ def augment_reference(
     for kind in params.color_order[row].tolist():
         if spec.color_ranges[kind]:
             image = getattr(functional, names[kind])(image, float(params.factors[row, kind]))
-    tensor = _normalize(image, mean, std)
+    tensor = _normalize(image, spec.mean, spec.std)
     x, y, width, height = params.erase[row].tolist()
     if not width:
         return tensor

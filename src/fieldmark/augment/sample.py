@@ -23,6 +23,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Columns of `BatchParams.factors` and values of `BatchParams.color_order`."""
 
 Floats = NDArray[np.float64]
+RGB = tuple[float, float, float]
 
 NOISE_SIZE = 1 << 20
 """Length of the noise bank."""
@@ -62,6 +63,8 @@ class AugmentSpec:
     erase_scale: tuple[float, float]
     erase_ratio: tuple[float, float]
     erase_value: Literal["random", "zero"]
+    mean: RGB  # of normalization, for values in [0, 1]
+    std: RGB
 
     @property
     def has_affine(self) -> bool:

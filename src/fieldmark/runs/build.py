@@ -259,6 +259,8 @@ def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec, is_fi
         "crop_fraction": evaluation.crop_fraction,
         "crop_interpolation": evaluation.interpolation,
         "size": size,
+        "mean": evaluation.mean,
+        "std": evaluation.std,
     }
     if is_fixres:
         crop = "weights" if evaluation.transform == "weights" else "squash"
@@ -290,8 +292,6 @@ def build_train_photos(
         cache=cache,
         sizes=sizes,
         spec=build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=is_fixres),
-        mean=evaluation.mean,
-        std=evaluation.std,
         seed=config.train.seed,
         is_fast=config.augment.executor == "fast",
     )

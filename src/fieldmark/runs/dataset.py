@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fieldmark.augment.reference import RGB, EvalSpec, Views, augment_reference, eval_picture, picture_shape
+from fieldmark.augment.reference import EvalSpec, Views, augment_reference, eval_picture, picture_shape
 from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.config import DataConfig
 from fieldmark.data import splits
@@ -170,8 +170,6 @@ class TrainPhotos:
     cache: PhotoCache | None  # reduced photos
     sizes: NDArray[np.int64]  # (N, 2) upright width and height of the photos
     spec: AugmentSpec  # what is drawn
-    mean: RGB  # of normalization, by channel
-    std: RGB
     seed: int
     is_fast: bool  # the fast executor; else torchvision's transforms one by one, on whole photos
     preload: ClassVar[tuple[str, ...]] = ("fieldmark.augment.fast",)
@@ -184,12 +182,11 @@ class TrainPhotos:
         params = self.params(rows, epoch)
         if self.is_fast:
             photos = self._read(rows, params)
-            array = augment_fast(photos, self.sizes[rows], params, self.spec, self.mean, self.std)
+            array = augment_fast(photos, self.sizes[rows], params, self.spec)
             images = torch.from_numpy(array)
         else:
-            settings = self.spec, self.mean, self.std
             whole = (self.reader.read(int(number)) for number in rows)  # one at a time: they are large
-            images = torch.stack([augment_reference(photo, params, row, *settings) for row, photo in enumerate(whole)])
+            images = torch.stack([augment_reference(photo, params, row, self.spec) for row, photo in enumerate(whole)])
         return Batch(images, torch.from_numpy(rows), torch.from_numpy(self.reader.labels[rows]), ())
 
     def raw(self, numbers: Sequence[int], epoch: int) -> Batch:
@@ -210,16 +207,8 @@ class TrainPhotos:
         assert batch.sizes is not None
         rows = batch.numbers.numpy()
         photos = batch.images.to(device, non_blocking=True)
-        return augment_device(
-            photos,
-            batch.sizes.numpy(),
-            self.sizes[rows],
-            self.params(rows, epoch),
-            self.spec,
-            self.mean,
-            self.std,
-            compiled=device.type == "cuda",
-        )
+        sizes, params, is_gpu = self.sizes[rows], self.params(rows, epoch), device.type == "cuda"
+        return augment_device(photos, batch.sizes.numpy(), sizes, params, self.spec, compiled=is_gpu)
 
     def params(self, rows: NDArray[np.int64], epoch: int) -> BatchParams:
         """The random numbers of some photos."""
