@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 
 from fieldmark.errors import WeightsError
 from fieldmark.models import catalog
-from fieldmark.models.catalog import Package, describe_pretraining, provenance_warnings
+from fieldmark.models.catalog import Package, describe_pretraining
 from fieldmark.models.classifier import create_classifier
 from fieldmark.models.weights import WeightsReport, data_config, load_weights, match_by_position, read_tensors
 
@@ -340,7 +340,7 @@ def test_a_tag_says_which_data_the_weights_have_seen(tag, described):
 
 def test_licence_and_contamination_are_warned_of():
     def warn(licence, tag):
-        return provenance_warnings(name="w", licence=licence, pretraining=tag)
+        return WeightsReport("w", "pretrained", 1, 1, licence=licence, pretraining=tag).warnings()
 
     assert warn("apache-2.0", "in12k_ft_in1k") == []
     (licence, web) = warn("cc-by-nc-4.0", "fb_wsl_ig1b_ft_in1k")

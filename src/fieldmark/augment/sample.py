@@ -82,7 +82,6 @@ class BatchParams:
     """The random numbers of a batch: a structure of arrays with one row per photo."""
 
     box: NDArray[np.float64]  # (B, 4) x, y, width, height of the crop in source pixels; `zoom` may reach outside
-    is_fallback: NDArray[np.bool_]  # (B,) ten attempts failed and the crop is the fixed center one
     flip_x: NDArray[np.bool_]  # (B,) mirrored
     flip_y: NDArray[np.bool_]  # (B,) upside down
     angle: NDArray[np.float64]  # (B,) degrees, clockwise positive as in torchvision
@@ -109,7 +108,7 @@ def sample_params(spec: AugmentSpec, sizes: ArrayLike, *, seed: int, epoch: int,
     draws = uniform_streams(seed, epoch, numbers, counts)
     flips = draws[FLIP] < (spec.horizontal_flip, spec.vertical_flip)
     return BatchParams(
-        *_crop_boxes(spec, sizes, draws[CROP]),
+        _crop_boxes(spec, sizes, draws[CROP])[0],
         flips[:, 0],
         flips[:, 1],
         *_affine(spec, draws[AFFINE]),

@@ -61,9 +61,6 @@ DATASETS: tuple[tuple[str, str], ...] = (
     (r"sa1b", "SA-1B"),
     (r"treeoflife\w*|bioclip\w*", "TreeOfLife (with iNaturalist)"),
 )
-_SPECIES_SETS = ("iNaturalist", "TreeOfLife")
-_WEB_SETS = ("Instagram", "YFCC", "JFT", "LAION", "WebLI", "OpenAI", "DataComp", "DFN", "MetaCLIP", "web")
-_NON_COMMERCIAL = re.compile(r"(?<![a-z])nc(?![a-z])|non-?commercial|amlr|research|seer|mobileone", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,22 +334,3 @@ def describe_pretraining(tag: str | None, *, default: str = "unknown") -> str:
     parts = re.split(r"[_\s,;/]+", (tag or "").lower())
     found = [name for part in parts for pattern, name in DATASETS if re.fullmatch(pattern, part)]
     return ", then ".join(dict.fromkeys(found)) or default
-
-
-def provenance_warnings(*, name: str, licence: str, pretraining: str) -> list[str]:
-    """List what to know before training from weights whose `pretraining` is a timm tag or a free description."""
-    described = describe_pretraining(pretraining)
-    seen = pretraining if described == "unknown" else f"{pretraining} ({described})"
-    warnings: list[str] = []
-    if _NON_COMMERCIAL.search(licence):
-        warnings.append(f"{name}: licence {licence} forbids or limits commercial use of the weights and what you train")
-    elif licence == "unknown":
-        warnings.append(f"{name}: the licence of the weights is unknown; ask whoever made them before you publish")
-    if any(species in f"{described} {pretraining}" for species in _SPECIES_SETS):
-        warnings.append(
-            f"{name}: pre-trained on {seen}, photos of labelled species: a test set of species photos from "
-            "the web may be in it, and accuracy on it would be too high"
-        )
-    elif any(web in described for web in _WEB_SETS):
-        warnings.append(f"{name}: pre-trained on {seen}: photos from the web, possibly those of a public test set")
-    return warnings

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _COUNTER = "num_batches_tracked"
+_SPECIES_SETS = ("iNaturalist", "TreeOfLife")
+_WEB_SETS = ("Instagram", "YFCC", "JFT", "LAION", "WebLI", "OpenAI", "DataComp", "DFN", "MetaCLIP", "web")
+_NON_COMMERCIAL = re.compile(r"(?<![a-z])nc(?![a-z])|non-?commercial|amlr|research|seer|mobileone", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,25 @@ class WeightsReport:
         """License, contamination of a test set, and tensors that stayed random: one sentence each."""
         if self.source == "random":
             return []
-        what = self.name if self.source == "pretrained" else self.source
-        found = catalog.provenance_warnings(name=what, licence=self.licence, pretraining=self.pretraining)
+        name = self.name if self.source == "pretrained" else self.source
+        found: list[str] = []
+        if _NON_COMMERCIAL.search(self.licence):
+            found.append(
+                f"{name}: licence {self.licence} forbids or limits commercial use of the weights and what you train"
+            )
+        elif self.licence == "unknown":
+            found.append(f"{name}: the licence of the weights is unknown; ask whoever made them before you publish")
+        described = describe_pretraining(self.pretraining)
+        seen = self.pretraining if described == "unknown" else f"{self.pretraining} ({described})"
+        if any(species in f"{described} {self.pretraining}" for species in _SPECIES_SETS):
+            found.append(
+                f"{name}: pre-trained on {seen}, photos of labelled species: a test set of species photos from "
+                "the web may be in it, and accuracy on it would be too high"
+            )
+        elif any(web in described for web in _WEB_SETS):
+            found.append(f"{name}: pre-trained on {seen}: photos from the web, possibly those of a public test set")
         if random := len(self.missing) + len(self.mismatched):
-            found.append(f"{what}: {random} of {self.total} tensors of {self.name} stay random")
+            found.append(f"{name}: {random} of {self.total} tensors of {self.name} stay random")
         return found
 
 
