@@ -5,10 +5,12 @@ Shape letters: N training photos, M validation photos, F features, K classes.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +78,11 @@ def describe_plan(config: Config) -> str:
 
 
 def train_within(
-    config: Config,
-    out: str | Path,
-    *,
-    minutes: float,
-    progress: Progress | None = None,
-    clock: Clock = time.monotonic,
+    config: Config, out: str | Path, *, minutes: float, progress: Progress | None = None, clock: Clock = time.monotonic
 ) -> Run:
-    """Make the best model that fits a time, and write a run folder.
+    """Make the best model that fits a time, and write a run folder, which must not exist, or be empty.
 
-    Args:
-        config: The settings; what they set explicitly (model, evaluation size, view) is not varied.
-        out: The run folder; must not exist, or be empty.
-        minutes: From the call to the end of this function.
-        progress: Where to report.
-        clock: Seconds from any fixed moment.
+    What the settings name explicitly (model, evaluation size, view) is not varied.
 
     Raises:
         FieldmarkError: Settings, data, weights or machine do not allow it.
@@ -115,8 +107,7 @@ def resume_within(
     """
     path = Path(out)
     plan = Plan.resume(path / PLAN, minutes=minutes, clock=clock)
-    status = folder.run_status(path)
-    if minutes is None and status == "finished":
+    if minutes is None and folder.run_status(path) == "finished":
         raise RunError(f"{path} is finished. Give it more time with: fieldmark train --resume {path} --minutes N")
     config = parse_config(plan.decide("settings", dict), PLAN)
     with claim_folder(path, is_new=False), stop_requests() as stop:
@@ -212,7 +203,7 @@ class _Work:
         entry = course.enter(candidate, len(course.order), deadline=FLOOR_SHARE * plan.seconds)
         entry = entry or course.score(candidate, course.order[:least])
         self._note(entry)
-        self._promote(f"a linear head on {candidate.key}", [entry])
+        self._put(Answer(f"a linear head on {candidate.key}", (self._probed_model(entry),)))
         if plan.elapsed > plan.seconds:
             self.log.message(
                 f"the {plan.seconds / 60:g} minutes were over before the least that answers was made: "
@@ -305,13 +296,12 @@ class _Work:
 
     def _guess_seconds(self, candidate: Candidate) -> float:
         """Seconds per photo of a candidate that was not tried, from those that were."""
-        guesses = [
+        return min(
             entry.seconds_per_photo
             * (candidate.size / entry.candidate.size) ** 2
             * (candidate.backbone.parameters / entry.candidate.backbone.parameters)
             for entry in self.entries.values()
-        ]
-        return min(guesses)
+        )
 
     def _average(self) -> None:
         """Promote the average of the best entries on all photos, if it beats what answers."""
@@ -321,14 +311,11 @@ class _Work:
         chosen = best_average(whole, self.course.dataset.labels[self.course.order], most=self._most_members())
         names = " and ".join(entry.candidate.key for entry in chosen)
         what = f"a linear head on {names}" if len(chosen) == 1 else f"the average of linear heads on {names}"
-        self._promote(what, chosen)
+        self._put(Answer(what, tuple(map(self._probed_model, chosen))))
 
     def _most_members(self) -> int:
-        limit = self.config.model.max_parameters_millions
-        if limit is None:
-            return MEMBERS
-        largest = max(backbone.parameters for backbone in self.backbones)
-        return max(1, min(MEMBERS, int(limit * 1e6 / largest)))
+        limit = 1e6 * (self.config.model.max_parameters_millions or math.inf)
+        return max(1, int(min(MEMBERS, limit / max(backbone.parameters for backbone in self.backbones))))
 
     def _note(self, entry: Entry) -> None:
         known = self.entries.get(entry.candidate.key)
@@ -349,9 +336,6 @@ class _Work:
             f"{entry.candidate.key}: top-1 {entry.top1:.4f}, log loss {entry.log_loss:.3f}, cross-validated on "
             f"{len(entry.numbers)} photos"
         )
-
-    def _promote(self, name: str, entries: Sequence[Entry]) -> None:
-        self._put(Answer(name, tuple(self._probed_model(entry) for entry in entries)))
 
     def _put(self, answer: Answer) -> None:
         """Let an answer stand in the folder from now on, and say so."""
@@ -379,11 +363,7 @@ class _Work:
             f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, {option.epochs:.1f} epochs"
         )
         probed = self.best
-
-        def keep_epoch(report: EpochReport, config: Config, weights: Weights) -> None:
-            self._keep_epoch(entry, report, config, weights)
-
-        tuned = tune(self.course, entry, option, reserve=reserve, on_epoch=keep_epoch)
+        tuned = tune(self.course, entry, option, reserve=reserve, on_epoch=partial(self._keep_epoch, entry))
         if tuned is None:
             raise _StoppedError
         self.tried.append({"what": f"fine-tuning of {key}", "updates": tuned.updates, "seconds": tuned.seconds})
@@ -408,10 +388,10 @@ class _Work:
 
     def _keep_epoch(self, entry: Entry, report: EpochReport, config: Config, weights: Weights) -> None:
         """Let the network of an epoch answer if it is better than what answers."""
-        predictions = report.predictions
-        if predictions is None:
+        if report.predictions is None:
             return
-        model = self._tuned_model(entry, f"epoch {report.epoch}", config, weights, predictions.probabilities())
+        val = report.predictions.probabilities()
+        model = self._tuned_model(entry, f"epoch {report.epoch}", config, weights, val)
         self.log.message(f"fine-tuning, epoch {report.epoch}: validation top-1 {report.metrics['top1']:.4f}")
         answer = Answer(f"{entry.candidate.key}, fine-tuned for {report.epoch} epochs", (model,))
         if self._loss(answer) < self._loss(self.best):
@@ -423,16 +403,14 @@ class _Work:
         for name, (weights, val) in tuned.networks.items():
             model = self._tuned_model(entry, name, tuned.config, weights, val)
             alone.append(Answer(f"{entry.candidate.key} fine-tuned ({name})", (model,)))
-        answers = [probed, *alone]
+        self.choices = [probed, *alone]
         if len(probed.members) < self._most_members() + 1:
-            answers += [
+            self.choices += [
                 Answer(f"{probed.name}, averaged with {answer.name}", (*probed.members, *answer.members))
                 for answer in alone
             ]
-        self.choices = answers
-        for answer in answers:
-            self.tried.append({"what": answer.name, **self.shelf.score(answer)})
-        self._put(min(answers, key=self._loss))
+        self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
+        self._put(min(self.choices, key=self._loss))
 
     def _loss(self, answer: Answer) -> float:
         return float(self.shelf.score(answer)["log_loss"])
@@ -506,7 +484,7 @@ class _Work:
         """Expected excess of the accuracy on the photos that chose the answer, in [0, 1]."""
         if len(self.choices) < 2:
             return 0.0
-        correct = np.stack([self._hits(answer) for answer in self.choices])
+        correct = np.stack(list(map(self._hits, self.choices)))
         return optimism_from_photos(correct, draws=2000, rng=np.random.default_rng(0)).points
 
     def _more_time(self) -> dict[str, float]:
@@ -536,10 +514,10 @@ def format_result(run: Run) -> str:
     minutes, budget = summary["seconds"] / 60, summary["budget_seconds"] / 60
     lines = [f"run: {run.path}, {minutes:.1f} of {budget:g} minutes", f"kept: {summary['kept']}"]
     raced = {row["what"]: row for row in summary["tried"] if "photos" in row}
-    for name, row in sorted(raced.items(), key=lambda item: item[1]["log_loss"])[:SHOWN]:
-        lines.append(
-            f"  {name:36} {row['seconds']:5.0f} s  top-1 {row['top1']:.4f}, cross-validated on {row['photos']} photos"
-        )
+    lines += [
+        f"  {name:36} {row['seconds']:5.0f} s  top-1 {row['top1']:.4f}, cross-validated on {row['photos']} photos"
+        for name, row in sorted(raced.items(), key=lambda item: item[1]["log_loss"])[:SHOWN]
+    ]
     for row in summary["tried"]:
         if "updates" in row:
             lines.append(f"  {row['what']}: {row['updates']} updates in {row['seconds']:.0f} s")
