@@ -150,13 +150,14 @@ def sweep(
 
     plan = vary_recipe(grid, vary or (), seeds=seeds or 1) if vary or seeds else grid
     out = out or Path("sweeps") / Path(grid).stem
-    shown = [""]
     with open_progress("sweep") as progress:
+        shown = ""
 
         def show(status: SweepStatus) -> None:
-            if (line := _progress_line(status)) != shown[-1]:
+            nonlocal shown
+            if (line := _progress_line(status)) != shown:
                 progress.message(line)
-                shown.append(line)
+            shown = line
 
         status = run_sweep(plan, out, data=data, overrides=set_ or (), jobs=jobs, ray=ray, on_status=show)
     for cell in status.cells:
