@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,6 +43,25 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
         if failure := explain_disk_error(path, error):
             raise failure from error
         raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Generator[Path]:
+    """A folder beside `path` that takes its place if the block ends well, and is gone if it does not."""
+    part: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        yield part
+        part.chmod(0o755)  # mkdtemp makes private folders
+        part.rename(path)
+    except Exception as error:
+        if failure := explain_disk_error(path, error):
+            raise failure from error
+        raise
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def explain_disk_error(path: Path, error: BaseException) -> ResourceError | None:

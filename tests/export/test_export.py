@@ -16,6 +16,7 @@ from fieldmark.export.export import Photos, export_model, require_parity, requir
 from fieldmark.export.model_card import evidence_text, write_card
 from fieldmark.inference.calibration import calibrate
 from fieldmark.inference.exported import ExportedModel, ModelMetadata
+from fieldmark.inference.predictor import Predictor
 from fieldmark.inference.taxonomy import Fallback, LevelScore, build_taxonomy
 from fieldmark.models.classifier import create_classifier
 
@@ -103,11 +104,12 @@ def test_an_export_gives_the_runs_probabilities_at_any_batch_size(kind, exported
     loaded = ExportedModel.load(folder, threads=1, precision="f32")
     assert written.evidence["parity"]["photos"] == 24
     assert loaded.metadata == written
+    predictor = Predictor.load(folder)
     assert loaded.metadata.eval_spec() == SPEC
     for size in (1, 3, 24):
         with torch.inference_mode():
             expected = torch.softmax(model(torch.from_numpy(images[:size])) / 2.0, dim=1).numpy()
-        assert np.allclose(loaded.probabilities(images[:size]), expected, atol=5e-3)
+        assert np.allclose(predictor.probabilities(images[:size]), expected, atol=5e-3)
     assert (folder / "README.md").is_file()
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     assert [path.name for path in folder.parent.iterdir()] == ["out"]

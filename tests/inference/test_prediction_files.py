@@ -46,7 +46,7 @@ ROWS = [
 
 def test_a_table_for_people_has_the_path_the_label_and_the_next_two_classes(tmp_path):
     unsure = replace(make_prediction("b/12.jpg"), threshold=0.6)
-    failed = save_predictions([*ROWS, unsure], tmp_path / "p.csv", classes=CLASSES)
+    done = save_predictions([*ROWS, unsure], tmp_path / "p.csv", classes=CLASSES)
     assert (tmp_path / "p.csv").read_text() == (
         "path,label,probability,label_2,probability_2,label_3,probability_3,is_unknown,problem\n"
         'b/2.jpg,2,0.7000,10,0.2000,"great, tit",0.1000,false,\n'
@@ -54,7 +54,7 @@ def test_a_table_for_people_has_the_path_the_label_and_the_next_two_classes(tmp_
         "b/11.png,,,,,,,true,truncated\n"
         'b/12.jpg,"great, tit",0.5000,10,0.3000,2,0.2000,true,\n'
     )
-    assert [prediction.path for prediction in failed] == ["b/11.png"]
+    assert [prediction.path for prediction in done.failed] == ["b/11.png"]
 
 
 def test_a_table_of_two_classes_has_no_third(tmp_path):
@@ -88,9 +88,9 @@ def test_an_answer_that_is_not_a_number_is_never_sure():
 
 
 def test_the_leaderboard_form_has_names_without_extension_and_labels_by_name(tmp_path):
-    failed = save_predictions(iter(ROWS), tmp_path / "p.csv", classes=CLASSES, form="leaderboard")
+    done = save_predictions(iter(ROWS), tmp_path / "p.csv", classes=CLASSES, form="leaderboard")
     assert (tmp_path / "p.csv").read_text() == 'image_name,pred_label\n2,2\n10,"great, tit"\n11,\n'
-    assert [prediction.path for prediction in failed] == ["b/11.png"]
+    assert [prediction.path for prediction in done.failed] == ["b/11.png"]
 
 
 def test_the_zip_holds_the_same_csv_and_equal_predictions_give_equal_zips(tmp_path):

@@ -14,13 +14,13 @@ import pytest
 from tests.inference.test_bulk import model, photos, plain, predict  # noqa: F401, fixtures
 
 from fieldmark.errors import MissingExtraError, ResourceError
-from fieldmark.inference.bulk import RayParts
+from fieldmark.inference.bulk import make_parts_on_ray
 
 
 def test_missing_ray_is_answered_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"fieldmark\[ray\]"):
-        RayParts("", cpus=1)
+        next(make_parts_on_ray(None, [0], address=""))
 
 
 def on_a_cluster(test):
@@ -42,13 +42,15 @@ def cluster(monkeypatch):
     made.shutdown()
 
 
-class Watched(RayParts):
+class Watched:
     """Tells which parts were made."""
 
-    def run(self, task, numbers):
-        self.made = []
-        for done in super().run(task, numbers):
-            self.made.append(done.number)
+    def __init__(self, address):
+        self.address, self.made = address, []
+
+    def __call__(self, task, numbers):
+        for done in make_parts_on_ray(task, numbers, address=self.address):
+            self.made.append(done["number"])
             yield done
 
 
@@ -88,7 +90,7 @@ def test_a_killed_worker_loses_no_photo_and_repeats_none(model, photos, tmp_path
     plain(model, photos, tmp_path / "plain.csv")
     parts = tmp_path / "p.csv.parts"
     thread, killed = kill_a_worker_when(lambda: len(list(parts.glob("part-*.parquet"))) >= 3)
-    executor = Watched(cluster.address, cpus=1)
+    executor = Watched(cluster.address)
     done, made = predict(model, photos, tmp_path / "p.csv", executor)
     thread.join()
     assert killed
@@ -126,4 +128,4 @@ def test_a_killed_call_goes_on_with_the_parts_that_are_missing(model, photos, tm
 @on_a_cluster
 def test_a_worker_larger_than_any_machine_is_refused(cluster):
     with pytest.raises(ResourceError, match=r"needs 2 CPUs and 0 GPUs on one machine"):
-        RayParts(cluster.address, cpus=2)
+        next(make_parts_on_ray(None, [0], address=cluster.address, cpus=2))

@@ -91,7 +91,7 @@ def test_a_killed_worker_loses_no_photo_in_s3(model, photos, tmp_path, s3, reque
     machines = request.getfixturevalue("cluster")  # after the bucket's address and keys are in the environment
     parts = tmp_path / "p.csv.parts"
     thread, killed = kill_a_worker_when(lambda: len(list(parts.glob("part-*.parquet"))) >= 2)
-    executor = Watched(machines.address, cpus=1)
+    executor = Watched(machines.address)
     done, made = predict(model, f"s3://{BUCKET}/{where}", tmp_path / "p.csv", executor)
     thread.join()
     assert killed

@@ -6,7 +6,6 @@ README.md, the model card. Letters: N photos, K classes, S side in pixels.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.errors import ExportError
-from fieldmark.files import explain_disk_error
+from fieldmark.files import whole_folder
 from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata
 
 if TYPE_CHECKING:
@@ -110,10 +109,7 @@ def export_model(
     _check(metadata.kind, out, photos, is_int8=is_int8)
     precision = "int8" if is_int8 else "float16" if metadata.kind == "openvino" else "float32"
     metadata = replace(metadata, precision=precision)
-    part: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    with whole_folder(out) as part:
         _write(model, metadata, part, photos, is_plain=is_plain)
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         evidence = _prove(model, metadata, part, photos, max_accuracy_loss=max_accuracy_loss)
@@ -122,18 +118,8 @@ def export_model(
         metadata = replace(metadata, evidence=evidence)
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         (part / "README.md").write_text(card(metadata), encoding="utf-8")
-        # mkdtemp makes private folders and safetensors private files; an export is for others.
-        part.chmod(0o755)
         for file in part.iterdir():
-            file.chmod(0o644)
-        part.rename(out)
-    except Exception as error:
-        if failure := explain_disk_error(out, error):
-            raise failure from error
-        raise
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
+            file.chmod(0o644)  # safetensors makes private files; an export is for others
     return metadata
 
 

@@ -17,22 +17,24 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import numpy as np
+import torch
 
-from fieldmark.errors import DataError, FieldmarkError, MissingExtraError, PredictionError, ResourceError, RunError
+from fieldmark.errors import DataError, FieldmarkError, PredictionError, ResourceError, RunError, needs_extra
 from fieldmark.files import exclusive_lock, whole_or_absent
 from fieldmark.inference import calibration
 from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.inference.sources import PhotoSource, Piece, digest, from_json, read_ahead, to_json
-from fieldmark.inference.taxonomy import Fallback
-from fieldmark.inference.writers import LONG_HEADER, Form, PredictedPhotos, choose_form, long_table, save_predictions
+from fieldmark.inference.writers import LONG_HEADER, Form, PredictedPhotos, long_table, save_predictions
 from fieldmark.progress import Progress
 from fieldmark.runs.environment import count_slots, open_cluster
 from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS
@@ -53,36 +55,22 @@ def predict_in_parts(
     *,
     form: Form | None,
     flips: bool,
-    piece_photos: int,
-    open_executor: Callable[[], RayParts],
+    piece_photos: int | None = None,
+    make_parts: MakeParts,
     progress: Progress,
 ) -> PredictedPhotos:
     """Predict photos part by part; called again, only those that are missing.
 
-    Args:
-        model: Run folder or exported model.
-        source: The photos.
-        out: A file, by its ending; or a folder, which then holds the parts.
-        form: Of a file; see `writers.save_predictions`. Parts are long.
-        flips: Average over each photo and its mirror image.
-        piece_photos: Photos of a part, where a list can be cut; rounded up to whole batches.
-        open_executor: Opens what computes; not called if nothing is missing.
-        progress: Reports how far the work is.
-
-    Raises:
-        PredictionError: `out` was begun with other photos or another model, or cannot be written.
-        DataError: The photos cannot be reached.
-        RunError: No such model, or another call is at work.
+    `out` is a file, by its ending, or a folder, which then holds the parts. A list is cut into parts of `piece_photos`,
+    rounded up to whole batches. `make_parts` makes those of some numbers, in any order, if any is missing.
     """
     is_file = bool(out.suffix) and not out.is_dir()
-    if is_file:
-        choose_form(out, form)
     predictor = Predictor.load(model, flips=flips)
     folder = (out.with_name(out.name + ".parts") if is_file else out).absolute()
     with _lock(folder):
-        size = -(-piece_photos // predictor.batch_size) * predictor.batch_size
+        size = -(-(piece_photos or PIECE_PHOTOS) // predictor.batch_size) * predictor.batch_size
         fingerprint = model_fingerprint(model, flips=flips)
-        keys = [_combine_digests([digest(piece), fingerprint]) for piece in source.cut(size)]
+        keys = [_part_key(piece, fingerprint) for piece in source.cut(size)]
         plan = {"format": FORMAT, "model": fingerprint, "photos": _combine_digests(keys), "parts": len(keys)}
         _check_plan(folder, plan, out)
         rows = [part_rows(part_path(folder, number), key=key) for number, key in enumerate(keys)]
@@ -91,21 +79,23 @@ def predict_in_parts(
         progress.start(source.count or len(keys), done)
         if missing:
             _save_pieces(folder, source.cut(size), set(missing))
-            executor = open_executor()
-            task = PartTask(str(model.absolute()), fingerprint, flips, str(folder), executor.threads)
-            try:
-                _make_parts(executor, task, missing, progress, by_photos=bool(source.count))
-            finally:
-                executor.stop()
+            task = PartTask(str(model.absolute()), fingerprint, flips, str(folder))
+            with closing(make_parts(task, missing)) as made:
+                for part in made:
+                    if part["problem"]:
+                        problem = f"part {part['number']} cannot be made: {part['problem']}"
+                        raise DataError(f"{problem}. What is done is kept; call again")
+                    progress.advance(part["rows"] if source.count else 1)
             shutil.rmtree(folder / BOOKS / "pieces", ignore_errors=True)
-        count = sum(_require_rows(folder, number, key) for number, key in enumerate(keys))
-        predictions = _merge(folder, len(keys), predictor)
+        predictions = chain.from_iterable(load_part(part_path(folder, n), predictor) for n in range(len(keys)))
         if not is_file:
-            return PredictedPhotos(out, count, [prediction for prediction in predictions if prediction.problem])
+            written = PredictedPhotos(out)
+            deque(written.watch(predictions), maxlen=0)
+            return written
         has_groups = predictor.fallback is not None
-        failed = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
+        written = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     shutil.rmtree(folder)
-    return PredictedPhotos(out, count, failed)
+    return written
 
 
 @contextmanager
@@ -148,55 +138,18 @@ def _save_pieces(folder: Path, pieces: Iterable[Piece], missing: set[int]) -> No
             _piece_path(folder, number).write_text(to_json(piece), encoding="ascii")
 
 
-def _make_parts(
-    executor: RayParts, task: PartTask, numbers: Sequence[int], progress: Progress, *, by_photos: bool
-) -> None:
-    for done in executor.run(task, numbers):
-        if done.problem:
-            raise DataError(f"part {done.number} cannot be made: {done.problem}. What is done is kept; call again")
-        progress.advance(done.rows if by_photos else 1)
-
-
-def _require_rows(folder: Path, number: int, key: str) -> int:
-    rows = part_rows(part_path(folder, number), key=key)
-    if rows is None:
-        raise PredictionError(
-            f"{part_path(folder, number)} is not there though it was made: let all machines share the folder of --out, "
-            "and call again"
-        )
-    return rows
-
-
-def _merge(folder: Path, num_parts: int, predictor: Predictor) -> Iterator[Prediction]:
-    for number in range(num_parts):
-        yield from load_part(
-            part_path(folder, number),
-            classes=predictor.classes,
-            threshold=predictor.threshold,
-            fallback=predictor.fallback,
-        )
-
-
 @dataclass(frozen=True)
 class PartTask:
-    """What a worker must know; plain, so that it can be sent.
+    """What a worker must know; plain, so that it can be sent."""
 
-    Attributes:
-        model: Run folder or export, by a path that is the same on every machine.
-        fingerprint: Of the model; a worker that sees another refuses.
-        flips: Average over each photo and its mirror image.
-        folder: Of the parts, the same on every machine.
-        threads: Of one worker; 0 leaves it to the libraries.
-    """
-
-    model: str
-    fingerprint: str
+    model: str  # run folder or export, by a path that is the same on every machine
+    fingerprint: str  # of the model; a worker that sees another refuses
     flips: bool
-    folder: str
-    threads: int
+    folder: str  # of the parts, the same on every machine
+    threads: int = 0  # of one worker; 0 leaves it to the libraries
 
 
-class PartDone(NamedTuple):
+class PartDone(TypedDict):
     """One part, or why there is none; `problem` is "" if there is one."""
 
     number: int
@@ -204,19 +157,23 @@ class PartDone(NamedTuple):
     problem: str
 
 
+MakeParts = Callable[[PartTask, Sequence[int]], Generator[PartDone]]
+
+
 class PartWorker:
-    """Makes parts, one after another, with one model."""
+    """Makes parts, one after another, with one model: a row of Ray Data, which has the part's `number`, each."""
 
     def __init__(self, task: PartTask) -> None:
         self._task = task
         self._predictor: Predictor | None = None
 
-    def __call__(self, number: int) -> PartDone:
+    def __call__(self, row: Mapping[str, int]) -> PartDone:
         """Make one part; a worker that dies in the middle of it leaves nothing."""
+        number = int(row["number"])
         try:
-            return PartDone(number, self._make(number), "")
+            return PartDone(number=number, rows=self._make(number), problem="")
         except FieldmarkError as error:
-            return PartDone(number, 0, str(error))
+            return PartDone(number=number, rows=0, problem=str(error))
 
     def _make(self, number: int) -> int:
         folder = Path(self._task.folder)
@@ -225,15 +182,13 @@ class PartWorker:
         piece = load_piece(folder, number)
         photos = read_ahead(piece.read(), predictor.batch_size)
         predictions = list(predictor.predict_named(photos, threads=self._task.threads or None))
-        key = _combine_digests([digest(piece), self._task.fingerprint])
+        key = _part_key(piece, self._task.fingerprint)
         save_part(part_path(folder, number), predictions, classes=predictor.classes, key=key)
         return len(predictions)
 
     def _load(self) -> Predictor:
         task = self._task
         if task.threads:
-            import torch
-
             torch.set_num_threads(task.threads)
         if model_fingerprint(Path(task.model), flips=task.flips) != task.fingerprint:
             raise RunError(f"{task.model} is another model on this worker: let all machines see the same folder")
@@ -241,11 +196,7 @@ class PartWorker:
 
 
 def model_fingerprint(model: Path, *, flips: bool) -> str:
-    """64 hex digits over the files that a model's answers depend on.
-
-    Raises:
-        RunError: One of them cannot be read.
-    """
+    """64 hex digits over the files that a model's answers depend on."""
     if (model / FILE).is_file():
         files = sorted(path for path in model.iterdir() if path.is_file())
     else:
@@ -264,11 +215,7 @@ def model_fingerprint(model: Path, *, flips: bool) -> str:
 
 
 def load_piece(folder: Path, number: int) -> Piece:
-    """A piece whose part is missing.
-
-    Raises:
-        ResourceError: This machine does not see the folder.
-    """
+    """A piece whose part is missing."""
     try:
         return from_json(_piece_path(folder, number).read_text(encoding="ascii"))
     except OSError as error:
@@ -276,7 +223,7 @@ def load_piece(folder: Path, number: int) -> Piece:
 
 
 def _count_attempt(folder: Path, number: int) -> None:
-    """Refuse a part that crashes its workers, which Ray would start again for ever."""
+    """Refuse a part that crashes its workers, which Ray would start again forever."""
     path = _piece_path(folder, number).with_suffix(".attempts")
     try:
         with path.open("ab") as file:
@@ -306,17 +253,17 @@ def _combine_digests(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode("ascii")).hexdigest()
 
 
+def _part_key(piece: Piece, fingerprint: str) -> str:
+    return _combine_digests([digest(piece), fingerprint])
+
+
 def part_path(folder: Path, number: int) -> Path:
     """The file of a part; sorted by name, parts are in order up to a hundred million."""
     return folder / f"part-{number:08d}.parquet"
 
 
 def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequence[str], key: str) -> None:
-    """Write a part, whole or not at all; `key` says what the rows depend on.
-
-    Raises:
-        ResourceError: It cannot be written.
-    """
+    """Write a part, whole or not at all; `key` says what the rows depend on."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -346,14 +293,8 @@ def part_rows(path: Path, *, key: str) -> int | None:
     return facts.num_rows if (facts.metadata or {}).get(_KEY) == key.encode() else None
 
 
-def load_part(
-    path: Path, *, classes: tuple[str, ...], threshold: float, fallback: Fallback | None
-) -> Iterator[Prediction]:
-    """The rows of a part, to the bit as they were predicted.
-
-    Raises:
-        PredictionError: It cannot be read.
-    """
+def load_part(path: Path, predictor: Predictor) -> Iterator[Prediction]:
+    """The rows of a part, to the bit as they were predicted."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -363,88 +304,55 @@ def load_part(
                 names, problems = batch.column("path").to_pylist(), batch.column("problem").to_pylist()
                 if _EXACT in batch.schema.names:
                     names = [name.decode("utf-8", "surrogateescape") for name in batch.column(_EXACT).to_pylist()]
-                columns = range(len(LONG_HEADER), len(LONG_HEADER) + len(classes))
+                columns = range(len(LONG_HEADER), len(LONG_HEADER) + len(predictor.classes))
                 rows = np.stack([batch.column(k).to_numpy(zero_copy_only=False) for k in columns], axis=1)
                 for name, row, problem in zip(names, rows.astype(np.float32), problems, strict=True):
-                    yield Prediction(name, classes, row, problem, threshold, fallback)
+                    yield Prediction(name, predictor.classes, row, problem, predictor.threshold, predictor.fallback)
+    except FileNotFoundError:
+        raise PredictionError(
+            f"{path} is not there though it was made: let all machines share the folder of --out, and call again"
+        ) from None
     except (OSError, pa.ArrowException) as error:
         raise PredictionError(f"{path} cannot be read: {str(error).splitlines()[0]}. Remove it and go on") from None
 
 
-class RayParts:
+def make_parts_on_ray(task: PartTask, numbers: Sequence[int], *, address: str, cpus: int = 1) -> Generator[PartDone]:
     """Makes each part in one of as many actors as the cluster has room for, each with a predictor of its own.
 
     Ray Data hands the numbers of missing parts to an actor pool and starts actors anew that died; the part of a dead
     actor is made again from its piece, as often as `PartWorker` has it. Photos, pixels and predictions do not pass
     through Ray: a piece is a list of names, or a shard, which the worker reads, and a part is a file, which it writes.
 
-    Args:
-        address: As in `open_cluster`.
-        cpus: Cores of an actor, where the cluster has no GPU; with GPUs each actor has one, and its share of the cores.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        ResourceError: There is no cluster at the address, or no machine in it has room for an actor.
+    An actor has `cpus` cores where the cluster has no GPU; with GPUs each has one, and its share of the cores.
     """
-
-    def __init__(self, address: str, *, cpus: int) -> None:
-        self._ray, self._owns = open_cluster(address)
-        total = self._ray.cluster_resources()
+    ray, owns = open_cluster(address)
+    try:
+        total = ray.cluster_resources()
         num_gpus = total.get("GPU", 0.0)
-        self._needs = {"CPU": float(cpus), "GPU": 0.0}
+        needs = {"CPU": float(cpus), "GPU": 0.0}
         if num_gpus:
-            self._needs = {"CPU": float(max(total.get("CPU", 0.0) // num_gpus, 1)), "GPU": 1.0}
-        self._num_slots = count_slots(self._ray, self._needs)
-        if not self._num_slots:
-            self.stop()
+            needs = {"CPU": float(max(total.get("CPU", 0.0) // num_gpus, 1)), "GPU": 1.0}
+        num_slots = count_slots(ray, needs)
+        if not num_slots:
             raise ResourceError(
-                f"a worker needs {self._needs['CPU']:g} CPUs and {self._needs['GPU']:g} GPUs on one machine, and no "
-                "machine of the Ray cluster has them"
+                f"a worker needs {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs on one machine, and no machine of the "
+                "Ray cluster has them"
             )
-
-    @property
-    def threads(self) -> int:
-        """Threads of one worker."""
-        return int(self._needs["CPU"])
-
-    def run(self, task: PartTask, numbers: Sequence[int]) -> Iterator[PartDone]:
-        """Make these parts, in any order."""
-        try:
+        with needs_extra("ray[data]", "ray"):
             import ray.data as ray_data
-        except ImportError as error:
-            raise MissingExtraError(error.name or "ray[data]", "ray") from None
-        context = ray_data.DataContext.get_current()
-        context.enable_progress_bars = False
+        ray_data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         # A block a part: what is done is reported at once, and a worker that dies loses no more than one.
         waiting = ray_data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
-        made = waiting.map_batches(
-            _PartActor,
-            fn_constructor_args=(task,),
-            batch_size=1,
-            compute=ray_data.ActorPoolStrategy(size=min(self._num_slots, len(numbers))),
-            num_cpus=self._needs["CPU"],
-            num_gpus=self._needs["GPU"] or None,
+        worker: Any = PartWorker
+        made: Any = waiting.map(
+            worker,
+            fn_constructor_args=(replace(task, threads=int(needs["CPU"])),),
+            compute=ray_data.ActorPoolStrategy(size=min(num_slots, len(numbers))),
+            num_cpus=needs["CPU"],
+            num_gpus=needs["GPU"] or None,
         )
-        for row in made.iter_rows():
-            yield PartDone(int(row["number"]), int(row["rows"]), str(row["problem"]))
-
-    def stop(self) -> None:
-        """Leave the cluster."""
-        if self._owns:
-            self._ray.shutdown()
-
-
-class _PartActor:
-    """`PartWorker` as Ray Data calls it."""
-
-    def __init__(self, task: PartTask) -> None:
-        self._worker = PartWorker(task)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        done = [self._worker(int(number)) for number in batch["number"]]
-        return {
-            "number": np.array([part.number for part in done]),
-            "rows": np.array([part.rows for part in done]),
-            "problem": np.array([part.problem for part in done], dtype=object),
-        }
+        yield from made.iter_rows()
+    finally:
+        if owns:
+            ray.shutdown()

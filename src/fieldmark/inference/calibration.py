@@ -22,6 +22,7 @@ from scipy.special import log_softmax, softmax
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import read_values, whole_or_absent
 from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
+from fieldmark.plots import figure_png, new_figure
 from fieldmark.training.metrics import calibration_error, confidence_bins, log_loss
 
 if TYPE_CHECKING:
@@ -77,14 +78,7 @@ class Calibration:
 
 
 def calibrate_run(
-    run: Run,
-    *,
-    wanted: str,
-    wanted_value: float,
-    assurance: float,
-    folds: int,
-    seed: int,
-    taxonomy: Path | None = None,
+    run: Run, *, wanted: str, wanted_value: float, assurance: float, folds: int, seed: int, taxonomy: Path | None = None
 ) -> Calibration:
     """Fit temperature and threshold on the validation photos of a run and keep them in its folder.
 
@@ -108,16 +102,7 @@ def calibrate_run(
     stored = run.predictions("val")
     logits, labels = log_probabilities(stored.probabilities), stored.labels
     tree = load_taxonomy(taxonomy, run.classes) if taxonomy is not None else None
-    found = calibrate(
-        logits,
-        labels,
-        wanted=wanted,
-        wanted_value=wanted_value,
-        assurance=assurance,
-        folds=folds,
-        seed=seed,
-        taxonomy=tree,
-    )
+    found = calibrate(logits, labels, wanted, wanted_value, assurance=assurance, folds=folds, seed=seed, taxonomy=tree)
     text = json.dumps(found.to_dict(), indent=2) + "\n"
     whole_or_absent(run.path / FILE, lambda part: part.write_text(text, encoding="utf-8"))
     return found
@@ -142,9 +127,9 @@ def load_calibration(run: Run) -> Calibration | None:
 def calibrate(
     logits: FloatArray,
     labels: IntArray,
-    *,
     wanted: str,
     wanted_value: float,
+    *,
     assurance: float,
     folds: int,
     seed: int,
@@ -403,14 +388,12 @@ def describe_calibration(found: Calibration) -> str:
 
 def save_calibration_figure(run: Run, found: Calibration) -> Path:
     """Draw the reliability diagram and the coverage-accuracy curve as RUN/calibration.png."""
-    from matplotlib.figure import Figure
-
     stored = run.predictions("val")
     logits = log_probabilities(stored.probabilities)
     is_plain = found.refused_temperature is not None
     probabilities = apply_temperature(logits, 1.0) if is_plain else cross_fit(logits, stored.labels, folds=5, seed=0)
     confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == stored.labels
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     sure, share, counts = reliability_bins(confidence, is_right, bins=15)
@@ -427,5 +410,5 @@ def save_calibration_figure(run: Run, found: Calibration) -> Path:
     right.set(xlabel="share of photos answered", ylabel="share of right answers", xlim=(0, 1.02))
     right.set_title("Coverage and accuracy")
     path = run.path / "calibration.png"
-    whole_or_absent(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    whole_or_absent(path, lambda part: part.write_bytes(figure_png(figure)))
     return path

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from fieldmark.errors import ResourceError, RunError
+from fieldmark.errors import RunError
+from fieldmark.files import whole_folder
 from fieldmark.inference.calibration import load_calibration
-from fieldmark.inference.evaluation import evaluate, labeled_photos, score_predictions
-from fieldmark.inference.predictor import class_order, mean_probabilities, predict_photos
+from fieldmark.inference.evaluation import align_rows, evaluate, labeled_photos, score_predictions
+from fieldmark.inference.predictor import class_order, mean_probabilities, predict_split
 from fieldmark.models.classifier import check_parameter_budget
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
@@ -75,10 +75,14 @@ def combine(
     members = open_combinable([run.path if isinstance(run, Run) else run for run in runs])
     if method == "soup":
         _refuse_different_networks(members)
+    named = [run.config.model.max_parameters_millions for run in members]
+    smallest = min((value for value in named if value is not None), default=None)
+    budget = smallest if max_parameters_millions is None else max_parameters_millions
     # A soup is one model, however many it is made of.
     asked = members if method == "ensemble" else members[:1]
     counts = [(name, int(run.model_info["parameters"])) for name, run in zip(_name_runs(asked), asked, strict=True)]
-    budget = _check_budget(counts, members, max_millions=max_parameters_millions)
+    if budget is not None:
+        check_parameter_budget(counts, max_millions=budget)
     summary = {
         "status": "finished",
         "combined": f"{method} of {len(members)}",
@@ -87,18 +91,17 @@ def combine(
         "max_parameters_millions": budget,
     }
     started = time.perf_counter()
-    part = _make_part(out)
-    try:
+    with whole_folder(out) as part:
         if method == "soup":
             described = _write_soup(members, part, progress or Quiet())
         else:
             described = _write_ensemble(members, part)
-        seconds = time.perf_counter() - started
-        _write_summary(part, summary | {"seconds": seconds, "members": described, "note": NOTES[method]})
-        part.chmod(0o755)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        made = Run(part)
+        found = score_predictions(made, made.predictions("val"), "val")
+        summary |= {"seconds": time.perf_counter() - started, "members": described, "note": NOTES[method]}
+        summary["val"] = {**found.metrics, "top1_interval": list(found.top1_interval)}
+        folder.write_json(part / folder.ENVIRONMENT, describe_environment())
+        folder.write_json(part / folder.SUMMARY, summary)
     return Run(out)
 
 
@@ -127,11 +130,7 @@ def format_combined(run: Run) -> str:
 
 
 def open_combinable(paths: Sequence[str | Path]) -> list[Run]:
-    """The finished runs among `paths` and in folders of them, at least two, with the same validation photos.
-
-    Raises:
-        RunError: They are fewer, not finished, or do not fit together; says which and in what.
-    """
+    """The finished runs among `paths` and in folders of them, at least two, with the same validation photos."""
     runs = [Run(path) for path in find_runs(paths)]
     if len(runs) < 2:
         raise RunError(f"combining takes at least two runs; got {runs[0].path}. Give more run folders, or a sweep")
@@ -140,25 +139,21 @@ def open_combinable(paths: Sequence[str | Path]) -> list[Run]:
             raise RunError(f"{run.path} is an ensemble already: give the runs that it was made of")
         if not (run.path / WEIGHTS).is_file():
             raise RunError(f"{run.path} has no weights ({WEIGHTS}): leave it out, or train it again")
+    first = runs[0]
     for other in runs[1:]:
-        _refuse_different_classes(runs[0], other)
-        _refuse_different_photos(runs[0], other)
-        own, others = runs[0].config.data.background, other.config.data.background
+        if odd := set(first.classes) ^ set(other.classes):
+            raise RunError(
+                f"{first.path} and {other.path} know different classes ({len(first.classes)} and {len(other.classes)}; "
+                f"{min(odd)!r} is in one alone): only runs on the same classes can be combined"
+            )
+        _refuse_different_photos(first, other)
+        own, others = first.config.data.background, other.config.data.background
         if own != others:
             raise RunError(
-                f"{runs[0].path} and {other.path} differ in data.background ({own} and {others}), and a photo is "
+                f"{first.path} and {other.path} differ in data.background ({own} and {others}), and a photo is "
                 "decoded once for all members: combine runs that agree in it"
             )
     return runs
-
-
-def _refuse_different_classes(first: Run, other: Run) -> None:
-    if class_order(other.classes, first.classes) is None:
-        odd = min(set(first.classes) ^ set(other.classes))
-        raise RunError(
-            f"{first.path} and {other.path} know different classes ({len(first.classes)} and {len(other.classes)}; "
-            f"{odd!r} is in one alone): only runs on the same classes can be combined"
-        )
 
 
 def _refuse_different_photos(first: Run, other: Run) -> None:
@@ -193,12 +188,11 @@ def _validation_labels(run: Run) -> dict[str, str | None]:
 
 def _refuse_different_networks(runs: Sequence[Run]) -> None:
     """Refuse a soup of more than one architecture, order of classes or kind of picture."""
-    first = runs[0]
-    own = _describe_network(first)
+    first, own = runs[0], _describe_network(runs[0])
     for other in runs[1:]:
         others = _describe_network(other)
         differing = [
-            f"{key} ({_format(own.get(key))} and {_format(others.get(key))})"
+            f"{key} ({own.get(key)} and {others.get(key)})"
             for key in dict.fromkeys([*own, *others])
             if own.get(key) != others.get(key)
         ]
@@ -211,49 +205,17 @@ def _refuse_different_networks(runs: Sequence[Run]) -> None:
             )
 
 
-def _describe_network(run: Run) -> dict[str, Any]:
+def _describe_network(run: Run) -> dict[str, str]:
     info = run.model_info
     create = {key: value for key, value in info["create"].items() if key not in TRAINING_ONLY}
-    return create | {f"eval.{key}": value for key, value in info["eval"].items()}
-
-
-def _format(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _check_budget(
-    counts: Sequence[tuple[str, int]], runs: Sequence[Run], *, max_millions: float | None
-) -> float | None:
-    """The budget in 1e6 parameters that (name, parameters) were checked against; None where there is none."""
-    named = [run.config.model.max_parameters_millions for run in runs]
-    smallest = min((value for value in named if value is not None), default=None)
-    budget = smallest if max_millions is None else max_millions
-    if budget is not None:
-        check_parameter_budget(counts, max_millions=budget)
-    return budget
+    facts = create | {f"eval.{key}": value for key, value in info["eval"].items()}
+    return {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in facts.items()}
 
 
 def _name_runs(runs: Sequence[Run]) -> list[str]:
     """The folders' names, or their paths where names are not enough."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
-
-
-def _make_part(out: Path) -> Path:
-    """A folder beside `out`, to be renamed when it is whole."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    except OSError as error:
-        raise ResourceError(f"{out} cannot be created: {error.strerror}") from None
-
-
-def _write_summary(part: Path, summary: dict[str, Any]) -> None:
-    run = Run(part)
-    found = score_predictions(run, run.predictions("val"), "val")
-    summary["val"] = {**found.metrics, "top1_interval": list(found.top1_interval)}
-    folder.write_json(part / folder.ENVIRONMENT, describe_environment())
-    folder.write_json(part / folder.SUMMARY, summary)
 
 
 def _copy_description(run: Run, part: Path, runs: Sequence[Run], info: dict[str, Any]) -> None:
@@ -269,39 +231,35 @@ def _copy_description(run: Run, part: Path, runs: Sequence[Run], info: dict[str,
 
 def _write_ensemble(runs: Sequence[Run], part: Path) -> dict[str, Any]:
     first = runs[0]
-    stored = [_align_rows(run, first.predictions("val").paths) for run in runs]
-    calibrations = [load_calibration(run) for run in runs]
-    temperatures = [found.temperature if found else 1.0 for found in calibrations]
+    stored = [_stored_rows(run, first.predictions("val").paths) for run in runs]
     listed: list[dict[str, Any]] = []
     described: dict[str, Any] = {}
     for number, (name, run, rows) in enumerate(zip(_name_runs(runs), runs, stored, strict=True)):
         _copy_member(run, part / folder.MEMBERS / str(number))
-        temperature, parameters = temperatures[number], int(run.model_info["parameters"])
+        calibration, parameters = load_calibration(run), int(run.model_info["parameters"])
+        temperature = calibration.temperature if calibration else 1.0
         listed.append({"folder": str(number), "name": name, "temperature": temperature})
-        described[name] = {"top1": _top1(rows), "temperature": temperature, "parameters": parameters}
+        top1 = float((rows.probabilities.argmax(axis=1) == rows.labels).mean())
+        described[name] = {"top1": top1, "temperature": temperature, "parameters": parameters}
     _copy_description(first, part, runs, {"parameters": sum(row["parameters"] for row in described.values())})
     folder.write_json(part / folder.ENSEMBLE, {"members": listed})
-    orders = [class_order(run.classes, first.classes) for run in runs]
+    probabilities = mean_probabilities(
+        [rows.probabilities for rows in stored],
+        [row["temperature"] for row in listed],
+        [class_order(run.classes, first.classes) for run in runs],
+    )
+    rows, path = stored[0], part / "predictions" / "val.parquet"
     folder.write_predictions(
-        part / "predictions" / "val.parquet",
-        paths=stored[0].paths,
-        labels=stored[0].labels,
-        probabilities=mean_probabilities(
-            [rows.probabilities for rows in stored], temperatures, [order for order in orders if order is not None]
-        ),
-        classes=first.classes,
+        path, paths=rows.paths, labels=rows.labels, probabilities=probabilities, classes=first.classes
     )
     return described
 
 
-def _align_rows(run: Run, paths: Sequence[str]) -> PhotoPredictions:
-    """The stored validation predictions of a run in the order of `paths`."""
+def _stored_rows(run: Run, paths: Sequence[str]) -> PhotoPredictions:
     stored = run.predictions("val")
-    row = {path: number for number, path in enumerate(stored.paths)}
-    if row.keys() != set(paths):
+    if set(stored.paths) != set(paths):
         raise RunError(f"{run.path} stored predictions of other photos than it validates on: evaluate it again")
-    order = [row[path] for path in paths]
-    return PhotoPredictions(tuple(paths), stored.labels[order], stored.probabilities[order])
+    return align_rows(stored, paths)
 
 
 def _copy_member(run: Run, path: Path) -> None:
@@ -314,10 +272,6 @@ def _copy_member(run: Run, path: Path) -> None:
         os.link(run.path / WEIGHTS, path / WEIGHTS)
     except OSError:  # another file system, or one without links
         shutil.copyfile(run.path / WEIGHTS, path / WEIGHTS)
-
-
-def _top1(found: PhotoPredictions) -> float:
-    return float((found.probabilities.argmax(axis=1) == found.labels).mean())
 
 
 def _write_soup(runs: Sequence[Run], part: Path, progress: Progress) -> dict[str, Any]:
@@ -337,7 +291,7 @@ def _write_soup(runs: Sequence[Run], part: Path, progress: Progress) -> dict[str
     def evaluate_weights(weights: Mapping[str, Tensor]) -> float:
         """Validation accuracy on one footing: this machine, and the photos as they are now."""
         model.load_state_dict(weights)
-        answers = predict_photos(runs[0], index, numbers, progress=progress, model=model).argmax(axis=1)
+        answers = predict_split(runs[0], index, numbers, progress=progress, model=model).argmax(axis=1)
         scores.append(float(np.mean(answers == labels)))
         what = names[len(scores) - 1] if len(scores) <= len(names) else "soup with one more"
         progress.message(f"{what}: top-1 {scores[-1]:.4f}")

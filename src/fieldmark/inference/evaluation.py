@@ -35,6 +35,7 @@ METRIC_NAMES = {
     "log_loss": "log loss (nats)",
     "calibration_error": "calibration error",
 }
+MOST_CLASSES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def evaluate(
         DataError: `data` does not exist.
         PhotoError: A photo broke or vanished.
     """
-    from fieldmark.inference.predictor import predict_photos
+    from fieldmark.inference.predictor import predict_split
 
     run = run if isinstance(run, Run) else Run(run)
     index = run.split if data is None else replace(run.split, root=require_path(Path(data)))
@@ -150,7 +151,7 @@ def evaluate(
             "fingerprint differs): the result is of the photos as they are now"
         )
     labels, paths = index.label_numbers()[numbers], tuple(index.photos[number].path for number in numbers)
-    probabilities = predict_photos(run, index, numbers, flips=flips, progress=progress)
+    probabilities = predict_split(run, index, numbers, flips=flips, progress=progress)
     if not flips:
         path = run.path / "predictions" / f"{split}.parquet"
         folder.write_predictions(path, paths=paths, labels=labels, probabilities=probabilities, classes=run.classes)
@@ -181,13 +182,17 @@ def evaluate_run(path: Path, *, split: str, data: Path | None, flips: bool, prog
     if not flips:
         return found
     both = evaluate(run, split=split, data=data, flips=True, progress=progress)
-    rows = {name: row for row, name in enumerate(found.predictions.paths)}
-    plain = found.predictions.probabilities[[rows[name] for name in both.predictions.paths]]
-    labels = both.predictions.labels
-    answers = (plain, both.predictions.probabilities)
-    hits = [(one.argmax(axis=1) == labels).astype(np.float64)[None] for one in answers]
+    answers = (align_rows(found.predictions, both.predictions.paths), both.predictions)
+    hits = [(one.probabilities.argmax(axis=1) == one.labels).astype(np.float64)[None] for one in answers]
     rng = np.random.default_rng(0)
     return replace(both, flips=paired_difference(*hits, level=0.95, draws=10_000, rng=rng))
+
+
+def align_rows(predictions: PhotoPredictions, paths: Sequence[str]) -> PhotoPredictions:
+    """Predictions of the same photos in the order of `paths`."""
+    row = {path: number for number, path in enumerate(predictions.paths)}
+    order = [row[path] for path in paths]
+    return PhotoPredictions(tuple(paths), predictions.labels[order], predictions.probabilities[order])
 
 
 def score_predictions(run: Run, predictions: PhotoPredictions, split: str) -> Evaluation:
@@ -216,27 +221,25 @@ def score_predictions(run: Run, predictions: PhotoPredictions, split: str) -> Ev
     )
 
 
-def format_evaluation(found: Evaluation, *, most_classes: int = 20) -> str:
+def format_evaluation(found: Evaluation) -> str:
     """A table for people: the metrics, then the classes with the lowest recall."""
     lines = [f"{found.split}: {len(found.predictions.labels)} photos, {len(found.classes)} classes", ""]
     for name, title in METRIC_NAMES.items():
-        if name == "top5" and len(found.classes) <= 5:
-            continue
-        low, high = found.top1_interval
-        interval = f"  ({low:.4f} to {high:.4f})" if name == "top1" else ""
-        lines.append(f"{title:36}{found.metrics[name]:.4f}{interval}")
+        if name != "top5" or len(found.classes) > 5:
+            low, high = found.top1_interval
+            interval = f"  ({low:.4f} to {high:.4f})" if name == "top1" else ""
+            lines.append(f"{title:36}{found.metrics[name]:.4f}{interval}")
     if found.flips is not None:
         change = found.flips.interval
         lines.append(
             f"{'by test-time augmentation, points':36}{100 * change.estimate:+.1f}  "
             f"({100 * change.low:+.1f} to {100 * change.high:+.1f}; p = {found.flips.p_value:.2g})"
         )
-    return "\n".join([*lines, *_format_classes(found.score_classes(), most_classes)])
+    return "\n".join([*lines, *_format_classes(found.score_classes())])
 
 
-def _format_classes(rows: Sequence[ClassScore], most: int) -> list[str]:
-    worst = sorted((row for row in rows if row.photos), key=lambda row: (row.recall, -row.photos))
-    shown = worst[:most]
+def _format_classes(rows: Sequence[ClassScore]) -> list[str]:
+    shown = sorted((row for row in rows if row.photos), key=lambda row: (row.recall, -row.photos))[:MOST_CLASSES_SHOWN]
     width = min(max(len(row.name) for row in shown), 40)
     head = "classes" if len(shown) == len(rows) else f"{len(shown)} classes with the lowest recall"
     lines = ["", f"{head}:", f"{'class':{width}}  photos  recall  95 % interval    precision  taken for"]

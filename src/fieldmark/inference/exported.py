@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import softmax
 
 from fieldmark.data.decode import DecodeSpec
-from fieldmark.errors import DataError, ExportError, MissingExtraError
+from fieldmark.errors import DataError, ExportError, MissingExtraError, needs_extra
 from fieldmark.files import read_values
 from fieldmark.inference.calibration import Finite, Positive, Share
 from fieldmark.inference.taxonomy import Fallback
@@ -100,21 +99,19 @@ class ModelMetadata:
             raise ExportError(f"{where} {error}. Export the run again") from None
         except DataError as error:
             raise ExportError(f"{where}, key 'back_off': {error}. Export the run again") from None
-        twice = [name for place, name in enumerate(metadata.classes) if name in metadata.classes[:place]]
+        twice = [name for number, name in enumerate(metadata.classes) if name in metadata.classes[:number]]
         if twice:
-            raise ExportError(f"{where}, key 'classes': {twice[0]!r} stands there twice. Export the run again")
+            raise ExportError(f"{where}, key 'classes': {twice[0]!r} is there twice. Export the run again")
         return replace(metadata, preprocessing=asdict(spec))  # JSON has lists where the values were tuples
 
     @classmethod
     def load(cls, folder: Path) -> ModelMetadata:
         """Read the metadata of an exported model's folder."""
         path = folder / FILE
+        if not path.is_file():
+            raise ExportError(f"{folder} is not an exported model: it has no {FILE}; make one with fieldmark export")
         try:
             text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ExportError(
-                f"{folder} is not an exported model: it has no {FILE}; make one with fieldmark export"
-            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ExportError(f"{path} cannot be read: {error}") from None
         return cls.from_json(text, str(path))
@@ -141,13 +138,10 @@ class ExportedModel:
 
     @classmethod
     def load(cls, folder: str | Path, *, threads: int, precision: str = "f32") -> ExportedModel:
-        """Load an export folder.
+        """Load an export folder for calls of so many `threads`; 0 leaves it to the runtime.
 
-        Args:
-            folder: With fieldmark.json and the model file.
-            threads: Threads of one call; 0 leaves it to the runtime.
-            precision: What OpenVINO computes in: "f32", in which the export was proven, or "auto" for bf16 where the
-                processor has it. The others compute in what the file holds.
+        OpenVINO computes in the `precision` "f32", in which the export was proven, or with "auto" in bf16 where the
+        processor has it. The others compute in what the file holds.
         """
         folder = Path(folder)
         metadata = ModelMetadata.load(folder)
@@ -183,16 +177,10 @@ class ExportedModel:
         output = self.compute(np.ascontiguousarray(images, np.float32))
         return np.asarray((output + self.logits(images[..., ::-1])) / 2, np.float32) if flips else output
 
-    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, K) calibrated probabilities of normalized images (B, 3, S, S)."""
-        return np.asarray(softmax(self.logits(images) / self.metadata.temperature, axis=1), np.float32)
-
 
 def _load_onnx(path: Path, threads: int) -> Compute:
-    try:
+    with needs_extra("onnxruntime", "export"):
         import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "export") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -223,10 +211,8 @@ def _load_openvino(path: Path, threads: int, precision: str) -> Compute:
 def import_openvino() -> Any:
     """OpenVINO without its telemetry, which would otherwise send usage statistics to an analytics host."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # to Python: not installed
-    try:
+    with needs_extra("openvino", "openvino"):
         import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino") from None
     return openvino
 
 

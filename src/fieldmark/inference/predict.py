@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.data.index import Photo, PhotoIndex
 from fieldmark.errors import PredictionError
 from fieldmark.inference.calibration import apply_prior, estimate_prior, load_calibration
 from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
-from fieldmark.inference.sources import PATH_COLUMN, PhotoSource, open_source, split_list
+from fieldmark.inference.sources import PATH_COLUMN, PhotoSource, cut_list, open_source
 from fieldmark.inference.writers import (
     Form,
     PredictedPhotos,
@@ -45,29 +45,12 @@ def predict_photos(
     progress: Progress,
     ray: str | None = None,
 ) -> PredictedPhotos:
-    """Ask a model about photos, in their order, and write a file.
+    """Ask a model about photos, in their order, and write a file; the options are those of `fieldmark predict`.
 
-    Names and sample are checked before the first photo is read (of tar files as they are read).
-
-    Args:
-        model: Run folder or exported model.
-        photos: What `sources.open_source` takes: a folder, a photo, a list or shards, here or behind a URL.
-        out: The file, or None to keep the predictions in memory. On Ray also a folder, for the parts as they are.
-        form: See `writers.save_predictions`; None is as `writers.choose_form` says.
-        sample: Sample submission that the rows must match.
-        sample_order: Follow the sample's order instead of the files'.
-        path_column: Column of a list that holds the paths.
-        flips: Average over each photo and its mirror image.
-        estimates_prior: Correct the answers for class shares that are estimated from these photos; see
-            `calibration.estimate_prior`. Keeps all probabilities in memory.
-        progress: Reports how far the work is.
-        ray: Address of a Ray cluster that shares the work, "" for one on this machine, None for no Ray.
-
-    Raises:
-        PredictionError: Names, sample or options do not fit, or the file cannot be written.
-        RunError: No such model.
-        DataError: No photos.
-        MissingExtraError: Ray, or the package for a kind of storage, is not installed.
+    Names and sample are checked before the first photo is read (of tar files as they are read). `photos` is what
+    `sources.open_source` takes; without `out` the predictions stay in memory, and with Ray it may be a folder, for the
+    parts as they are. `estimates_prior` corrects the answers for class shares that are estimated from these photos, and
+    keeps all probabilities in memory. `ray` is the address of a cluster that shares the work, "" for one made here.
     """
     if sample_order and sample is None:
         raise PredictionError("--sample-order follows a sample submission: give it with --sample FILE")
@@ -75,48 +58,37 @@ def predict_photos(
     if source.skipped:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in source.skipped.items())
         progress.message(f"skipped in {source.name}: {reasons}")
-    if out is not None and (out.suffix or ray is None) and not (ray is not None and out.is_dir()):
+    is_folder = ray is not None and out is not None and (out.is_dir() or not out.suffix)
+    if out is not None and not is_folder:
         form = choose_form(out, form, has_sample=sample is not None)
     prior = _training_prior(model) if estimates_prior else None
-    if ray is not None:
-        if out is None or sample_order or prior is not None:
-            raise PredictionError(
-                "--ray writes parts in the order of the photos: give --out, no --sample-order and no --prior"
-            )
-        _check_names(source, sample, has_ids=form == "leaderboard")
-        return _predict_on_ray(model, source, out, form=form, flips=flips, ray=ray, progress=progress)
-    predictor = Predictor.load(model, flips=flips)
+    if ray is not None and (out is None or sample_order or prior is not None):
+        raise PredictionError(
+            "--ray writes parts in the order of the photos: give --out, no --sample-order and no --prior"
+        )
     if sample is not None and sample_order:
         source = _reorder(source, sample)
     _check_names(source, sample, has_ids=out is not None and form == "leaderboard")
+    if ray is not None and out is not None:
+        from fieldmark.inference.bulk import make_parts_on_ray, predict_in_parts
+
+        make = partial(make_parts_on_ray, address=ray)
+        return predict_in_parts(model, source, out, form=form, flips=flips, make_parts=make, progress=progress)
+    predictor = Predictor.load(model, flips=flips)
     predictions = _report(_predict(predictor, source), source.count, progress)
-    if prior is None:
-        return _write(predictor, predictions, out, form)
-    corrected, estimated = correct_prior(list(predictions), prior)
-    done = _write(predictor, corrected, out, form)
-    shares = tuple(zip(predictor.classes, prior.tolist(), estimated.tolist(), strict=True))
-    if out is not None:
+    shares: tuple[tuple[str, float, float], ...] = ()
+    if prior is not None:
+        predictions, estimated = correct_prior(list(predictions), prior)
+        shares = tuple(zip(predictor.classes, prior.tolist(), estimated.tolist(), strict=True))
+    if out is None:
+        done = PredictedPhotos(None, prior=shares)
+        done.shown = list(done.watch(predictions))
+        return done
+    has_groups = predictor.fallback is not None
+    done = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
+    if shares:
         save_prior(out, shares)
     return replace(done, prior=shares)
-
-
-def _write(
-    predictor: Predictor, predictions: Iterable[Prediction], out: Path | None, form: Form | None
-) -> PredictedPhotos:
-    if out is None:
-        shown = list(predictions)
-        return PredictedPhotos(None, len(shown), [one for one in shown if one.problem], shown)
-    count = 0
-
-    def count_rows() -> Iterator[Prediction]:
-        nonlocal count
-        for prediction in predictions:
-            count += 1
-            yield prediction
-
-    has_groups = predictor.fallback is not None
-    failed = save_predictions(count_rows(), out, classes=predictor.classes, form=form, has_groups=has_groups)
-    return PredictedPhotos(out, count, failed)
 
 
 def correct_prior(
@@ -149,29 +121,11 @@ def _training_prior(model: Path) -> NDArray[np.float64]:
     return run.prior
 
 
-def _predict_on_ray(
-    model: Path, source: PhotoSource, out: Path, *, form: Form | None, flips: bool, ray: str, progress: Progress
-) -> PredictedPhotos:
-    from fieldmark.inference.bulk import PIECE_PHOTOS, RayParts, predict_in_parts
-
-    return predict_in_parts(
-        model,
-        source,
-        out,
-        form=form,
-        flips=flips,
-        piece_photos=PIECE_PHOTOS,
-        open_executor=lambda: RayParts(ray, cpus=1),
-        progress=progress,
-    )
-
-
 def _predict(predictor: Predictor, source: PhotoSource) -> Iterator[Prediction]:
     if source.root is None:
         return predictor.predict_named(source.read(predictor.batch_size))
-    # Files in a folder of this machine: other processes can read them.
-    photos = tuple(Photo(name, None, "", "") for name in source.names())
-    return predictor.predict_index(PhotoIndex(Path(source.root), photos, (), {}))
+    names = list(source.names())
+    return predictor.predict_files(names, [Path(source.root, name) for name in names])
 
 
 def _check_names(source: PhotoSource, sample: Path | None, *, has_ids: bool) -> None:
@@ -189,7 +143,7 @@ def _reorder(source: PhotoSource, sample: Path) -> PhotoSource:
             "a CSV file with a column `path`, in the wanted order"
         )
     root, paths = source.root, in_sample_order(list(source.names()), sample)
-    return replace(source, cut=lambda size: split_list(root, iter(paths), size))
+    return replace(source, cut=partial(cut_list, root, paths))
 
 
 def _report(predictions: Iterable[Prediction], total: int | None, progress: Progress) -> Iterator[Prediction]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, list_photos
 from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan
-from fieldmark.errors import MissingExtraError, PhotoError, RunError
+from fieldmark.errors import PhotoError, RunError, needs_extra
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
 from fieldmark.inference.taxonomy import Answer, Fallback
-from fieldmark.progress import Progress, Quiet
+from fieldmark.progress import Progress
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
 from fieldmark.runs.environment import keep_freed_memory, usable_cores
 from fieldmark.runs.folder import ENSEMBLE, MEMBERS, WEIGHTS, Run
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from fieldmark.augment.reference import EvalSpec, Views
 
-Logits = Callable[[Batch], NDArray[np.floating[Any]]]
+Logits = Callable[[Tensor], NDArray[np.floating[Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,42 +94,21 @@ class Prediction:
         return [(self.classes[number], float(self.probabilities[number])) for number in order]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Predictor:
     """Asks one model about any number of photos, in bounded memory. Calls from several threads are safe.
 
     Make one with `Predictor.load`.
-
-    Args:
-        classes: K class names, in order of class index.
-        spec: How a photo becomes the model's input; several ways where the members of an ensemble differ.
-        logits: (B, K) logits of a batch.
-        decoding: How files become pixels.
-        batch_size: Photos at once.
-        temperature: Divides the logits, > 0.
-        threshold: Least probability that counts as an answer, in [0, 1].
-        fallback: See `Prediction`.
     """
 
-    def __init__(
-        self,
-        *,
-        classes: Sequence[str],
-        spec: EvalSpec | Views,
-        logits: Logits,
-        decoding: DecodeSpec,
-        batch_size: int,
-        temperature: float,
-        threshold: float,
-        fallback: Fallback | None,
-    ) -> None:
-        self.classes = tuple(classes)
-        self.spec = spec
-        self.decoding = decoding
-        self.batch_size = batch_size
-        self.temperature = temperature
-        self.threshold = threshold
-        self.fallback = fallback
-        self._logits = logits
+    classes: tuple[str, ...]  # K names, in order of class index
+    spec: EvalSpec | Views  # how a photo becomes the model's input; several ways where members of an ensemble differ
+    logits: Logits  # (B, K) of a batch of such inputs
+    decoding: DecodeSpec  # how files become pixels
+    batch_size: int  # photos at once
+    temperature: float  # divides the logits
+    threshold: float  # least probability that counts as an answer, in [0, 1]
+    fallback: Fallback | None  # as in `Prediction`
 
     @classmethod
     def load(cls, model: Run | str | Path, *, flips: bool = False) -> Predictor:
@@ -148,13 +127,13 @@ class Predictor:
         from fieldmark.inference.calibration import load_calibration
         from fieldmark.inference.exported import FILE, ExportedModel
 
-        if isinstance(model, str | Path) and (Path(model) / FILE).is_file():
+        if not isinstance(model, Run) and (Path(model) / FILE).is_file():
             exported = ExportedModel.load(model, threads=0)
             about = exported.metadata
             return cls(
                 classes=about.classes,
                 spec=about.eval_spec(),
-                logits=lambda batch: exported.logits(batch.images.numpy(), flips=flips),
+                logits=lambda images: exported.logits(images.numpy(), flips=flips),
                 decoding=about.decode_spec(),
                 batch_size=about.batch_size,
                 temperature=about.temperature,
@@ -202,67 +181,49 @@ class Predictor:
             DataError: The folder holds no photo.
         """
         if isinstance(photos, str | Path):
-            return self.predict_index(list_photos(Path(photos)))
+            index = list_photos(Path(photos))
+            return self.predict_files([photo.path for photo in index.photos], index.files())
         return self.predict_named((str(photo) if isinstance(photo, str | Path) else "", photo) for photo in photos)
 
     def predict_proba(self, photos: str | Path | Iterable[Source]) -> NDArray[np.float32]:
-        """(N, K) probabilities of many photos, in their order; a row of NaN for each that cannot be read.
-
-        Args:
-            photos: As in `predict`.
-        """
+        """(N, K) probabilities of many `photos`, as `predict` takes them; a row of NaN for each that cannot be read."""
         rows = [prediction.probabilities for prediction in self.predict(photos)]
         return np.stack(rows) if rows else np.zeros((0, len(self.classes)), np.float32)
 
     def to_pandas(self, photos: str | Path | Iterable[Source]) -> pd.DataFrame:
-        """The long form of many predictions as a data frame: path, label, probability, doubts, all probabilities.
-
-        Args:
-            photos: As in `predict`.
-
-        Raises:
-            MissingExtraError: pandas is not installed.
-        """
+        """The long form of the predictions of `photos` as a data frame, with all probabilities."""
         from fieldmark.inference.writers import long_table
 
-        if find_spec("pandas") is None:  # pyarrow's error without it says less
-            raise MissingExtraError("pandas", "review")
+        with needs_extra("pandas", "review"):
+            import_module("pandas")  # for pyarrow, whose own error says less
         table = long_table(list(self.predict(photos)), self.classes, has_groups=self.fallback is not None)
         return table.to_pandas()
 
     def predict_named(
         self, photos: Iterable[tuple[str, Source | PhotoError]], *, threads: int | None = None
     ) -> Iterator[Prediction]:
-        """Ask about photos that have names, one prediction each, in their order.
+        """Ask about photos that have names, or a reason why there is no photo, one prediction each, in their order.
 
-        Args:
-            photos: Names with what `__call__` takes, or with the reason why there is no photo. Consumed a batch at a
-                time.
-            threads: That decode; None is one for each usable core.
+        They are consumed a batch at a time, and decoded by as many `threads`; None is one for each usable core.
         """
         pairs = iter(photos)
         with Loader(workers=0, threads=threads or usable_cores()) as loader:
             while chunk := list(islice(pairs, self.batch_size)):
-                unknown = np.full(len(chunk), -1, np.int64)
-                reader = PhotoReader([source for _, source in chunk], unknown, self.decoding)
-                prepare = EvalPhotos(reader, self.spec, keeps_broken=True)
+                prepare = self._prepare([source for _, source in chunk])
                 for batch in loader.batches(prepare, [range(len(chunk))], epoch=0):
                     yield from self._answers(batch, [name for name, _ in chunk])
 
-    def predict_index(self, index: PhotoIndex) -> Iterator[Prediction]:
-        """Ask about the photos of an index, in its order, by the paths that it has for them."""
-        reader = PhotoReader(tuple(index.files()), index.label_numbers(), self.decoding)
-        prepare = EvalPhotos(reader, self.spec, keeps_broken=True)
-        for batch in _load_batches(prepare, range(len(index.photos)), self.batch_size):
-            yield from self._answers(batch, [index.photos[number].path for number in batch.numbers.tolist()])
+    def predict_files(self, names: Sequence[str], files: Sequence[Path]) -> Iterator[Prediction]:
+        """Ask about files of this machine, which other processes may read, one prediction each, in their order."""
+        for batch in _load_batches(self._prepare(files), range(len(files)), self.batch_size):
+            yield from self._answers(batch, [names[number] for number in batch.numbers.tolist()])
 
-    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _prepare(self, sources: Sequence[Source | PhotoError]) -> EvalPhotos:
+        return EvalPhotos(_unlabeled(sources, self.decoding), self.spec, keeps_broken=True)
+
+    def probabilities(self, images: NDArray[np.float32] | Tensor) -> NDArray[np.float32]:
         """(B, K) calibrated probabilities of pictures that `augment.reference.eval_picture` made by `spec`."""
-        unknown = torch.full((len(images),), -1, dtype=torch.int64)
-        return self._probabilities(Batch(torch.from_numpy(images), torch.arange(len(images)), unknown, ()))
-
-    def _probabilities(self, batch: Batch) -> NDArray[np.float32]:
-        logits = self._logits(batch)
+        logits = self.logits(torch.as_tensor(images))
         if logits.shape[1:] != (len(self.classes),):
             raise RunError(
                 f"the model gives {logits.shape[-1]} outputs for {len(self.classes)} class names: its files belong to "
@@ -271,48 +232,42 @@ class Predictor:
         return softmax(logits, temperature=self.temperature)
 
     def _answers(self, batch: Batch, names: Sequence[str]) -> list[Prediction]:
-        probabilities = self._probabilities(batch)
+        probabilities = self.probabilities(batch.images)
         problems = dict(batch.problems)
         for row in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)).tolist():
             problems.setdefault(row, "has no answer: the model's output is not finite, its weights may be damaged")
         probabilities[list(problems)] = np.nan
         return [
-            Prediction(name, self.classes, row, problems.get(place, ""), self.threshold, self.fallback)
-            for place, (name, row) in enumerate(zip(names, probabilities, strict=True))
+            Prediction(name, self.classes, row, problems.get(number, ""), self.threshold, self.fallback)
+            for number, (name, row) in enumerate(zip(names, probabilities, strict=True))
         ]
 
 
-def predict_photos(
+def predict_split(
     run: Run,
     index: PhotoIndex,
     numbers: NDArray[np.int64],
     *,
     flips: bool = False,
-    progress: Progress | None = None,
+    progress: Progress,
     model: nn.Module | None = None,
 ) -> NDArray[np.float32]:
-    """(N, K) float32 probabilities, at temperature 1, of some photos of an index.
+    """(N, K) probabilities, at temperature 1, of these photos of an index, by a run, an ensemble, or a run's `model`.
 
-    Args:
-        run: A run or an ensemble.
-        index: Where the photos are.
-        numbers: (N,) photos of the index, rising.
-        flips: As in `Predictor.load`.
-        progress: Reports how far the work is.
-        model: Answers instead of the run's own weights.
-
-    Raises:
-        PhotoError: A photo cannot be read.
+    A photo that cannot be read raises a PhotoError.
     """
-    networks, progress = Networks(run, flips=flips, model=model), progress or Quiet()
-    reader = PhotoReader(tuple(index.files()), index.label_numbers(), run.decode_spec())
-    prepare = EvalPhotos(reader, networks.spec, keeps_broken=False)
+    networks = Networks(run, flips=flips, model=model)
+    prepare = EvalPhotos(_unlabeled(index.files(), run.decode_spec()), networks.spec, keeps_broken=False)
     rows: list[NDArray[np.float32]] = []
     progress.start(len(numbers), 0)
     for batch in _load_batches(prepare, numbers.tolist(), run.config.eval.batch_size):
-        rows.append(networks.probabilities(batch))
+        rows.append(networks.probabilities(batch.images))
         progress.advance(len(batch.numbers))
-    return np.concatenate(rows) if rows else np.zeros((0, len(run.classes)), np.float32)
+    return np.concatenate(rows)
+
+
+def _unlabeled(sources: Sequence[Source | PhotoError], decoding: DecodeSpec) -> PhotoReader:
+    return PhotoReader(tuple(sources), np.full(len(sources), -1, np.int64), decoding)
 
 
 def _load_batches(prepare: EvalPhotos, numbers: Sequence[int], batch_size: int) -> Iterator[Batch]:
@@ -354,16 +309,7 @@ class Device:
 
 
 class Networks:
-    """The network of a run, or those of an ensemble's members, as one.
-
-    Args:
-        run: A run or an ensemble.
-        flips: As in `Predictor.load`, in each network.
-        model: Answers instead of the run's own weights; not for ensembles.
-
-    Raises:
-        RunError: There are no weights yet.
-    """
+    """The network of a run, or those of an ensemble's members, as one; `model` replaces a run's own."""
 
     def __init__(self, run: Run, *, flips: bool, model: nn.Module | None = None) -> None:
         from fieldmark.augment.reference import join_specs
@@ -374,26 +320,24 @@ class Networks:
         self._networks = [_open_network(one, model, flips=flips) for one in runs]
         self.spec = join_specs(self._specs)
 
-    def logits(self, batch: Batch) -> NDArray[np.floating[Any]]:
+    def logits(self, images: Tensor) -> NDArray[np.floating[Any]]:
         """(B, K); of an ensemble the logarithms of its mean probabilities."""
-        return log_probabilities(self.probabilities(batch)) if self._members else self._networks[0](batch)
+        return log_probabilities(self.probabilities(images)) if self._members else self._networks[0](images)
 
-    def probabilities(self, batch: Batch) -> NDArray[np.float32]:
+    def probabilities(self, images: Tensor) -> NDArray[np.float32]:
         """(B, K) at temperature 1."""
         from fieldmark.augment.reference import split_views
 
         if not self._members:
-            return softmax(self._networks[0](batch))
-        views = split_views(batch.images, self.spec)
-        rows = [
-            softmax(network(replace(batch, images=views[spec])))
-            for network, spec in zip(self._networks, self._specs, strict=True)
-        ]
-        temperatures, orders = zip(*((member.temperature, member.order) for member in self._members), strict=True)
-        return mean_probabilities(rows, temperatures, orders)
+            return softmax(self._networks[0](images))
+        views = split_views(images, self.spec)
+        rows = [softmax(network(views[spec])) for network, spec in zip(self._networks, self._specs, strict=True)]
+        return mean_probabilities(
+            rows, [member.temperature for member in self._members], [member.order for member in self._members]
+        )
 
 
-def _open_network(run: Run, model: nn.Module | None, *, flips: bool) -> Callable[[Batch], NDArray[np.float32]]:
+def _open_network(run: Run, model: nn.Module | None, *, flips: bool) -> Callable[[Tensor], NDArray[np.float32]]:
     if model is None and not (run.path / WEIGHTS).is_file():
         raise RunError(
             f"{run.path} has no weights yet (its status is {run.summary['status']!r}): "
@@ -404,30 +348,25 @@ def _open_network(run: Run, model: nn.Module | None, *, flips: bool) -> Callable
     network = (run.load_model() if model is None else model).to(where.device)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return lambda batch: predict_batches(where, network, [batch], flips=flips, channels_last=channels_last).logits
+
+    def logits(images: Tensor) -> NDArray[np.float32]:
+        batch = Batch(images, torch.arange(len(images)), torch.full((len(images),), -1), ())
+        return predict_batches(where, network, [batch], flips=flips, channels_last=channels_last).logits
+
+    return logits
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One model of an ensemble.
-
-    Attributes:
-        run: What it needs to predict, as a run.
-        temperature: Divides its logits, > 0.
-        order: (K,) for each class of the ensemble, its index among the member's classes.
-    """
+    """One model of an ensemble."""
 
     run: Run
-    temperature: float
-    order: NDArray[np.int64]
+    temperature: float  # divides its logits
+    order: NDArray[np.int64]  # (K,) as `class_order` of the member and the ensemble
 
 
-def load_members(run: Run) -> tuple[Member, ...]:
-    """The members of an ensemble, in the order in which they were given.
-
-    Raises:
-        RunError: A member is missing or knows other classes.
-    """
+def load_members(run: Run) -> list[Member]:
+    """The members of an ensemble, in the order in which they were given."""
     try:
         rows = [(str(row["folder"]), float(row["temperature"])) for row in run.ensemble_info["members"]]
         if not all(0 < temperature < np.inf for _, temperature in rows):
@@ -437,36 +376,26 @@ def load_members(run: Run) -> tuple[Member, ...]:
     members: list[Member] = []
     for name, temperature in rows:
         member = Run(run.path / MEMBERS / name)
-        order = class_order(member.classes, run.classes)
-        if order is None:
+        if set(member.classes) != set(run.classes):
             raise RunError(f"{run.path / ENSEMBLE} names {member.path}, whose classes are not the ensemble's")
-        members.append(Member(member, temperature, order))
-    return tuple(members)
+        members.append(Member(member, temperature, class_order(member.classes, run.classes)))
+    return members
 
 
-def class_order(own: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64] | None:
-    """(K,) the index in `own` of each name of `wanted`; None unless both hold the same names."""
-    if sorted(own) != sorted(wanted):
-        return None
-    place = {name: number for number, name in enumerate(own)}
-    return np.asarray([place[name] for name in wanted], np.int64)
+def class_order(own: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
+    """(K,) the index in `own` of each name of `wanted`, which are the same names."""
+    index = {name: number for number, name in enumerate(own)}
+    return np.asarray([index[name] for name in wanted], np.int64)
 
 
 def mean_probabilities(
     probabilities: Sequence[NDArray[np.float32]], temperatures: Sequence[float], orders: Sequence[NDArray[np.int64]]
 ) -> NDArray[np.float32]:
-    """The answer of an ensemble: the mean of its members' calibrated probabilities.
+    """(N, K) answer of an ensemble: the mean of its members' calibrated probabilities.
 
-    Every use of an ensemble comes through here with its members' float32 probabilities, so that stored predictions and
-    new ones of the same photos are the same to the bit.
-
-    Args:
-        probabilities: (N, K) of each member at temperature 1, in its own order of classes.
-        temperatures: Of each member, > 0.
-        orders: As `Member.order`.
-
-    Returns:
-        (N, K) in the ensemble's order of classes; NaN for a photo that could not be read.
+    Every use of an ensemble comes through here with its members' float32 probabilities at temperature 1, each in its
+    own `order` of classes, so that stored predictions and new ones of the same photos are the same to the bit. NaN
+    stays: a photo that could not be read.
 
     Source:
         Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles",

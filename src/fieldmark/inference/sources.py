@@ -10,20 +10,21 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from glob import glob
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 from fieldmark.data.folders import find_photos, is_photo_path, is_skipped, natural_key, require_photos
 from fieldmark.data.tables import TABLE_SUFFIXES, read_csv
 from fieldmark.errors import DataError, PhotoError, did_you_mean
 from fieldmark.files import require_path
-from fieldmark.inference.storage import Found, fetch, file_version, find_files, is_file, is_url, match_files, opened
+from fieldmark.inference.storage import Found, fetch, file_version, find_files, is_file, is_url, opened
 
 NamedPhoto = tuple[str, Path | bytes | PhotoError]
 """A photo's name in tables; and its file, its content, or why there is none."""
@@ -39,38 +40,28 @@ MAX_MEMBER_BYTES = 2**30
 
 @dataclass(frozen=True)
 class TarShard:
-    """The photos of a tar file, in its order.
+    """The photos of a tar file, in its order."""
 
-    Attributes:
-        location: Path or URL.
-        name: What the names of its photos begin with.
-        version: As `storage.Found.version`.
-    """
-
-    location: str
-    name: str
-    version: str
+    location: str  # path or URL
+    name: str  # what the names of its photos begin with
+    version: str  # as `storage.Found.version`
     kind: ClassVar[str] = "tar"
 
-    def names(self) -> Iterator[str]:
-        """Names of the photos, without reading them."""
-        for name, _ in self._members(reads=False):
-            yield name
-
-    def read(self) -> Iterator[NamedPhoto]:
-        """Names and contents, in one pass from the beginning to the end."""
-        return self._members(reads=True)
-
-    def _members(self, *, reads: bool) -> Iterator[NamedPhoto]:
+    def read(self, *, contents: bool = True) -> Iterator[NamedPhoto]:
+        """Names, and contents if asked for, in one pass from the beginning to the end."""
         last = ""
         try:
-            with opened(self.location) as file, _open_tar(file) as archive:
+            # A stream, packed or not: never seeks, so it suits storage that answers each seek with a request.
+            with (
+                opened(self.location) as file,
+                _WatchedTar.open(fileobj=file, mode="r|*", bufsize=_READ_AHEAD_BYTES) as archive,
+            ):
                 for member in archive:
                     path = member.name.removeprefix("./")
                     if not member.isfile() or not is_photo_path(path):
                         continue
                     last = f" after {path!r}"
-                    yield f"{self.name}/{path}", _content(archive, member, self.name) if reads else b""
+                    yield f"{self.name}/{path}", _read_member(archive, member, self.name) if contents else b""
                 if not archive.is_whole:
                     raise tarfile.ReadError("it has no end")
         except PhotoError as error:
@@ -99,12 +90,7 @@ class _WatchedTar(tarfile.TarFile):
     is_whole = False
 
 
-def _open_tar(file: IO[bytes]) -> _WatchedTar:
-    # A stream, packed or not: never seeks, so it suits storage that answers each seek with a request.
-    return _WatchedTar.open(fileobj=file, mode="r|*", bufsize=_READ_AHEAD_BYTES)
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> bytes | PhotoError:
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> bytes | PhotoError:
     if member.size > MAX_MEMBER_BYTES:
         size = f"{member.size / 2**20:,.0f} MB"
         return PhotoError(member.name, f"takes {size} in {shard}, more than the {MAX_MEMBER_BYTES >> 20} MB of a photo")
@@ -119,50 +105,30 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> b
 
 @dataclass(frozen=True)
 class RowShard:
-    """The photos of one row group of a Parquet table, in its order.
+    """The photos of one row group of a Parquet table, in its order."""
 
-    Attributes:
-        location: Path or URL of the table.
-        name: What the names of its photos begin with.
-        version: As `storage.Found.version`.
-        group: Number of the row group.
-        first_row: Its first row's number in the table.
-        num_rows: How many it has.
-        image: Column of contents: bytes, or `{bytes, path}` as Hugging Face stores images.
-        key: Column that names the photos; None names them by the row's number.
-    """
-
-    location: str
-    name: str
-    version: str
-    group: int
-    first_row: int
+    location: str  # path or URL of the table
+    name: str  # what the names of its photos begin with
+    version: str  # as `storage.Found.version`
+    group: int  # number of the row group
+    first_row: int  # its number in the table
     num_rows: int
-    image: str
-    key: str | None
+    image: str  # column of contents: bytes, or `{bytes, path}` as Hugging Face stores images
+    key: str | None  # column that names the photos; None names them by the row's number
     kind: ClassVar[str] = "rows"
 
-    def names(self) -> Iterator[str]:
-        """Names of the photos, without reading them."""
-        for name, _ in self._rows([self.key] if self.key else [], reads=False):
-            yield name
-
-    def read(self) -> Iterator[NamedPhoto]:
-        """Names and contents."""
-        return self._rows([self.image, *([self.key] if self.key else [])], reads=True)
-
-    def _rows(self, columns: list[str], *, reads: bool) -> Iterator[NamedPhoto]:
+    def read(self, *, contents: bool = True) -> Iterator[NamedPhoto]:
+        """Names, and contents if asked for."""
         import pyarrow as pa
 
         number, end = self.first_row, self.first_row + self.num_rows
+        columns = [*([self.image] if contents else []), *([self.key] if self.key else [])]
         try:
-            with opened(self.location) as file:
-                batches: Any = open_parquet(file, self.name).iter_batches(
-                    _SHARD_ROWS_AT_ONCE, row_groups=[self.group], columns=columns
-                )
+            with open_parquet(self.location, self.name) as table:
+                batches = table.iter_batches(_SHARD_ROWS_AT_ONCE, row_groups=[self.group], columns=columns)
                 for row in (row for batch in batches for row in batch.to_pylist()) if columns else [{}] * self.num_rows:
-                    key = _text(row[self.key]) if self.key else str(number)
-                    yield f"{self.name}/{key}", _cell(row[self.image], key) if reads else b""
+                    key = (_text(row[self.key]) if self.key else "") or str(number)
+                    yield f"{self.name}/{key}", _cell(row[self.image], key) if contents else b""
                     number += 1
         except (PhotoError, pa.ArrowException, OSError) as error:
             reason = error.reason if isinstance(error, PhotoError) else f"is damaged: {str(error).splitlines()[0]}"
@@ -171,52 +137,43 @@ class RowShard:
 
 
 def row_shards(location: str, name: str, version: str) -> list[RowShard]:
-    """A Parquet table as one shard for each row group; none if it holds no photos, but their paths perhaps.
-
-    Raises:
-        DataError: No such table, or it cannot be read.
-    """
+    """A Parquet table as one shard for each row group; none if it holds no photos, but their paths perhaps."""
     import pyarrow as pa
 
-    try:
-        with opened(location) as file:
-            table = open_parquet(file, location)
-            schema, groups = table.schema_arrow, table.metadata
-            rows = [groups.row_group(number).num_rows for number in range(groups.num_row_groups)]
-    except PhotoError as error:
-        raise DataError(f"{location} {error.reason}") from None
+    with open_parquet(location, location) as table:
+        schema, groups = table.schema_arrow, table.metadata
+        rows = [groups.row_group(number).num_rows for number in range(groups.num_row_groups)]
     kinds = {field.name: field.type for field in schema}
     image = next((column for column in IMAGE_COLUMNS if column in kinds and _holds_bytes(kinds[column])), None)
     if image is None:
         return []
     key = next((c for c in KEY_COLUMNS if c in kinds and c != image and not pa.types.is_nested(kinds[c])), None)
-    starts = [sum(rows[:number]) for number in range(len(rows))]
+    starts = accumulate(rows, initial=0)
     return [
         RowShard(location, name, version, number, start, count, image, key)
-        for number, (start, count) in enumerate(zip(starts, rows, strict=True))
+        for number, (start, count) in enumerate(zip(starts, rows, strict=False))
     ]
 
 
-def open_parquet(file: IO[bytes], name: str) -> Any:
-    """A Parquet file for reading.
-
-    Raises:
-        DataError: It is none.
-    """
+@contextmanager
+def open_parquet(location: str, name: str) -> Generator[Any]:
+    """A Parquet file of this machine or behind a URL for reading; a DataError where it is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"{name} is not a Parquet table: {str(error).splitlines()[0]}") from None
+    with opened(location) as file:
+        try:
+            table = pq.ParquetFile(file)
+        except (pa.ArrowException, ValueError) as error:
+            raise DataError(f"{name} is not a Parquet table: {str(error).splitlines()[0]}") from None
+        yield table
 
 
 def _holds_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        return any(kind.field(place).name == "bytes" for place in range(kind.num_fields))
+        return any(field.name == "bytes" for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
@@ -225,8 +182,8 @@ def _cell(value: Any, key: str) -> bytes | PhotoError:
     return PhotoError(key, "has no content in its table") if content is None else content
 
 
-def _text(key: Any) -> str:
-    return key.decode("utf-8", "surrogateescape") if isinstance(key, bytes) else str(key)
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str("" if value is None else value)
 
 
 PATH_COLUMN = "path"
@@ -238,29 +195,18 @@ _LIST_ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class FileList:
-    """Photos that are files of their own.
+    """Photos that are files of their own."""
 
-    Attributes:
-        root: Folder or URL that relative paths begin at.
-        paths: The photos, as tables name them: relative to the root, absolute, or URLs. "" is a gap in a list.
-        versions: `storage.Found.version` of each where a listing has it, else none at all.
-    """
-
-    root: str
-    paths: tuple[str, ...]
-    versions: tuple[str, ...]
+    root: str  # folder or URL that relative paths begin at
+    paths: tuple[str, ...]  # as tables name them: relative to the root, absolute, or URLs; "" is a gap in a list
+    versions: tuple[str, ...]  # `storage.Found.version` of each where a listing has it, else none at all
     kind: ClassVar[str] = "files"
 
-    def names(self) -> Iterator[str]:
-        """Names of the photos."""
-        return iter(self.paths)
-
-    def read(self) -> Iterator[NamedPhoto]:
-        """Names, and files of this machine unread or what was fetched of others.
-
-        Raises:
-            DataError: Nothing can be fetched from a storage at all.
-        """
+    def read(self, *, contents: bool = True) -> Iterator[NamedPhoto]:
+        """Names, and files of this machine unread or what was fetched of others."""
+        if not contents:
+            yield from ((path, b"") for path in self.paths)
+            return
         with ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-fetch") as pool:
             for start in range(0, len(self.paths), _FETCHED_AHEAD):
                 part = self.paths[start : start + _FETCHED_AHEAD]
@@ -287,38 +233,29 @@ def locate(root: str, path: str) -> str:
     return f"{root}{path}" if root.endswith("/") else f"{root}/{path}"
 
 
-def split_list(root: str, paths: Iterator[str], size: int) -> Iterator[FileList]:
-    """A list of any length in pieces of `size`."""
+def cut_list(
+    root: str, paths: Iterable[str], size: int, version: Callable[[str], str] | None = None
+) -> Iterator[FileList]:
+    """Paths in pieces of `size`, each with its `version` where there is one."""
+    paths = iter(paths)
     while part := tuple(islice(paths, size)):
-        yield FileList(root, part, ())
+        yield FileList(root, part, tuple(map(version, part)) if version else ())
 
 
 def open_list(location: str, path_column: str) -> tuple[int, Callable[[], Iterator[str]]]:
-    """A table of paths.
+    """The number of rows of a CSV or Parquet table, and what yields the paths in its column from the beginning.
 
-    Args:
-        location: Path or URL of a CSV or Parquet table.
-        path_column: Its column of paths.
-
-    Returns:
-        Number of rows; and what yields the paths from the beginning. Of Parquet a part at a time is in memory.
-
-    Raises:
-        DataError: No such table, or it has no such column.
+    Of Parquet a part at a time is in memory.
     """
-    try:
-        if location.lower().endswith(".parquet"):
-            with opened(location) as file:
-                table = open_parquet(file, location)
-                names, num_rows = table.schema_arrow.names, table.metadata.num_rows
-            _require_column(location, path_column, names)
-            return num_rows, partial(_parquet_paths, location, path_column)
-        with opened(location) as file:
-            table = read_csv(location, file.read())
-        _require_column(location, path_column, list(table.values))
-        paths = table.column(path_column)
-    except PhotoError as error:
-        raise DataError(f"{location} {error.reason}") from None
+    if location.lower().endswith(".parquet"):
+        with open_parquet(location, location) as table:
+            names, num_rows = table.schema_arrow.names, table.metadata.num_rows
+        _require_column(location, path_column, names)
+        return num_rows, partial(_parquet_paths, location, path_column)
+    with opened(location) as file:
+        table = read_csv(location, file.read())
+    _require_column(location, path_column, list(table.values))
+    paths = table.column(path_column)
     return len(paths), partial(iter, paths)
 
 
@@ -332,11 +269,9 @@ def _require_column(location: str, path_column: str, names: Sequence[str]) -> No
 
 
 def _parquet_paths(location: str, path_column: str) -> Iterator[str]:
-    with opened(location) as file:
-        for batch in open_parquet(file, location).iter_batches(_LIST_ROWS_AT_ONCE, columns=[path_column]):
-            for value in batch.column(0).to_pylist():
-                text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-                yield "" if text is None else str(text)
+    with open_parquet(location, location) as table:
+        for batch in table.iter_batches(_LIST_ROWS_AT_ONCE, columns=[path_column]):
+            yield from map(_text, batch.column(0).to_pylist())
 
 
 Piece = FileList | TarShard | RowShard
@@ -348,26 +283,19 @@ _LISTED_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class PhotoSource:
-    """Photos in their order.
+    """Photos in their order."""
 
-    Attributes:
-        name: What messages call it.
-        count: How many there are; None for tar files, which tell only when they are read.
-        cut: Called with a number of photos, yields the pieces from the first. Only lists of files are cut to this
-            size; a tar file or a row group is a piece, whatever it holds.
-        root: Folder of this machine that all names are relative to; None where they are not all files in one.
-        skipped: Files of a folder that are not photos: how many for each reason.
-    """
-
-    name: str
-    count: int | None
+    name: str  # what messages call it
+    count: int | None  # None for tar files, which tell only when they are read
     cut: Callable[[int], Iterator[Piece]]
-    root: str | None = None
-    skipped: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Called with a number of photos, yields the pieces from the first. Only lists of files are cut to this size; a
+    tar file or a row group is a piece, whatever it holds."""
+    root: str | None = None  # folder of this machine that all names are relative to, if they are all files in one
+    skipped: Mapping[str, int] = field(default_factory=dict[str, int])  # files that are not photos: how many, by reason
 
     def names(self) -> Iterator[str]:
         """Names of all photos, as tables will have them."""
-        return chain.from_iterable(piece.names() for piece in self.cut(_LISTED_AT_ONCE))
+        return (name for piece in self.cut(_LISTED_AT_ONCE) for name, _ in piece.read(contents=False))
 
     def read(self, ahead: int) -> Iterator[NamedPhoto]:
         """All photos; the next `ahead` of them are fetched while the last are used."""
@@ -382,26 +310,22 @@ def open_source(text: str, *, path_column: str = PATH_COLUMN) -> PhotoSource:
             Parquet table that holds photos; a CSV or Parquet table with a column of paths. Wildcards (`*`, `?`, `[..]`,
             `**`) and braces (`{0000..0003}`, `{a,b}`) stand for several files.
         path_column: That column.
-
-    Raises:
-        DataError: There is nothing of that kind, or its storage cannot be reached.
-        MissingExtraError: The package for this kind of storage is not installed.
     """
     given = text
     if not is_url(text):
         text = str(Path(text).absolute())  # a piece may be read elsewhere
-        if Path(text).exists():
-            return _of_local(Path(text), path_column)
-    if _WILD.search(text) and not text.startswith("http"):
+    if _WILD.search(text) and not text.startswith("http") and not Path(text).exists():
         folder = _fixed_folder(text)
         found = [file for pattern in expand_braces(text) for file in _match(pattern, folder)]
         return _of_files(text, folder, found, path_column)
     if not is_url(text):
         require_path(Path(given))  # says what is missing
-    if is_file(text):
-        root, _, name = text.rpartition("/")
-        return _of_file(text, root, Found(name, file_version(text)), path_column)
-    return _of_files(text, text, find_files(text), path_column)
+        if Path(text).is_dir():
+            return _of_folder(Path(text), path_column)
+    elif not is_file(text):
+        return _of_files(text, text, find_files(text), path_column)
+    root, _, name = text.rpartition("/")
+    return _of_file(text, root or "/", Found(name, file_version(text)), path_column)
 
 
 def read_ahead(photos: Iterable[NamedPhoto], count: int) -> Iterator[NamedPhoto]:
@@ -453,10 +377,7 @@ def expand_braces(text: str) -> list[str]:
     return [text[: brace.start()] + option + rest for option in options for rest in rests]
 
 
-def _of_local(path: Path, path_column: str) -> PhotoSource:
-    if not path.is_dir():
-        found = Found(path.name, file_version(str(path)))
-        return _of_file(str(path), str(path.parent), found, path_column)
+def _of_folder(path: Path, path_column: str) -> PhotoSource:
     names, ignored = find_photos(path)
     if not names:
         others = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
@@ -465,20 +386,15 @@ def _of_local(path: Path, path_column: str) -> PhotoSource:
             return _of_files(str(path), str(path), found, path_column)
         require_photos(path, names, ignored)
     # Looked up piece by piece: the state of a million files takes a while, and only those who remember need it.
-    return PhotoSource(str(path), len(names), partial(_cut_local, str(path), names), str(path), ignored)
-
-
-def _cut_local(root: str, names: Sequence[str], size: int) -> Iterator[FileList]:
-    for start in range(0, len(names), size):
-        part = tuple(names[start : start + size])
-        yield FileList(root, part, tuple(file_version(locate(root, name)) for name in part))
+    cut = partial(cut_list, str(path), names, version=lambda name: file_version(str(path / name)))
+    return PhotoSource(str(path), len(names), cut, str(path), ignored)
 
 
 def _match(pattern: str, folder: str) -> list[Found]:
     """Files that a pattern without braces stands for; one that names a single file must be there."""
     if is_url(pattern):
         if _WILD.search(pattern):
-            return match_files(pattern, folder)
+            return find_files(folder, pattern)
         return [Found(pattern[len(folder) :].lstrip("/"), file_version(pattern))]
     files = [Path(name) for name in glob(pattern, recursive=True)]  # noqa: PTH207, takes absolute patterns too
     if not files and not _WILD.search(pattern):
@@ -488,8 +404,8 @@ def _match(pattern: str, folder: str) -> list[Found]:
 
 def _fixed_folder(pattern: str) -> str:
     """The part of a pattern up to the folder above its first wildcard."""
-    place = _WILD.search(pattern)
-    return pattern[: place.start() if place else None].rpartition("/")[0] or ("/" if pattern.startswith("/") else "")
+    fixed = _WILD.split(pattern, maxsplit=1)[0]
+    return fixed.rpartition("/")[0] or ("/" if pattern.startswith("/") else "")
 
 
 def _is_shard(name: str) -> bool:
@@ -502,7 +418,8 @@ def _of_files(name: str, root: str, found: Iterable[Found], path_column: str) ->
     there = sorted({file.path: file for file in found}.values(), key=lambda file: key(file.path))
     photos = [file for file in there if is_photo_path(file.path)]
     if photos:
-        return PhotoSource(name, len(photos), partial(_cut_found, root, photos))
+        versions = {file.path: file.version for file in photos}
+        return PhotoSource(name, len(photos), partial(cut_list, root, versions, version=versions.__getitem__))
     shards = [file for file in there if _is_shard(file.path)]
     if not shards:
         seen = f"{len(there)} other files" if there else "nothing"
@@ -517,12 +434,6 @@ def _of_files(name: str, root: str, found: Iterable[Found], path_column: str) ->
     return PhotoSource(name, count, lambda size: chain.from_iterable(source.cut(size) for source in sources))
 
 
-def _cut_found(root: str, found: Sequence[Found], size: int) -> Iterator[FileList]:
-    for start in range(0, len(found), size):
-        part = found[start : start + size]
-        yield FileList(root, tuple(file.path for file in part), tuple(file.version for file in part))
-
-
 def _of_file(name: str, root: str, file: Found, path_column: str) -> PhotoSource:
     location, lower = locate(root, file.path), file.path.lower()
     if lower.endswith(TAR_SUFFIXES):
@@ -534,6 +445,6 @@ def _of_file(name: str, root: str, file: Found, path_column: str) -> PhotoSource
         count, paths = open_list(location, path_column)
         if not count:
             raise DataError(f"{location} is a list without rows: there is nothing to predict")
-        return PhotoSource(name, count, lambda size: split_list(folder, paths(), size))
+        return PhotoSource(name, count, lambda size: cut_list(folder, paths(), size))
     here = None if is_url(root) else root
     return PhotoSource(name, 1, lambda _: iter([FileList(root, (file.path,), (file.version,))]), here)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from fieldmark.errors import DataError, MissingExtraError, PhotoError
+from fieldmark.errors import DataError, MissingExtraError, PhotoError, needs_extra
 
 # By class name, as none of their packages need be installed: errors that mean no file at all, rather than this one.
 _NO_STORAGE = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError",
@@ -28,11 +28,8 @@ _opening = threading.Lock()
 class Found(NamedTuple):
     """A file of a listing."""
 
-    path: str
-    """Relative to what was listed, with "/"."""
-
-    version: str
-    """Changes when the file does, as far as its storage shows without reading it."""
+    path: str  # relative to what was listed, with "/"
+    version: str  # changes when the file does, as far as its storage shows without reading it
 
 
 def is_url(text: str) -> bool:
@@ -43,10 +40,7 @@ def is_url(text: str) -> bool:
 def fetch(url: str) -> bytes:
     """The content of a file. Calls from several threads are safe.
 
-    Raises:
-        PhotoError: This file cannot be read.
-        DataError: Nothing can be read there: no such bucket, no credentials, nobody answers.
-        MissingExtraError: The package for this kind of storage is not installed.
+    Raises PhotoError where this file cannot be read, and DataError where none can: no such bucket, no credentials.
     """
     storage, path = _open(url)
     with _explained(url):
@@ -55,12 +49,7 @@ def fetch(url: str) -> bytes:
 
 @contextmanager
 def opened(location: str) -> Generator[IO[bytes]]:
-    """A file of this machine or behind a URL, open for reading.
-
-    Raises:
-        PhotoError: This file cannot be read.
-        DataError: As in `fetch`; also when the connection is lost inside the `with`.
-    """
+    """A file of this machine or behind a URL, open for reading; raises as `fetch`, also inside the `with`."""
     with _explained(location):
         file: Any
         if is_url(location):
@@ -78,11 +67,7 @@ def opened(location: str) -> Generator[IO[bytes]]:
 
 
 def is_file(url: str) -> bool:
-    """Whether there is a file, rather than a folder, by this URL.
-
-    Raises:
-        DataError: There is neither, or nothing can be read there.
-    """
+    """Whether there is a file, rather than a folder, by this URL; a DataError where there is neither."""
     storage, path = _open(url)
     try:
         with _explained(url):
@@ -91,39 +76,20 @@ def is_file(url: str) -> bool:
         raise DataError(f"{url} {error.reason}. Check bucket and path") from None
 
 
-def find_files(url: str) -> list[Found]:
-    """Every file of a folder and its sub-folders.
-
-    Raises:
-        DataError: The folder cannot be listed.
-    """
-    storage, root = _open(url)
+def find_files(folder: str, pattern: str = "") -> list[Found]:
+    """Every file below a folder; with a `pattern`, a URL that begins with the folder's, those that fit it."""
+    storage, root = _open(folder)
     storage.invalidate_cache()  # the list as it is now, not as an earlier call saw it
-    with _listing(url):
-        found: Mapping[str, Any] = storage.find(root, detail=True)
-    return [Found(path[len(root) :].lstrip("/"), _version(info)) for path, info in found.items()]
-
-
-def match_files(pattern: str, folder: str) -> list[Found]:
-    """Files that fit a URL with wildcards, relative to `folder`, a URL that the pattern starts with.
-
-    Raises:
-        DataError: The storage cannot be listed.
-    """
-    storage, path = _open(pattern)
-    root: str = storage._strip_protocol(folder)
-    with _listing(pattern):
-        found: Mapping[str, Any] = storage.glob(path, detail=True)
+    with _listing(pattern or folder):
+        found: Mapping[str, Any] = (
+            storage.glob(storage._strip_protocol(pattern), detail=True) if pattern else storage.find(root, detail=True)
+        )
     files = {name: info for name, info in found.items() if info["type"] == "file"}
     return [Found(name[len(root) :].lstrip("/"), _version(info)) for name, info in files.items()]
 
 
 def file_version(location: str) -> str:
-    """As `Found.version`, of one file.
-
-    Raises:
-        DataError: It cannot be looked up.
-    """
+    """As `Found.version`, of one file."""
     if not is_url(location):
         try:
             info = Path(location).stat()
@@ -151,10 +117,8 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _new_storage(place: str, protocol: str) -> Any:
-    try:
+    with needs_extra("fsspec", "storage"):
         import fsspec.core
-    except ImportError:
-        raise MissingExtraError("fsspec", "storage") from None
     try:
         with _explained(place):
             return fsspec.core.url_to_fs(place)[0]

@@ -5,85 +5,66 @@ Letters: N photos with a prediction, K classes.
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from fieldmark.errors import DataError, MissingExtraError
+from fieldmark.data.audit import near_pairs
+from fieldmark.data.decode import DecodeSpec
+from fieldmark.data.index import PhotoIndex
+from fieldmark.data.inspection import inspect_photos
+from fieldmark.errors import DataError, needs_extra
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
+from fieldmark.progress import Quiet
+from fieldmark.runs.folder import PhotoPredictions, Run
 from fieldmark.training import metrics
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fieldmark.data.index import PhotoIndex
-    from fieldmark.runs.folder import Run
+MAP_SIDE = 28
 
 
-Places = NDArray[np.int64]
+@dataclass(frozen=True, eq=False)
+class HeldOut(PhotoPredictions):
+    """Predictions of photos that the model was not trained on: of validation, or out of fold."""
 
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Predictions of photos that the model was not trained on: of validation, or out of fold.
-
-    Attributes:
-        paths: N paths relative to the data root.
-        labels: (N,) class indices, as the folders say.
-        probabilities: (N, K) float32.
-        classes: K names.
-    """
-
-    paths: tuple[str, ...]
-    labels: Places
-    probabilities: NDArray[np.float32]
     classes: tuple[str, ...]
 
     @property
-    def guesses(self) -> Places:
+    def guesses(self) -> NDArray[np.int64]:
         """(N,) likeliest class."""
         return self.probabilities.argmax(axis=1)
 
     @property
     def losses(self) -> NDArray[np.float64]:
         """(N,) negative log-likelihood of the label, in nats."""
-        likelihood = self.probabilities[np.arange(len(self.labels)), self.labels].astype(np.float64)
-        return -np.log(np.maximum(likelihood, np.finfo(np.float32).tiny))
+        return -log_probabilities(self.probabilities[np.arange(len(self.labels)), self.labels])
 
 
 @dataclass(frozen=True, slots=True)
 class ConfusedPair:
-    """Two classes that are taken for each other.
-
-    Attributes:
-        first: Class index, the smaller.
-        second: Class index.
-        places: Photos of either that were called the other, the surest mistake first.
-    """
+    """Two classes that are taken for each other, `first` the smaller class index."""
 
     first: int
     second: int
-    places: tuple[int, ...]
+    places: tuple[int, ...]  # photos of either that were called the other, the surest mistake first
 
 
 def join_held_out(runs: Sequence[Run]) -> HeldOut:
     """Join the validation predictions of one run, or of the folds of one data set: each photo is predicted out of fold.
 
     Probabilities are calibrated where the run is.
-
-    Raises:
-        DataError: The runs know different classes, or validate on the same photo twice.
-        RunError: A run stored no predictions.
     """
     classes = runs[0].classes
     paths: list[str] = []
-    labels: list[Places] = []
+    labels: list[NDArray[np.int64]] = []
     probabilities: list[NDArray[np.float32]] = []
     for run in runs:
         if run.classes != classes:
@@ -111,25 +92,20 @@ def confused_pairs(found: HeldOut) -> list[ConfusedPair]:
     ]
 
 
-def highest_losses(found: HeldOut) -> Places:
-    """All N places, the photo that surprised the model most first."""
+def highest_losses(found: HeldOut) -> NDArray[np.int64]:
+    """All N indices, the photo that surprised the model most first."""
     return np.argsort(-found.losses, kind="stable")
 
 
-def label_suspects(found: HeldOut) -> Places:
-    """Places of photos whose label is probably wrong, the surest first.
-
-    Raises:
-        MissingExtraError: cleanlab is not installed.
+def label_suspects(found: HeldOut) -> NDArray[np.int64]:
+    """Indices of photos whose label is probably wrong, the surest first.
 
     Source:
         Northcutt, Jiang and Chuang, "Confident Learning", arXiv:1911.00068, section 3 (prune by noise rate), by the
         cleanlab library, ranked by self-confidence.
     """
-    try:
+    with needs_extra("cleanlab", "review"):
         from cleanlab.filter import find_label_issues
-    except ImportError:
-        raise MissingExtraError("cleanlab", "review") from None
     # cleanlab takes class numbers without gaps: a class that no photo here has is skipped.
     present = np.unique(found.labels)
     if len(present) < 2:
@@ -147,17 +123,9 @@ def label_suspects(found: HeldOut) -> Places:
 def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memory: Path) -> list[tuple[int, int, int]]:
     """Pairs of photos that look the same: (number, number, bits that differ), the likest first.
 
-    Args:
-        index: Photos; those that cannot be read are skipped.
-        max_distance: Largest Hamming distance of the 64-bit perceptual hashes.
-        threads: Photos read at once.
-        memory: Folder where what was seen of the photos is remembered.
+    `max_distance` is the largest Hamming distance of their 64-bit perceptual hashes, `memory` the folder where what was
+    seen of the photos is remembered. Photos that cannot be read are skipped.
     """
-    from fieldmark.data.audit import near_pairs
-    from fieldmark.data.decode import DecodeSpec
-    from fieldmark.data.inspection import inspect_photos
-    from fieldmark.progress import Quiet
-
     facts = inspect_photos(
         index,
         decoding=DecodeSpec((255, 255, 255), 178_956_970),
@@ -166,45 +134,27 @@ def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memor
         cache_folder=memory,
         progress=Quiet(),
     )
-    numbers = np.array([place for place, fact in enumerate(facts) if fact.perceptual_hash], np.int64)
-    hashes = np.array([int(facts[place].perceptual_hash, 16) for place in numbers], np.uint64)
-    left, right, distances = near_pairs(hashes, hashes, max_distance=max_distance)
-    return [
-        (int(numbers[a]), int(numbers[b]), int(distance))
-        for a, b, distance in zip(left, right, distances, strict=True)
-        if a < b
-    ]
-
-
-MAP_SIDE = 28
+    numbers = [number for number, fact in enumerate(facts) if fact.perceptual_hash]
+    hashes = np.array([int(facts[number].perceptual_hash, 16) for number in numbers], np.uint64)
+    pairs = zip(*near_pairs(hashes, hashes, max_distance=max_distance), strict=True)
+    return [(numbers[a], numbers[b], int(distance)) for a, b, distance in pairs if a < b]
 
 
 class AttentionMaps:
-    """Grad-CAM of a classifier. Calls from several threads are safe: they take turns.
-
-    Args:
-        model: (B, 3, S, S) -> (B, K), in eval mode, convolutional. A copy is kept: the hooks of the library must not
-            slow down the model that predicts.
-
-    Raises:
-        MissingExtraError: grad-cam is not installed.
+    """Grad-CAM of a convolutional classifier in eval mode. Calls from several threads are safe: they take turns.
 
     Source:
         Selvaraju et al., "Grad-CAM", arXiv:1610.02391, section 3.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        import copy
-
-        self._model = copy.deepcopy(model).eval()
+        self._model = copy.deepcopy(model).eval()  # the hooks of the library must not slow down the one that predicts
         self._lock = threading.Lock()
         layer = last_spatial_layer(self._model)
         self._cam: Any = None
         if layer is not None:
-            try:
+            with needs_extra("grad-cam", "review"):
                 from pytorch_grad_cam import GradCAM
-            except ImportError:
-                raise MissingExtraError("grad-cam", "review") from None
             self._cam = GradCAM(self._model, [layer])
 
     @property
@@ -213,27 +163,20 @@ class AttentionMaps:
         return self._cam is not None
 
     def __call__(self, images: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np.float32]:
-        """(B, 28, 28) maps in [0, 1] for one class of each normalized image (B, 3, S, S)."""
-        import torch
+        """(B, 28, 28) maps in [0, 1] for one class of each normalized image (B, 3, S, S); only where available."""
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-        from torch.nn import functional
 
-        if self._cam is None:
-            return np.zeros((len(images), MAP_SIDE, MAP_SIDE), np.float32)
         targets = [ClassifierOutputTarget(number) for number in classes]
         with self._lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             maps = np.asarray(self._cam(input_tensor=torch.from_numpy(images), targets=targets), np.float32)
         # The library enlarges the map to the input; a page needs no more than this and draws it smoothly.
-        small = functional.interpolate(torch.from_numpy(maps)[:, None], (MAP_SIDE, MAP_SIDE), mode="area")
+        small = nn.functional.interpolate(torch.from_numpy(maps)[:, None], (MAP_SIDE, MAP_SIDE), mode="area")
         return np.clip(np.nan_to_num(small[:, 0].numpy()), 0, 1)
 
 
 def last_spatial_layer(model: nn.Module) -> nn.Module | None:
     """The last module whose output still is a map, (B, C, h, w) with h and w above 1; None if there is none."""
-    import torch
-    from torch import nn
-
     found: list[nn.Module] = []
 
     def remember(module: nn.Module, _: Any, output: Any) -> None:

@@ -13,7 +13,8 @@ import io
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -28,10 +29,8 @@ if TYPE_CHECKING:
 Form = Literal["short", "long", "leaderboard"]
 
 LEADERBOARD_HEADER = ("image_name", "pred_label")
-LONG_HEADER = ("path", "pred_label", "probability", "is_unknown", "problem")
-"""Columns of the long form before those of the classes."""
-GROUP_COLUMNS = ("level", "answer")
-"""Columns after those of the classes, where the model was calibrated with a taxonomy."""
+LONG_HEADER = ("path", "pred_label", "probability", "is_unknown", "problem")  # before the columns of the classes
+GROUP_COLUMNS = ("level", "answer")  # after them, where the model was calibrated with a taxonomy
 ENDINGS = (".csv", ".zip", ".json", ".parquet")
 ROWS_PER_GROUP = 4096
 _TOP = 3
@@ -40,11 +39,7 @@ MOST_CLASSES_SHOWN = 5
 
 
 def choose_form(path: Path, form: Form | None, *, has_sample: bool = False) -> Form:
-    """The form of a file: JSON and Parquet are long; else what was asked for; else by the ending and the sample.
-
-    Raises:
-        PredictionError: The ending says no known format.
-    """
+    """The form of a file: JSON and Parquet are long; else what was asked for; else by the ending and the sample."""
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise PredictionError(f"{path}: predictions are written as {', '.join(ENDINGS)}; give one of these endings")
@@ -53,73 +48,23 @@ def choose_form(path: Path, form: Form | None, *, has_sample: bool = False) -> F
     return form or ("leaderboard" if has_sample or ending == ".zip" else "short")
 
 
-def save_predictions(
-    predictions: Iterable[Prediction],
-    path: Path,
-    *,
-    classes: Sequence[str],
-    form: Form | None = None,
-    has_groups: bool = False,
-) -> list[Prediction]:
-    """Write one row for each prediction, in the order given.
-
-    Args:
-        predictions: Consumed once.
-        path: `.csv`, `.zip` (holding `prediction.csv`), `.json` or `.parquet`; folders on the way are made.
-        classes: K names, in order of class index.
-        form: `short` has the path, the label and its probability, the next two classes with theirs, whether the answer
-            is too unsure to count, and the problem of an unreadable photo; `long` has a column `p:<class>` for each
-            class instead of the next two; `leaderboard` has `image_name,pred_label`, the name without its extension.
-            None is as `choose_form` says.
-        has_groups: Also write `level` and `answer`: the finest name of a taxonomy that is sure.
-
-    Returns:
-        The predictions of photos that could not be read. Their rows have an empty label.
-
-    Raises:
-        PredictionError: The file's ending says no known format, or two rows would have one name in the leaderboard.
-        ResourceError: The file cannot be written.
-    """
-    form = choose_form(path, form)
-    failed: list[Prediction] = []
-
-    def collect_failed() -> Iterator[Prediction]:
-        for prediction in check_distinct(predictions) if form == "leaderboard" else predictions:
-            if prediction.problem:
-                failed.append(prediction)
-            yield prediction
-
-    def write(part: Path) -> None:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() == ".json":
-            _write_json(part, collect_failed(), classes)
-        elif path.suffix.lower() == ".parquet":
-            _write_parquet(part, collect_failed(), classes, has_groups=has_groups)
-        else:
-            rows = _text_rows(collect_failed(), classes, form, has_groups=has_groups)
-            (_write_zip if path.suffix.lower() == ".zip" else _write_csv)(part, rows)
-
-    whole_or_absent(path, write)
-    return failed
-
-
 @dataclass
 class PredictedPhotos:
-    """What was predicted, and how to show it.
+    """What was predicted, and how to show it."""
 
-    Attributes:
-        out: The file that was written, or None.
-        count: Photos asked about.
-        failed: Predictions of photos that could not be read.
-        shown: All predictions where no file was asked for, else none.
-        prior: (class, share in training, share estimated here), where the answers were corrected for it.
-    """
+    out: Path | None  # the file that was written
+    count: int = 0  # photos asked about
+    failed: list[Prediction] = field(default_factory=list["Prediction"])  # of photos that could not be read
+    shown: Sequence[Prediction] = ()  # all predictions where no file was asked for, else none
+    prior: Sequence[tuple[str, float, float]] = ()  # (class, share in training, share here), where it was corrected for
 
-    out: Path | None
-    count: int
-    failed: list[Prediction]
-    shown: Sequence[Prediction] = ()
-    prior: Sequence[tuple[str, float, float]] = ()
+    def watch(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+        """The same predictions, counted as they pass."""
+        for prediction in predictions:
+            self.count += 1
+            if prediction.problem:
+                self.failed.append(prediction)
+            yield prediction
 
     def rows(self) -> list[dict[str, Any]]:
         """The shown predictions as plain data."""
@@ -176,76 +121,69 @@ def _prior_dict(prior: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
     return {name: {"training": before, "estimated": now} for name, before, now in prior}
 
 
-def save_prior(path: Path, prior: Sequence[tuple[str, float, float]]) -> Path:
-    """Write beside a prediction file that its answers were corrected, and for which class shares.
-
-    Raises:
-        ResourceError: It cannot be written.
-    """
-    beside = path.with_name(f"{path.name}.prior.json")
+def save_prior(path: Path, prior: Sequence[tuple[str, float, float]]) -> None:
+    """Write beside a prediction file that its answers were corrected, and for which class shares."""
     text = json.dumps({"method": "expectation-maximization", "shares": _prior_dict(prior)}, indent=2) + "\n"
-    whole_or_absent(beside, lambda part: part.write_text(text, encoding="utf-8"))
-    return beside
+    whole_or_absent(path.with_name(f"{path.name}.prior.json"), lambda part: part.write_text(text, encoding="utf-8"))
 
 
-class DistinctNames:
-    """File names without folder and extension, one after another, each once."""
+def save_predictions(
+    predictions: Iterable[Prediction],
+    path: Path,
+    *,
+    classes: Sequence[str],
+    form: Form | None = None,
+    has_groups: bool = False,
+) -> PredictedPhotos:
+    """Write one row for each prediction, in the order given; those of photos that cannot be read have no label.
 
-    def __init__(self) -> None:
-        self._seen: dict[str, str] = {}
-
-    def add(self, path: str) -> str:
-        """The name of a path.
-
-        Raises:
-            PredictionError: A path before it had the same name.
-        """
-        name = PurePosixPath(path).stem
-        if name in self._seen:
-            raise PredictionError(
-                f"{self._seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder "
-                "and extension. Rename one, or write --form short or the long form, which keep the whole path"
-            )
-        self._seen[name] = path
-        return name
-
-
-def check_distinct(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-    """The same predictions, as long as no two have one name in the leaderboard form.
-
-    Raises:
-        PredictionError: Two have.
+    A path ends in `.csv`, `.zip` (which holds `prediction.csv`), `.json` or `.parquet`; folders on the way are made.
+    `short` has the path, the label and its probability, the next two classes with theirs, whether the answer is too
+    unsure to count, and the problem of an unreadable photo; `long` has a column `p:<class>` for each class instead of
+    the next two; `leaderboard` has `image_name,pred_label`, the name without its extension. With `has_groups` the first
+    two end with `level` and `answer`, the finest name of a taxonomy that is sure.
     """
-    names = DistinctNames()
-    for prediction in predictions:
-        names.add(prediction.path)
-        yield prediction
+    form, ending = choose_form(path, form), path.suffix.lower()
+    done = PredictedPhotos(path)
+    rows = done.watch(predictions)
+
+    def write(part: Path) -> None:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if ending == ".json":
+            _write_json(part, rows, classes)
+        elif ending == ".parquet":
+            _write_parquet(part, rows, classes, has_groups=has_groups)
+        else:
+            _write_csv(part, _text_rows(rows, classes, form, has_groups=has_groups), zipped=ending == ".zip")
+
+    whole_or_absent(path, write)
+    return done
+
+
+def _leaderboard_name(path: str, seen: dict[str, str]) -> str:
+    """A file's name without folder and extension, which no path before it has; `seen` is their paths by name."""
+    name = PurePosixPath(path).stem
+    if name in seen:
+        raise PredictionError(
+            f"{seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder "
+            "and extension. Rename one, or write --form short or the long form, which keep the whole path"
+        )
+    seen[name] = path
+    return name
 
 
 def leaderboard_names(paths: Iterable[str]) -> list[str]:
-    """File names without folder and extension: the ids of the leaderboard form.
+    """File names without folder and extension: the ids of the leaderboard form, each of which must be one photo's.
 
     >>> leaderboard_names(["test/10.jpg", "test/a.b.jpeg"])
     ['10', 'a.b']
-
-    Raises:
-        PredictionError: Two photos would have the same name.
     """
-    names = DistinctNames()
-    return [names.add(path) for path in paths]
+    seen: dict[str, str] = {}
+    return [_leaderboard_name(path, seen) for path in paths]
 
 
 def check_sample(names: Sequence[str], sample: Path) -> None:
-    """Compare the names that would be written with a sample submission.
-
-    Args:
-        names: As `leaderboard_names` gives them.
-        sample: Table whose first column is the wanted ids, in the wanted order, under the header
-            `image_name,pred_label`.
-
-    Raises:
-        PredictionError: Header, ids, count or order differ; the message shows the first difference.
-    """
+    """Compare names, as `leaderboard_names` gives them, with a sample submission: its header, its ids, their order."""
     wanted = _sample_names(sample)
     missing, extra = set(wanted) - set(names), set(names) - set(wanted)
     if missing or extra:
@@ -265,8 +203,8 @@ def check_sample(names: Sequence[str], sample: Path) -> None:
 
 def in_sample_order(paths: Sequence[str], sample: Path) -> list[str]:
     """The paths, ordered as the sample's ids; ids and paths are checked by `check_sample` afterwards."""
-    places = {name: place for place, name in enumerate(_sample_names(sample))}
-    return sorted(paths, key=lambda path: places.get(PurePosixPath(path).stem, len(places)))
+    order = {name: number for number, name in enumerate(_sample_names(sample))}
+    return sorted(paths, key=lambda path: order.get(PurePosixPath(path).stem, len(order)))
 
 
 def _sample_names(sample: Path) -> list[str]:
@@ -279,11 +217,10 @@ def _sample_names(sample: Path) -> list[str]:
             f"the sample submission {sample} starts with {','.join(table.values)!r}; "
             f"expected {','.join(LEADERBOARD_HEADER)!r}"
         )
-    names, seen = table.column(LEADERBOARD_HEADER[0]), set[str]()
-    for name in names:
-        if name in seen:
-            raise PredictionError(f"the sample submission {sample} holds the id {name!r} twice")
-        seen.add(name)
+    names = table.column(LEADERBOARD_HEADER[0])
+    if len(set(names)) < len(names):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise PredictionError(f"the sample submission {sample} holds the id {twice!r} twice")
     return names
 
 
@@ -292,71 +229,65 @@ def _some(names: set[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        _write_rows(file, rows)
-
-
-def _write_zip(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    # A fixed date: equal predictions give equal files.
-    entry = zipfile.ZipInfo("prediction.csv", date_time=(1980, 1, 1, 0, 0, 0))
-    entry.compress_type = zipfile.ZIP_DEFLATED
-    with (
-        zipfile.ZipFile(path, "w") as archive,
-        archive.open(entry, "w", force_zip64=True) as raw,
-        io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        _write_rows(file, rows)
-
-
-def _write_rows(file: IO[str], rows: Iterable[Sequence[str]]) -> None:
-    plain = csv.writer(file, lineterminator="\n")
-    # csv quotes only the line ending it writes itself; a lone carriage return in a name would split the row.
-    quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    for row in rows:
-        (quoted if any("\r" in field for field in row) else plain).writerow(row)
+def _write_csv(path: Path, rows: Iterable[Sequence[str]], *, zipped: bool) -> None:
+    with ExitStack() as stack:
+        raw: IO[bytes]
+        if zipped:
+            # A fixed date: equal predictions give equal files.
+            entry = zipfile.ZipInfo("prediction.csv", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive = stack.enter_context(zipfile.ZipFile(path, "w"))
+            raw = stack.enter_context(archive.open(entry, "w", force_zip64=True))
+        else:
+            raw = stack.enter_context(path.open("wb"))
+        file = stack.enter_context(io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape"))
+        plain = csv.writer(file, lineterminator="\n")
+        # csv quotes only the line ending it writes itself; a lone carriage return in a name would split the row.
+        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for row in rows:
+            (quoted if any("\r" in value for value in row) else plain).writerow(row)
 
 
 def _text_rows(
     predictions: Iterable[Prediction], classes: Sequence[str], form: Form, *, has_groups: bool
 ) -> Iterator[Sequence[str]]:
     if form == "leaderboard":
+        seen: dict[str, str] = {}
         yield LEADERBOARD_HEADER
-        for prediction in predictions:
-            yield PurePosixPath(prediction.path).stem, prediction.label
-        return
-    groups = GROUP_COLUMNS if has_groups else ()
-    if form == "long":
-        yield [*LONG_HEADER, *(f"p:{name}" for name in classes), *groups]
+        yield from ((_leaderboard_name(prediction.path, seen), prediction.label) for prediction in predictions)
+    elif form == "long":
+        yield _long_columns(classes, has_groups=has_groups)
+        yield from (list(map(_as_text, _long_values(one, has_groups=has_groups))) for one in predictions)
     else:
-        others = [
-            f"{column}_{place}" for place in range(2, _count_top(classes) + 1) for column in ("label", "probability")
-        ]
-        yield ["path", "label", "probability", *others, "is_unknown", "problem", *groups]
-    for prediction in predictions:
-        row = _long_row(prediction, len(classes)) if form == "long" else _short_row(prediction, _count_top(classes))
-        yield [*row, *((prediction.answer.level, prediction.answer.name) if has_groups else ())]
+        count = min(_TOP, len(classes))
+        ranks = ["", *(f"_{rank}" for rank in range(2, count + 1))]
+        top = [f"{column}{rank}" for rank in ranks for column in ("label", "probability")]
+        yield ["path", *top, "is_unknown", "problem", *(GROUP_COLUMNS if has_groups else ())]
+        for one in predictions:
+            top = [text for name, share in one.top(count) for text in (name, f"{share:.4f}")] or [""] * (2 * count)
+            groups = one.answer[:2] if has_groups else ()
+            yield [one.path, *top, _as_text(one.is_unknown), one.problem, *groups]
 
 
-def _count_top(classes: Sequence[str]) -> int:
-    return min(_TOP, len(classes))
+def _as_text(value: str | float | bool | None) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.9g}"  # nine digits bring back every float32
+    return "" if value is None else str(value)
 
 
-def _short_row(prediction: Prediction, count: int) -> list[str]:
-    is_unknown = "true" if prediction.is_unknown else "false"
-    if prediction.problem:
-        return [prediction.path, *[""] * (2 * count), is_unknown, prediction.problem]
-    top = [field for name, probability in prediction.top(count) for field in (name, f"{probability:.4f}")]
-    return [prediction.path, *top, is_unknown, ""]
+def _long_columns(classes: Sequence[str], *, has_groups: bool) -> list[str]:
+    return [*LONG_HEADER, *(f"p:{name}" for name in classes), *(GROUP_COLUMNS if has_groups else ())]
 
 
-def _long_row(prediction: Prediction, num_classes: int) -> list[str]:
-    head = [prediction.path, prediction.label]
-    if prediction.problem:
-        return [*head, "", "true", prediction.problem, *[""] * num_classes]
-    # Nine digits bring back every float32.
-    is_unknown = "true" if prediction.is_unknown else "false"
-    return [*head, f"{prediction.probability:.9g}", is_unknown, "", *(f"{p:.9g}" for p in prediction.probabilities)]
+def _long_values(prediction: Prediction, *, has_groups: bool) -> list[str | float | bool | None]:
+    """The values of `_long_columns`; None where there is none."""
+    is_read, label = not prediction.problem, prediction.label or None
+    probabilities = prediction.probabilities.tolist() if is_read else [None] * len(prediction.classes)
+    groups = [name or None for name in prediction.answer[:2]] if has_groups else []
+    head = [prediction.path, label, prediction.probability if is_read else None, prediction.is_unknown]
+    return [*head, prediction.problem, *probabilities, *groups]
 
 
 def _write_json(path: Path, predictions: Iterable[Prediction], classes: Sequence[str]) -> None:
@@ -370,18 +301,17 @@ def _write_json(path: Path, predictions: Iterable[Prediction], classes: Sequence
 
 def json_row(prediction: Prediction) -> dict[str, Any]:
     """One prediction as plain data; the probabilities of an unreadable photo are None."""
-    answer = prediction.answer
-    groups = {"level": answer.level or None, "answer": answer.name or None} if prediction.fallback else {}
+    level, answer, _ = prediction.answer
+    shares = zip(prediction.classes, prediction.probabilities.tolist(), strict=True)
+    known = None if prediction.problem else {name: float(f"{share:.9g}") for name, share in shares}
     return {
         "path": prediction.path,
         "pred_label": prediction.label or None,
-        "probability": None if prediction.problem else float(f"{prediction.probability:.9g}"),
+        "probability": known and known[prediction.label],
         "problem": prediction.problem,
         "is_unknown": prediction.is_unknown,
-        **groups,
-        "probabilities": None
-        if prediction.problem
-        else {name: float(f"{p:.9g}") for name, p in zip(prediction.classes, prediction.probabilities, strict=True)},
+        **({"level": level or None, "answer": answer or None} if prediction.fallback else {}),
+        "probabilities": known,
     }
 
 
@@ -399,25 +329,16 @@ def long_table(group: Sequence[Prediction], classes: Sequence[str], *, has_group
     import pyarrow as pa
 
     text, number = pa.string(), pa.float32()
-    is_read = [not prediction.problem for prediction in group]
-    columns: list[tuple[str, Any, list[Any]]] = [
-        ("path", text, [_utf8(prediction.path) for prediction in group]),
-        ("pred_label", text, [_utf8(prediction.label) or None for prediction in group]),
-        ("probability", number, [p.probability if ok else None for p, ok in zip(group, is_read, strict=True)]),
-        ("is_unknown", pa.bool_(), [prediction.is_unknown for prediction in group]),
-        ("problem", text, [_utf8(prediction.problem) for prediction in group]),
-    ]
-    for k, name in enumerate(classes):
-        values = [float(p.probabilities[k]) if ok else None for p, ok in zip(group, is_read, strict=True)]
-        columns.append((f"p:{_utf8(name)}", number, values))
-    if has_groups:
-        answers = [prediction.answer for prediction in group]
-        columns.append(("level", text, [answer.level or None for answer in answers]))
-        columns.append(("answer", text, [answer.name or None for answer in answers]))
-    arrays = [pa.array(values, kind) for _, kind, values in columns]
-    return pa.Table.from_arrays(arrays, schema=pa.schema([(name, kind) for name, kind, _ in columns]))
+    kinds = [text, text, number, pa.bool_(), text, *[number] * len(classes), *([text, text] if has_groups else [])]
+    names = [_utf8(name) for name in _long_columns(classes, has_groups=has_groups)]
+    rows = [map(_utf8, _long_values(prediction, has_groups=has_groups)) for prediction in group]
+    columns = zip(*rows, strict=True) if rows else [()] * len(names)
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+    return pa.Table.from_arrays(arrays, names=names)
 
 
-def _utf8(name: str) -> str:
+def _utf8(value: Any) -> Any:
     """Parquet text is UTF-8; bytes of a file name that are not are shown as hexadecimal escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return value
