@@ -210,8 +210,8 @@ def _row_bytes(folder: Path) -> float:
     """A part of 1,024 predictions, as `predict --ray` writes it."""
     import numpy as np
 
-    from fieldmark.inference.bulk import save_part
     from fieldmark.inference.predictor import Prediction
+    from fieldmark.inference.writers import save_part
 
     classes = tuple(f"class {number}" for number in range(100))
     rows = np.random.default_rng(0).dirichlet(np.full(100, 0.05), size=1024).astype(np.float32)

@@ -16,10 +16,10 @@ from PIL import Image
 
 from fieldmark.config import load_config
 from fieldmark.errors import DataError, PredictionError, RunError
-from fieldmark.inference.bulk import PartWorker, load_part, model_fingerprint, part_rows, predict_in_parts, save_part
-from fieldmark.inference.predict import predict_photos
+from fieldmark.inference.predict import PartWorker, model_fingerprint, predict_in_parts, predict_photos
 from fieldmark.inference.predictor import Prediction
 from fieldmark.inference.sources import open_source
+from fieldmark.inference.writers import load_part, part_rows, save_part
 from fieldmark.progress import Quiet
 from fieldmark.runs.train import train
 
@@ -196,7 +196,7 @@ def test_a_part_that_workers_die_of_is_given_up_and_tried_anew_by_the_next_call(
 
     executor = Restarting()
     with monkeypatch.context() as patch:
-        patch.setattr("fieldmark.inference.bulk.load_piece", die)
+        patch.setattr("fieldmark.inference.predict.load_piece", die)
         with pytest.raises(DataError, match=r"part 0 cannot be made: 4 workers died of this part.*pieces/0.json"):
             predict(model, photos, tmp_path / "out", executor)
     assert executor.deaths == 4

@@ -92,11 +92,6 @@ def test_top5_is_not_told_where_it_says_nothing(evaluated):
     assert "top-5" not in format_evaluation(scores)
 
 
-def test_photos_without_labels_cannot_be_evaluated():
-    with pytest.raises(RunError, match=r"'test' cannot be evaluated: 1 of its 2 photos have no label"):
-        score(np.full((2, 2), 0.5, np.float32), np.array([0, -1]), ("a", "b"), "test")
-
-
 def test_predictions_that_are_not_finite_are_refused_in_one_sentence():
     with pytest.raises(RunError, match=r"predictions of 1 of its 2 photos are not finite, so the weights"):
         score(np.array([[0.5, 0.5], [np.nan, np.nan]], np.float32), np.array([0, 1]), ("a", "b"))

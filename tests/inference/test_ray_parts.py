@@ -14,7 +14,7 @@ import pytest
 from tests.inference.test_bulk import model, photos, plain, predict  # noqa: F401, fixtures
 
 from fieldmark.errors import MissingExtraError, ResourceError
-from fieldmark.inference.bulk import make_parts_on_ray
+from fieldmark.inference.predict import make_parts_on_ray
 
 
 def test_missing_ray_is_answered_with_its_extra(monkeypatch):
@@ -106,7 +106,9 @@ def test_a_killed_call_goes_on_with_the_parts_that_are_missing(model, photos, tm
 
     for number in range(11, 40):
         save_photo(photos / f"{number}.png", number)
-    program = "from fieldmark.inference import bulk; bulk.PIECE_PHOTOS = 4; from fieldmark.cli.app import main; main()"
+    program = (
+        "from fieldmark.inference import predict; predict.PIECE_PHOTOS = 4; from fieldmark.cli.app import main; main()"
+    )
     out = tmp_path / "parts"
     words = [sys.executable, "-c", program, "predict", str(model), str(photos), "--out", str(out), "--ray"]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,12 +198,6 @@ def align_rows(predictions: PhotoPredictions, paths: Sequence[str]) -> PhotoPred
 def score_predictions(run: Run, predictions: PhotoPredictions, split: str) -> Evaluation:
     """Compare predictions of labeled photos with their labels, by the classes and the prior of a run."""
     labels = predictions.labels
-    if not len(labels) or (labels < 0).any():
-        unlabeled = int((labels < 0).sum())
-        raise RunError(
-            f"{split!r} cannot be evaluated: {unlabeled} of its {len(labels)} photos have no label. "
-            "Evaluate a labeled split, or use `fieldmark predict`"
-        )
     broken = int((~np.isfinite(predictions.probabilities)).any(axis=1).sum())
     if broken:
         raise RunError(
@@ -257,10 +251,10 @@ def _format_classes(rows: Sequence[ClassScore]) -> list[str]:
 
 def save_evaluation(found: Evaluation, path: Path) -> list[Path]:
     """Write evaluation.json, classes.csv, confusion.csv and confusion.png into a folder; each is whole or absent."""
-    names, rows = found.classes, found.score_classes()
+    names, content = found.classes, found.as_dict()
     contents = {
-        "evaluation.json": (json.dumps(found.as_dict(), indent=2) + "\n").encode(),
-        "classes.csv": _csv_bytes([list(asdict(rows[0])), *(list(asdict(row).values()) for row in rows)]),
+        "evaluation.json": (json.dumps(content, indent=2) + "\n").encode(),
+        "classes.csv": _csv_bytes([content["classes"][0], *(row.values() for row in content["classes"])]),
         "confusion.csv": _csv_bytes(
             [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, found.confusion, strict=True))]
         ),
@@ -282,9 +276,9 @@ def make_output_folder(path: Path) -> None:
         raise ResourceError(f"{path} cannot be made: {error.strerror}. Give another --out") from None
 
 
-def _csv_bytes(rows: Sequence[Sequence[Any]]) -> bytes:
+def _csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
     buffer = io.StringIO(newline="")
-    csv.writer(buffer).writerows([["" if value != value else value for value in row] for row in rows])
+    csv.writer(buffer).writerows(rows)
     return buffer.getvalue().encode("utf-8", "surrogateescape")
 
 

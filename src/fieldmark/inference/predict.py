@@ -1,34 +1,52 @@
-"""What `fieldmark predict` does: a model, photos, a file."""
+"""What `fieldmark predict` does: a model, photos, a file; with Ray in parts, so that what is done is never done again.
+
+The photos are cut into pieces; each piece becomes one part file, whole or absent, whose key says of which photos and
+of which model it is. A second call computes the parts that are missing. At the end the parts, in order, are the
+prediction: as they are, in a folder, or merged into one file.
+
+    OUT/ or OUT.csv.parts/
+        part-00000000.parquet ...   one a piece
+        .predict/plan.json          what is predicted with what; another call must agree
+        .predict/pieces/N.json      pieces whose part is missing; N.attempts has a byte for each attempt
+        .predict/lock
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+import hashlib
+import json
+import logging
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from fieldmark.errors import PredictionError
+from fieldmark.errors import DataError, FieldmarkError, PredictionError, ResourceError, RunError, needs_extra
+from fieldmark.files import exclusive_lock
+from fieldmark.inference import calibration, sources, writers
 from fieldmark.inference.calibration import apply_prior, estimate_prior, load_calibration
 from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
-from fieldmark.inference.sources import PATH_COLUMN, PhotoSource, cut_list, open_source
-from fieldmark.inference.writers import (
-    Form,
-    PredictedPhotos,
-    check_sample,
-    choose_form,
-    in_sample_order,
-    leaderboard_names,
-    save_predictions,
-    save_prior,
-)
+from fieldmark.inference.sources import PhotoSource, Piece
+from fieldmark.inference.writers import Form, PredictedPhotos, save_predictions
 from fieldmark.progress import Progress
-from fieldmark.runs.folder import Run
+from fieldmark.runs.environment import count_slots, open_cluster
+from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS, Run
 
 PHOTOS_BETWEEN_LINES = 10_000
+FORMAT = 1
+PIECE_PHOTOS = 1024
+BOOKS = ".predict"
+MAX_ATTEMPTS = 4
 
 
 def predict_photos(
@@ -39,7 +57,7 @@ def predict_photos(
     form: Form | None = None,
     sample: Path | None = None,
     sample_order: bool = False,
-    path_column: str = PATH_COLUMN,
+    path_column: str = sources.PATH_COLUMN,
     flips: bool = False,
     estimates_prior: bool = False,
     progress: Progress,
@@ -54,13 +72,13 @@ def predict_photos(
     """
     if sample_order and sample is None:
         raise PredictionError("--sample-order follows a sample submission: give it with --sample FILE")
-    source = open_source(str(photos), path_column=path_column)
+    source = sources.open_source(str(photos), path_column=path_column)
     if source.skipped:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in source.skipped.items())
         progress.message(f"skipped in {source.name}: {reasons}")
     is_folder = ray is not None and out is not None and (out.is_dir() or not out.suffix)
     if out is not None and not is_folder:
-        form = choose_form(out, form, has_sample=sample is not None)
+        form = writers.choose_form(out, form, has_sample=sample is not None)
     prior = _training_prior(model) if estimates_prior else None
     if ray is not None and (out is None or sample_order or prior is not None):
         raise PredictionError(
@@ -70,16 +88,15 @@ def predict_photos(
         source = _reorder(source, sample)
     _check_names(source, sample, has_ids=out is not None and form == "leaderboard")
     if ray is not None and out is not None:
-        from fieldmark.inference.bulk import make_parts_on_ray, predict_in_parts
-
         make = partial(make_parts_on_ray, address=ray)
         return predict_in_parts(model, source, out, form=form, flips=flips, make_parts=make, progress=progress)
     predictor = Predictor.load(model, flips=flips)
     predictions = _report(_predict(predictor, source), source.count, progress)
-    shares: tuple[tuple[str, float, float], ...] = ()
+    shares: dict[str, dict[str, float]] = {}
     if prior is not None:
         predictions, estimated = correct_prior(list(predictions), prior)
-        shares = tuple(zip(predictor.classes, prior.tolist(), estimated.tolist(), strict=True))
+        rows = zip(predictor.classes, prior.tolist(), estimated.tolist(), strict=True)
+        shares = {name: {"training": before, "estimated": now} for name, before, now in rows}
     if out is None:
         done = PredictedPhotos(None, prior=shares)
         done.shown = list(done.watch(predictions))
@@ -87,7 +104,7 @@ def predict_photos(
     has_groups = predictor.fallback is not None
     done = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     if shares:
-        save_prior(out, shares)
+        writers.save_prior(out, shares)
     return replace(done, prior=shares)
 
 
@@ -131,9 +148,9 @@ def _predict(predictor: Predictor, source: PhotoSource) -> Iterator[Prediction]:
 def _check_names(source: PhotoSource, sample: Path | None, *, has_ids: bool) -> None:
     """Check the names that a file would have; of tar files only against a sample: to learn them is to read them."""
     if sample is not None or (has_ids and source.count is not None):
-        names = leaderboard_names(source.names())
+        names = writers.leaderboard_names(source.names())
         if sample is not None:
-            check_sample(names, sample)
+            writers.check_sample(names, sample)
 
 
 def _reorder(source: PhotoSource, sample: Path) -> PhotoSource:
@@ -142,8 +159,8 @@ def _reorder(source: PhotoSource, sample: Path) -> PhotoSource:
             f"--sample-order reorders a folder of this machine, which {source.name} is not. Give the photos as a list, "
             "a CSV file with a column `path`, in the wanted order"
         )
-    root, paths = source.root, in_sample_order(list(source.names()), sample)
-    return replace(source, cut=partial(cut_list, root, paths))
+    root, paths = source.root, writers.in_sample_order(list(source.names()), sample)
+    return replace(source, cut=partial(sources.cut_list, root, paths))
 
 
 def _report(predictions: Iterable[Prediction], total: int | None, progress: Progress) -> Iterator[Prediction]:
@@ -156,3 +173,259 @@ def _report(predictions: Iterable[Prediction], total: int | None, progress: Prog
             progress.advance(1)
         elif count % PHOTOS_BETWEEN_LINES == 0:
             progress.message(f"{count} photos")
+
+
+def predict_in_parts(
+    model: Path,
+    source: PhotoSource,
+    out: Path,
+    *,
+    form: Form | None,
+    flips: bool,
+    piece_photos: int | None = None,
+    make_parts: MakeParts,
+    progress: Progress,
+) -> PredictedPhotos:
+    """Predict photos part by part; called again, only those that are missing.
+
+    `out` is a file, by its ending, or a folder, which then holds the parts. A list is cut into parts of `piece_photos`,
+    rounded up to whole batches. `make_parts` makes those of some numbers, in any order, if any is missing.
+    """
+    is_file = bool(out.suffix) and not out.is_dir()
+    predictor = Predictor.load(model, flips=flips)
+    folder = (out.with_name(out.name + ".parts") if is_file else out).absolute()
+    with _lock(folder):
+        size = -(-(piece_photos or PIECE_PHOTOS) // predictor.batch_size) * predictor.batch_size
+        fingerprint = model_fingerprint(model, flips=flips)
+        keys = [_part_key(piece, fingerprint) for piece in source.cut(size)]
+        plan = {"format": FORMAT, "model": fingerprint, "photos": _combine_digests(keys), "parts": len(keys)}
+        _check_plan(folder, plan, out)
+        rows = [writers.part_rows(part_path(folder, number), key=key) for number, key in enumerate(keys)]
+        missing = [number for number, count in enumerate(rows) if count is None]
+        done = sum(count for count in rows if count is not None) if source.count else len(keys) - len(missing)
+        progress.start(source.count or len(keys), done)
+        if missing:
+            _save_pieces(folder, source.cut(size), set(missing))
+            task = PartTask(str(model.absolute()), fingerprint, flips, str(folder))
+            with closing(make_parts(task, missing)) as made:
+                for part in made:
+                    if part["problem"]:
+                        problem = f"part {part['number']} cannot be made: {part['problem']}"
+                        raise DataError(f"{problem}. What is done is kept; call again")
+                    progress.advance(part["rows"] if source.count else 1)
+            shutil.rmtree(folder / BOOKS / "pieces", ignore_errors=True)
+        predictions = chain.from_iterable(writers.load_part(part_path(folder, n), predictor) for n in range(len(keys)))
+        if not is_file:
+            written = PredictedPhotos(out)
+            deque(written.watch(predictions), maxlen=0)
+            return written
+        has_groups = predictor.fallback is not None
+        written = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
+    shutil.rmtree(folder)
+    return written
+
+
+@contextmanager
+def _lock(folder: Path) -> Generator[None]:
+    """The folder with its books, for one call at a time."""
+    try:
+        if folder.exists() and not (folder / BOOKS).is_dir() and any(folder.iterdir()):
+            raise PredictionError(f"{folder} exists and holds something else. Give another --out")
+        (folder / BOOKS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PredictionError(f"{folder} cannot be written: {error.strerror}") from None
+    with exclusive_lock(
+        folder / BOOKS / "lock", busy=f"another predict is at work in {folder}: wait for it, or give another --out"
+    ):
+        yield
+
+
+def _check_plan(folder: Path, plan: dict[str, Any], out: Path) -> None:
+    """Write the plan, or compare it with the one that is there."""
+    path = folder / BOOKS / "plan.json"
+    if not path.is_file():
+        path.write_text(json.dumps(plan, indent=2), encoding="ascii")
+        return
+    before: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+    # Parts' keys hold the model too, so the digest of the photos means something only beside the same model.
+    reasons = {"format": "by another version", "model": "with another model (or other --flips)"}
+    changed = next((reason for name, reason in reasons.items() if before.get(name) != plan[name]), "")
+    if not changed and before != plan:
+        changed = f"of other photos ({before['parts']} parts then, {plan['parts']} now; files may have changed)"
+    if changed:
+        raise PredictionError(f"{folder} was begun {changed}. Give another --out than {out}, or remove {folder}")
+
+
+def _save_pieces(folder: Path, pieces: Iterable[Piece], missing: set[int]) -> None:
+    waiting = _piece_path(folder, 0).parent
+    shutil.rmtree(waiting, ignore_errors=True)
+    waiting.mkdir()
+    for number, piece in enumerate(pieces):
+        if number in missing:
+            _piece_path(folder, number).write_text(sources.to_json(piece), encoding="ascii")
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """What a worker must know; plain, so that it can be sent."""
+
+    model: str  # run folder or export, by a path that is the same on every machine
+    fingerprint: str  # of the model; a worker that sees another refuses
+    flips: bool
+    folder: str  # of the parts, the same on every machine
+    threads: int = 0  # of one worker; 0 leaves it to the libraries
+
+
+class PartDone(TypedDict):
+    """One part, or why there is none; `problem` is "" if there is one."""
+
+    number: int
+    rows: int
+    problem: str
+
+
+MakeParts = Callable[[PartTask, Sequence[int]], Generator[PartDone]]
+
+
+class PartWorker:
+    """Makes parts, one after another, with one model: a row of Ray Data, which has the part's `number`, each."""
+
+    def __init__(self, task: PartTask) -> None:
+        self._task = task
+        self._predictor: Predictor | None = None
+
+    def __call__(self, row: Mapping[str, int]) -> PartDone:
+        """Make one part; a worker that dies in the middle of it leaves nothing."""
+        number = int(row["number"])
+        try:
+            return PartDone(number=number, rows=self._make(number), problem="")
+        except FieldmarkError as error:
+            return PartDone(number=number, rows=0, problem=str(error))
+
+    def _make(self, number: int) -> int:
+        folder = Path(self._task.folder)
+        _count_attempt(folder, number)
+        predictor = self._predictor = self._predictor or self._load()
+        piece = load_piece(folder, number)
+        photos = sources.read_ahead(piece.read(), predictor.batch_size)
+        predictions = list(predictor.predict_named(photos, threads=self._task.threads or None))
+        key = _part_key(piece, self._task.fingerprint)
+        writers.save_part(part_path(folder, number), predictions, classes=predictor.classes, key=key)
+        return len(predictions)
+
+    def _load(self) -> Predictor:
+        task = self._task
+        if task.threads:
+            torch.set_num_threads(task.threads)
+        if model_fingerprint(Path(task.model), flips=task.flips) != task.fingerprint:
+            raise RunError(f"{task.model} is another model on this worker: let all machines see the same folder")
+        return Predictor.load(task.model, flips=task.flips)
+
+
+def model_fingerprint(model: Path, *, flips: bool) -> str:
+    """64 hex digits over the files that a model's answers depend on."""
+    if (model / FILE).is_file():
+        files = sorted(path for path in model.iterdir() if path.is_file())
+    else:
+        names = (RECIPE, CLASSES, MODEL, WEIGHTS, calibration.FILE, ENSEMBLE)
+        folders = [model, *sorted(model.glob("members/*"))]  # of an ensemble
+        files = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+    total = hashlib.sha256(f"flips={flips}".encode())
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"\0{path.relative_to(model).as_posix()}\0{content}".encode())
+    except OSError as error:
+        raise RunError(f"{model} cannot be read: {error.strerror}") from None
+    return total.hexdigest()
+
+
+def load_piece(folder: Path, number: int) -> Piece:
+    """A piece whose part is missing."""
+    try:
+        return sources.from_json(_piece_path(folder, number).read_text(encoding="ascii"))
+    except OSError as error:
+        raise _not_shared(folder, "read", error) from None
+
+
+def _count_attempt(folder: Path, number: int) -> None:
+    """Refuse a part that crashes its workers, which Ray would start again forever."""
+    path = _piece_path(folder, number).with_suffix(".attempts")
+    try:
+        with path.open("ab") as file:
+            file.write(b".")
+            attempts = file.tell()
+    except OSError as error:
+        raise _not_shared(folder, "written", error) from None
+    if attempts > MAX_ATTEMPTS:
+        raise ResourceError(
+            f"{MAX_ATTEMPTS} workers died of this part, with the photos that {_piece_path(folder, number)} names. "
+            "Did they run out of memory? Take out the photo that is too large"
+        )
+
+
+def _not_shared(folder: Path, verb: str, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"{folder} cannot be {verb} here ({error.strerror}): let all machines share the folder of --out"
+    )
+
+
+def _piece_path(folder: Path, number: int) -> Path:
+    return folder / BOOKS / "pieces" / f"{number}.json"
+
+
+def _combine_digests(texts: Iterable[str]) -> str:
+    """64 hex digits over some that are such digests themselves, in their order."""
+    return hashlib.sha256("\n".join(texts).encode("ascii")).hexdigest()
+
+
+def _part_key(piece: Piece, fingerprint: str) -> str:
+    return _combine_digests([sources.digest(piece), fingerprint])
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """The file of a part; sorted by name, parts are in order up to a hundred million."""
+    return folder / f"part-{number:08d}.parquet"
+
+
+def make_parts_on_ray(task: PartTask, numbers: Sequence[int], *, address: str, cpus: int = 1) -> Generator[PartDone]:
+    """Makes each part in one of as many actors as the cluster has room for, each with a predictor of its own.
+
+    Ray Data hands the numbers of missing parts to an actor pool and starts actors anew that died; the part of a dead
+    actor is made again from its piece, as often as `PartWorker` has it. Photos, pixels and predictions do not pass
+    through Ray: a piece is a list of names, or a shard, which the worker reads, and a part is a file, which it writes.
+
+    An actor has `cpus` cores where the cluster has no GPU; with GPUs each has one, and its share of the cores.
+    """
+    ray, owns = open_cluster(address)
+    try:
+        total = ray.cluster_resources()
+        num_gpus = total.get("GPU", 0.0)
+        needs = {"CPU": float(cpus), "GPU": 0.0}
+        if num_gpus:
+            needs = {"CPU": float(max(total.get("CPU", 0.0) // num_gpus, 1)), "GPU": 1.0}
+        num_slots = count_slots(ray, needs)
+        if not num_slots:
+            raise ResourceError(
+                f"a worker needs {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs on one machine, and no machine of the "
+                "Ray cluster has them"
+            )
+        with needs_extra("ray[data]", "ray"):
+            import ray.data as ray_data
+        ray_data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # A block a part: what is done is reported at once, and a worker that dies loses no more than one.
+        waiting = ray_data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
+        worker: Any = PartWorker
+        made: Any = waiting.map(
+            worker,
+            fn_constructor_args=(replace(task, threads=int(needs["CPU"])),),
+            compute=ray_data.ActorPoolStrategy(size=min(num_slots, len(numbers))),
+            num_cpus=needs["CPU"],
+            num_gpus=needs["GPU"] or None,
+        )
+        yield from made.iter_rows()
+    finally:
+        if owns:
+            ray.shutdown()

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from glob import glob
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,7 +54,7 @@ class TarShard:
             # A stream, packed or not: never seeks, so it suits storage that answers each seek with a request.
             with (
                 opened(self.location) as file,
-                _WatchedTar.open(fileobj=file, mode="r|*", bufsize=_READ_AHEAD_BYTES) as archive,
+                tarfile.open(fileobj=file, mode="r|*", bufsize=_READ_AHEAD_BYTES, tarinfo=_WatchedInfo) as archive,
             ):
                 for member in archive:
                     path = member.name.removeprefix("./")
@@ -62,7 +62,7 @@ class TarShard:
                         continue
                     last = f" after {path!r}"
                     yield f"{self.name}/{path}", _read_member(archive, member, self.name) if contents else b""
-                if not archive.is_whole:
+                if not hasattr(archive, "is_whole"):
                     raise tarfile.ReadError("it has no end")
         except PhotoError as error:
             yield self.name, error
@@ -83,11 +83,6 @@ class _WatchedInfo(tarfile.TarInfo):
 
 
 _END_MARK: Any = tarfile.EOFHeaderError  # type: ignore[attr-defined]
-
-
-class _WatchedTar(tarfile.TarFile):
-    tarinfo = _WatchedInfo
-    is_whole = False
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> bytes | PhotoError:
@@ -205,7 +200,7 @@ class FileList:
     def read(self, *, contents: bool = True) -> Iterator[NamedPhoto]:
         """Names, and files of this machine unread or what was fetched of others."""
         if not contents:
-            yield from ((path, b"") for path in self.paths)
+            yield from zip(self.paths, repeat(b""))
             return
         with ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-fetch") as pool:
             for start in range(0, len(self.paths), _FETCHED_AHEAD):
@@ -314,7 +309,7 @@ def open_source(text: str, *, path_column: str = PATH_COLUMN) -> PhotoSource:
     given = text
     if not is_url(text):
         text = str(Path(text).absolute())  # a piece may be read elsewhere
-    if _WILD.search(text) and not text.startswith("http") and not Path(text).exists():
+    if _WILD.search(text) and not text.startswith("http") and (is_url(text) or not Path(text).exists()):
         folder = _fixed_folder(text)
         found = [file for pattern in expand_braces(text) for file in _match(pattern, folder)]
         return _of_files(text, folder, found, path_column)

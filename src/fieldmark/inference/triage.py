@@ -63,23 +63,23 @@ def join_held_out(runs: Sequence[Run]) -> HeldOut:
     Probabilities are calibrated where the run is.
     """
     classes = runs[0].classes
-    paths: list[str] = []
-    labels: list[NDArray[np.int64]] = []
-    probabilities: list[NDArray[np.float32]] = []
     for run in runs:
         if run.classes != classes:
             raise DataError(f"{run.path} knows other classes than {runs[0].path}: review runs of one data set together")
-        stored, calibration = run.predictions("val"), load_calibration(run)
+    stored = [run.predictions("val") for run in runs]
+    probabilities: list[NDArray[np.float32]] = []
+    for run, found in zip(runs, stored, strict=True):
+        calibration = load_calibration(run)
         temperature = calibration.temperature if calibration else 1.0
-        paths += stored.paths
-        labels.append(stored.labels)
-        probabilities.append(apply_temperature(log_probabilities(stored.probabilities), temperature).astype(np.float32))
+        probabilities.append(apply_temperature(log_probabilities(found.probabilities), temperature).astype(np.float32))
+    paths = [path for found in stored for path in found.paths]
     if len(set(paths)) != len(paths):
         raise DataError(
             f"{len(paths) - len(set(paths))} photos are validated by more than one of the runs: give the folds of one "
             "cross-validation, each once"
         )
-    return HeldOut(tuple(paths), np.concatenate(labels), np.concatenate(probabilities), classes)
+    labels = np.concatenate([found.labels for found in stored])
+    return HeldOut(tuple(paths), labels, np.concatenate(probabilities), classes)
 
 
 def confused_pairs(found: HeldOut) -> list[ConfusedPair]:

@@ -1,4 +1,4 @@
-"""Predictions on disk: a table for people, a long form that holds every probability, and a leaderboard's form.
+"""Predictions on disk: a table for people, a long form with every probability, a leaderboard's form, and parts.
 
 Each writer takes an iterator and keeps one batch in memory, so a folder of any size can be predicted. A file is whole
 or absent: it is written beside its place and moved there at the end.
@@ -12,19 +12,19 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, Any, Literal
+
+import numpy as np
 
 from fieldmark.data.tables import read_table
 from fieldmark.errors import DataError, PredictionError
 from fieldmark.files import whole_or_absent
-
-if TYPE_CHECKING:
-    from fieldmark.inference.predictor import Prediction
+from fieldmark.inference.predictor import Prediction, Predictor
 
 Form = Literal["short", "long", "leaderboard"]
 
@@ -33,6 +33,9 @@ LONG_HEADER = ("path", "pred_label", "probability", "is_unknown", "problem")  # 
 GROUP_COLUMNS = ("level", "answer")  # after them, where the model was calibrated with a taxonomy
 ENDINGS = (".csv", ".zip", ".json", ".parquet")
 ROWS_PER_GROUP = 4096
+_PART_KEY = b"fieldmark.part"
+_EXACT = "path_bytes"
+_ROWS_AT_ONCE = 1024
 _TOP = 3
 MOST_FAILURES_SHOWN = 20
 MOST_CLASSES_SHOWN = 5
@@ -54,9 +57,10 @@ class PredictedPhotos:
 
     out: Path | None  # the file that was written
     count: int = 0  # photos asked about
-    failed: list[Prediction] = field(default_factory=list["Prediction"])  # of photos that could not be read
+    failed: list[Prediction] = field(default_factory=list[Prediction])  # of photos that could not be read
     shown: Sequence[Prediction] = ()  # all predictions where no file was asked for, else none
-    prior: Sequence[tuple[str, float, float]] = ()  # (class, share in training, share here), where it was corrected for
+    prior: Mapping[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    """Of each class its share in `training` and that `estimated` here, where the answers were corrected for it."""
 
     def watch(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """The same predictions, counted as they pass."""
@@ -73,7 +77,7 @@ class PredictedPhotos:
     def as_dict(self) -> dict[str, Any]:
         """What was written, for machines."""
         failed = [{"path": prediction.path, "problem": prediction.problem} for prediction in self.failed]
-        prior = {"prior": _prior_dict(self.prior)} if self.prior else {}
+        prior = {"prior": self.prior} if self.prior else {}
         return {"out": str(self.out), "rows": self.count, "failed": failed, **prior}
 
     def table(self) -> str:
@@ -86,7 +90,8 @@ class PredictedPhotos:
 
     def prior_message(self) -> str:
         """That the answers were corrected for other class shares than in training, and the largest changes."""
-        largest = sorted(self.prior, key=lambda row: -abs(row[2] - row[1]))[:MOST_CLASSES_SHOWN]
+        changes = [(name, share["training"], share["estimated"]) for name, share in self.prior.items()]
+        largest = sorted(changes, key=lambda row: -abs(row[2] - row[1]))[:MOST_CLASSES_SHOWN]
         shares = ", ".join(f"{name} {before:.1%} to {now:.1%}" for name, before, now in largest)
         return (
             f"corrected for class shares estimated from these {self.count} photos (--prior estimate), from training to "
@@ -117,13 +122,9 @@ def _describe_doubt(prediction: Prediction) -> list[str]:
     return [f"unknown, but {answer.level} {answer.name} {answer.probability:.4f}" if answer.level else "unknown"]
 
 
-def _prior_dict(prior: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
-    return {name: {"training": before, "estimated": now} for name, before, now in prior}
-
-
-def save_prior(path: Path, prior: Sequence[tuple[str, float, float]]) -> None:
+def save_prior(path: Path, prior: Mapping[str, dict[str, float]]) -> None:
     """Write beside a prediction file that its answers were corrected, and for which class shares."""
-    text = json.dumps({"method": "expectation-maximization", "shares": _prior_dict(prior)}, indent=2) + "\n"
+    text = json.dumps({"method": "expectation-maximization", "shares": prior}, indent=2) + "\n"
     whole_or_absent(path.with_name(f"{path.name}.prior.json"), lambda part: part.write_text(text, encoding="utf-8"))
 
 
@@ -342,3 +343,57 @@ def _utf8(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return value
+
+
+def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequence[str], key: str) -> None:
+    """Write a part, whole or not at all; `key` says what the rows depend on."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    has_groups = any(prediction.fallback for prediction in predictions)
+    table = long_table(predictions, classes, has_groups=has_groups)
+    names = [prediction.path.encode("utf-8", "surrogateescape") for prediction in predictions]
+    if any(name.decode("utf-8", "replace") != p.path for name, p in zip(names, predictions, strict=True)):
+        table = table.append_column(_EXACT, pa.array(names, pa.binary()))
+    keyed = table.replace_schema_metadata({_PART_KEY: key.encode()})
+
+    def write(part: Path) -> None:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(keyed, part)
+
+    whole_or_absent(path, write)
+
+
+def part_rows(path: Path, *, key: str) -> int | None:
+    """Number of rows of a part, or None if there is no part of this key."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        facts = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return None
+    return facts.num_rows if (facts.metadata or {}).get(_PART_KEY) == key.encode() else None
+
+
+def load_part(path: Path, predictor: Predictor) -> Iterator[Prediction]:
+    """The rows of a part, to the bit as they were predicted."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                names, problems = batch.column("path").to_pylist(), batch.column("problem").to_pylist()
+                if _EXACT in batch.schema.names:
+                    names = [name.decode("utf-8", "surrogateescape") for name in batch.column(_EXACT).to_pylist()]
+                columns = range(len(LONG_HEADER), len(LONG_HEADER) + len(predictor.classes))
+                rows = np.stack([batch.column(k).to_numpy(zero_copy_only=False) for k in columns], axis=1)
+                for name, row, problem in zip(names, rows.astype(np.float32), problems, strict=True):
+                    yield Prediction(name, predictor.classes, row, problem, predictor.threshold, predictor.fallback)
+    except FileNotFoundError:
+        raise PredictionError(
+            f"{path} is not there though it was made: let all machines share the folder of --out, and call again"
+        ) from None
+    except (OSError, pa.ArrowException) as error:
+        raise PredictionError(f"{path} cannot be read: {str(error).splitlines()[0]}. Remove it and go on") from None
