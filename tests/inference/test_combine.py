@@ -366,7 +366,7 @@ def test_a_damaged_ensemble_is_told(ensemble, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ensemble.path, copy)
     (copy / "ensemble.json").write_text('{"members": [{"folder": "0"}]}')
-    with pytest.raises(RunError, match=r"ensemble.json is not the list of an ensemble's members: KeyError"):
+    with pytest.raises(RunError, match=r"ensemble.json lacks members.0.temperature: it is damaged"):
         Predictor.load(copy)
 
 

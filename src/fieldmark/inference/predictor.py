@@ -367,18 +367,12 @@ class Member:
 
 def load_members(run: Run) -> list[Member]:
     """The members of an ensemble, in the order in which they were given."""
-    try:
-        rows = [(str(row["folder"]), float(row["temperature"])) for row in run.ensemble_info["members"]]
-        if not all(0 < temperature < np.inf for _, temperature in rows):
-            raise ValueError("a temperature is not above 0")
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{run.path / ENSEMBLE} is not the list of an ensemble's members: {error!r}") from None
     members: list[Member] = []
-    for name, temperature in rows:
-        member = Run(run.path / MEMBERS / name)
+    for row in run.ensemble_info["members"]:
+        member = Run(run.path / MEMBERS / row["folder"])
         if set(member.classes) != set(run.classes):
             raise RunError(f"{run.path / ENSEMBLE} names {member.path}, whose classes are not the ensemble's")
-        members.append(Member(member, temperature, class_order(member.classes, run.classes)))
+        members.append(Member(member, row["temperature"], class_order(member.classes, run.classes)))
     return members
 
 
