@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e
+# Without budget, which takes hours: python -m benchmarks.budget --json benchmarks/results/budget.json
 BENCHMARKS := startup pipeline train memory inference serving gpu
 # Path of train.py of pytorch-image-models; without it, training is measured beside the other peers alone.
 TIMM_SCRIPT ?=
