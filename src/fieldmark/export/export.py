@@ -229,8 +229,8 @@ def _prove(
 
     exported = ExportedModel.load(folder, threads=0, precision="f32")
     if metadata.precision != "int8":
-        logits = photos.ask(range(len(photos.labels)), ask_original, exported.logits)
-        return {"parity": require_parity(*logits, limit=LIMITS[metadata.precision])}
+        reference, measured = photos.ask(range(len(photos.labels)), ask_original, exported.logits)
+        return {"parity": require_parity(reference, measured, limit=LIMITS[metadata.precision])}
     calibration, others = _halves(photos)
     reference, quantized = photos.ask(others, ask_original, exported.logits)
     loss = require_small_loss(reference, quantized, photos.labels[others], limit=max_accuracy_loss)

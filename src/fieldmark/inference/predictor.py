@@ -216,7 +216,7 @@ class Predictor:
     def predict_files(self, names: Sequence[str], files: Sequence[Path]) -> Iterator[Prediction]:
         """Ask about files of this machine, which other processes may read, one prediction each, in their order."""
         for batch in _load_batches(self._prepare(files), range(len(files)), self.batch_size):
-            yield from self._answers(batch, [names[number] for number in batch.numbers.tolist()])
+            yield from self._answers(batch, [names[int(number)] for number in batch.numbers])
 
     def _prepare(self, sources: Sequence[Source | PhotoError]) -> EvalPhotos:
         return EvalPhotos(_unlabeled(sources, self.decoding), self.spec, keeps_broken=True)
