@@ -59,12 +59,11 @@ def fit(
     from fieldmark.budget.run import machine_minutes, train_within
     from fieldmark.config import apply_overrides, parse_config, read_recipe
     from fieldmark.progress import open_progress
-    from fieldmark.runs.folder import Run
+    from fieldmark.runs.folder import Run, flatten
     from fieldmark.runs.train import new_run_folder, train
-    from fieldmark.study.grid import dotted
 
     name, tree = read_recipe(recipe)
-    apply_overrides(tree, dotted(settings))
+    apply_overrides(tree, flatten(settings))
     tree["data"] = {**tree.get("data", {}), "path": str(photos)}
     config = parse_config(tree, name)
     folder = Path(out) if out is not None else new_run_folder(config, str(recipe or "minutes"))
