@@ -152,7 +152,7 @@ def draw(rows: Sequence[Row]) -> str:
     """Accuracy against minutes as an SVG: one field for each data set, one line for each contender."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    from fieldmark.plots import draw_line, dress, figure_svg, new_figure
+    from fieldmark.plots import COLORS, dress, figure_svg, new_figure
 
     data_names, budgets, contenders = _axes(rows)
     columns = min(len(data_names), 2)
@@ -162,7 +162,8 @@ def draw(rows: Sequence[Row]) -> str:
         for index, name in enumerate(contenders):
             if points := _points(rows, data, name):
                 x, y = zip(*points, strict=True)
-                draw_line(axes, x, y, index=index, label=name)
+                color = COLORS[index % len(COLORS)]
+                axes.plot(x, y, color=color, marker="o", markersize=3, linewidth=1.6, label=name)
         dress(axes, data, "minutes", "top-1 accuracy")
         axes.set_xscale("log")
         axes.set_xticks(budgets)
