@@ -252,6 +252,9 @@ class _Work:
         end = share_of_time * plan.seconds
         running = list_candidates(self.config, self.backbones)
         counts = rungs(len(course.order), course.num_classes)
+        if not plan.decide("compare on a share of the photos", lambda: self._fits_all(running[:2], end)):
+            # Time for one of them: the cheapest backbone at its own size, or else at the floor's.
+            running, counts = [running[0], *(entry.candidate for entry in self.entries.values())], counts[-1:]
         for number, count in enumerate(counts[:-1], start=1):
             share = number / len(counts) * 0.5
             deadline = plan.decide(f"round of {count}", lambda share=share: plan.elapsed + share * (end - plan.elapsed))
@@ -287,12 +290,20 @@ class _Work:
         return [entry.candidate for entry in (*firsts, *(one for one in ranked if one not in firsts))][:most]
 
     def _fits(self, candidate: Candidate, end: float) -> bool:
-        """Whether the features of all photos can be had by `end`."""
-        entry = self.entries.get(candidate.key)
-        missing = len(self.course.order) + len(self.course.val) - (len(entry.numbers) if entry else 0)
-        seconds = entry.seconds_per_photo if entry else self._guess_seconds(candidate)
-        fit = max(one.fit_seconds * len(self.course.order) / len(one.numbers) for one in self.entries.values())
-        return self.plan.elapsed + missing * seconds + fit < end
+        """Whether the features of all photos, and a head on them, can be had by `end`."""
+        return self._fits_all([candidate], end)
+
+    def _fits_all(self, wanted: Sequence[Candidate], end: float) -> bool:
+        """Whether the features of all photos, and heads on them, can be had of these candidates together by `end`."""
+        course = self.course
+        fit = max(one.fit_seconds * len(course.order) / len(one.numbers) for one in self.entries.values())
+        needed = 0.0
+        for candidate in dict.fromkeys(wanted):
+            entry = self.entries.get(candidate.key)
+            missing = len(course.order) + len(course.val) - (len(entry.numbers) if entry else 0)
+            seconds = entry.seconds_per_photo if entry else self._guess_seconds(candidate)
+            needed += missing * seconds + fit
+        return self.plan.elapsed + needed < end
 
     def _guess_seconds(self, candidate: Candidate) -> float:
         """Seconds per photo of a candidate that was not tried, from those that were."""
