@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -82,8 +81,16 @@ def fit_head(
     assert best is not None
     _, l2, out_of_fold, near = best
     solution = _minimize(basis, basis.rotated, targets, l2, near, FINE)
-    weight = (basis.axes @ solution[:-1] / basis.std[:, None]).T.contiguous()
-    return Head(weight, solution[-1] - weight @ basis.mean, l2, out_of_fold.numpy())
+    return Head(*basis.unrotate(solution), l2, out_of_fold.numpy())
+
+
+def refit_head(features: NDArray[np.float32], labels: NDArray[np.int64], head: Head) -> tuple[Tensor, Tensor]:
+    """(K, F) weight and (K,) bias of a head fitted to other photos, with a head's strength and from its weights."""
+    basis = _Basis.of(torch.from_numpy(features))
+    start = torch.cat(
+        [basis.axes.T @ (head.weight.T * basis.std[:, None]), (head.bias + head.weight @ basis.mean)[None]]
+    )
+    return basis.unrotate(_minimize(basis, basis.rotated, torch.from_numpy(labels), head.l2, start, FINE))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +120,11 @@ class _Basis:
         """(R + 1, K) weights along the axes, and the bias in the last row."""
         return torch.zeros(len(self.variances) + 1, num_classes)
 
+    def unrotate(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(K, F) weight and (K,) bias for raw features."""
+        weight = (self.axes @ weights[:-1] / self.std[:, None]).T.contiguous()
+        return weight, weights[-1] - weight @ self.mean
+
     def logits(self, rotated: Tensor, weights: Tensor) -> Tensor:
         """(N, K) logits of rotated features."""
         return torch.addmm(weights[-1], rotated, weights[:-1])
@@ -123,16 +135,19 @@ def _minimize(basis: _Basis, rotated: Tensor, targets: Tensor, l2: float, start:
     scale = 1 / (CURVATURE * basis.variances + l2).sqrt()
     scale = torch.cat([scale, torch.full((1,), CURVATURE**-0.5)])[:, None]
     one_hot = functional.one_hot(targets, start.shape[1]).float()
+    scaled = start / scale
+    search = torch.optim.LBFGS(
+        [scaled], max_iter=iterations, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
 
-    def evaluate(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        weights = torch.from_numpy(flat).float().reshape(start.shape) * scale
+    def evaluate() -> Tensor:
+        weights = scaled * scale
         log_probabilities = basis.logits(rotated, weights).log_softmax(1)
         error = (log_probabilities.exp() - one_hot) / len(targets)
-        gradient = torch.cat([rotated.T @ error + l2 * weights[:-1], error.sum(0, keepdim=True)]) * scale
-        loss = -(log_probabilities * one_hot).sum().double() / len(targets)
-        loss = loss + l2 / 2 * weights[:-1].square().sum().double()
-        return loss.item(), gradient.double().flatten().numpy()
+        scaled.grad = torch.cat([rotated.T @ error + l2 * weights[:-1], error.sum(0, keepdim=True)]) * scale
+        fit = (log_probabilities * one_hot).sum() / len(targets)
+        return l2 / 2 * weights[:-1].square().sum() - fit
 
-    options = {"maxiter": iterations, "maxcor": 20, "ftol": 1e-7 if iterations == COARSE else 1e-10, "gtol": 1e-6}
-    found = minimize(evaluate, (start / scale).double().flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(found.x).float().reshape(start.shape) * scale
+    search.step(evaluate)  # type: ignore[no-untyped-call]
+    return scaled * scale

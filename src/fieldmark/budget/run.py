@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from fieldmark.budget.candidates import Backbone, Candidate, find_backbones, list_candidates
+from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
 from fieldmark.budget.race import FEATURES, Course, Entry, best_average, rungs, stratified_order
 from fieldmark.budget.shelf import Answer, Floats, Model, Shelf, choose_temperature
@@ -128,7 +129,8 @@ def _prepare(config: Config, path: Path, plan: Plan, progress: Progress | None, 
     fabric, choices = setup_fabric(config)
     if fabric.device.type == "cpu":
         torch.set_num_threads(build.choose_threads(config, workers=0).value)
-    dataset = prepare_dataset(config.data, progress=log)
+    # Validation photos choose first; `train+val` lets the heads learn from them at the end.
+    dataset = prepare_dataset(config.data.model_copy(update={"train_on": "train"}), progress=log)
     index, labels = dataset.index, dataset.labels
     split = np.asarray([photo.split for photo in index.photos])
     train, val = (np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", "val"))
@@ -448,8 +450,7 @@ class _Work:
             for name, tensor in module.state_dict().items()
         }
         temperature = choose_temperature(entry.head.out_of_fold, course.dataset.labels[entry.numbers])
-        key = f"{entry.candidate.key}-{len(entry.numbers)}"
-        return Model(key, config, self._describe(entry, config), weights, softmax(logits), temperature)
+        return Model(_key(entry), config, self._describe(entry, config), weights, softmax(logits), temperature)
 
     def _describe(self, entry: Entry, config: Config) -> dict[str, Any]:
         """Return the model.json of an entry's network."""
@@ -469,7 +470,7 @@ class _Work:
 
     def end(self, status: str) -> None:
         """Leave the best answer as an ordinary run, and say how it came about."""
-        answer = self.best
+        answer = self._refit(self.best) if status == "finished" else self.best
         self.shelf.settle(answer)
         if status == "finished":
             self.shelf.clear(answer)
@@ -490,6 +491,27 @@ class _Work:
             "best_epoch": 0,
         }
         folder.write_json(self.course.path / folder.SUMMARY, summary | ({"val": figures} if figures else {}))
+
+    def _refit(self, answer: Answer) -> Answer:
+        """The answer with its probed heads fitted on the validation photos too, if `data.train_on` asks for it.
+
+        What it says of the validation photos stays that of the heads that have not learned from them.
+        """
+        course, labels = self.course, self.course.dataset.labels
+        if self.config.data.train_on != "train+val" or not len(course.val):
+            return answer
+        entries = {_key(entry): entry for entry in self.entries.values()}
+        members: list[Model] = []
+        for member in answer.members:
+            if (entry := entries.get(member.key)) is not None:
+                numbers = np.concatenate([entry.numbers, course.val])
+                features = course.collect_features(entry.candidate, numbers).select(numbers)
+                weight, bias = refit_head(features, labels[numbers], entry.head)
+                weights = {**member.weights, "head.weight": weight, "head.bias": bias}
+                member = replace(member, key=f"{member.key}-refitted", weights=weights)
+            members.append(member)
+        self.tried.append({"what": f"{answer.name}: heads fitted on train+val"})
+        return Answer(f"{answer.name} (heads fitted on train+val)", tuple(members))
 
     def _optimistic_bias(self) -> float:
         """Expected excess of the accuracy on the photos that chose the answer, in [0, 1]."""
@@ -519,6 +541,11 @@ def _firsts(ranked: Sequence[Entry]) -> list[Entry]:
     return list(firsts.values())
 
 
+def _key(entry: Entry) -> str:
+    """Name of the network with an entry's head."""
+    return f"{entry.candidate.key}-{len(entry.numbers)}"
+
+
 def format_result(run: Run) -> str:
     """What was tried, what is kept, and what to do with it."""
     summary = run.summary
@@ -532,7 +559,7 @@ def format_result(run: Run) -> str:
     for row in summary["tried"]:
         if "updates" in row:
             lines.append(f"  {row['what']}: {row['updates']} updates in {row['seconds']:.0f} s")
-        elif "photos" not in row:
+        elif "top1" in row and "photos" not in row:
             lines.append(f"  {row['what']}: validation top-1 {row['top1']:.4f}, log loss {row['log_loss']:.3f}")
     if "val" in summary:
         val = summary["val"]
