@@ -254,9 +254,31 @@ def test_the_trial_of_a_peer_sets_its_epochs_and_is_made_once(tmp_path, monkeypa
     row = measuring.race("signs10", 1.0, 7, "timm train.py @112")
     assert (row["top1"], row["photos"], row["seed"], row["seconds"]) == (1 / 18, 18, 7, 20.0)
     assert row["plan"]["trial"]["fixed"] == 12
-    assert [(task.epochs, task.updates, task.seed) for task in tasks] == [(2, 4, 0), (12, 3, 7)]
+    assert [(task.epochs, task.updates, task.seed) for task in tasks] == [(2, 4, 0), (11, 0, 7)]
     assert measuring.race("signs10", 0.2, 7, "timm train.py @112") is None
     assert len(tasks) == 2
+
+
+def test_a_peer_that_left_much_of_its_time_unused_runs_once_more_by_what_it_cost(tmp_path, monkeypatch):
+    make_photos(tmp_path / "signs10", {"one": 90, "two": 90})
+    data = labeled.open_data("signs10", tmp_path, tmp_path / "out")
+    tasks, speed = [], iter([4.0, 1.0, 1.0])
+
+    def run(commands, place, *, limit_seconds):
+        tasks.append(Task(**json.loads(commands[0][-1])))
+        update = next(speed)
+        counted = tasks[-1].epochs * (tasks[-1].updates or 4) * update
+        rivals.Timings(updates=[update], counted=counted).save(str(place))
+        rivals.write_predictions(tasks[-1], [], [])
+        return [10 + counted]
+
+    monkeypatch.setattr(budget, "run_commands", run)
+    monkeypatch.setattr(budget, "save_weights", lambda path: None)
+    measuring = budget.Measuring(tmp_path / "runs", {"signs10": data}, timm_script="train.py", device="cpu", cores=2)
+    row = measuring.race("signs10", 1.0, 0, "timm train.py @112")
+    assert [task.epochs for task in tasks] == [2, 3, 11]
+    assert row["plan"]["trial"]["update"] == 1
+    assert 0.8 * 60 <= row["seconds"] <= 60
 
 
 def test_ours_is_two_commands_that_keep_the_budget_together(tmp_path, monkeypatch):
