@@ -234,9 +234,9 @@ class Measuring:
         return read_cost(seconds, place)
 
     def _run_peer(self, task: Task, data: DataSet) -> tuple[float, Path]:
+        place = self._new_place()
         if not self._weights.is_file():
             save_weights(self._weights)
-        place = self._new_place()
         whole = replace(
             task,
             folder=str(data.folder),
