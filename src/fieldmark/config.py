@@ -523,22 +523,14 @@ def load_config(recipe: str | Path | None = None, overrides: Iterable[str] = ())
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> None:
-    """Change nested settings in place, by `key=value` pairs or by a mapping of dotted keys.
-
-    Raises:
-        ConfigError: A pair without `=`, or no such setting.
-    """
+    """Change nested settings in place, by `key=value` pairs or by a mapping of dotted keys."""
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_pair, overrides)
     for key, value in pairs:
         set_value(settings, Config, key, value)
 
 
 def parse_config(settings: Mapping[str, Any], name: str = "settings") -> Config:
-    """Check a nested mapping of settings.
-
-    Raises:
-        ConfigError: An unknown key or a value out of range; `name` says where.
-    """
+    """Check a nested mapping of settings; the ConfigError says by `name` where an unknown key or a wrong value is."""
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
@@ -574,11 +566,7 @@ def _fill_table(table: Any, section: Section, *, with_comments: bool) -> Any:
 
 
 def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
-    """Read a recipe's name and its own settings, without defaults; names of earlier versions are replaced.
-
-    Raises:
-        ConfigError: No such recipe, or it is not TOML.
-    """
+    """Read a recipe's name and its own settings, without defaults; names of earlier versions are replaced."""
     if recipe is None:
         return "settings", {}
     path, shipped = Path(recipe), RECIPES / f"{RENAMED_RECIPES.get(str(recipe), recipe)}.toml"

@@ -27,6 +27,11 @@ def did_you_mean(word: str, options: Iterable[str], *, most: int = 1, cutoff: fl
     return f"; did you mean {' or '.join(repr(by_lower[name]) for name in close)}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or else its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class FieldmarkError(Exception):
     """The root of the tree. The message says what was wrong, what was given, and what to do."""
 

@@ -9,12 +9,15 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from fieldmark.errors import DataError, ResourceError, RunError, did_you_mean
+from fieldmark.errors import DataError, ResourceError, RunError, did_you_mean, first_line
 
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 _DISK_SIGNS = ("PytorchStreamWriter", "I/O error", "iostream error", "unexpected pos", "os error", "Parent directory")
 
 Value = TypeVar("Value")
@@ -23,8 +26,7 @@ Value = TypeVar("Value")
 def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, then move the finished file into place.
 
-    Raises:
-        ResourceError: Writing failed; the temporary file is gone, and what was there before is intact.
+    After a ResourceError the temporary file is gone, and what was there before is intact.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -43,6 +45,12 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
         if failure := explain_disk_error(path, error):
             raise failure from error
         raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all; lone surrogates, as names that are not UTF-8 have, become bytes again."""
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    whole_or_absent(path, lambda part: part.write_bytes(data))
 
 
 @contextmanager
@@ -69,18 +77,14 @@ def explain_disk_error(path: Path, error: BaseException) -> ResourceError | None
     # torch, safetensors and OpenVINO report a full disk by errors of their own.
     if not isinstance(error, OSError) and not any(sign in str(error) for sign in _DISK_SIGNS):
         return None
-    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    reason = getattr(error, "strerror", None) or first_line(error)
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
     hint = "Free some space" if is_full else "Make the folder writable, or choose another"
     return ResourceError(f"{path} could not be written: {reason}. What was there before is intact. {hint}")
 
 
 def require_path(path: Path) -> Path:
-    """Return `path`, which must exist.
-
-    Raises:
-        DataError: It does not; names what is most like it there.
-    """
+    """Return `path`, which must exist; the DataError names what is most like it there."""
     if path.exists():
         return path
     parent = next(parent for parent in path.absolute().parents if parent.exists())
@@ -98,8 +102,7 @@ def exclusive_lock(
 ) -> Generator[None]:
     """Hold a lock to the end of the block; the system takes it back from a process that dies.
 
-    Raises:
-        RunError: Another process holds it, and goes on holding it for `wait_seconds`; the message is `busy`.
+    Where another process goes on holding it for `wait_seconds`, `busy` is the message of the RunError.
     """
     held = FileLock(lock, thread_local=False)
     try:
@@ -120,11 +123,8 @@ def exclusive_lock(
 def read_values(kind: type[Value], values: Any) -> Value:
     """Turn plain values, as JSON has them, into a dataclass whose fields say what they may be.
 
-    Raises:
-        ValueError: A value is missing or not what it should be; names its key, what was expected and what was found.
+    The ValueError names the key of a value that is missing or wrong, what was expected and what was found.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:

@@ -44,11 +44,7 @@ RENAMED_VALUES = {("eval", "transform"): {"weights": "pretrained"}, ("augment", 
 
 
 def parse_pair(pair: str) -> tuple[str, str]:
-    """Split `key=value` at the first `=`.
-
-    Raises:
-        ConfigError: There is no `=`, or no key before it.
-    """
+    """Split `key=value` at the first `=`."""
     key, equals, text = pair.partition("=")
     key = key.strip().lstrip("-")
     if not equals or not all(key.split(".")):
@@ -91,8 +87,7 @@ def setting_words(model: type[BaseModel], key: str) -> list[str]:
 def find_setting(model: type[BaseModel], key: str) -> str:
     """Return the dotted key that is meant: `epochs`, `lr`, `learning_rate` and `model` are understood.
 
-    Raises:
-        ConfigError: No setting is called so, or several are. Names the likely ones.
+    Where no setting is called so, or several are, the ConfigError names the likely ones.
     """
     keys = list_settings(model)
     asked = key.lower().replace("-", "_")
@@ -121,11 +116,7 @@ def find_setting(model: type[BaseModel], key: str) -> str:
 
 
 def set_value(settings: dict[str, Any], model: type[BaseModel], key: str, value: Any) -> None:
-    """Put a value, parsed or as typed, into nested settings under the key that is meant, and read old names as new.
-
-    Raises:
-        ConfigError: No such setting.
-    """
+    """Put a value, parsed or as typed, into nested settings under the key that is meant, and read old names as new."""
     found = find_setting(model, key)
     section, _, name = found.rpartition(".")
     table: Any = settings.setdefault(section, {}) if section else settings

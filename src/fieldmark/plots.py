@@ -10,11 +10,12 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,26 +192,33 @@ def draw_rate(axes: Axes, epochs: NDArray[np.float64], rates: Mapping[str, NDArr
     dress(axes, title, "epoch")
 
 
-def draw_photo(axes: Axes, pixels: NDArray[np.uint8], caption: str, *, color: str = INK) -> None:
-    """One photo with lines of text under it; the caption is shown literally."""
-    axes.imshow(pixels, interpolation="antialiased")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    lines = [plain_text(line) for line in caption.split("\n")]
-    axes.set_xlabel("\n".join(lines), fontsize=7.5, color=color, labelpad=3)
-
-
 def photo_grid(photos: Sequence[NDArray[np.uint8]], captions: Sequence[str], colors: Sequence[str]) -> Figure:
     """Photos in rows of at most six, each with its caption in its color."""
     columns = min(len(photos), 6)
     rows = math.ceil(len(photos) / columns)
     figure = new_figure(2.1 * columns, 2.55 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(photos) :]:
-        axes.set_visible(False)
-    for axes, pixels, caption, color in zip(grid.flat, photos, captions, colors, strict=False):
-        draw_photo(axes, pixels, caption, color=color)
+    fill_grid(figure.subplots(rows, columns, squeeze=False), columns, photos, captions, colors)
     return figure
+
+
+def fill_grid(
+    grid: Any,
+    per_row: int,
+    photos: Sequence[NDArray[np.uint8]],
+    captions: Sequence[str],
+    colors: Iterable[str] = repeat(INK),
+) -> None:
+    """Draw photos into an array of axes, `per_row` beside each other; the axes that are left stay empty."""
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for number, (pixels, caption, color) in enumerate(zip(photos, captions, colors, strict=False)):
+        axes = grid[number // per_row, number % per_row]
+        axes.set_visible(True)
+        axes.imshow(pixels, interpolation="antialiased")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        lines = [plain_text(line) for line in caption.split("\n")]  # literally
+        axes.set_xlabel("\n".join(lines), fontsize=7.5, color=color, labelpad=3)
 
 
 def dress(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:

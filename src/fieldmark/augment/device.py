@@ -30,11 +30,8 @@ from fieldmark.augment.fast import (
 )
 from fieldmark.augment.sample import BRIGHTNESS, CONTRAST, SATURATION, AugmentSpec, BatchParams, noise_bank
 
-SINGLE_LOOK = 1.25
-"""Source pixels per output pixel that one bilinear look may step over; more looks are averaged beyond."""
-
-MOST_LOOKS = 8
-"""Looks per output pixel and direction: enough for photos eight to ten times as large as the output."""
+SINGLE_LOOK = 1.25  # source pixels per output pixel that one bilinear look may step over; beyond, more are averaged
+MOST_LOOKS = 8  # per output pixel and direction: enough for photos eight to ten times as large as the output
 
 
 def augment_device(

@@ -25,17 +25,12 @@ from fieldmark.augment.sample import AugmentSpec, BatchParams, noise_bank
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
 
-MOST_LEFT = 2.0
-"""Source pixels per output pixel, along its row or column, for which softening is antialiasing enough; beyond, photos
-are reduced."""
-
-REDUCED_TO = 1.5
-"""Source pixels per output pixel after that reduction; softening does the rest."""
-
+# Source pixels per output pixel, along its row or column: up to MOST_LEFT softening is antialiasing enough; with more a
+# photo is reduced to REDUCED_TO, and softening does the rest.
+MOST_LEFT, REDUCED_TO = 2.0, 1.5
+# How much of its softness a reduced photo is taken to have. All of it would match the variance of the reference's
+# filter; half of it also keeps the pictures as near to the reference's.
 ALREADY_SOFT = 0.5
-"""How much of its softness a reduced photo is taken to have. All of it would match the variance of the reference's
-filter; half of it also keeps the pictures as near to the reference's."""
-
 _TINY = 1e-6
 _FAR = 1e9  # beyond any photo; not infinity, which fast arithmetic leaves undefined
 

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from torchvision.transforms import InterpolationMode
 
 
+# Their positions are the numbers in `BatchParams.ops`.
 OPERATIONS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
     "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
-"""Names of the operations; their positions are the numbers in `BatchParams.ops`."""
-
 _SIGNED = np.array([1 <= number <= 9 for number in range(len(OPERATIONS))])
 _NUM_BINS = 31
 _DRAWS = 3  # operation, strength, sign

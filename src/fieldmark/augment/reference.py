@@ -9,32 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from fieldmark.augment.policy import apply_operation
 from fieldmark.augment.sample import RGB, AugmentSpec, BatchParams, noise_bank
 from fieldmark.errors import DataError
+from fieldmark.files import Positive
 
 
 @dataclass(frozen=True, slots=True)
 class EvalSpec:
-    """The picture that a photo is evaluated on.
+    """The picture that a photo is evaluated on; the ranges hold for specs that are read from files.
 
     `weights` resizes the short side to `size / crop_fraction` and cuts the center; `squash` resizes to a square.
     """
 
     transform: Literal["weights", "squash"]
-    size: int  # side of the output, in pixels
-    crop_fraction: float  # `size` over the resized short side, in (0, 1]; unused by `squash`
+    size: Annotated[int, Field(gt=0, le=8192)]  # side of the output, in pixels
+    crop_fraction: Annotated[float, Field(gt=0, le=1)]  # `size` over the resized short side; unused by `squash`
     interpolation: Literal["bilinear", "bicubic"]  # filter of the resize, always antialiased
-    mean: RGB  # of normalization, for values in [0, 1]
-    std: RGB
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]  # of normalization, for values in [0, 1]
+    std: tuple[Positive, Positive, Positive]
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from fieldmark.augment.policy import num_policy_uniforms, sample_policy
 from fieldmark.errors import DataError
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""Columns of `BatchParams.factors` and values of `BatchParams.color_order`."""
-
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of `BatchParams.factors`, values of `color_order`
 Floats = NDArray[np.float64]
 RGB = tuple[float, float, float]
 
-NOISE_SIZE = 1 << 20
-"""Length of the noise bank."""
-
+NOISE_SIZE = 1 << 20  # length of the noise bank
+# Streams: each part draws from its own, so switching one off leaves the others' numbers alone.
 CROP, FLIP, AFFINE, COLOR, POLICY, ERASE, MIX = range(7)
-"""Streams: each part draws from its own, so switching one off leaves the others' numbers alone."""
-
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop and RandomErasing give up after as many
 _CHUNK = 1 << 15
 

@@ -6,7 +6,7 @@ import dataclasses
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,8 +63,8 @@ class SizeSummary:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """Everything that was found out about a data set, without a verdict."""
+class Audit:
+    """Everything that was found out about a data set, and what it means. Plain data: the caller prints it."""
 
     root: str
     num_photos: int
@@ -90,14 +90,8 @@ class Findings:
     similar_names: list[list[str]]  # classes whose names differ only in case, spaces or Unicode form
     crop_fallback_rate: float | None  # share of training crops that are a fixed center crop, where it was measured
     estimates: dict[str, float]  # memory and time of a run, as they were passed in; the names carry the units
-
-
-@dataclass(frozen=True)
-class Audit(Findings):
-    """Findings, and what they mean. Plain data: the caller prints it."""
-
-    must_mend: list[str]  # what keeps training from being right, each with what to do
-    warnings: list[str]  # what to know before believing the result
+    must_mend: list[str] = field(default_factory=list[str])  # what must be fixed before training, and how
+    warnings: list[str] = field(default_factory=list[str])  # what to know before believing the result
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: dicts, lists, text and numbers."""
@@ -132,7 +126,7 @@ def audit(
     trained = replace(index, photos=usable) if skip_broken else index
     num_train = {name: count.get("train", 0) for name, count in trained.counts().items()}
     present = [count for count in num_train.values() if count]
-    found = Findings(
+    found = Audit(
         root=str(index.root),
         num_photos=len(photos),
         counts=index.counts(),
@@ -159,7 +153,7 @@ def audit(
         estimates=dict(estimates),
     )
     warnings = [*_list_doubts(found, skip_broken), *_list_weaknesses(found)]
-    return Audit(**vars(found), must_mend=list(_list_faults(found, skip_broken)), warnings=warnings)
+    return replace(found, must_mend=list(_list_faults(found, skip_broken)), warnings=warnings)
 
 
 def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
@@ -171,11 +165,8 @@ def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
 def near_pairs(first: Hashes, second: Hashes, *, max_distance: int) -> tuple[Numbers, Numbers, Numbers]:
     """Every pair of one 64-bit hash of `first` and one of `second` that differ in few bits. Exact, not approximate.
 
-    Up to a distance of 7 bits a search takes about a second for 50,000 x 50,000; above 11 it nears a comparison of
-    everything with everything.
-
-    Returns:
-        (P,) indices in `first`, (P,) indices in `second`, (P,) distances; ordered by distance, then by index.
+    Gives (P,) indices in `first`, (P,) in `second` and (P,) distances; ordered by distance, then by index. Up to 7 bits
+    a search takes about a second for 50,000 x 50,000; above 11 it nears a comparison of everything with everything.
 
     Source:
         Norouzi, Punjani, Fleet, "Fast Exact Search in Hamming Space with Multi-Index Hashing", arXiv:1307.2982,
@@ -279,7 +270,7 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(value for value in values if value).most_common())
 
 
-def _list_faults(found: Findings, skip_broken: bool) -> Iterator[str]:
+def _list_faults(found: Audit, skip_broken: bool) -> Iterator[str]:
     """What must be fixed before training."""
     if len(found.num_train) < 2:
         only = f"there is only {quote(list(found.num_train))}" if found.num_train else "there is none"
@@ -306,7 +297,7 @@ def _list_faults(found: Findings, skip_broken: bool) -> Iterator[str]:
         )
 
 
-def _list_doubts(found: Findings, skip_broken: bool) -> Iterator[str]:
+def _list_doubts(found: Audit, skip_broken: bool) -> Iterator[str]:
     """What may make the result better than it is, or other than it seems."""
     if found.broken and skip_broken:
         yield f"{_count(found.broken, 'photo', 'photos')} cannot be used and will be left out"
@@ -332,7 +323,7 @@ def _list_doubts(found: Findings, skip_broken: bool) -> Iterator[str]:
     yield from map(_similar_text, found.similar_names)
 
 
-def _list_weaknesses(found: Findings) -> Iterator[str]:
+def _list_weaknesses(found: Audit) -> Iterator[str]:
     """What makes the classifier worse than it could be, or its measure coarse."""
     for split in ("val", "test"):
         if absent := [name for name, gap in found.gaps if gap == split]:

@@ -48,17 +48,11 @@ _WAIT_SECONDS = 3600.0
 _KEY_BYTES, _FOOTER_BYTES = 16, 8
 _SOUND, _DAMAGED = 1, 2
 
+# Where a photo is in its pack.
 ROW = np.dtype(
-    [
-        ("key", f"V{_KEY_BYTES}"),
-        ("offset", "<i8"),
-        ("length", "<i8"),
-        ("height", "<i4"),
-        ("width", "<i4"),
-        ("checksum", "<u4"),
-    ]
-)
-"""Where a photo is in its pack."""
+    [("key", f"V{_KEY_BYTES}"), ("offset", "<i8"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4"),
+     ("checksum", "<u4")]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark.errors import DataError, did_you_mean
-from fieldmark.files import whole_or_absent
+from fieldmark.files import write_whole
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -125,16 +125,15 @@ def read_csv(path: str, data: bytes) -> Table:
     return Table(path, {name: [row[column] for row in rows] for column, name in enumerate(names)}, {}, lines)
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write a CSV file whole or not at all; `read_table` gives the same text back."""
     # A bare carriage return is quoted by some versions of Python only, so quote everything where there is one.
-    needs_quotes = any("\r" in value for row in rows for value in row)
+    needs_quotes = any("\r" in str(value) for row in rows for value in row)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if needs_quotes else csv.QUOTE_MINIMAL)
     writer.writerow(columns)
     writer.writerows(rows)
-    content = text.getvalue().encode("utf-8", errors="surrogateescape")
-    whole_or_absent(path, lambda part: part.write_bytes(content))
+    write_whole(path, text.getvalue())
 
 
 def _check_header(path: str, header: Sequence[str]) -> Sequence[str]:

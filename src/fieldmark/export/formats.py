@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.errors import ExportError, needs_extra
+from fieldmark.errors import ExportError, first_line, needs_extra
 from fieldmark.inference.exported import FILE, KEY, ModelMetadata, import_openvino
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def _one_error(way: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"the model cannot be written {way}: {line}") from error
+        raise ExportError(f"the model cannot be written {way}: {first_line(error)}") from error
 
 
 def write_openvino(source: Path, path: Path, *, metadata: str) -> None:

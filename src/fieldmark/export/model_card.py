@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fieldmark.inference.exported import ModelMetadata
 from fieldmark.models.catalog import describe_pretraining
+from fieldmark.models.weights import NON_COMMERCIAL
 from fieldmark.study.report import markdown_text
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _weights(metadata: ModelMetadata) -> str:
         f"Training started from weights under the license **{markdown_text(metadata.licence)}**, "
         f"pre-trained on: {markdown_text(seen)}."
     )
-    if "nc" in metadata.licence.lower().replace("_", "-").split("-"):
+    if NON_COMMERCIAL.search(metadata.licence):
         text += " That license forbids commercial use, of this model too."
     return text
 

@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, InstanceOf
+from pydantic import FiniteFloat, InstanceOf
 from scipy.special import log_softmax, softmax
 
 from fieldmark.errors import DataError, RunError
-from fieldmark.files import read_values, whole_or_absent
+from fieldmark.files import Positive, Share, read_values, write_whole
 from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
 from fieldmark.plots import figure_png, new_figure
 from fieldmark.training.metrics import calibration_error, confidence_bins, log_loss
@@ -36,10 +36,6 @@ IntArray = NDArray[np.integer[Any]]
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
 _ROUNDING = 1e-6  # of summed float32 probabilities
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[Finite, Field(gt=0)]
-Share = Annotated[Finite, Field(ge=0, le=1)]
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -48,7 +44,7 @@ class Calibration:
     temperature: Positive  # divides the logits; fitted on all N photos, or 1 where that made the log loss worse
     threshold: Share  # least confidence that is answered; 0 answers everything
     wanted: str  # of the threshold: "accuracy", "coverage" or "none"
-    wanted_value: Finite
+    wanted_value: FiniteFloat
     coverage: Share  # of photos answered at the threshold; this and all that follows is cross-fitted
     accuracy: Share  # of the answers
     num_photos: int
@@ -103,8 +99,7 @@ def calibrate_run(
     logits, labels = log_probabilities(stored.probabilities), stored.labels
     tree = load_taxonomy(taxonomy, run.classes) if taxonomy is not None else None
     found = calibrate(logits, labels, wanted, wanted_value, assurance=assurance, folds=folds, seed=seed, taxonomy=tree)
-    text = json.dumps(found.to_dict(), indent=2) + "\n"
-    whole_or_absent(run.path / FILE, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(run.path / FILE, json.dumps(found.to_dict(), indent=2) + "\n")
     return found
 
 
@@ -410,5 +405,5 @@ def save_calibration_figure(run: Run, found: Calibration) -> Path:
     right.set(xlabel="share of photos answered", ylabel="share of right answers", xlim=(0, 1.02))
     right.set_title("Coverage and accuracy")
     path = run.path / "calibration.png"
-    whole_or_absent(path, lambda part: part.write_bytes(figure_png(figure)))
+    write_whole(path, figure_png(figure))
     return path

@@ -25,6 +25,7 @@ from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.environment import describe_environment
 from fieldmark.runs.folder import WEIGHTS, PhotoPredictions, Run, find_runs
+from fieldmark.runs.train import format_accuracy
 from fieldmark.training.checkpoint import greedy_soup, load_saved_weights, save_weights
 
 Method = Literal["ensemble", "soup"]
@@ -111,14 +112,13 @@ def format_combined(run: Run) -> str:
     members: dict[str, dict[str, Any]] = summary["members"]
     budget = summary["max_parameters_millions"]
     allowed = "no budget was given" if budget is None else f"the budget is {budget:g} M"
-    low, high = val["top1_interval"]
     width = max(map(len, members))
     lines = [f"{summary['combined']}: {run.path}, {summary['parameters'] / 1e6:.2f} M parameters in all ({allowed})"]
     for name, row in members.items():
         kept = "" if row.get("kept", True) else "  left out"
         temperature = f"  temperature {row['temperature']:.3f}" if "temperature" in row else ""
         lines.append(f"  {name:{width}}  top-1 {row['top1']:.4f}{temperature}{kept}")
-    lines.append(f"validation: top-1 {val['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}")
+    lines.append(f"validation: {format_accuracy(val)}")
     temperatures = {name: row.get("temperature", 1.0) for name, row in members.items()}
     as_they_are = [name for name, temperature in temperatures.items() if temperature == 1]
     if 0 < len(as_they_are) < len(members):

@@ -5,11 +5,9 @@ Shape letters: N photos, K classes.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data.index import PhotoIndex
+from fieldmark.data.tables import write_csv
 from fieldmark.errors import ResourceError, RunError
-from fieldmark.files import require_path, whole_or_absent
+from fieldmark.files import require_path, write_whole
 from fieldmark.plots import confusion_figure, figure_png
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
@@ -251,19 +250,14 @@ def _format_classes(rows: Sequence[ClassScore]) -> list[str]:
 
 def save_evaluation(found: Evaluation, path: Path) -> list[Path]:
     """Write evaluation.json, classes.csv, confusion.csv and confusion.png into a folder; each is whole or absent."""
-    names, content = found.classes, found.as_dict()
-    contents = {
-        "evaluation.json": (json.dumps(content, indent=2) + "\n").encode(),
-        "classes.csv": _csv_bytes([content["classes"][0], *(row.values() for row in content["classes"])]),
-        "confusion.csv": _csv_bytes(
-            [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, found.confusion, strict=True))]
-        ),
-        "confusion.png": figure_png(confusion_figure(found.confusion, list(names))),
-    }
+    names, content, rows = found.classes, found.as_dict(), found.confusion.tolist()
+    files = [path / name for name in ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")]
     make_output_folder(path)
-    for name, content in contents.items():
-        whole_or_absent(path / name, lambda part, content=content: part.write_bytes(content))
-    return [path / name for name in contents]
+    write_whole(files[0], json.dumps(content, indent=2) + "\n")
+    write_csv(files[1], list(content["classes"][0]), [list(row.values()) for row in content["classes"]])
+    write_csv(files[2], ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, rows, strict=True)])
+    write_whole(files[3], figure_png(confusion_figure(found.confusion, names)))
+    return files
 
 
 def make_output_folder(path: Path) -> None:
@@ -274,12 +268,6 @@ def make_output_folder(path: Path) -> None:
         raise ResourceError(f"{path} is a file, and several files are written: give a folder as --out") from None
     except OSError as error:
         raise ResourceError(f"{path} cannot be made: {error.strerror}. Give another --out") from None
-
-
-def _csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer).writerows(rows)
-    return buffer.getvalue().encode("utf-8", "surrogateescape")
 
 
 def _defined(value: Any) -> Any:

@@ -14,16 +14,15 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from fieldmark.data.decode import DecodeSpec
-from fieldmark.errors import DataError, ExportError, MissingExtraError, needs_extra
-from fieldmark.files import read_values
-from fieldmark.inference.calibration import Finite, Positive, Share
+from fieldmark.errors import DataError, ExportError, MissingExtraError, first_line, needs_extra
+from fieldmark.files import Positive, Share, read_values
 from fieldmark.inference.taxonomy import Fallback
 
 if TYPE_CHECKING:
@@ -84,6 +83,8 @@ class ModelMetadata:
     @classmethod
     def from_json(cls, text: str, where: str) -> ModelMetadata:
         """Read what `to_json` wrote; of text from elsewhere every value is checked, by its key."""
+        from fieldmark.augment.reference import EvalSpec
+
         try:
             content = json.loads(text)
         except ValueError as error:
@@ -93,7 +94,7 @@ class ModelMetadata:
             raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
         try:
             metadata = read_values(cls, content)
-            spec = read_values(_EvalPicture, metadata.preprocessing)
+            spec = read_values(EvalSpec, metadata.preprocessing)
             metadata.groups()
         except ValueError as error:
             raise ExportError(f"{where} {error}. Export the run again") from None
@@ -115,18 +116,6 @@ class ModelMetadata:
         except (OSError, UnicodeDecodeError) as error:
             raise ExportError(f"{path} cannot be read: {error}") from None
         return cls.from_json(text, str(path))
-
-
-@dataclass(frozen=True)
-class _EvalPicture:
-    """The fields of `EvalSpec` with their ranges."""
-
-    transform: Literal["weights", "squash"]
-    size: Annotated[int, Field(gt=0, le=8192)]
-    crop_fraction: Annotated[Finite, Field(gt=0, le=1)]
-    interpolation: Literal["bilinear", "bicubic"]
-    mean: tuple[Finite, Finite, Finite]
-    std: tuple[Positive, Positive, Positive]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +152,7 @@ class ExportedModel:
         except (MissingExtraError, ExportError):
             raise
         except Exception as error:  # each runtime has its own errors for a broken file
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ExportError(f"{path} cannot be loaded: {line}") from error
+            raise ExportError(f"{path} cannot be loaded: {first_line(error)}") from error
         if outputs != (len(metadata.classes),):
             raise ExportError(
                 f"{path} gives outputs of shape {outputs}, but {folder / FILE} names {len(metadata.classes)} classes: "

@@ -22,13 +22,11 @@ from typing import Any, ClassVar
 
 from fieldmark.data.folders import find_photos, is_photo_path, is_skipped, natural_key, require_photos
 from fieldmark.data.tables import TABLE_SUFFIXES, read_csv
-from fieldmark.errors import DataError, PhotoError, did_you_mean
+from fieldmark.errors import DataError, PhotoError, did_you_mean, first_line
 from fieldmark.files import require_path
 from fieldmark.inference.storage import Found, fetch, file_version, find_files, is_file, is_url, opened
 
-NamedPhoto = tuple[str, Path | bytes | PhotoError]
-"""A photo's name in tables; and its file, its content, or why there is none."""
-
+NamedPhoto = tuple[str, Path | bytes | PhotoError]  # its name in tables; and its file, content, or why there is none
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes", "content")
 KEY_COLUMNS = ("path", "__key__", "key", "file_name", "filename", "name", "id")
@@ -126,7 +124,7 @@ class RowShard:
                     yield f"{self.name}/{key}", _cell(row[self.image], key) if contents else b""
                     number += 1
         except (PhotoError, pa.ArrowException, OSError) as error:
-            reason = error.reason if isinstance(error, PhotoError) else f"is damaged: {str(error).splitlines()[0]}"
+            reason = error.reason if isinstance(error, PhotoError) else f"is damaged: {first_line(error)}"
             for row in range(number, end):
                 yield f"{self.name}/{row}", PhotoError(self.name, f"cannot be had: {self.name} {reason}")
 
@@ -160,7 +158,7 @@ def open_parquet(location: str, name: str) -> Generator[Any]:
         try:
             table = pq.ParquetFile(file)
         except (pa.ArrowException, ValueError) as error:
-            raise DataError(f"{name} is not a Parquet table: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{name} is not a Parquet table: {first_line(error)}") from None
         yield table
 
 
@@ -300,11 +298,9 @@ class PhotoSource:
 def open_source(text: str, *, path_column: str = PATH_COLUMN) -> PhotoSource:
     """Find out what photos are meant, without reading any.
 
-    Args:
-        text: Path or URL of one of: a folder of photos; else a folder of tar or Parquet files; a photo; a tar file; a
-            Parquet table that holds photos; a CSV or Parquet table with a column of paths. Wildcards (`*`, `?`, `[..]`,
-            `**`) and braces (`{0000..0003}`, `{a,b}`) stand for several files.
-        path_column: That column.
+    The text is the path or URL of a folder of photos, or else of tar or Parquet files; of a photo; of a tar file; of a
+    Parquet table that holds photos; or of a CSV or Parquet table with the column `path_column`. Wildcards (`*`, `?`,
+    `[..]`, `**`) and braces (`{0000..0003}`, `{a,b}`) stand for several files.
     """
     given = text
     if not is_url(text):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from fieldmark.errors import DataError, MissingExtraError, PhotoError, needs_extra
+from fieldmark.errors import DataError, MissingExtraError, PhotoError, first_line, needs_extra
 
 # By class name, as none of their packages need be installed: errors that mean no file at all, rather than this one.
 _NO_STORAGE = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError",
@@ -147,7 +147,7 @@ def _explained(url: str) -> Generator[None]:
     except (ImportError, ValueError):
         raise
     except Exception as error:  # each provider's package has its own
-        text = _first_line(error)
+        text = first_line(error)
         if isinstance(error, FileNotFoundError):
             if "bucket does not exist" in text:
                 raise DataError(f"{url}: {text}. Check the bucket's name") from None
@@ -164,8 +164,4 @@ def _is_unreachable(error: Exception) -> bool:
 
 def _unreachable(url: str, error: Exception) -> DataError:
     where = f" ({_S3_OPTIONS})" if url.startswith("s3") else ""
-    return DataError(f"{url} cannot be reached: {_first_line(error)}. Check credentials and endpoint{where}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return DataError(f"{url} cannot be reached: {first_line(error)}. Check credentials and endpoint{where}")

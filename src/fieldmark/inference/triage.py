@@ -48,15 +48,6 @@ class HeldOut(PhotoPredictions):
         return -log_probabilities(self.probabilities[np.arange(len(self.labels)), self.labels])
 
 
-@dataclass(frozen=True, slots=True)
-class ConfusedPair:
-    """Two classes that are taken for each other, `first` the smaller class index."""
-
-    first: int
-    second: int
-    places: tuple[int, ...]  # photos of either that were called the other, the surest mistake first
-
-
 def join_held_out(runs: Sequence[Run]) -> HeldOut:
     """Join the validation predictions of one run, or of the folds of one data set: each photo is predicted out of fold.
 
@@ -82,19 +73,14 @@ def join_held_out(runs: Sequence[Run]) -> HeldOut:
     return HeldOut(tuple(paths), labels, np.concatenate(probabilities), classes)
 
 
-def confused_pairs(found: HeldOut) -> list[ConfusedPair]:
-    """Pairs of classes by the number of photos mistaken for each other, most first."""
+def confused_pairs(found: HeldOut) -> list[tuple[int, int, list[int]]]:
+    """Two classes and the photos of either that were called the other, the surest mistake first; most photos first."""
     low, high = np.minimum(found.labels, found.guesses), np.maximum(found.labels, found.guesses)
     surest_first = np.argsort(np.argsort(-found.probabilities.max(axis=1), kind="stable"))
     return [
-        ConfusedPair(first, second, tuple(sorted(map(int, places), key=surest_first.__getitem__)))
+        (first, second, sorted(places.tolist(), key=surest_first.__getitem__))
         for first, second, places in metrics.confused_pairs(low, high)
     ]
-
-
-def highest_losses(found: HeldOut) -> NDArray[np.int64]:
-    """All N indices, the photo that surprised the model most first."""
-    return np.argsort(-found.losses, kind="stable")
 
 
 def label_suspects(found: HeldOut) -> NDArray[np.int64]:

@@ -21,9 +21,10 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from fieldmark.data.folders import quote
 from fieldmark.data.tables import read_table
-from fieldmark.errors import DataError, PredictionError
-from fieldmark.files import whole_or_absent
+from fieldmark.errors import DataError, PredictionError, first_line
+from fieldmark.files import whole_or_absent, write_whole
 from fieldmark.inference.predictor import Prediction, Predictor
 
 Form = Literal["short", "long", "leaderboard"]
@@ -125,7 +126,7 @@ def _describe_doubt(prediction: Prediction) -> list[str]:
 def save_prior(path: Path, prior: Mapping[str, dict[str, float]]) -> None:
     """Write beside a prediction file that its answers were corrected, and for which class shares."""
     text = json.dumps({"method": "expectation-maximization", "shares": prior}, indent=2) + "\n"
-    whole_or_absent(path.with_name(f"{path.name}.prior.json"), lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(path.with_name(f"{path.name}.prior.json"), text)
 
 
 def save_predictions(
@@ -190,9 +191,9 @@ def check_sample(names: Sequence[str], sample: Path) -> None:
     if missing or extra:
         parts = [f"{len(wanted)} ids are wanted, {len(names)} photos are there"]
         if missing:
-            parts.append(f"without a photo: {_some(missing)}")
+            parts.append(f"without a photo: {quote(sorted(missing))}")
         if extra:
-            parts.append(f"not in the sample: {_some(extra)}")
+            parts.append(f"not in the sample: {quote(sorted(extra))}")
         raise PredictionError(f"the photos do not match {sample}: {'; '.join(parts)}")
     for row, (name, want) in enumerate(zip(names, wanted, strict=True), start=1):
         if name != want:
@@ -223,11 +224,6 @@ def _sample_names(sample: Path) -> list[str]:
         twice = next(name for number, name in enumerate(names) if name in names[:number])
         raise PredictionError(f"the sample submission {sample} holds the id {twice!r} twice")
     return names
-
-
-def _some(names: set[str]) -> str:
-    shown = ", ".join(repr(name) for name in sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[str]], *, zipped: bool) -> None:
@@ -396,4 +392,4 @@ def load_part(path: Path, predictor: Predictor) -> Iterator[Prediction]:
             f"{path} is not there though it was made: let all machines share the folder of --out, and call again"
         ) from None
     except (OSError, pa.ArrowException) as error:
-        raise PredictionError(f"{path} cannot be read: {str(error).splitlines()[0]}. Remove it and go on") from None
+        raise PredictionError(f"{path} cannot be read: {first_line(error)}. Remove it and go on") from None

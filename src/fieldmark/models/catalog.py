@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from fieldmark.errors import ConfigError, WeightsError, did_you_mean
+from fieldmark.errors import ConfigError, WeightsError, did_you_mean, first_line
 
+# The report's seven backbones: short alias -> timm architecture and the tag of its weights.
 ALIASES: dict[str, str] = {
     "resnet50": "resnet50.fb_swsl_ig1b_ft_in1k",
     "resnext50": "resnext50_32x4d.fb_swsl_ig1b_ft_in1k",
@@ -21,17 +22,11 @@ ALIASES: dict[str, str] = {
     "seresnext50": "seresnext50_32x4d.racm_in1k",
     "seresnext101": "seresnextaa101d_32x8d.sw_in12k_ft_in1k_288",
 }
-"""The report's seven backbones: short alias -> timm architecture and the tag of its weights."""
-
+# Typing errors of the report, and what they stand for.
 _MISSPELT = {"fb_sws_l": "fb_swsl", "fb_sswl": "fb_swsl", "seresnexta101d": "seresnextaa101d"}
-"""Typing errors of the report, and what they stand for."""
-
-TIMEOUT_SECONDS = 5.0
-"""How long the hub may take to answer whether a file is there."""
-
+TIMEOUT_SECONDS = 5.0  # for the hub to answer whether a file is there
+# Names under which timm looks for weights on the hub, in its order.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""File names under which timm looks for weights on the hub, in its order."""
-
 WAYS_OUT = (
     "Give model.weights a .safetensors or .pth file, or a folder with config.json and model.safetensors; "
     "or an installed package (model.weights=package:efficientnet-lite0 with model.name=tf_efficientnet_lite0); "
@@ -253,10 +248,8 @@ def fetch(repository: str, file_names: Sequence[str], *, download: bool = True) 
                 continue
             return Path(hub.hf_hub_download(repository, file_name, revision=revision) if download else file_name)
     except Exception as error:  # the client raises its HTTP library's errors, and that library changes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(
-            f"model.weights: {repository} cannot be fetched from the hub: {reason.rstrip('.')}. {WAYS_OUT}"
-        ) from None
+        problem = f"{repository} cannot be fetched from the hub: {first_line(error).rstrip('.')}"
+        raise WeightsError(f"model.weights: {problem}. {WAYS_OUT}") from None
     raise WeightsError(f"model.weights: {repository} on the hub has none of {', '.join(file_names)}. {WAYS_OUT}")
 
 

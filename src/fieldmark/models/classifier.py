@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fieldmark.errors import ConfigError
+from fieldmark.errors import ConfigError, first_line
 from fieldmark.models.catalog import check_name, fetch, hub_repository
 
 
@@ -198,12 +198,12 @@ def check_parameter_budget(counts: Sequence[tuple[str, int]], *, max_millions: f
     )
 
 
+# timm's modules whose transformers take images of other sizes, the first of any multiple of their patch, and how.
 _SIZE_OPTIONS: dict[tuple[str, ...], dict[str, Any]] = {
     # Position embeddings, or masks of windows, are made anew where the size differs, and only there.
     ("vision_transformer", "deit", "eva"): {"dynamic_img_size": True},
     ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"): {"strict_img_size": False},
 }
-"""timm's modules whose transformers take images of other sizes, the first of any multiple of their patch, and how."""
 
 
 def require_size(name: str, size: int) -> None:
@@ -219,7 +219,7 @@ def require_size(name: str, size: int) -> None:
 def _refuse_size(name: str, backbone: nn.Module, size: int, error: Exception) -> ConfigError:
     own = cast(Any, backbone).pretrained_cfg["input_size"][-1]
     others = ", or of other multiples of its patch" if getattr(backbone, "dynamic_img_size", False) else ""
-    reason = str(error).partition("\n")[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     return ConfigError(
         f"model.name: {name} takes images of {own} pixels{others}; got {size} ({reason}). "
         f"Set augment.size={own} and eval.size={own} without train.resolution_steps, or choose another model"

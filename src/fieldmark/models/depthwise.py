@@ -30,8 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from fieldmark.augment.kernels import compiled
 
-WIDEST_GOOD_KERNEL = 3
-"""oneDNN's gradients of the weights are good up to this side."""
+WIDEST_GOOD_KERNEL = 3  # oneDNN's gradients of the weights are good up to this side
 
 
 class DepthwiseGradients(TorchFunctionMode):

@@ -17,26 +17,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fieldmark.errors import WeightsError
+from fieldmark.errors import WeightsError, first_line
 from fieldmark.models import catalog
 from fieldmark.models.catalog import InputConfig, describe_pretraining
 from fieldmark.models.classifier import Classifier
 
-MIN_MATCHED_FRACTION = 0.5
-"""Of the backbone's tensors; below it, the weights are those of another model."""
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-"""File name endings that are read: the first as safetensors, the others as torch files."""
-
+MIN_MATCHED_FRACTION = 0.5  # of the backbone's tensors; below it, the weights are those of another model
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # the first is read as safetensors, the others by torch
+# Keys of training checkpoints that hold the weights, the average first, as in timm.
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Keys of training checkpoints that hold the weights, the average first, as in timm."""
-
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _COUNTER = "num_batches_tracked"
 _SPECIES_SETS = ("iNaturalist", "TreeOfLife")
 _WEB_SETS = ("Instagram", "YFCC", "JFT", "LAION", "WebLI", "OpenAI", "DataComp", "DFN", "MetaCLIP", "web")
-_NON_COMMERCIAL = re.compile(r"(?<![a-z])nc(?![a-z])|non-?commercial|amlr|research|seer|mobileone", re.IGNORECASE)
+NON_COMMERCIAL = re.compile(r"(?<![a-z])nc(?![a-z])|non-?commercial|amlr|research|seer|mobileone", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class WeightsReport:
             return []
         name = self.name if self.source == "pretrained" else self.source
         found: list[str] = []
-        if _NON_COMMERCIAL.search(self.licence):
+        if NON_COMMERCIAL.search(self.licence):
             found.append(
                 f"{name}: licence {self.licence} forbids or limits commercial use of the weights and what you train"
             )
@@ -336,8 +331,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             "for a .safetensors file"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"model.weights: {path.name} is not a whole torch file ({reason})") from None
+        raise WeightsError(f"model.weights: {path.name} is not a whole torch file ({first_line(error)})") from None
     if not isinstance(content, Mapping):
         return {}
     items = cast("Mapping[Any, Any]", content)

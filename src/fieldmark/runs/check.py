@@ -31,8 +31,7 @@ from fieldmark.runs.environment import usable_cores
 PHOTOS_PREPARED = 32
 PHOTOS_TRAINED = 8
 SECONDS_MEASURED = 2.0
-BYTES_PER_PARAMETER = 16
-"""Weight, gradient and AdamW's two averages, in 32 bit."""
+BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two averages, in 32 bit
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fieldmark.errors import MissingExtraError, ResourceError
+from fieldmark.errors import ResourceError, needs_extra
 
 PACKAGES = ("fieldmark", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "simplejpeg",
             "opencv-python-headless", "numba", "scikit-learn", "scipy", "pyarrow", "pydantic", "typer")  # fmt: skip
@@ -115,13 +115,10 @@ def _git_commit() -> str | None:
 def open_cluster(address: str) -> tuple[Any, bool]:
     """Join the Ray cluster at an address such as `auto` or `ray://host:10001`, or with "" start one on this machine.
 
-    Returns:
-        Ray itself; and whether this call joined, so that the caller should leave at the end.
+    Gives Ray itself, and whether this call joined, so that the caller should leave at the end.
     """
-    try:
+    with needs_extra("ray", "ray"):
         import ray
-    except ImportError:
-        raise MissingExtraError("ray", "ray") from None
     if ray.is_initialized():
         return ray, False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its usage to its makers

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from fieldmark.config import Config, load_config
 from fieldmark.errors import RunError
-from fieldmark.files import read_values, whole_or_absent
+from fieldmark.files import Positive, read_values, whole_or_absent, write_whole
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
@@ -49,7 +49,6 @@ MEMBERS = "members"
 # What the JSON files hold, as far as anybody reads it. Names of files and classes need not be valid UTF-8, which
 # pydantic asks of a `str`. A key that is missing is reported by whoever needs it: ensembles and old runs lack some.
 _Name = InstanceOf[str]
-_Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class _Model(TypedDict, total=False):
@@ -84,7 +83,7 @@ class _Summary(TypedDict, total=False):
 
 class _Member(TypedDict):
     folder: _Name
-    temperature: _Positive
+    temperature: Positive
 
 
 class _Ensemble(TypedDict, total=False):
@@ -271,7 +270,7 @@ class RunResults(Run):
         if split == "val" and epochs.is_file():
             predicted = read_epochs(epochs)
             if predicted.shape[1] != len(order):
-                raise RunError(f"{epochs} holds predictions of shape {predicted.shape}, not of {len(order)} photos")
+                raise RunError(f"{epochs} holds predictions of {predicted.shape[1]} photos, not of {len(order)}")
             self.epoch_predictions = predicted[:, order].astype(np.int64)
 
     @property
@@ -322,8 +321,7 @@ def _read_json(path: Path, kind: Any) -> Any:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON that a person can read, whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=True) + "\n"
-    whole_or_absent(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=True) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -384,8 +382,7 @@ def read_epochs(path: Path) -> NDArray[np.integer[Any]]:
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Find the finished runs among `paths` and, where a path is a sweep or another folder of runs, right under it.
 
-    Raises:
-        RunError: A path is neither a run folder nor holds one, or a run that was named is not finished.
+    A path that is neither a run folder nor holds one, or that names a run that is not finished, is a RunError.
     """
     found: list[Path] = []
     for path in map(Path, paths):

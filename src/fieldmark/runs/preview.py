@@ -24,7 +24,7 @@ from fieldmark.config import Config
 from fieldmark.data.decode import read_size
 from fieldmark.data.index import PhotoIndex
 from fieldmark.errors import DataError, PhotoError, TrainingError
-from fieldmark.files import whole_or_absent
+from fieldmark.files import write_whole
 from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.check import LintInput, lint_recipe
@@ -58,7 +58,7 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
         num_train = round(len(numbers) * (1 - config.data.val_fraction - config.data.test_fraction))
     given = LintInput.of(config, index, sizes, num_train=num_train, num_val=num_val)
     figure = draw_preview(given, index, sizes)
-    whole_or_absent(out, lambda part: part.write_bytes(plots.figure_png(figure, dpi=110)))
+    write_whole(out, plots.figure_png(figure, dpi=110))
     return lint_recipe(given)
 
 
@@ -117,14 +117,7 @@ def _draw_row(
     part: SubFigure, title: str, photos: list[NDArray[np.uint8]], captions: list[str], *, rows: int = 1
 ) -> None:
     part.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
-    grid = part.subplots(rows, SHOWN, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    columns = len(photos) // rows
-    for number, (pixels, caption) in enumerate(zip(photos, captions, strict=True)):
-        axes = grid[number // columns, number % columns]
-        axes.set_axis_on()
-        plots.draw_photo(axes, pixels, caption)
+    plots.fill_grid(part.subplots(rows, SHOWN, squeeze=False), len(photos) // rows, photos, captions)
 
 
 def _draw_mixed(
@@ -316,4 +309,4 @@ def save_sweep(sweep: LrSweep, path: Path) -> None:
     axes.set_xlabel("learning rate of the head")
     axes.set_ylabel("loss (nats)")
     axes.legend(frameon=False)
-    whole_or_absent(path, lambda part: part.write_bytes(plots.figure_png(figure)))
+    write_whole(path, plots.figure_png(figure))

@@ -214,12 +214,9 @@ def open_session(
             _run_together(fabric, lambda: None)
             progress = Quiet()
 
-        def load_photos() -> Dataset:
-            if start == "resumed":
-                return _reload_dataset(config, path, data, progress)
-            return prepare_dataset(config.data, progress=progress)
-
-        dataset = _run_together(fabric, load_photos)
+        load = partial(prepare_dataset, config.data)
+        load = load if start != "resumed" else partial(_reload_dataset, config, path, data)
+        dataset = _run_together(fabric, lambda: load(progress=progress))
         built = _run_together(fabric, lambda: build.build_model(config, num_classes=len(dataset.index.classes)))
         session, workers, cache_note = assemble(
             config, path, fabric, dataset, built, select=config.train.select, progress=progress
@@ -270,7 +267,7 @@ def _run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]  # without a problem it is what `work` gave
 
 
-def _reload_dataset(config: Config, path: Path, data: Path | None, progress: Progress) -> Dataset:
+def _reload_dataset(config: Config, path: Path, data: Path | None, *, progress: Progress) -> Dataset:
     """Take the very photos of a run's own table, from where they are now."""
     run = folder.Run(path)
     index = run.split if data is None else replace(run.split, root=data)

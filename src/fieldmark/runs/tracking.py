@@ -13,8 +13,7 @@ from typing import Any
 from fieldmark.errors import MissingExtraError, ResourceError
 from fieldmark.runs.folder import flatten as flatten_by
 
-Log = Callable[[Mapping[str, float], int], object]
-"""Takes the values of an epoch, and its number."""
+Log = Callable[[Mapping[str, float], int], object]  # takes the values of an epoch, and its number
 
 
 def require_trackers(names: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fieldmark.config import Config
+from fieldmark.data.folders import quote
 from fieldmark.errors import InterruptedRunError, NonFiniteError, ReportedElsewhereError, RunError, TrainingError
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
@@ -288,20 +289,8 @@ def _write_summary(session: Session, state: TrainState) -> None:
         scores, total = metrics.summarize(stored.probabilities, stored.labels, run.prior), len(stored.labels)
         interval = metrics.wilson_interval(round(scores["top1"] * total), total)
         summary["val"] = {**scores, "top1_interval": list(interval)}
-    finding = compare_with_probe(history.rows, metric=train.metric, select=train.select)
+    finding = metrics.compare_with_probe(history.rows, metric=train.metric, select=train.select)
     session.writer.write_summary(summary | ({"probe": finding} if finding else {}))
-
-
-def compare_with_probe(rows: Sequence[Mapping[str, Any]], *, metric: str, select: str) -> dict[str, Any] | None:
-    """Find whether the probe beats every epoch of fine-tuning; None where it does not, or one of them is missing."""
-    probe = next((row["val"].get(metric) for row in rows if row["is_probe"]), None)
-    values = [row["val"][metric] for row in rows if not row["is_probe"] and metric in row["val"]]
-    if probe is None or not values:
-        return None
-    best = min(values) if metric in metrics.LOWER_IS_BETTER else max(values)
-    if not metrics.is_better(metric, probe, best):
-        return None
-    return {"value": probe, "best_fine_tuned": best, "is_kept": select == "best"}
 
 
 def _raise_interrupted(session: Session, state: TrainState, stop: StopRequest) -> NoReturn:
@@ -316,8 +305,7 @@ def _raise_interrupted(session: Session, state: TrainState, stop: StopRequest) -
 def _with_photo_names(session: Session, state: TrainState, error: NonFiniteError) -> TrainingError:
     """The same error, with the names of the photos."""
     names = [session.dataset.index.photos[number].path for number in error.numbers]
-    shown = ", ".join(repr(name) for name in names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
-    photos = f" The photos of that update: {shown}." if names else ""
+    photos = f" The photos of that update: {quote(names, 40)}." if names else ""
     return TrainingError(
         f"{error}.{photos} Learning rate {state.lr:g}. The last good weights are kept in {session.writer.path}. "
         "Lower optim.lr, set optim.clip_norm=1, or train with train.precision=32-true"

@@ -5,8 +5,6 @@ Shape letters: N photos, M photos of validation, K classes.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -22,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fieldmark.data.index import save_split_table
-from fieldmark.errors import ResourceError, RunError
-from fieldmark.files import exclusive_lock, remove_dead_parts, whole_or_absent
+from fieldmark.data.tables import write_csv
+from fieldmark.errors import ResourceError, RunError, first_line
+from fieldmark.files import exclusive_lock, remove_dead_parts, whole_or_absent, write_whole
 from fieldmark.runs import folder
 from fieldmark.runs.dataset import Dataset
 from fieldmark.runs.environment import describe_environment
@@ -137,10 +136,8 @@ class RunWriter:
         folder.write_json(path / folder.DATA, data)
         folder.write_json(path / folder.ENVIRONMENT, describe_environment())
         if dataset.broken:
-            table = io.StringIO(newline="")
-            csv.writer(table).writerows([("path", "reason"), *dataset.broken])
-            _write_text(path / folder.BROKEN, table.getvalue())
-        _write_text(path / folder.RECIPE, recipe)
+            write_csv(path / folder.BROKEN, ("path", "reason"), dataset.broken)
+        write_whole(path / folder.RECIPE, recipe)
 
     def remove_metrics(self) -> None:
         """Remove the epochs of a run that begins again."""
@@ -208,13 +205,13 @@ class RunWriter:
             best, rows, seconds = Best(**saved["best"]), json.loads(saved["history"]), float(saved["seconds"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise RunError(
-                f"{path} does not belong to this run: {(str(error).splitlines() or [type(error).__name__])[0]}. "
+                f"{path} does not belong to this run: {first_line(error)}. "
                 "Delete it, and `fieldmark train --resume` trains the run again from its beginning, to the same result"
             ) from error
         state.schedule.go_to(state.step)
         self.history = History(best, rows, seconds_before=seconds)
         if fabric.is_global_zero:
-            _write_text(self.path / folder.METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(self.path / folder.METRICS, "".join(json.dumps(row) + "\n" for row in rows))
             if (self.path / folder.EPOCHS).is_file():
                 self.history.val_by_epoch = list(folder.read_epochs(self.path / folder.EPOCHS)[: len(rows)])
 
@@ -255,11 +252,6 @@ def _continuable(path: Path) -> Generator[None]:
     except OSError as error:
         reason = f"{error.filename or path} could not be written: {error.strerror}"
         raise ResourceError(f"{reason}. Fix that, then continue with: fieldmark train --resume {path}") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    data = text.encode("utf-8", "surrogateescape")
-    whole_or_absent(path, lambda part: part.write_bytes(data))
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -57,17 +57,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may send requests.
+    """Who may send requests."""
 
-    Attributes:
-        hosts: Names that the server is addressed by, besides those of this machine and all addresses in numbers.
-        api_key: Expected in the header X-API-Key or as a bearer token; None lets everybody in.
-        cors_origins: Other sites whose pages may ask, such as "https://birds.example"; "*" is all of them.
-    """
-
-    hosts: tuple[str, ...] = ()
-    api_key: str | None = None
-    cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()  # names of the server besides those of this machine and all addresses in numbers
+    api_key: str | None = None  # expected in the header X-API-Key or as a bearer token; None lets everybody in
+    cors_origins: tuple[str, ...] = ()  # sites whose pages may ask, such as "https://birds.example"; "*" is all
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():

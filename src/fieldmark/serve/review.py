@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -19,10 +20,8 @@ from fieldmark.data.tables import read_table, write_csv
 from fieldmark.errors import DataError, FieldmarkError, PhotoError
 from fieldmark.inference.triage import (
     AttentionMaps,
-    ConfusedPair,
     HeldOut,
     confused_pairs,
-    highest_losses,
     join_held_out,
     label_suspects,
     near_duplicates,
@@ -136,9 +135,9 @@ class ReviewViews:
         self.number_of = {photo.path: number for number, photo in enumerate(index.photos)}
         self._row_of = {path: row for row, path in enumerate(held_out.paths)}
         self._guesses, self._losses = held_out.guesses, held_out.losses
-        self.pairs: list[ConfusedPair] = confused_pairs(held_out)
+        self.pairs = confused_pairs(held_out)
         self._suspects = self._numbers(label_suspects(held_out))
-        self._highest = self._numbers(highest_losses(held_out))
+        self._highest = self._numbers(np.argsort(-held_out.losses, kind="stable"))
         self._duplicates: list[tuple[int, int, int]] = []
         self._duplicates_state = "searching"
         self._by_class: dict[str | None, list[int]] = defaultdict(list)
@@ -160,8 +159,8 @@ class ReviewViews:
             "suspects": len(self._suspects),
             "losses": len(self._highest),
             "pairs": [
-                {"first": self.classes[pair.first], "second": self.classes[pair.second], "photos": len(pair.places)}
-                for pair in self.pairs[:200]
+                {"first": self.classes[first], "second": self.classes[second], "photos": len(rows)}
+                for first, second, rows in self.pairs[:200]
             ],
             "duplicates": len(self._duplicates),
             "duplicates_state": self._duplicates_state,
@@ -211,7 +210,7 @@ class ReviewViews:
         if view == "marked":
             return self._present(reversed(self.corrections.paths()))
         if view == "pair" and 0 <= which < len(self.pairs):
-            return self._numbers(self.pairs[which].places)
+            return self._numbers(self.pairs[which][2])
         if view == "class" and 0 <= which < len(self.classes):
             return self._by_class[self.classes[which]]
         raise DataError(f"there is no view {view!r} number {which}")

@@ -75,16 +75,10 @@ def make_application(
 ) -> Any:
     """The app as what `ray.serve.run` takes, for a cluster that has Serve already.
 
-    Each replica has cores, GPUs, a model, batches and limits of its own, and restarts by itself when it dies.
-
-    Args:
-        open_app: Called on a replica with the number of its cores; importable there, or a `functools.partial`.
-        replicas: How many.
-        cpus: Of each.
-        gpus: Of each.
-        max_requests: That a replica takes at once, and that wait in front of all. No fewer than the photos that it
-            holds: the app refuses by itself, with Retry-After.
-        drain_seconds: Longest time that requests in hand may take at the end.
+    Each replica has cores, GPUs, a model, batches and limits of its own, and restarts by itself when it dies. There,
+    `open_app` (importable, or a `functools.partial`) is called with the number of its cores. A replica takes
+    `max_requests` at once, and as many wait in front of all: no fewer than the photos that it holds, as the app refuses
+    by itself, with Retry-After. At the end those in hand may take `drain_seconds`.
     """
     serve = _import_serve()
 

@@ -305,6 +305,8 @@ class ServedModel:
         self.fallback = self._predictor.fallback
         self.examples: list[bytes] = []  # photos that the page may offer to try, as JPEG
         self._maps: AttentionMaps | None = None
+        self.has_attention = False  # whether `attention` can be asked
+        self.probabilities = self._predictor.probabilities  # (B, 3, S, S) -> (B, K), calibrated where the model was
         self.name = path.resolve().name  # never a path
         if (path / FILE).is_file():
             metadata = ModelMetadata.load(path)
@@ -317,19 +319,11 @@ class ServedModel:
         self.examples = _examples(run)
         if not run.is_ensemble:
             self._maps = AttentionMaps(run.load_model())
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether `attention` can be asked."""
-        return self._maps is not None and self._maps.is_available
+            self.has_attention = self._maps.is_available
 
     def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
         """Decode one photo; raises PhotoError."""
         return prepare_photo(data, DecodeSpec(self._predictor.decoding.background, max_pixels), self._predictor.spec)
-
-    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, 3, S, S) -> (B, K), calibrated where the model was."""
-        return self._predictor.probabilities(images)
 
     def attention(self, picture: NDArray[np.float32], class_number: int) -> NDArray[np.float32]:
         """(28, 28) in [0, 1]: where the model looked for a class."""

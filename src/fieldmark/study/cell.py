@@ -22,6 +22,7 @@ from fieldmark.config import Config, load_config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_json_lines, run_status, write_json
+from fieldmark.training.metrics import best_value
 
 BOOKS = ".sweep"  # folder inside a sweep's for job files, logs, locks and outcomes
 # Keys that change how fast a run is, or how it is described, but not what it learns.
@@ -29,8 +30,7 @@ NO_EFFECT = {"description", "loader.workers", "cache.folder", "cache.disk_gigaby
              "train.save_minutes", "train.trackers"}  # fmt: skip
 SECONDS_TO_WAIT = 3600.0
 
-State = Literal["waiting", "running", "finished", "stopped", "failed", "interrupted"]
-"""How far a cell is; successive halving stops."""
+State = Literal["waiting", "running", "finished", "stopped", "failed", "interrupted"]  # successive halving stops
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,6 @@ def load_drawn(sweep: Path, name: str, keys: Iterable[str]) -> dict[str, Any] | 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of the epochs that a run folder reports."""
     return read_json_lines(path / METRICS) if (path / METRICS).is_file() else []
-
-
-def best_value(rows: Iterable[Mapping[str, Any]], metric: str) -> float | None:
-    """Best value of a metric on the validation photos, negated where lower is better; None without any."""
-    from fieldmark.training.metrics import LOWER_IS_BETTER
-
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    return max((sign * row["val"][metric] for row in rows if metric in (row.get("val") or {})), default=None)
 
 
 def settled_state(out: Path, cell: Cell) -> Literal["finished", "stopped"] | None:

@@ -78,6 +78,7 @@ _FLOOR = (
 _CLEAN = "On the batches that were not mixed, with augmentation, while training."
 _RATE = Curves("lr", "Learning rate", "After the last update of each epoch.", "learning rate of the head", False,
                {"head": "lr"})  # fmt: skip
+# The charts of several variants, with one line for each.
 OF_SEVERAL = (
     Curves("val-top1", "Validation accuracy", _BAND, "top-1 accuracy", True, {"": "val.top1"}),
     Curves("train-loss", "Training loss", f"{_FLOOR} {_BAND}", "cross-entropy in nats", False, {"": "train_loss"}),
@@ -87,7 +88,6 @@ OF_SEVERAL = (
            True, {"": "train_top1_mixed"}),
     _RATE,
 )  # fmt: skip
-"""The charts of several variants, with one line for each."""
 
 
 def curves_of_one(histories: Sequence[History]) -> list[Curves]:

@@ -16,7 +16,6 @@ import numpy as np
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, find_runs
-from fieldmark.study.cell import best_value
 from fieldmark.study.statistics import (
     Difference,
     Interval,
@@ -32,6 +31,7 @@ from fieldmark.study.statistics import (
     widen_to_wilson,
 )
 from fieldmark.study.variants import Group, Replicate, check_same_photos, group_runs, join_folds, name_against
+from fieldmark.training.metrics import compare_with_probe
 
 Metric = Literal["top1", "macro_recall", "prior_top1", "log_loss"]
 
@@ -341,11 +341,11 @@ def _notes(variants: Sequence[Variant]) -> tuple[str, ...]:
 def _probe_note(run: RunResults) -> str:
     """A sentence where the probe (the head alone, backbone frozen) scored higher than all fine-tuning; else ""."""
     metric = run.config.train.metric
-    probe = best_value((row for row in run.metrics if row.get("is_probe")), metric)
-    tuned = best_value((row for row in run.metrics if not row.get("is_probe")), metric)
-    if probe is None or tuned is None or probe <= tuned:
+    found = compare_with_probe(run.metrics, metric=metric, select=run.config.train.select)
+    if not found:
         return ""
     return (
-        f"{run.name}: the probe (the head alone, before fine-tuning) reached {metric} {abs(probe):.3f}, and no epoch "
-        f"of fine-tuning more than {abs(tuned):.3f}. Fine-tuning did not help: try a lower optim.lr."
+        f"{run.name}: the probe (the head alone, before fine-tuning) reached {metric} {found['value']:.3f}, and no "
+        f"epoch of fine-tuning more than {found['best_fine_tuned']:.3f}. "
+        "Fine-tuning did not help: try a lower optim.lr."
     )

@@ -17,7 +17,8 @@ from fieldmark.config import Section, apply_overrides, load_config, parse_config
 from fieldmark.errors import ConfigError, needs_extra
 from fieldmark.overrides import parse_value
 from fieldmark.runs.folder import flatten, format_value
-from fieldmark.study.cell import Cell, best_value, load_drawn, read_rows, settled_state
+from fieldmark.study.cell import Cell, load_drawn, read_rows, settled_state
+from fieldmark.training.metrics import best_value
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -29,20 +30,11 @@ SHIPPED = resources.files("fieldmark") / "study" / "grids"
 class Range(Section):
     """A distribution to draw a setting's value from."""
 
-    choices: tuple[Any, ...] = ()
-    """Values to choose from; then `low` and `high` are not given."""
-
-    low: float | None = None
-    """Smallest value."""
-
-    high: float | None = None
-    """Largest value."""
-
-    log: bool = False
-    """Draw evenly on a logarithmic scale."""
-
-    integer: bool = False
-    """Draw whole numbers."""
+    choices: tuple[Any, ...] = ()  # values to choose from; then `low` and `high` are not given
+    low: float | None = None  # smallest value
+    high: float | None = None  # largest value
+    log: bool = False  # draw evenly on a logarithmic scale
+    integer: bool = False  # draw whole numbers
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -80,55 +72,34 @@ def choice(*values: Any) -> Range:
 class Search(Section):
     """Settings drawn one after another instead of listed."""
 
+    # `random`, or the tree-structured Parzen estimator, which learns from the trials before (arXiv:2304.11127).
     method: Literal["random", "bayesian"] = "bayesian"
-    """`random`, or the tree-structured Parzen estimator, which learns from the trials before (arXiv:2304.11127)."""
-
-    trials: PositiveInt
-    """How many combinations to try."""
-
-    seed: NonNegativeInt = 0
-    """Seed of the draws."""
-
-    space: dict[str, Range]
-    """Dotted key to distribution."""
+    trials: PositiveInt  # how many combinations to try
+    seed: NonNegativeInt = 0  # seed of the draws
+    space: dict[str, Range]  # dotted key to distribution
 
 
 class Halving(Section):
     """Stop poor cells early: asynchronous successive halving in its stopping form (ASHA, arXiv:1810.05934)."""
 
-    min_epochs: PositiveInt = 1
-    """No cell is stopped before; the first rung."""
-
+    min_epochs: PositiveInt = 1  # no cell is stopped before; the first rung
+    # Each rung is this many times later than the one before, and keeps the best one in so many.
     factor: Annotated[int, Field(ge=2)] = 3
-    """Each rung is this many times later than the one before, and keeps the best one in so many."""
 
 
 class Grid(Section):
     """A sweep's file: a base recipe and one of `grid`, `cells` and `search`."""
 
-    description: str = ""
-    """What the sweep is to find out."""
-
+    description: str = ""  # what the sweep is to find out
+    # Name of a shipped recipe or path of a TOML file, relative to the grid's; none is the defaults.
     recipe: str | None = None
-    """Name of a shipped recipe or path of a TOML file, relative to the grid's; none is the defaults."""
-
-    seeds: tuple[NonNegativeInt, ...] = (0,)
-    """Every combination is trained once with each of these as `train.seed`."""
-
-    set: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """Settings over the recipe's, for all cells."""
-
-    grid: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """Dotted key to list of values; all combinations."""
-
+    seeds: tuple[NonNegativeInt, ...] = (0,)  # every combination is trained once with each of these as `train.seed`
+    set: dict[str, Any] = Field(default_factory=dict[str, Any])  # settings over the recipe's, for all cells
+    grid: dict[str, Any] = Field(default_factory=dict[str, Any])  # dotted key to list of values; all combinations
+    # Combinations one by one: dotted key to value, and `name` if the cell is to have one.
     cells: tuple[dict[str, Any], ...] = ()
-    """Combinations one by one: dotted key to value, and `name` if the cell is to have one."""
-
-    search: Search | None = None
-    """Combinations drawn from distributions."""
-
-    halving: Halving | None = None
-    """Stop poor cells early."""
+    search: Search | None = None  # combinations drawn from distributions
+    halving: Halving | None = None  # stop poor cells early
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark.config import Config
-from fieldmark.errors import ConfigError, ResourceError
+from fieldmark.errors import ConfigError, ResourceError, first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster
 from fieldmark.study.cell import (
@@ -386,7 +386,7 @@ class RayCells:
                     self._ray.get(reference)
                     ended[name] = ""
                 except self._ray.exceptions.RayError as error:
-                    ended[name] = f"its worker was lost {MAX_RETRIES + 1} times: {str(error).splitlines()[0]}"
+                    ended[name] = f"its worker was lost {MAX_RETRIES + 1} times: {first_line(error)}"
         return ended
 
     def stop(self) -> None:

@@ -153,8 +153,7 @@ def average_weights(members: Sequence[Weights]) -> dict[str, Tensor]:
 def greedy_soup(members: Sequence[Weights], score: Callable[[Weights], float]) -> tuple[list[int], dict[str, Tensor]]:
     """Add members, best first, for as long as the average's score (larger is better) does not get worse.
 
-    Returns:
-        Indices of the members that stayed, best first, and their average.
+    Gives the indices of the members that stayed, best first, and their average.
 
     Source:
         Wortsman et al., "Model soups", arXiv:2203.05482, recipe 1.

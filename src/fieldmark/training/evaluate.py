@@ -123,8 +123,7 @@ def compute_features(
 ) -> tuple[Tensor, Tensor]:
     """Compute the pooled features of photos on all processes, so that each can fit the same head to them.
 
-    Returns:
-        (N, F) float32 and the photos' numbers (N,) int64, both on the CPU, by rising number.
+    Gives (N, F) float32 and the photos' numbers (N,) int64, both on the CPU, by rising number.
     """
     model.eval()
     found = predict_batches(fabric, model.features, batches, flips=False, channels_last=channels_last)

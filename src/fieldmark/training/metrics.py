@@ -7,6 +7,7 @@ Shape letters: N photos, K classes. `probabilities` is (N, K) with rows summing 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -36,6 +37,21 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     if best is None or not math.isfinite(value):
         return math.isfinite(value)
     return value < best if metric in LOWER_IS_BETTER else value > best
+
+
+def best_value(rows: Iterable[Mapping[str, Any]], metric: str) -> float | None:
+    """Best validation value among rows of metrics.jsonl, negated where lower is better; None without any."""
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    return max((sign * row["val"][metric] for row in rows if metric in (row.get("val") or {})), default=None)
+
+
+def compare_with_probe(rows: Sequence[Mapping[str, Any]], *, metric: str, select: str) -> dict[str, Any] | None:
+    """Find whether the probe beats every epoch of fine-tuning; None where it does not, or one of them is missing."""
+    probe = best_value((row for row in rows if row.get("is_probe")), metric)
+    tuned = best_value((row for row in rows if not row.get("is_probe")), metric)
+    if probe is None or tuned is None or not probe > tuned:
+        return None
+    return {"value": abs(probe), "best_fine_tuned": abs(tuned), "is_kept": select == "best"}
 
 
 def top_k(probabilities: Floats, labels: Ints, *, k: int) -> float:

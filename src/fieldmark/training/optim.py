@@ -13,9 +13,7 @@ from torch.optim import Optimizer
 
 from fieldmark.errors import ConfigError, did_you_mean
 
-_NOT_OURS = ("adahessian", "bnb", "fused")
-"""timm's optimizers that need second derivatives in the loop, or a package for CUDA."""
-
+_NOT_OURS = ("adahessian", "bnb", "fused")  # they need second derivatives in the loop, or a package for CUDA
 _MOMENTUM = 0.9
 
 

@@ -21,16 +21,11 @@ from typing import Any
 import torch
 
 from fieldmark.errors import ResourceError, TrainingError
-from fieldmark.files import whole_or_absent
+from fieldmark.files import write_whole
 
-TIMEOUT_SECONDS = 120.0
-"""A trial that takes longer says nothing, and is not remembered."""
-
-SIDE = 64
-"""Of the two images, in pixels; architectures of a fixed size get theirs."""
-
-_CORRUPT = 3
-"""Exit code of errors that a damaged heap raises."""
+TIMEOUT_SECONDS = 120.0  # a trial that takes longer says nothing, and is not remembered
+SIDE = 64  # of the two images, in pixels; architectures of a fixed size get theirs
+_CORRUPT = 3  # exit code of errors that a damaged heap raises
 
 
 @dataclass(frozen=True)
@@ -76,10 +71,9 @@ def _survives(model: Mapping[str, Any], computation: Computation, processor: str
         return bool(json.loads(path.read_text(encoding="utf-8"))["survived"])
     survived = try_update(job)
     if survived is not None:
-        text = json.dumps({"survived": survived, **job})
         with suppress(OSError, ResourceError):  # tried again next time
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole_or_absent(path, lambda part: part.write_text(text, encoding="utf-8"))
+            write_whole(path, json.dumps({"survived": survived, **job}))
     return survived is not False
 
 
