@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fieldmark.study.sweep import run_sweep, sweep
 
 # Read once, when torch is loaded. By default threads of a network spin where they meet, which on a core that another
-# program uses too costs four fifths of the speed; asleep, they lose little on a quiet machine (docs/performance.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# program uses too costs four fifths of the speed. A short spin loses little on a quiet machine (docs/performance.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _NAMES = {
     "config": ("Config", "load_config"),

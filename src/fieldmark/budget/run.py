@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fieldmark.budget.candidates import Backbone, Candidate, find_backbones, list_candidates
+from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, find_backbones, list_candidates
 from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
 from fieldmark.budget.race import FEATURES, Course, Entry, best_average, rungs, stratified_order
@@ -48,7 +48,7 @@ from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import EpochReport
 
-FLOOR_SHARE, RACE_SHARE, PROBE_SHARE = 0.15, 0.40, 0.90
+FLOOR_SHARE, RACE_SHARE, PROBE_SHARE = 0.15, 0.40, 0.93
 """Shares of the budget by which the floor stands, the race ends where fine-tuning follows, and where none does."""
 
 TUNE_SHARE = 0.5
@@ -238,6 +238,10 @@ class _Work:
         entry = next(iter(self.entries.values()))
 
         def count_epochs() -> float:
+            # An update takes the time of some three predictions: where those alone do not fit, none is measured.
+            guess = TUNE_SHARE * self.plan.seconds / (3 * entry.seconds_per_photo * len(self.course.order))
+            if guess < LEAST_EPOCHS / 3:
+                return guess
             options = list_options(self.course, entry.candidate, seconds=TUNE_SHARE * self.plan.seconds, depths=1)
             return max(option.epochs for option in options)
 
@@ -255,8 +259,10 @@ class _Work:
         running = list_candidates(self.config, self.backbones)
         counts = rungs(len(course.order), course.num_classes)
         if not plan.decide("compare on a share of the photos", lambda: self._fits_all(running[:2], end)):
-            # Time for one of them: the cheapest backbone at its own size, or else at the floor's.
-            running, counts = [running[0], *(entry.candidate for entry in self.entries.values())], counts[-1:]
+            # Time for one of them: the cheapest backbone at the largest size that fits, down to the floor's.
+            own, floor = running[0], next(iter(self.entries.values())).candidate
+            sizes = range(own.size, floor.size - 1, -SIZE_STEP)
+            running, counts = [replace(own, size=size) for size in sizes], counts[-1:]
         for number, count in enumerate(counts[:-1], start=1):
             share = number / len(counts) * 0.5
             deadline = plan.decide(f"round of {count}", lambda share=share: plan.elapsed + share * (end - plan.elapsed))

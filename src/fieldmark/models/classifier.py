@@ -314,12 +314,16 @@ def fold_batchnorm(model: Classifier, *, size: int) -> Classifier:
 def _fold_children(parent: nn.Module) -> None:
     previous: nn.Module | None = None
     for name, child in parent.named_children():
-        follows = isinstance(previous, nn.Conv2d) and isinstance(child, nn.BatchNorm2d)
-        if follows and previous.out_channels == child.num_features and child.running_mean is not None:
+        if (
+            isinstance(previous, nn.Conv2d)
+            and isinstance(child, nn.BatchNorm2d)
+            and previous.out_channels == child.num_features
+            and child.track_running_stats
+        ):
+            norm = cast(Any, child)  # its tensors may be None, which the function takes
             previous.weight, previous.bias = fuse_conv_bn_weights(
-                previous.weight, previous.bias, child.running_mean, cast(Tensor, child.running_var), child.eps,
-                child.weight, child.bias,
-            )  # fmt: skip
+                previous.weight, previous.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
             setattr(parent, name, getattr(child, "act", None) or nn.Identity())
         else:
             _fold_children(child)
