@@ -56,6 +56,9 @@ TUNE_SHARE = 0.5
 
 SHOWN = 8
 
+SEARCH_SIZE = 1.3e8
+"""Photos x features x classes of a head of which the products take as long as the search around them (measured)."""
+
 MEMBERS = 3
 """The most networks that answer together."""
 
@@ -79,18 +82,25 @@ def describe_plan(config: Config) -> str:
 
 
 def train_within(
-    config: Config, out: str | Path, *, minutes: float, progress: Progress | None = None, clock: Clock = time.monotonic
+    config: Config,
+    out: str | Path,
+    *,
+    minutes: float,
+    spent_seconds: float = 0.0,
+    progress: Progress | None = None,
+    clock: Clock = time.monotonic,
 ) -> Run:
     """Make the best model that fits a time, and write a run folder, which must not exist, or be empty.
 
-    What the settings name explicitly (model, evaluation size, view) is not varied.
+    What the settings name explicitly (model, evaluation size, view) is not varied. `spent_seconds` of the minutes are
+    gone already: those of a program that took time to start.
 
     Raises:
         FieldmarkError: Settings, data, weights or machine do not allow it.
         InterruptedRunError: Ctrl-C or SIGTERM came; the folder holds the best model so far.
     """
     path = Path(out)
-    plan = Plan(path / PLAN, 60 * minutes, clock)
+    plan = Plan(path / PLAN, 60 * minutes, clock, spent_seconds)
     with claim_folder(path, is_new=True), stop_requests() as stop:
         work = _prepare(config, path, plan, progress, stop)
         plan.begin()
@@ -304,7 +314,7 @@ class _Work:
     def _fits_all(self, wanted: Sequence[Candidate], end: float) -> bool:
         """Whether the features of all photos, and heads on them, can be had of these candidates together by `end`."""
         course = self.course
-        fit = max(one.fit_seconds * len(course.order) / len(one.numbers) for one in self.entries.values())
+        fit = max(self._guess_fit(entry) for entry in self.entries.values())
         needed = 0.0
         for candidate in dict.fromkeys(wanted):
             entry = self.entries.get(candidate.key)
@@ -312,6 +322,12 @@ class _Work:
             seconds = entry.seconds_per_photo if entry else self._guess_seconds(candidate)
             needed += missing * seconds + fit
         return self.plan.elapsed + needed < end
+
+    def _guess_fit(self, entry: Entry) -> float:
+        """Seconds of a head on all photos, from one on some: its products grow, and the search around them does not."""
+        num_all, num_features = len(self.course.order), entry.head.weight.shape[1]
+        sizes = [num * min(num, num_features) * self.course.num_classes for num in (num_all, len(entry.numbers))]
+        return entry.fit_seconds * (1 + sizes[0] / SEARCH_SIZE) / (1 + sizes[1] / SEARCH_SIZE)
 
     def _guess_seconds(self, candidate: Candidate) -> float:
         """Seconds per photo of a candidate that was not tried, from those that were."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +26,9 @@ from fieldmark.progress import format_seconds, open_progress
 if TYPE_CHECKING:
     from fieldmark.study.compare import Comparison
     from fieldmark.study.sweep import SweepStatus
+
+STARTED = time.monotonic()
+"""About when the command began: what follows, imports too, is inside of a budget."""
 
 Metric = Annotated[Literal["top1", "macro_recall", "prior_top1", "log_loss"], typer.Option(help="What to compare by.")]
 Split = Annotated[str, typer.Option("--split", help="val or test.")]
@@ -121,7 +125,8 @@ def run_training(
             if minutes is None:
                 minutes = budget.machine_minutes(config)
                 progress.message(f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine")
-            budget.train_within(config, path, minutes=minutes, progress=progress)
+            spent = time.monotonic() - STARTED
+            budget.train_within(config, path, minutes=minutes, spent_seconds=spent, progress=progress)
     if is_main_process():
         run = runs.Run(path)
         result = budget.format_result(run) if has_budget else runs.format_result(run)
