@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from fieldmark.budget.candidates import Candidate
-from fieldmark.budget.heads import Head, fit_head
+from fieldmark.budget.heads import STRENGTHS, Head, fit_head
 from fieldmark.budget.plan import Plan
 from fieldmark.config import Config
 from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches
@@ -127,6 +128,7 @@ class Course:
     val: Numbers  # (M,) validation photos
     models: dict[tuple[str, str], build.BuiltModel] = field(default_factory=dict[tuple[str, str], build.BuiltModel])
     folded: dict[str, Classifier] = field(default_factory=dict[str, Classifier])
+    known_l2: list[float] = field(default_factory=list[float])
     kept: dict[str, Features] = field(default_factory=dict[str, Features])
 
     @property
@@ -178,7 +180,7 @@ class Course:
         if not len(missing):
             return known
         parts = [known.values] if len(known.numbers) else []
-        done, seconds = [known.numbers], known.seconds
+        done, rates = [known.numbers], list[float]()
         self.log.start(len(missing), 0)
         with Loader(workers=0, threads=usable_cores()) as loader:
             prepare = self._extractor(candidate)
@@ -190,10 +192,12 @@ class Course:
                     batch = self._compute(self.load_model(candidate).model, batch)
                 parts.append(batch.images.flatten(1).numpy())
                 done.append(batch.numbers.numpy())
-                seconds += time.perf_counter() - began
+                rates.append((time.perf_counter() - began) / len(chunk))
                 self.log.advance(len(chunk))
                 if self.plan.elapsed > deadline or self.stop:
                     break
+        # The median leaves out what the first pictures of a network pay once.
+        seconds = known.seconds + median(rates) * sum(map(len, done[1:]))
         found = Features(np.concatenate(done), np.concatenate(parts), seconds)
         self._save(candidate, found)
         return found
@@ -233,14 +237,19 @@ class Course:
         return self.score(candidate, wanted[:number])
 
     def score(self, candidate: Candidate, numbers: Numbers) -> Entry:
-        """Fit and cross-validate a head on these training photos."""
+        """Fit and cross-validate a head on these training photos.
+
+        Once a head of this data is known, only strengths near its own are tried.
+        """
         features = self.collect_features(candidate, numbers)
         labels = self.dataset.labels[numbers]
         groups = [self.dataset.index.photos[number].group for number in numbers]
         count = min(MANY_FOLDS if len(numbers) < FEW_PHOTOS else FEW_FOLDS, len(numbers))
         folds = make_folds(labels, groups, folds=count, seed=self.config.train.seed)
         began = time.perf_counter()
-        head = fit_head(features.select(numbers), labels, folds, num_classes=self.num_classes)
+        near = [l2 for l2 in STRENGTHS if not self.known_l2 or 0.1 <= l2 / self.known_l2[-1] * 1.01 <= 11]
+        head = fit_head(features.select(numbers), labels, folds, num_classes=self.num_classes, strengths=tuple(near))
+        self.known_l2.append(head.l2)
         seconds = time.perf_counter() - began
         top1 = float((head.out_of_fold.argmax(1) == labels).mean())
         loss = log_loss(head.out_of_fold, labels)

@@ -48,8 +48,9 @@ from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import EpochReport
 
-FLOOR_SHARE, RACE_SHARE, PROBE_SHARE = 0.15, 0.40, 0.93
-"""Shares of the budget by which the floor stands, the race ends where fine-tuning follows, and where none does."""
+FLOOR_SHARE, FEATURE_SHARE, RACE_SHARE, PROBE_SHARE = 0.15, 0.75, 0.40, 0.93
+"""Shares of the budget by which the floor stands, by which all photos' features of its picture could be had, by which
+the race ends where fine-tuning follows, and by which it ends where none does."""
 
 TUNE_SHARE = 0.5
 """Of the budget, for fine-tuning."""
@@ -207,8 +208,8 @@ class _Work:
         course, plan = self.course, self.plan
         own = list_candidates(self.config, self.backbones[:1])
         seconds = self._time_photos(own[0])  # computed also where the choice is on record: batches must be the same
-        key = plan.decide("floor", lambda: self._choose_floor(own, seconds).key)
-        candidate = next(one for one in own if one.key == key)
+        size = plan.decide("size of the floor", lambda: self._choose_floor(own, seconds))
+        candidate = replace(own[0], size=size)
         least = min(len(course.order), max(2 * course.num_classes, 20))
         course.collect_features(candidate, np.concatenate([course.order[:least], course.val]))
         self._check()
@@ -230,15 +231,18 @@ class _Work:
         self.course.collect_features(candidate, sample)
         return (time.perf_counter() - began) / max(len(sample) - 8, 1)
 
-    def _choose_floor(self, own: Sequence[Candidate], seconds: float) -> Candidate:
-        """The first picture whose features fit the floor's time, by the time of a few photos; else the smallest."""
+    def _choose_floor(self, own: Sequence[Candidate], seconds: float) -> int:
+        """The side of the largest picture, up to its own, that all photos fit into by the time of a few; else the smallest.
+
+        The floor has time for some of them only, and the rest go on from there.
+        """
         course, first = self.course, own[0]
         count = len(course.order) + len(course.val)
-        left = FLOOR_SHARE * self.plan.seconds - self.plan.elapsed
-        sizes = sorted({one.size for one in own if one.size <= first.size}, reverse=True)
+        left = FEATURE_SHARE * self.plan.seconds - self.plan.elapsed
+        smallest = min(one.size for one in own)
+        sizes = range(first.size, smallest, -SIZE_STEP)
         fitting = (size for size in sizes if count * seconds * (size / first.size) ** 2 <= left)
-        chosen = next(fitting, sizes[-1])
-        return next(one for one in own if one.size == chosen)
+        return next(fitting, smallest)
 
     def may_tune(self) -> bool:
         """Measure an update of the cheapest backbone: without time for some epochs, the race has all of it."""
@@ -269,10 +273,10 @@ class _Work:
         running = list_candidates(self.config, self.backbones)
         counts = rungs(len(course.order), course.num_classes)
         if not plan.decide("compare on a share of the photos", lambda: self._fits_all(running[:2], end)):
-            # Time for one of them: the cheapest backbone at the largest size that fits, down to the floor's.
-            own, floor = running[0], next(iter(self.entries.values())).candidate
-            sizes = range(own.size, floor.size - 1, -SIZE_STEP)
-            running, counts = [replace(own, size=size) for size in sizes], counts[-1:]
+            # All photos of the floor's first, then of what else there is time for.
+            floor = next(iter(self.entries.values())).candidate
+            others = [one for one in running if one.backbone != floor.backbone or one.size > floor.size]
+            running, counts = [floor, *others], counts[-1:]
         for number, count in enumerate(counts[:-1], start=1):
             share = number / len(counts) * 0.5
             deadline = plan.decide(f"round of {count}", lambda share=share: plan.elapsed + share * (end - plan.elapsed))
