@@ -232,7 +232,7 @@ class _Work:
         return (time.perf_counter() - began) / max(len(sample) - 8, 1)
 
     def _choose_floor(self, own: Sequence[Candidate], seconds: float) -> int:
-        """The side of the largest picture, up to its own, that all photos fit into by the time of a few; else the smallest.
+        """The largest side, up to the picture's own, that all photos fit into by the time of a few; else the smallest.
 
         The floor has time for some of them only, and the rest go on from there.
         """
