@@ -225,11 +225,11 @@ class _Work:
 
     def _time_photos(self, candidate: Candidate) -> float:
         """Seconds per photo of a few; those before them warm up."""
-        sample = self.course.order[:16]
-        self.course.collect_features(candidate, sample[:8])
+        sample = self.course.order[:64]
+        self.course.collect_features(candidate, sample[:16])
         began = time.perf_counter()
         self.course.collect_features(candidate, sample)
-        return (time.perf_counter() - began) / max(len(sample) - 8, 1)
+        return (time.perf_counter() - began) / max(len(sample) - 16, 1)
 
     def _choose_floor(self, own: Sequence[Candidate], seconds: float) -> int:
         """The largest side, up to the picture's own, that all photos fit into by the time of a few; else the smallest.

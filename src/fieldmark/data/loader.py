@@ -158,7 +158,7 @@ class Loader:
         if num_parts < 2:
             return prepare(numbers, epoch)
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._num_threads, "fieldmark-loader", _compute_alone)
+            self._threads = ThreadPoolExecutor(self._num_threads, "fieldmark-loader", compute_alone)
         parts = [shard_plan([numbers], rank=part, processes=num_parts)[0] for part in range(num_parts)]
         return join_batches(list(self._threads.map(lambda part: prepare(part, epoch), parts)))
 
@@ -212,7 +212,7 @@ class Loader:
         self.close()
 
 
-def _compute_alone() -> None:
+def compute_alone() -> None:
     """Keep torch from starting a team of threads for this one.
 
     With more threads in all than cores, GNU's OpenMP lets every team sleep rather than wait where its threads meet,

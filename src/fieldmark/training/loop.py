@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -154,6 +155,7 @@ class UpdateOptions:
     class_weights: Tensor | None = None  # (K,) float weights of the loss, on the device
     clip_norm: float = 0.0  # largest global gradient norm; 0 is off
     fit_memory: bool = False  # halve the micro-batch when memory runs out, instead of raising
+    pool: ThreadPoolExecutor | None = None  # threads that compute micro-batches side by side, each on a core of its own
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,9 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
     logits: list[Tensor] = []
     total = torch.zeros((), device=fabric.device)
     try:
+        if options.pool is not None:
+            logits, total = add_gradients(state.network, chunks, options, scale=scale)
+            chunks = []
         for number, (images, targets) in enumerate(chunks, start=1):
             with fabric.no_backward_sync(state.network, enabled=number < len(chunks)):  # type: ignore[arg-type]
                 output = state.network(images)
@@ -239,6 +244,29 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
     state.step += 1
     state.step_in_epoch += 1
     return total, torch.cat(logits)
+
+
+def add_gradients(
+    network: nn.Module, chunks: Sequence[tuple[Tensor, Tensor]], options: UpdateOptions, *, scale: float
+) -> tuple[list[Tensor], Tensor]:
+    """Compute micro-batches side by side and add their gradients in order; their logits, and the sum of losses.
+
+    On a CPU two threads with half of a batch each are faster than both in each layer, where they wait for each other.
+    The sum does not depend on which thread is faster. For networks in 32 bit that draw nothing and gather nothing in a
+    pass: no dropout, and BatchNorm frozen.
+    """
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+    def compute(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        output = network(chunk[0])
+        loss = soft_cross_entropy(output, chunk[1], options.class_weights)
+        return output.detach(), loss.detach(), torch.autograd.grad(loss * scale, learning)
+
+    assert options.pool is not None
+    logits, losses, gradients = zip(*options.pool.map(compute, chunks), strict=True)
+    for parameter, *parts in zip(learning, *gradients, strict=True):
+        parameter.grad = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    return list(logits), torch.stack(losses).sum()
 
 
 def train_epochs(
