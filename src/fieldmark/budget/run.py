@@ -137,7 +137,7 @@ def _prepare(config: Config, path: Path, plan: Plan, progress: Progress | None, 
     log.message(f"budget: {plan.left / 60:.1f} minutes, on {usable_cores()} cores")
     backbones = find_backbones(config)
     log.message("weights at hand: " + ", ".join(f"{one.name} ({one.parameters / 1e6:.1f} M)" for one in backbones))
-    fabric, choices = setup_fabric(config)
+    fabric, _ = setup_fabric(config)
     if fabric.device.type == "cpu":
         torch.set_num_threads(build.choose_threads(config, workers=0).value)
     # Validation photos choose first; `train+val` lets the heads learn from them at the end.
@@ -148,7 +148,7 @@ def _prepare(config: Config, path: Path, plan: Plan, progress: Progress | None, 
     log.message(f"data: {len(train)} photos of {len(index.classes)} classes to learn from, {len(val)} to validate on")
     order = train[stratified_order(labels[train], seed=config.train.seed)]
     course = Course(config, path, plan, log, stop, dataset, fabric, order, val)
-    return _Work(course, backbones, Shelf(course), str(choices["precision"].value))
+    return _Work(course, backbones, Shelf(course))
 
 
 @dataclass(eq=False)
@@ -158,26 +158,10 @@ class _Work:
     course: Course
     backbones: Sequence[Backbone]  # cheapest first
     shelf: Shelf
-    precision: str
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])  # by candidate, the one on most photos
     tried: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # as summary.json says it
     history: list[tuple[float, Answer]] = field(default_factory=list[tuple[float, Answer]])  # the best from a second on
     choices: list[Answer] = field(default_factory=list[Answer])  # what the validation photos chose from
-
-    @property
-    def config(self) -> Config:
-        """The settings."""
-        return self.course.config
-
-    @property
-    def plan(self) -> Plan:
-        """The clock and the record."""
-        return self.course.plan
-
-    @property
-    def log(self) -> Progress:
-        """Where to report."""
-        return self.course.log
 
     @property
     def best(self) -> Answer:
@@ -187,7 +171,7 @@ class _Work:
     def run(self) -> Run:
         """Spend the budget; a signal leaves what is best by then."""
         course = self.course
-        self.shelf.open(self.config)
+        self.shelf.open(self.course.config)
         try:
             self.floor()
             may_tune = self.may_tune()
@@ -205,8 +189,8 @@ class _Work:
 
     def floor(self) -> None:
         """The cheapest backbone's features and a head: from here on the folder answers."""
-        course, plan = self.course, self.plan
-        own = list_candidates(self.config, self.backbones[:1])
+        course, plan = self.course, self.course.plan
+        own = list_candidates(self.course.config, self.backbones[:1])
         seconds = self._time_photos(own[0])  # computed also where the choice is on record: batches must be the same
         size = plan.decide("size of the floor", lambda: self._choose_floor(own, seconds))
         candidate = replace(own[0], size=size)
@@ -218,7 +202,7 @@ class _Work:
         self._note(entry)
         self._put(Answer(f"a linear head on {candidate.key}", (self._probed_model(entry),)))
         if plan.elapsed > plan.seconds:
-            self.log.message(
+            self.course.log.message(
                 f"the {plan.seconds / 60:g} minutes were over before the least that answers was made: "
                 f"this took {plan.elapsed:.0f} s"
             )
@@ -238,7 +222,7 @@ class _Work:
         """
         course, first = self.course, own[0]
         count = len(course.order) + len(course.val)
-        left = FEATURE_SHARE * self.plan.seconds - self.plan.elapsed
+        left = FEATURE_SHARE * self.course.plan.seconds - self.course.plan.elapsed
         smallest = min(one.size for one in own)
         sizes = range(first.size, smallest, -SIZE_STEP)
         fitting = (size for size in sizes if count * seconds * (size / first.size) ** 2 <= left)
@@ -247,32 +231,35 @@ class _Work:
     def may_tune(self) -> bool:
         """Measure an update of the cheapest backbone: without time for some epochs, the race has all of it."""
         if not len(self.course.val):
-            self.log.message("no fine-tuning: without validation photos nothing could tell whether it helped")
+            self.course.log.message("no fine-tuning: without validation photos nothing could tell whether it helped")
             return False
         entry = next(iter(self.entries.values()))
 
         def count_epochs() -> float:
             # An update takes the time of some three predictions: where those alone do not fit, none is measured.
-            guess = TUNE_SHARE * self.plan.seconds / (3 * entry.seconds_per_photo * len(self.course.order))
+            seconds = TUNE_SHARE * self.course.plan.seconds
+            guess = seconds / (3 * entry.seconds_per_photo * len(self.course.order))
             if guess < LEAST_EPOCHS / 3:
                 return guess
-            options = list_options(self.course, entry.candidate, seconds=TUNE_SHARE * self.plan.seconds, depths=1)
+            options = list_options(
+                self.course, entry.candidate, seconds=TUNE_SHARE * self.course.plan.seconds, depths=1
+            )
             return max(option.epochs for option in options)
 
-        epochs = self.plan.decide("epochs of fine-tuning that half of the time allows", count_epochs)
+        epochs = self.course.plan.decide("epochs of fine-tuning that half of the time allows", count_epochs)
         is_enough = epochs >= LEAST_EPOCHS
         what = "about half of the time goes to it" if is_enough else "too few to pay, so all time goes to the race"
-        self.log.message(f"fine-tuning: {TUNE_SHARE:.0%} of the time would allow {epochs:.1f} epochs; {what}")
+        self.course.log.message(f"fine-tuning: {TUNE_SHARE:.0%} of the time would allow {epochs:.1f} epochs; {what}")
         self._check()
         return is_enough
 
     def race(self, share_of_time: float) -> None:
         """Candidates on growing shares of the photos; then the best, and their average, on all."""
-        course, plan = self.course, self.plan
+        course, plan = self.course, self.course.plan
         end = share_of_time * plan.seconds
-        running = list_candidates(self.config, self.backbones)
+        running = list_candidates(self.course.config, self.backbones)
         counts = rungs(len(course.order), course.num_classes)
-        if not plan.decide("compare on a share of the photos", lambda: self._fits_all(running[:2], end)):
+        if not plan.decide("compare on a share of the photos", lambda: self._fits(running[:2], end)):
             # All photos of the floor's first, then of what else there is time for.
             floor = next(iter(self.entries.values())).candidate
             others = [one for one in running if one.backbone != floor.backbone or one.size > floor.size]
@@ -283,7 +270,7 @@ class _Work:
             entries = self._round(running, count, deadline)
             running = self._survivors(entries, most=max(2, -(-len(running) // 3)))
         for candidate in running:
-            if not plan.decide(f"all photos of {candidate.key}", lambda one=candidate: self._fits(one, end)):
+            if not plan.decide(f"all photos of {candidate.key}", lambda one=candidate: self._fits([one], end)):
                 continue
             self._round([candidate], counts[-1], end)
             self._average()
@@ -291,7 +278,7 @@ class _Work:
     def _round(self, running: Sequence[Candidate], count: int, deadline: float) -> list[Entry]:
         entries: list[Entry] = []
         for candidate in running:
-            if not self.plan.decide(f"try {candidate.key}", lambda: self.plan.elapsed < deadline):
+            if not self.course.plan.decide(f"try {candidate.key}", lambda: self.course.plan.elapsed < deadline):
                 break
             entry = self.entries.get(candidate.key)
             if entry is None or len(entry.numbers) < count:
@@ -311,11 +298,7 @@ class _Work:
         firsts = _firsts(ranked)
         return [entry.candidate for entry in (*firsts, *(one for one in ranked if one not in firsts))][:most]
 
-    def _fits(self, candidate: Candidate, end: float) -> bool:
-        """Whether the features of all photos, and a head on them, can be had by `end`."""
-        return self._fits_all([candidate], end)
-
-    def _fits_all(self, wanted: Sequence[Candidate], end: float) -> bool:
+    def _fits(self, wanted: Sequence[Candidate], end: float) -> bool:
         """Whether the features of all photos, and heads on them, can be had of these candidates together by `end`."""
         course = self.course
         fit = max(self._guess_fit(entry) for entry in self.entries.values())
@@ -325,7 +308,7 @@ class _Work:
             missing = len(course.order) + len(course.val) - (len(entry.numbers) if entry else 0)
             seconds = entry.seconds_per_photo if entry else self._guess_seconds(candidate)
             needed += missing * seconds + fit
-        return self.plan.elapsed + needed < end
+        return self.course.plan.elapsed + needed < end
 
     def _guess_fit(self, entry: Entry) -> float:
         """Seconds of a head on all photos, from one on some: its products grow, and the search around them does not."""
@@ -353,25 +336,18 @@ class _Work:
         self._put(Answer(what, tuple(map(self._probed_model, chosen))))
 
     def _most_members(self) -> int:
-        limit = 1e6 * (self.config.model.max_parameters_millions or math.inf)
+        limit = 1e6 * (self.course.config.model.max_parameters_millions or math.inf)
         return max(1, int(min(MEMBERS, limit / max(backbone.parameters for backbone in self.backbones))))
 
     def _note(self, entry: Entry) -> None:
         known = self.entries.get(entry.candidate.key)
         if known is None or len(entry.numbers) >= len(known.numbers):
             self.entries[entry.candidate.key] = entry
-        self.tried.append(
-            {
-                "what": entry.candidate.key,
-                "photos": len(entry.numbers),
-                "top1": entry.top1,
-                "log_loss": entry.log_loss,
-                "l2": entry.head.l2,
-                "seconds": entry.seconds_per_photo * len(entry.numbers) + entry.fit_seconds,
-                "milliseconds_per_photo": 1000 * entry.seconds_per_photo,
-            }
-        )
-        self.log.message(
+        seconds = entry.seconds_per_photo * len(entry.numbers) + entry.fit_seconds
+        figures = {"photos": len(entry.numbers), "top1": entry.top1, "log_loss": entry.log_loss, "l2": entry.head.l2}
+        pace = {"seconds": seconds, "milliseconds_per_photo": 1000 * entry.seconds_per_photo}
+        self.tried.append({"what": entry.candidate.key, **figures, **pace})
+        self.course.log.message(
             f"{entry.candidate.key}: top-1 {entry.top1:.4f}, log loss {entry.log_loss:.3f}, cross-validated on "
             f"{len(entry.numbers)} photos"
         )
@@ -381,24 +357,26 @@ class _Work:
         if self.history and answer.keys == self.best.keys:
             return
         self.shelf.put(answer)
-        self.history.append((self.plan.elapsed, answer))
+        self.history.append((self.course.plan.elapsed, answer))
         figures = self.shelf.score(answer)
         shown = f", validation top-1 {figures['top1']:.4f}" if figures else ""
-        self.log.message(f"{max(self.plan.left, 0):.0f} s left; kept if it ended now: {answer.name}{shown}")
+        self.course.log.message(
+            f"{max(self.course.plan.left, 0):.0f} s left; kept if it ended now: {answer.name}{shown}"
+        )
         folder.write_json(self.course.path / folder.SUMMARY, {"status": "running", "kept": answer.name})
 
     def tune(self) -> None:
         """Fine-tune the best backbone that the time left allows, and choose among all that answers."""
         ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
         reserve = self._reserve(ranked[0])
-        record = self.plan.decide("fine-tune", lambda: self._choose_tuning(ranked, reserve))
+        record = self.course.plan.decide("fine-tune", lambda: self._choose_tuning(ranked, reserve))
         self._check()
         if not record:
-            self.log.message("fine-tuning: the time left allows too few epochs to pay")
+            self.course.log.message("fine-tuning: the time left allows too few epochs to pay")
             return
         key, *values = record
         entry, option = self.entries[key], Option(*values)
-        self.log.message(
+        self.course.log.message(
             f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, {option.epochs:.1f} epochs"
         )
         probed = self.best
@@ -410,13 +388,13 @@ class _Work:
 
     def _reserve(self, entry: Entry) -> float:
         """Seconds for what follows fine-tuning: its evaluations, and the folder."""
-        return 5 * 1.3 * entry.seconds_per_photo * len(self.course.val) + 5 + 0.01 * self.plan.seconds
+        return 5 * 1.3 * entry.seconds_per_photo * len(self.course.val) + 5 + 0.01 * self.course.plan.seconds
 
     def _choose_tuning(self, ranked: Sequence[Entry], reserve: float) -> list[Any]:
         """Key and option of the best entry whose network can be fine-tuned for long enough; [] for none."""
         fallback: list[Any] = []
         for entry in _firsts(ranked):
-            option = choose_option(list_options(self.course, entry.candidate, seconds=self.plan.left - reserve))
+            option = choose_option(list_options(self.course, entry.candidate, seconds=self.course.plan.left - reserve))
             if option is None:
                 continue
             found = [entry.candidate.key, *astuple(option)]
@@ -431,7 +409,7 @@ class _Work:
             return
         val = report.predictions.probabilities()
         model = self._tuned_model(entry, f"epoch {report.epoch}", config, weights, val)
-        self.log.message(f"fine-tuning, epoch {report.epoch}: validation top-1 {report.metrics['top1']:.4f}")
+        self.course.log.message(f"fine-tuning, epoch {report.epoch}: validation top-1 {report.metrics['top1']:.4f}")
         answer = Answer(f"{entry.candidate.key}, fine-tuned for {report.epoch} epochs", (model,))
         if self._loss(answer) < self._loss(self.best):
             self._put(answer)
@@ -462,7 +440,7 @@ class _Work:
     def _probed_model(self, entry: Entry) -> Model:
         """The network of an entry, with its answers on the validation photos."""
         course = self.course
-        config = entry.candidate.configure(self.config)
+        config = entry.candidate.configure(self.course.config)
         head = entry.head.as_linear()
         logits = np.zeros((0, course.num_classes), np.float32)
         if len(course.val):
@@ -482,7 +460,8 @@ class _Work:
         """Return the model.json of an entry's network."""
         built = self.course.load_model(entry.candidate)
         evaluation = build.build_eval_spec(config, built.data)
-        return build.describe_model(built, evaluation, precision=self.precision, channels_last=True)
+        precision = self.course.fabric.strategy.precision.precision
+        return build.describe_model(built, evaluation, precision=precision, channels_last=True)
 
     def _check(self) -> None:
         stop = self.course.stop
@@ -505,17 +484,9 @@ class _Work:
         figures = self.shelf.score(answer)
         if figures:
             figures |= {"optimistic_bias": self._optimistic_bias(), "more_time": self._more_time()}
-        summary: dict[str, Any] = {
-            "status": status,
-            "kept": answer.name,
-            "seconds": self.plan.elapsed,
-            "budget_seconds": self.plan.seconds,
-            "tried": self.tried,
-            "epochs": 0,
-            "select": "best",
-            "metric": "log_loss",
-            "best_epoch": 0,
-        }
+        spent = {"seconds": self.course.plan.elapsed, "budget_seconds": self.course.plan.seconds}
+        selection = {"epochs": 0, "select": "best", "metric": "log_loss", "best_epoch": 0}
+        summary = {"status": status, "kept": answer.name, **spent, "tried": self.tried, **selection}
         folder.write_json(self.course.path / folder.SUMMARY, summary | ({"val": figures} if figures else {}))
 
     def _refit(self, answer: Answer) -> Answer:
@@ -524,7 +495,7 @@ class _Work:
         What it says of the validation photos stays that of the heads that have not learned from them.
         """
         course, labels = self.course, self.course.dataset.labels
-        if self.config.data.train_on != "train+val" or not len(course.val):
+        if self.course.config.data.train_on != "train+val" or not len(course.val):
             return answer
         entries = {_key(entry): entry for entry in self.entries.values()}
         members: list[Model] = []
@@ -548,7 +519,7 @@ class _Work:
 
     def _more_time(self) -> dict[str, float]:
         """What the second half of the time earned in accuracy, with its 95 % interval: more would earn less."""
-        half = self.plan.elapsed / 2
+        half = self.course.plan.elapsed / 2
         before = next((answer for at, answer in reversed(self.history) if at <= half), self.history[0][1])
         hits = [self._hits(answer).astype(np.float64)[None] for answer in (before, self.best)]
         found = paired_difference(*hits, level=0.95, draws=2000, rng=np.random.default_rng(0)).interval
