@@ -71,7 +71,7 @@ def test_none_is_read_as_the_word_or_as_no_value_by_what_the_setting_takes(tmp_p
         ("mix.share=1.2", "mix.share"),
         ("mix.cutmix_share=-0.1", "mix.cutmix_share"),
         ("mix.mixup_alpha=[0.6, 0.4]", r"0 < low <= high; got \[0.6, 0.4\]"),
-        ("mix.cutmix_alpha=[0.0, 0.4]", "cutmix_alpha must be"),
+        ("mix.cutmix_alpha=[0.0, 0.4]", "mix.cutmix_alpha: must be two numbers"),
     ],
 )
 def test_mixing_that_cannot_be_drawn_is_refused(change, message):
