@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fieldmark.budget.heads import fit_head
+from fieldmark.budget.heads import fit_head, refit_head
 from fieldmark.training.metrics import log_loss
 
 
@@ -31,6 +31,16 @@ def test_a_head_is_the_minimum_that_scikit_learn_finds(num_photos, width, l2):
     with torch.inference_mode():
         ours = head.as_linear()(torch.from_numpy(features)).softmax(1).numpy()
     np.testing.assert_allclose(ours, theirs.predict_proba(scaled), atol=2e-3)
+
+
+def test_a_refitted_head_is_the_one_that_is_fitted_to_all_photos_at_once():
+    features, labels = make_features(300, 50, 4)
+    folds = np.arange(300) // 4 % 5
+    some = fit_head(features[:200], labels[:200], folds[:200], num_classes=4, strengths=(0.1,))
+    whole = fit_head(features, labels, folds, num_classes=4, strengths=(0.1,))
+    weight, bias = refit_head(features, labels, some)
+    torch.testing.assert_close(weight, whole.weight, atol=2e-3, rtol=0.01)
+    torch.testing.assert_close(bias, whole.bias, atol=2e-3, rtol=0.01)
 
 
 def test_out_of_fold_probabilities_are_of_heads_that_never_saw_the_photo():

@@ -186,6 +186,22 @@ def test_a_deadline_shorter_than_the_floor_gives_the_floor_and_says_so(settings,
     assert Predictor.load(run).classes == ("blue", "green", "red")
 
 
+def test_heads_learn_from_the_validation_photos_at_the_end_where_that_is_asked_for(photos, tmp_path):
+    runs = []
+    for number, more in enumerate(([], ["data.train_on=train+val", "train.select=last"])):
+        config = load_config(None, [f'data.path="{photos.as_posix()}"', *TINY, *more])
+        runs.append(budget.train_within(config, tmp_path / str(number), minutes=0.001, clock=TickClock()))
+    without, refitted = (load_file(run.path / "best.safetensors") for run in runs)
+    assert "heads fitted on train+val" in runs[1].summary["kept"]
+    assert not np.array_equal(without["head.weight"], refitted["head.weight"])
+    backbone = next(name for name in without if name.startswith("backbone."))
+    np.testing.assert_array_equal(without[backbone], refitted[backbone])
+    # The accuracy that is stated is that of heads that have not seen the photos.
+    assert runs[0].summary["val"]["top1"] == runs[1].summary["val"]["top1"]
+    with pytest.raises(RunError, match="trained on train\\+val"):
+        runs[1].predictions("val")
+
+
 def test_broken_photos_that_are_left_out_are_listed(settings, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "red" / "torn.png").write_bytes(b"no photo")

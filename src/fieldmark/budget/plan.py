@@ -18,7 +18,7 @@ PLAN = "plan.jsonl"
 CPU_MINUTES_OF_TWO_CORES = 10.0
 GPU_MINUTES = 60.0
 
-WARMUP_SHARE, COOLDOWN_SHARE = 0.02, 0.4
+WARMUP_SHARE, COOLDOWN_SHARE = 0.05, 0.4
 """Shares of all updates in which the rate rises, and in which it falls to zero."""
 
 REPLAN_EVERY = 10
