@@ -60,7 +60,7 @@ SHOWN = 8
 SEARCH_SIZE = 1.3e8
 """Photos x features x classes of a head of which the products take as long as the search around them (measured)."""
 
-MEMBERS = 3
+MEMBERS = 4
 """The most networks that answer together."""
 
 

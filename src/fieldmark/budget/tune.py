@@ -44,7 +44,7 @@ Weights = Mapping[str, Tensor]
 
 MEASURED_PHOTOS = 32
 
-ENOUGH_EPOCHS, LEAST_EPOCHS, MANY_EPOCHS = 5.0, 3.0, 10.0
+ENOUGH_EPOCHS, LEAST_EPOCHS, MANY_EPOCHS = 8.0, 5.0, 10.0
 """Epochs that are wanted of a depth and size, those below which fine-tuning earns nothing, and those from which
 batches are mixed: with fewer, regularizers cost more than they earn."""
 
