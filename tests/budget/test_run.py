@@ -16,6 +16,7 @@ from fieldmark.budget import run as budget
 from fieldmark.budget.plan import Plan
 from fieldmark.config import Config, load_config
 from fieldmark.errors import ConfigError, InterruptedRunError, RunError
+from fieldmark.inference.evaluation import evaluate
 from fieldmark.inference.predictor import Predictor
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import StopRequest
@@ -198,6 +199,8 @@ def test_heads_learn_from_the_validation_photos_at_the_end_where_that_is_asked_f
     np.testing.assert_array_equal(without[backbone], refitted[backbone])
     # The accuracy that is stated is that of heads that have not seen the photos.
     assert runs[0].summary["val"]["top1"] == runs[1].summary["val"]["top1"]
+    with pytest.raises(RunError, match="its validation photos are no test of it"):
+        evaluate(runs[1].path, split="val")
 
 
 def test_broken_photos_that_are_left_out_are_listed(settings, photos, tmp_path):
