@@ -10,7 +10,7 @@ import copy
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -501,9 +501,9 @@ class Config(Section):
 RECIPES: Any = resources.files("fieldmark") / "recipes"
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that are shipped, sorted."""
-    return sorted(path.name.removesuffix(".toml") for path in RECIPES.iterdir() if path.name.endswith(".toml"))
+def recipe_names(folder: Any = RECIPES) -> list[str]:
+    """Names of the recipes, or of the grids, that are shipped, sorted."""
+    return sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml"))
 
 
 def load_config(recipe: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -569,18 +569,25 @@ def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
     """Read a recipe's name and its own settings, without defaults; names of earlier versions are replaced."""
     if recipe is None:
         return "settings", {}
-    path, shipped = Path(recipe), RECIPES / f"{RENAMED_RECIPES.get(str(recipe), recipe)}.toml"
+    path, today = Path(recipe), RENAMED_RECIPES.get(str(recipe), str(recipe))
+    settings = read_toml(str(recipe), RECIPES / f"{today}.toml", "recipe", recipe_names())
+    is_file = path.is_file()
+    if today != str(recipe) and not is_file:
+        note(f"the recipe {recipe!r} is now called {today!r}")
+    read_old_names(settings)
+    return path.name if is_file else str(recipe), settings
+
+
+def read_toml(name: str, shipped: Any, kind: str, names: Sequence[str], hint: str = "") -> dict[str, Any]:
+    """Read a TOML file by its path, or else one that is shipped; the ConfigError lists the `names` of its kind."""
+    path = Path(name)
     try:
         file = path if path.is_file() else shipped
         if not file.is_file():
-            names = ", ".join(recipe_names())
-            raise ConfigError(f"no recipe {str(recipe)!r}: it is neither a file nor a shipped recipe ({names})")
-        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+            there = ", ".join(names)
+            raise ConfigError(f"no {kind} {name!r}: it is neither a file nor a shipped {kind} ({there}){hint}")
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    if str(recipe) in RENAMED_RECIPES and file != path:
-        note(f"the recipe {recipe!r} is now called {RENAMED_RECIPES[str(recipe)]!r}")
-    read_old_names(settings)
-    return path.name if file == path else str(recipe), settings

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from torch import nn
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.errors import ExportError, ResourceError
 from fieldmark.export.export import Photos, export_model, require_parity, require_small_loss
-from fieldmark.export.model_card import evidence_text, write_card
+from fieldmark.export.model_card import evidence_text, model_card
 from fieldmark.inference.calibration import calibrate
 from fieldmark.inference.exported import ExportedModel, ModelMetadata
 from fieldmark.inference.predictor import Predictor
@@ -66,6 +69,15 @@ def make_photos(model, count=24):
     with torch.inference_mode():
         labels = model(torch.from_numpy(images)).argmax(dim=1).numpy()
     return Photos(labels=labels, load=lambda places: images[list(places)]), images
+
+
+def write_card(metadata, *, data, summary, calibration, recipe):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "recipe.toml").write_text(recipe)
+        if calibration:
+            (Path(folder) / "calibration.json").write_text(json.dumps(calibration.to_dict()))
+        run = SimpleNamespace(path=Path(folder), classes=metadata.classes, data_info=data, summary=summary)
+        return model_card(run, metadata)
 
 
 def export(kind, out, *, model=None, photos=None, is_int8=False, loss=0.05, is_plain=True):

@@ -131,7 +131,7 @@ def test_undo_takes_back_one_change_at_a_time_also_after_a_restart(tmp_path):
     corrections.decide("b", "keep", "")
     corrections.decide("a", "relabel", "x")
     assert corrections.undo() == "a"
-    assert corrections.get("a").action == "drop"
+    assert corrections.decisions.get("a").action == "drop"
     again = Corrections(table)
     assert {again.undo(), again.undo()} == {"a", "b"}
     assert again.undo() is None
@@ -148,7 +148,7 @@ def test_a_decision_that_cannot_be_written_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr("fieldmark.serve.review.write_csv", fail)
     with pytest.raises(OSError, match="no space"):
         corrections.decide("a", "drop", "")
-    assert corrections.get("a").action == "keep"
+    assert corrections.decisions.get("a").action == "keep"
 
 
 def test_names_of_any_kind_survive_the_table(tmp_path):
@@ -157,7 +157,7 @@ def test_names_of_any_kind_survive_the_table(tmp_path):
     corrections = Corrections(table)
     for name in names:
         corrections.decide(name, "keep", "")
-    assert Corrections(table).paths() == names
+    assert list(Corrections(table).decisions) == names
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path):
     table = tmp_path / "c.csv"
     table.write_bytes("path;action;label\r\nå.jpg;relabel;gull\r\nb.jpg;drop;\r\n".encode("utf-8-sig"))
     corrections = Corrections(table)
-    assert (corrections.get("å.jpg"), corrections.get("b.jpg")) == (("relabel", "gull"), ("drop", ""))
+    assert corrections.decisions == {"å.jpg": ("relabel", "gull"), "b.jpg": ("drop", "")}
     table.write_bytes(table.read_bytes().decode("utf-8-sig").replace(";", "\t").encode("utf-16"))
-    assert Corrections(table).paths() == ["å.jpg", "b.jpg"]
+    assert list(Corrections(table).decisions) == ["å.jpg", "b.jpg"]
 
 
 def test_a_table_that_training_would_not_read_is_refused_at_the_start(tmp_path):

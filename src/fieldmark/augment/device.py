@@ -19,15 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fieldmark.augment.fast import (
-    Floats,
-    Whole,
-    apply_policy_colors,
-    compose,
-    crop_limits,
-    crop_matrices,
-    picture_matrices,
-)
+from fieldmark.augment import fast
+from fieldmark.augment.fast import Floats, Whole
 from fieldmark.augment.sample import BRIGHTNESS, CONTRAST, SATURATION, AugmentSpec, BatchParams, noise_bank
 
 SINGLE_LOOK = 1.25  # source pixels per output pixel that one bilinear look may step over; beyond, more are averaged
@@ -45,7 +38,7 @@ def augment_device(
     """
     images = _warp(photos, valid_sizes, valid_sizes / source_sizes, params, spec)
     for image, ops, magnitudes in zip(images, params.ops, params.magnitudes, strict=True):
-        apply_policy_colors(image, ops, magnitudes, spec.fill)
+        fast.apply_policy_colors(image, ops, magnitudes, spec.fill)
     kinds = [kind for kind, width in enumerate(spec.color_ranges) if width]
     finish = _compiled_finish() if compiled else _finish
     put = partial(_put, device=photos.device)
@@ -80,12 +73,12 @@ def _compiled_finish() -> Callable[..., Tensor]:
 
 def _warp(photos: Tensor, valid: Whole, ratio: Floats, params: BatchParams, spec: AugmentSpec) -> Tensor:
     """Crop, resize, flips and all geometry: (B, 3, S, S) float32, 0 to 255."""
-    pictures = picture_matrices(params, spec)
-    crop = crop_matrices(params, spec.size) * ratio[:, :, None]
-    last = compose(crop, pictures[-1]) if pictures else crop
+    pictures = fast.picture_matrices(params, spec)
+    crop = fast.crop_matrices(params, spec.size) * ratio[:, :, None]
+    last = fast.compose(crop, pictures[-1]) if pictures else crop
     steps = np.hypot(last[:, 0, :2], last[:, 1, :2]).max(axis=0, initial=1.0)  # the longest of the batch, per direction
     across, down = (min(max(ceil(step / SINGLE_LOOK), 1), MOST_LOOKS) for step in steps.tolist())
-    first, end = crop_limits(params.box * np.tile(ratio, 2), valid)
+    first, end = fast.crop_limits(params.box * np.tile(ratio, 2), valid)
     if spec.crop == "weights":  # the evaluation's filter sees beyond the box
         first, end = np.zeros_like(first), valid
     put = partial(_put, device=photos.device)

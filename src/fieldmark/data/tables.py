@@ -10,10 +10,10 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fieldmark.errors import DataError, did_you_mean
 from fieldmark.files import write_whole
@@ -127,13 +127,17 @@ def read_csv(path: str, data: bytes) -> Table:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write a CSV file whole or not at all; `read_table` gives the same text back."""
-    # A bare carriage return is quoted by some versions of Python only, so quote everything where there is one.
-    needs_quotes = any("\r" in str(value) for row in rows for value in row)
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if needs_quotes else csv.QUOTE_MINIMAL)
-    writer.writerow(columns)
-    writer.writerows(rows)
+    write_rows(text, [columns, *rows])
     write_whole(path, text.getvalue())
+
+
+def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows of CSV to a file that is open with `newline=""`."""
+    # Only some versions of Python quote a bare carriage return, which would split the row.
+    plain, quoted = (csv.writer(file, lineterminator="\n", quoting=kind) for kind in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    for row in rows:
+        (quoted if any("\r" in str(value) for value in row) else plain).writerow(row)
 
 
 def _check_header(path: str, header: Sequence[str]) -> Sequence[str]:
@@ -175,11 +179,12 @@ def _read_parquet(path: Path) -> Table:
         if pa.types.is_floating(column.type):
             unusable[name] = f"holds {column.type} numbers: is it 1 or 1.0? Store it as text or as integers"
         else:
-            values[name] = [_text(value) for value in column.to_pylist()]
+            values[name] = [cell_text(value) for value in column.to_pylist()]
     return Table(str(path), values, unusable, range(1, content.num_rows + 1))
 
 
-def _text(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """Text of a Parquet cell; bytes that are not UTF-8 come as lone surrogates."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="surrogateescape")
     return "" if value is None else str(value)

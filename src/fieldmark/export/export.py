@@ -244,32 +244,29 @@ def compare_answers(run: Run, folder: Path, photos: Photos) -> dict[str, Any] | 
     precision = Device.choose(str(run.model_info["precision"])).precision
     if precision == "32-true":
         return None
-    count = len(photos.labels)
-    ours, theirs = photos.ask(range(count), Predictor.load(run).probabilities, Predictor.load(folder).probabilities)
+    models = [Predictor.load(one).probabilities for one in (run, folder)]
+    return {"precision": precision, **_measure_agreement(*photos.ask(range(len(photos.labels)), *models))}
+
+
+def _measure_agreement(ours: Floats, theirs: Floats) -> dict[str, Any]:
+    """How far (N, K) answers of two models differ, and for what share of the photos the answer is the same."""
+    gaps = np.abs(ours - theirs)
+    largest = float(np.where(np.isfinite(gaps), gaps, np.inf).max())
     same = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
-    largest = float(np.abs(ours - theirs).max())
-    return {"precision": precision, "photos": count, "same_answer": same, "largest_difference": largest}
+    return {"photos": len(ours), "largest_difference": largest, "same_answer": same}
 
 
 def require_parity(reference: Floats, exported: Floats, *, limit: float) -> dict[str, Any]:
     """How far (N, K) logits of the run and of the export differ; at most `limit`, a share of the largest logit."""
-    gaps = np.abs(reference - exported)
-    largest = float(np.where(np.isfinite(gaps), gaps, np.inf).max())
-    relative = largest / max(float(np.abs(reference).max()), 1e-12)
-    same = float((reference.argmax(axis=1) == exported.argmax(axis=1)).mean())
+    found = _measure_agreement(reference, exported)
+    relative = found["largest_difference"] / max(float(np.abs(reference).max()), 1e-12)
     if not relative <= limit:
         raise ExportError(
             f"the exported model disagrees with the run on {len(reference)} photos: logits differ by up to "
-            f"{largest:.3g} ({relative:.2%} of the largest, allowed {limit:.2%}), "
-            f"the answer is the same on {same:.1%}. Nothing was written; another form may fit the model"
+            f"{found['largest_difference']:.3g} ({relative:.2%} of the largest, allowed {limit:.2%}), "
+            f"the answer is the same on {found['same_answer']:.1%}. Nothing was written; another form may fit the model"
         )
-    return {
-        "photos": len(reference),
-        "largest_difference": largest,
-        "relative_difference": relative,
-        "same_answer": same,
-        "limit": limit,
-    }
+    return {**found, "relative_difference": relative, "limit": limit}
 
 
 def require_small_loss(

@@ -15,44 +15,27 @@ from typing import TYPE_CHECKING, Any
 from fieldmark.inference.exported import ModelMetadata
 from fieldmark.models.catalog import describe_pretraining
 from fieldmark.models.weights import NON_COMMERCIAL
+from fieldmark.runs.folder import RECIPE
 from fieldmark.study.report import markdown_text
 
 if TYPE_CHECKING:
-    from fieldmark.inference.calibration import Calibration
     from fieldmark.runs.folder import Run
 
 
 def model_card(run: Run, metadata: ModelMetadata) -> str:
     """Markdown from what the run folder and the export measured; says so where something is not known."""
-    from fieldmark.inference.calibration import load_calibration
-
-    path = run.path / "recipe.toml"
-    recipe = path.read_text(encoding="utf-8") if path.is_file() else "The run folder has no recipe."
-    return write_card(
-        metadata, data=run.data_info, summary=run.summary, calibration=load_calibration(run), recipe=recipe
-    )
-
-
-def write_card(
-    metadata: ModelMetadata,
-    *,
-    data: dict[str, Any],
-    summary: dict[str, Any],
-    calibration: Calibration | None,
-    recipe: str,
-) -> str:
-    """Markdown from plain values; see `model_card`."""
+    recipe = without_folders((run.path / RECIPE).read_text(encoding="utf-8"))
     sections = [
         _front_matter(metadata),
         f"# {markdown_text(metadata.run)}: {len(metadata.classes)} classes of photographs",
         _facts(metadata),
-        "## Results\n\n" + _results(summary, data, calibration),
+        "## Results\n\n" + _results(run),
         "## Agreement with the run\n\n" + evidence_text(metadata.evidence),
-        "## Data\n\n" + _data(data),
+        "## Data\n\n" + _data(run.data_info),
         "## Weights\n\n" + _weights(metadata),
         "## Limits\n\n" + _limits(metadata),
         f"## Classes\n\n{', '.join(markdown_text(name) for name in metadata.classes)}",
-        f"## Recipe\n\n<details>\n<summary>All settings</summary>\n\n{_fenced(without_folders(recipe))}\n\n</details>",
+        f"## Recipe\n\n<details>\n<summary>All settings</summary>\n\n{_fenced(recipe)}\n\n</details>",
         "## Use\n\n" + _use(metadata),
     ]
     return "\n\n".join(sections) + "\n"
@@ -92,14 +75,16 @@ def _facts(metadata: ModelMetadata) -> str:
     return _table("| | |", rows)
 
 
-def _results(summary: dict[str, Any], data: dict[str, Any], calibration: Calibration | None) -> str:
+def _results(run: Run) -> str:
+    from fieldmark.inference.calibration import load_calibration
     from fieldmark.inference.evaluation import METRIC_NAMES
     from fieldmark.training.metrics import wilson_interval
 
+    summary, calibration = run.summary, load_calibration(run)
     scores: dict[str, Any] = summary.get("val", {})
     if not scores:
         return "The run folder holds no results."
-    count = sum(splits.get("val", 0) for splits in data.get("counts", {}).values())
+    count = sum(splits.get("val", 0) for splits in run.data_info.get("counts", {}).values())
     rows: list[tuple[str, str]] = []
     for key, name in METRIC_NAMES.items():
         if (score := scores.get(key)) is None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fieldmark.data.folders import find_photos, is_photo_path, is_skipped, natural_key, require_photos
-from fieldmark.data.tables import TABLE_SUFFIXES, read_csv
+from fieldmark.data.tables import TABLE_SUFFIXES, cell_text, read_csv
 from fieldmark.errors import DataError, PhotoError, did_you_mean, first_line
 from fieldmark.files import require_path
 from fieldmark.inference.storage import Found, fetch, file_version, find_files, is_file, is_url, opened
@@ -120,7 +120,7 @@ class RowShard:
             with open_parquet(self.location, self.name) as table:
                 batches = table.iter_batches(_SHARD_ROWS_AT_ONCE, row_groups=[self.group], columns=columns)
                 for row in (row for batch in batches for row in batch.to_pylist()) if columns else [{}] * self.num_rows:
-                    key = (_text(row[self.key]) if self.key else "") or str(number)
+                    key = (cell_text(row[self.key]) if self.key else "") or str(number)
                     yield f"{self.name}/{key}", _cell(row[self.image], key) if contents else b""
                     number += 1
         except (PhotoError, pa.ArrowException, OSError) as error:
@@ -173,10 +173,6 @@ def _holds_bytes(kind: Any) -> bool:
 def _cell(value: Any, key: str) -> bytes | PhotoError:
     content = value.get("bytes") if isinstance(value, dict) else value
     return PhotoError(key, "has no content in its table") if content is None else content
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str("" if value is None else value)
 
 
 PATH_COLUMN = "path"
@@ -264,7 +260,7 @@ def _require_column(location: str, path_column: str, names: Sequence[str]) -> No
 def _parquet_paths(location: str, path_column: str) -> Iterator[str]:
     with open_parquet(location, location) as table:
         for batch in table.iter_batches(_LIST_ROWS_AT_ONCE, columns=[path_column]):
-            yield from map(_text, batch.column(0).to_pylist())
+            yield from map(cell_text, batch.column(0).to_pylist())
 
 
 Piece = FileList | TarShard | RowShard

@@ -8,7 +8,6 @@ Shape letters: K classes.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import zipfile
@@ -22,7 +21,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from fieldmark.data.folders import quote
-from fieldmark.data.tables import read_table
+from fieldmark.data.tables import read_table, write_rows
 from fieldmark.errors import DataError, PredictionError, first_line
 from fieldmark.files import whole_or_absent, write_whole
 from fieldmark.inference.predictor import Prediction, Predictor
@@ -237,12 +236,9 @@ def _write_csv(path: Path, rows: Iterable[Sequence[str]], *, zipped: bool) -> No
             raw = stack.enter_context(archive.open(entry, "w", force_zip64=True))
         else:
             raw = stack.enter_context(path.open("wb"))
-        file = stack.enter_context(io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape"))
-        plain = csv.writer(file, lineterminator="\n")
-        # csv quotes only the line ending it writes itself; a lone carriage return in a name would split the row.
-        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        for row in rows:
-            (quoted if any("\r" in value for value in row) else plain).writerow(row)
+        write_rows(
+            stack.enter_context(io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape")), rows
+        )
 
 
 def _text_rows(

@@ -270,7 +270,8 @@ class RunResults(Run):
         if split == "val" and epochs.is_file():
             predicted = read_epochs(epochs)
             if predicted.shape[1] != len(order):
-                raise RunError(f"{epochs} holds predictions of {predicted.shape[1]} photos, not of {len(order)}")
+                found = f"{predicted.shape[1]} photos, in shape {predicted.shape}"
+                raise RunError(f"{epochs} holds predictions of {found}, not of {len(order)} photos")
             self.epoch_predictions = predicted[:, order].astype(np.int64)
 
     @property

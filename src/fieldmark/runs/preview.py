@@ -57,16 +57,12 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
         num_val = round(len(numbers) * config.data.val_fraction)
         num_train = round(len(numbers) * (1 - config.data.val_fraction - config.data.test_fraction))
     given = LintInput.of(config, index, sizes, num_train=num_train, num_val=num_val)
-    figure = draw_preview(given, index, sizes)
-    write_whole(out, plots.figure_png(figure, dpi=110))
+    write_whole(out, plots.figure_png(_draw_preview(given, index, sizes), dpi=110))
     return lint_recipe(given)
 
 
-def draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Figure:
-    """Photos before and after augmentation, mixed photos with their labels, λ and learning rate.
-
-    `sizes` has the upright width and height of photos that can be read, by number.
-    """
+def _draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Figure:
+    """Photos (whose upright sizes are known) before and after augmentation, mixed, λ and learning rate."""
     config = given.config
     evaluation = build.build_eval_spec(config, given.weights)
     shown = _spread(list(sizes), SHOWN)

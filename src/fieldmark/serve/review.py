@@ -18,14 +18,8 @@ from pydantic import BaseModel
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.tables import read_table, write_csv
 from fieldmark.errors import DataError, FieldmarkError, PhotoError
-from fieldmark.inference.triage import (
-    AttentionMaps,
-    HeldOut,
-    confused_pairs,
-    join_held_out,
-    label_suspects,
-    near_duplicates,
-)
+from fieldmark.inference import triage
+from fieldmark.inference.triage import AttentionMaps, HeldOut
 from fieldmark.runs.folder import Run
 from fieldmark.serve.app import add_pages, observe
 from fieldmark.serve.limits import Access, Limits, RequestLimits
@@ -62,17 +56,9 @@ class Corrections:
             raise DataError(f"corrections are written as CSV, and {file} does not end in .csv: give another --out")
         self.file = file
         self._lock = threading.Lock()
-        self._decisions = self._read() if file.is_file() else {}
+        self.decisions = self._read() if file.is_file() else {}  # by path, the oldest first
         # Each change with what was there before; decisions of earlier sessions can be undone too, newest first.
-        self._history: list[tuple[str, Decision | None]] = [(path, None) for path in self._decisions]
-
-    def get(self, path: str) -> Decision | None:
-        """The decision about a photo, if there is one."""
-        return self._decisions.get(path)
-
-    def paths(self) -> list[str]:
-        """Photos with a decision, the oldest first."""
-        return list(self._decisions)
+        self._history: list[tuple[str, Decision | None]] = [(path, None) for path in self.decisions]
 
     def decide(self, path: str, action: str, label: str) -> None:
         """Decide about a photo; an earlier decision is replaced."""
@@ -91,13 +77,13 @@ class Corrections:
 
     def _write(self, path: str, decision: Decision | None) -> None:
         """Write the table with another decision about one photo, and only then take it."""
-        decisions = {key: value for key, value in self._decisions.items() if key != path}
+        decisions = {key: value for key, value in self.decisions.items() if key != path}
         if decision:
             decisions[path] = decision
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_csv(self.file, COLUMNS, [(key, *value) for key, value in decisions.items()])
-        self._history.append((path, self._decisions.get(path)))
-        self._decisions = decisions
+        self._history.append((path, self.decisions.get(path)))
+        self.decisions = decisions
 
     def _read(self) -> dict[str, Decision]:
         table = read_table(self.file)
@@ -135,8 +121,8 @@ class ReviewViews:
         self.number_of = {photo.path: number for number, photo in enumerate(index.photos)}
         self._row_of = {path: row for row, path in enumerate(held_out.paths)}
         self._guesses, self._losses = held_out.guesses, held_out.losses
-        self.pairs = confused_pairs(held_out)
-        self._suspects = self._numbers(label_suspects(held_out))
+        self.pairs = triage.confused_pairs(held_out)
+        self._suspects = self._numbers(triage.label_suspects(held_out))
         self._highest = self._numbers(np.argsort(-held_out.losses, kind="stable"))
         self._duplicates: list[tuple[int, int, int]] = []
         self._duplicates_state = "searching"
@@ -164,7 +150,7 @@ class ReviewViews:
             ],
             "duplicates": len(self._duplicates),
             "duplicates_state": self._duplicates_state,
-            "marked": len(self.corrections.paths()),
+            "marked": len(self.corrections.decisions),
             "table": self.corrections.file.name,
             "command": _printable(command),
             "has_attention": self.look is not None,
@@ -185,7 +171,7 @@ class ReviewViews:
     def photo(self, number: int) -> dict[str, Any]:
         """What the page says of one photo."""
         photo = self.index.photos[number]
-        decision = self.corrections.get(photo.path)
+        decision = self.corrections.decisions.get(photo.path)
         row = self._row_of.get(photo.path)
         known: dict[str, Any] = {"guess": None, "probability": None, "loss": None}
         if row is not None:
@@ -208,7 +194,7 @@ class ReviewViews:
         if view == "losses":
             return self._highest
         if view == "marked":
-            return self._present(reversed(self.corrections.paths()))
+            return self._present(reversed(list(self.corrections.decisions)))
         if view == "pair" and 0 <= which < len(self.pairs):
             return self._numbers(self.pairs[which][2])
         if view == "class" and 0 <= which < len(self.classes):
@@ -271,9 +257,11 @@ def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int
         )
     views = ReviewViews(
         index,
-        join_held_out(runs),
+        triage.join_held_out(runs),
         Corrections(table),
-        find_duplicates=lambda: near_duplicates(index, max_distance=max_distance, threads=threads, memory=memory),
+        find_duplicates=lambda: triage.near_duplicates(
+            index, max_distance=max_distance, threads=threads, memory=memory
+        ),
         look=_attention(runs[0], index.files()),
     )
     return create_review_app(views)

@@ -16,20 +16,8 @@ import numpy as np
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, find_runs
-from fieldmark.study.statistics import (
-    Difference,
-    Interval,
-    Optimism,
-    Scores,
-    holm,
-    mean_interval,
-    optimism_from_history,
-    optimism_from_photos,
-    paired_difference,
-    photos_needed,
-    runs_needed,
-    widen_to_wilson,
-)
+from fieldmark.study import statistics
+from fieldmark.study.statistics import Difference, Interval, Optimism, Scores
 from fieldmark.study.variants import Group, Replicate, check_same_photos, group_runs, join_folds, name_against
 from fieldmark.training.metrics import compare_with_probe
 
@@ -193,7 +181,8 @@ def compare_runs(
     if against is not None:
         both = both[: len(variants) - 1]  # those of the first variant, the baseline
     differences = [
-        (a.name, b.name, paired_difference(a.scores, b.scores, level=level, draws=draws, rng=rng)) for a, b in both
+        (a.name, b.name, statistics.paired_difference(a.scores, b.scores, level=level, draws=draws, rng=rng))
+        for a, b in both
     ]
     return Comparison(
         metric=metric,
@@ -212,9 +201,9 @@ def _measure(
     scores = np.stack([_scores(run, metric) for run in runs])
     num_photos = scores.shape[1]
     if len(runs) == 1 and metric == "top1":
-        interval = widen_to_wilson(Interval(*[float(scores.mean())] * 3), num_photos, level=level)
+        interval = statistics.widen_to_wilson(Interval(*[float(scores.mean())] * 3), num_photos, level=level)
     else:
-        interval = mean_interval(scores, level=level, draws=draws, rng=rng)
+        interval = statistics.mean_interval(scores, level=level, draws=draws, rng=rng)
         if metric == "log_loss":
             interval = _open_log_loss(interval, num_photos, len(runs[0].classes))
         else:
@@ -222,7 +211,7 @@ def _measure(
             interval = Interval(interval.estimate, max(interval.low, 0.0), min(interval.high, 1.0))
             # As many equally weighted photos are as informative: Kish, "Survey Sampling", 1965, section 11.7.
             effective = float(1 / np.sum(_photo_weights(runs[0], metric) ** 2))
-            interval = widen_to_wilson(interval, effective, level=level)
+            interval = statistics.widen_to_wilson(interval, effective, level=level)
     optimisms = [_run_optimism(run, draws=min(draws, 2000), rng=rng) for run in group.runs]
     optimism = Optimism(float(np.mean([found.points for found in optimisms])), optimisms[0].source)
     seeds = tuple(run.seed for run in runs)
@@ -260,9 +249,9 @@ def _run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> O
     if run.config.train.select != "best" or run.config.train.metric == "log_loss":
         return Optimism(0.0, "none")
     if run.epoch_predictions is not None:
-        return optimism_from_photos(run.epoch_predictions == run.labels, draws=draws, rng=rng)
+        return statistics.optimism_from_photos(run.epoch_predictions == run.labels, draws=draws, rng=rng)
     history = [epoch["val"]["top1"] for epoch in run.metrics if epoch.get("val")]
-    return optimism_from_history(np.array(history, np.float64), draws=draws, rng=rng)
+    return statistics.optimism_from_history(np.array(history, np.float64), draws=draws, rng=rng)
 
 
 def decide_together(
@@ -272,11 +261,11 @@ def decide_together(
 
     A difference is that of the second variant over the first, with their names.
     """
-    corrected = holm([difference.p_value for _, _, difference in differences])
+    corrected = statistics.holm([difference.p_value for _, _, difference in differences])
     pairs: list[Pair] = []
     for (first, second, difference), p_value in zip(differences, corrected, strict=True):
-        photos = photos_needed(difference, effect=EFFECT, level=level, power=POWER)
-        runs = runs_needed(difference, effect=EFFECT, level=level, power=POWER)
+        photos = statistics.photos_needed(difference, effect=EFFECT, level=level, power=POWER)
+        runs = statistics.runs_needed(difference, effect=EFFECT, level=level, power=POWER)
         pair = Pair(first, second, difference, p_value, photos, runs, p_value < 1 - level, verdict="")
         words = verdict(pair, level=level, shown=SHOWN[metric], num_comparisons=len(differences))
         pairs.append(replace(pair, verdict=words))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from fieldmark.config import Section, apply_overrides, load_config, parse_config
+from fieldmark.config import Section, apply_overrides, load_config, parse_config, read_toml, recipe_names
 from fieldmark.errors import ConfigError, needs_extra
 from fieldmark.overrides import parse_value
 from fieldmark.runs.folder import flatten, format_value
@@ -113,24 +112,12 @@ class Grid(Section):
         return self
 
 
-def grid_names() -> list[str]:
-    """Names of the grids that are shipped, sorted."""
-    return sorted(path.name.removesuffix(".toml") for path in SHIPPED.iterdir() if path.name.endswith(".toml"))
-
-
 def load_grid(grid: str | Path) -> Grid:
     """Read a grid by the name of a shipped one or by path; a ConfigError names every problem."""
     path = Path(grid)
-    source = path if path.is_file() else SHIPPED / f"{grid}.toml"
-    if not source.is_file():
-        raise ConfigError(
-            f"no grid {str(grid)!r}: it is neither a file nor a shipped grid ({', '.join(grid_names())}). To vary a "
-            "recipe without a file: fieldmark sweep RECIPE --vary optim.lr=1e-4,1e-3 --seeds 3"
-        )
-    try:
-        loaded = parse_grid(tomllib.loads(source.read_text(encoding="utf-8")), path.name)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    hint = ". To vary a recipe without a file: fieldmark sweep RECIPE --vary optim.lr=1e-4,1e-3 --seeds 3"
+    content = read_toml(str(grid), SHIPPED / f"{grid}.toml", "grid", recipe_names(SHIPPED), hint)
+    loaded = parse_grid(content, path.name)
     if loaded.recipe and (path.parent / loaded.recipe).is_file():
         return loaded.model_copy(update={"recipe": str(path.parent / loaded.recipe)})
     return loaded
