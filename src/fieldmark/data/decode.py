@@ -218,6 +218,7 @@ def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float 
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
+    height, width = int(height), int(width)
     # CMYK and YCCK are Pillow's: it knows that Adobe stores them inverted.
     if colorspace not in {"YCbCr", "Gray", "RGB"}:
         return None
