@@ -270,8 +270,7 @@ class RunResults(Run):
         if split == "val" and epochs.is_file():
             predicted = read_epochs(epochs)
             if predicted.shape[1] != len(order):
-                found = f"{predicted.shape[1]} photos, in shape {predicted.shape}"
-                raise RunError(f"{epochs} holds predictions of {found}, not of {len(order)} photos")
+                raise RunError(f"{epochs} holds predictions of shape {predicted.shape}, not of {len(order)} photos")
             self.epoch_predictions = predicted[:, order].astype(np.int64)
 
     @property
