@@ -20,7 +20,6 @@ import numpy as np
 import timm
 import torch
 
-from benchmarks.fusion import fuse_batch_norm
 from benchmarks.record import (
     PHOTOS,
     Findings,
@@ -33,6 +32,7 @@ from benchmarks.record import (
 )
 from fieldmark.export.formats import quantize_onnx, quantize_openvino, write_onnx, write_openvino
 from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata
+from fieldmark.models.fusion import fuse_batch_norm
 from fieldmark.runs.environment import usable_cores
 
 BATCH, SIZE = 16, 224

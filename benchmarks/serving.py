@@ -61,8 +61,8 @@ class Model:
         import timm
         import torch
 
-        from benchmarks.fusion import fuse_batch_norm
         from fieldmark.augment.reference import EvalSpec
+        from fieldmark.models.fusion import fuse_batch_norm
 
         torch.set_num_threads(os.cpu_count() or 1)
         model = timm.create_model("tf_efficientnet_lite0").eval()

@@ -5,6 +5,7 @@ Shape letters: N photos, F features, K classes.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -17,13 +18,14 @@ import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
-from fieldmark.budget.candidates import Candidate
+from fieldmark.budget.candidates import Backbone, Candidate
 from fieldmark.budget.heads import STRENGTHS, Head, fit_head
 from fieldmark.budget.plan import Plan
 from fieldmark.config import Config
 from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches
 from fieldmark.files import whole_or_absent
-from fieldmark.models.classifier import Classifier, fold_batchnorm
+from fieldmark.models.classifier import Classifier
+from fieldmark.models.fusion import fuse_batch_norm
 from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.dataset import Dataset, EvalPhotos
@@ -84,7 +86,7 @@ class Features:
 
     numbers: Numbers  # (N,) photos
     values: NDArray[np.float32]  # (N, F)
-    seconds: float  # that they took
+    seconds: float  # that they take at the median pace, without what a network's first pictures pay once
 
     @property
     def seconds_per_photo(self) -> float:
@@ -126,9 +128,9 @@ class Course:
     fabric: Fabric
     order: Numbers  # (N,) training photos, stratified
     val: Numbers  # (M,) validation photos
-    models: dict[tuple[str, str], build.BuiltModel] = field(default_factory=dict[tuple[str, str], build.BuiltModel])
-    folded: dict[str, Classifier] = field(default_factory=dict[str, Classifier])
-    known_l2: list[float] = field(default_factory=list[float])
+    models: dict[Backbone, build.BuiltModel] = field(default_factory=dict[Backbone, build.BuiltModel])
+    fused: dict[Backbone, Classifier] = field(default_factory=dict[Backbone, Classifier])
+    strengths: list[float] = field(default_factory=list[float])  # L2 penalties that heads took, in order
     kept: dict[str, Features] = field(default_factory=dict[str, Features])
 
     @property
@@ -138,18 +140,17 @@ class Course:
 
     def load_model(self, candidate: Candidate) -> build.BuiltModel:
         """The candidate's network with its weights, on the device, in evaluation mode."""
-        key = (candidate.backbone.name, candidate.backbone.weights)
-        if key not in self.models:
+        if candidate.backbone not in self.models:
             built = build.build_model(candidate.configure(self.config), num_classes=self.num_classes)
             built.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.fabric.to_device(built.model)
-            self.models[key] = built
-        return self.models[key]
+            self.models[candidate.backbone] = built
+        return self.models[candidate.backbone]
 
-    def _extractor(self, candidate: Candidate) -> Prepare:
-        """What prepares pictures; on a CPU their features too, since two threads with a network each never wait.
+    def _prepare_features(self, candidate: Candidate) -> Prepare:
+        """Say how a loader prepares pictures; on a CPU their features too, so that each core has a network of its own.
 
-        With both threads in one network they meet at every layer, which on a busy machine costs most of the time.
+        With all threads in one network they meet at every layer, which on a busy machine costs most of the time.
         """
         built = self.load_model(candidate)
         pictures = EvalPhotos(
@@ -159,9 +160,11 @@ class Course:
         )
         if self.fabric.device.type != "cpu":
             return pictures
-        if candidate.backbone.name not in self.folded:
-            self.folded[candidate.backbone.name] = fold_batchnorm(built.model, size=candidate.size)
-        model = self.folded[candidate.backbone.name]
+        if candidate.backbone not in self.fused:
+            fused = copy.deepcopy(built.model)
+            fused.backbone, _ = fuse_batch_norm(built.model.backbone)
+            self.fused[candidate.backbone] = fused
+        model = self.fused[candidate.backbone]
         return lambda numbers, epoch: join_batches(
             [self._compute(model, pictures(few, epoch)) for few in cut_plan(numbers, CPU_BATCH)]
         )
@@ -183,7 +186,7 @@ class Course:
         done, rates = [known.numbers], list[float]()
         self.log.start(len(missing), 0)
         with Loader(workers=0, threads=usable_cores()) as loader:
-            prepare = self._extractor(candidate)
+            prepare = self._prepare_features(candidate)
             for start in range(0, len(missing), CHUNK):
                 began = time.perf_counter()
                 chunk = np.sort(missing[start : start + CHUNK])
@@ -196,7 +199,6 @@ class Course:
                 self.log.advance(len(chunk))
                 if self.plan.elapsed > deadline or self.stop:
                     break
-        # The median leaves out what the first pictures of a network pay once.
         seconds = known.seconds + median(rates) * sum(map(len, done[1:]))
         found = Features(np.concatenate(done), np.concatenate(parts), seconds)
         self._save(candidate, found)
@@ -247,9 +249,10 @@ class Course:
         count = min(MANY_FOLDS if len(numbers) < FEW_PHOTOS else FEW_FOLDS, len(numbers))
         folds = make_folds(labels, groups, folds=count, seed=self.config.train.seed)
         began = time.perf_counter()
-        near = [l2 for l2 in STRENGTHS if not self.known_l2 or 0.1 <= l2 / self.known_l2[-1] * 1.01 <= 11]
-        head = fit_head(features.select(numbers), labels, folds, num_classes=self.num_classes, strengths=tuple(near))
-        self.known_l2.append(head.l2)
+        middle = STRENGTHS.index(self.strengths[-1]) if self.strengths else None
+        near = STRENGTHS if middle is None else STRENGTHS[max(middle - 1, 0) : middle + 2]
+        head = fit_head(features.select(numbers), labels, folds, num_classes=self.num_classes, strengths=near)
+        self.strengths.append(head.l2)
         seconds = time.perf_counter() - began
         top1 = float((head.out_of_fold.argmax(1) == labels).mean())
         loss = log_loss(head.out_of_fold, labels)

@@ -5,7 +5,6 @@ Shape letters: B batch, H height, W width, F pooled features, K classes.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fieldmark.errors import ConfigError, first_line
 from fieldmark.models.catalog import check_name, fetch, hub_repository
@@ -289,42 +287,3 @@ def _group_by_numbers(names: Sequence[str]) -> dict[str, int]:
         latest = int(match[2]) + 1 if match and match[1] == main else latest
         grouping[name] = latest
     return grouping
-
-
-def fold_batchnorm(model: Classifier, *, size: int) -> Classifier:
-    """Return a copy for inference whose BatchNorm is part of the convolution before it: equal to rounding, faster.
-
-    A BatchNorm follows a convolution where it is defined right after it, with as many channels. That is a guess about
-    networks in general, so the copy is asked about noise of `size` pixels; if it answers otherwise, the model itself is
-    returned.
-
-    Source:
-        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-        arXiv:1712.05877, section 3.2.
-    """
-    folded = copy.deepcopy(model).eval()
-    with torch.inference_mode():
-        _fold_children(folded.backbone)
-        noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        noise = noise.to(next(model.parameters()).device)
-        expected, found = model.eval().features(noise), folded.features(noise)
-    return folded if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()) else model
-
-
-def _fold_children(parent: nn.Module) -> None:
-    previous: nn.Module | None = None
-    for name, child in parent.named_children():
-        if (
-            isinstance(previous, nn.Conv2d)
-            and isinstance(child, nn.BatchNorm2d)
-            and previous.out_channels == child.num_features
-            and child.track_running_stats
-        ):
-            norm = cast(Any, child)  # its tensors may be None, which the function takes
-            previous.weight, previous.bias = fuse_conv_bn_weights(
-                previous.weight, previous.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            setattr(parent, name, getattr(child, "act", None) or nn.Identity())
-        else:
-            _fold_children(child)
-        previous = child

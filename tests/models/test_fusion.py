@@ -7,8 +7,9 @@ import copy
 import pytest
 import timm
 import torch
-from benchmarks.fusion import fuse_batch_norm
 from torch import nn
+
+from fieldmark.models.fusion import fuse_batch_norm
 
 
 def make_model(name, seed=0):

@@ -16,16 +16,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fuse_batch_norm(model: nn.Module) -> tuple[nn.Module, int]:
-    """A copy of `model` for inference, with each BatchNorm folded into its convolution.
+    """Return a copy of a model for inference, each BatchNorm folded into its convolution, and the number of those.
 
-    Args:
-        model: In eval mode. Models whose forward pass cannot be traced are copied as they are.
-
-    Returns:
-        The copy, of the same class and in eval mode, and the number of BatchNorms that were folded.
+    The copy is of the same class and in evaluation mode. Models whose forward pass cannot be traced are copied as they
+    are.
 
     Source:
-        Jacob et al., arXiv:1712.05877, section 3.2 (batch normalisation folding).
+        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        arXiv:1712.05877, section 3.2 (folding of batch normalization).
     """
     fused = copy.deepcopy(model).eval()
     pairs = _pairs(fused)
