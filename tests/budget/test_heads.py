@@ -38,9 +38,9 @@ def test_a_refitted_head_is_the_one_that_is_fitted_to_all_photos_at_once():
     folds = np.arange(300) // 4 % 5
     some = fit_head(features[:200], labels[:200], folds[:200], num_classes=4, strengths=(0.1,))
     whole = fit_head(features, labels, folds, num_classes=4, strengths=(0.1,))
-    weight, bias = refit_head(features, labels, some)
-    torch.testing.assert_close(weight, whole.weight, atol=2e-3, rtol=0.01)
-    torch.testing.assert_close(bias, whole.bias, atol=2e-3, rtol=0.01)
+    refitted = refit_head(features, labels, some)
+    torch.testing.assert_close(refitted.weight, whole.weight, atol=2e-3, rtol=0.01)
+    torch.testing.assert_close(refitted.bias, whole.bias, atol=2e-3, rtol=0.01)
 
 
 def test_out_of_fold_probabilities_are_of_heads_that_never_saw_the_photo():

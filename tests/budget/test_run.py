@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fieldmark.budget import run as budget
+from fieldmark.budget.candidates import Candidate, find_backbones
 from fieldmark.budget.plan import Plan
+from fieldmark.budget.race import CPU_BATCH
+from fieldmark.budget.tune import Option, tuning_config
 from fieldmark.config import Config, load_config
 from fieldmark.errors import ConfigError, InterruptedRunError, RunError
 from fieldmark.inference.evaluation import evaluate
@@ -201,6 +205,32 @@ def test_heads_learn_from_the_validation_photos_at_the_end_where_that_is_asked_f
     assert runs[0].summary["val"]["top1"] == runs[1].summary["val"]["top1"]
     with pytest.raises(RunError, match="its validation photos are no test of it"):
         evaluate(runs[1].path, split="val")
+
+
+def test_two_sets_of_weights_of_one_architecture_give_their_own_features(settings, tmp_path):
+    course = budget._prepare(settings, tmp_path, Plan(tmp_path / "plan.jsonl", 60), None, StopRequest()).course
+    (first,) = find_backbones(settings)
+    weights = course.load_model(Candidate(first, 32, "whole")).model.backbone.state_dict()
+    doubled = {name: tensor.numpy() for name, tensor in weights.items()}
+    doubled["bn1.weight"] = 2 * doubled["bn1.weight"]
+    save_file(doubled, tmp_path / "other.safetensors")
+    second = replace(first, weights=str(tmp_path / "other.safetensors"))
+    values = [
+        course.collect_features(Candidate(backbone, 32, "whole"), course.order[:4]).values
+        for backbone in (first, second)
+    ]
+    assert not np.allclose(*values)
+
+
+def test_fine_tuning_keeps_the_micro_batch_that_is_asked_for_and_leaves_moving_statistics_their_batch(photos):
+    def tuned(*more):
+        config = load_config(None, [f'data.path="{photos.as_posix()}"', *TINY, "train.device=cpu", *more])
+        (backbone,) = find_backbones(config)
+        return tuning_config(config, Candidate(backbone, 32, "whole"), Option(32, 0, 0.1, 6.0)).train.micro_batch_size
+
+    assert tuned() == CPU_BATCH
+    assert tuned("train.micro_batch_size=3") == 3
+    assert tuned("model.freeze_batchnorm=false") is None
 
 
 def test_broken_photos_that_are_left_out_are_listed(settings, photos, tmp_path):

@@ -3,9 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from lightning_fabric import Fabric
 
 from fieldmark.data.loader import compute_alone
-from fieldmark.training.loop import UpdateOptions, add_gradients, soft_cross_entropy
+from fieldmark.training.loop import UpdateOptions, compute_gradients, soft_cross_entropy
 
 
 def test_micro_batches_side_by_side_have_the_gradient_of_the_whole_batch():
@@ -16,13 +17,14 @@ def test_micro_batches_side_by_side_have_the_gradient_of_the_whole_batch():
     (expected / 12).backward()
     gradients = [parameter.grad.clone() for parameter in network.parameters()]
     network.zero_grad(set_to_none=True)
-    chunks = list(zip(images.split(4), targets.split(4), strict=True))
+    fabric = Fabric(accelerator="cpu", devices=1)
     with ThreadPoolExecutor(2, initializer=compute_alone) as pool:
-        logits, total = add_gradients(network, chunks, UpdateOptions(pool=pool), scale=1 / 12)
+        options = UpdateOptions(pool=pool)
+        total, logits = compute_gradients(fabric, network, images, targets, 4, options, scale=1 / 12)
         first = [parameter.grad.clone() for parameter in network.parameters()]
-        add_gradients(network, chunks, UpdateOptions(pool=pool), scale=1 / 12)
+        compute_gradients(fabric, network, images, targets, 4, options, scale=1 / 12)
     torch.testing.assert_close(total, expected.detach())
-    torch.testing.assert_close(torch.cat(logits), network(images).detach())
+    torch.testing.assert_close(logits, network(images).detach())
     for parameter, wanted, once in zip(network.parameters(), gradients, first, strict=True):
         torch.testing.assert_close(parameter.grad, wanted)
         assert torch.equal(parameter.grad, once)  # whichever thread is faster

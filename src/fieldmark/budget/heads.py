@@ -5,7 +5,7 @@ Shape letters: N photos, F features, R rank of the features, K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -84,13 +84,14 @@ def fit_head(
     return Head(*basis.unrotate(solution), l2, out_of_fold.numpy())
 
 
-def refit_head(features: NDArray[np.float32], labels: NDArray[np.int64], head: Head) -> tuple[Tensor, Tensor]:
-    """(K, F) weight and (K,) bias of a head fitted to other photos, with a head's strength and from its weights."""
+def refit_head(features: NDArray[np.float32], labels: NDArray[np.int64], head: Head) -> Head:
+    """The head fitted to other photos, with its strength and from its weights."""
     basis = _Basis.of(torch.from_numpy(features))
     start = torch.cat(
         [basis.axes.T @ (head.weight.T * basis.std[:, None]), (head.bias + head.weight @ basis.mean)[None]]
     )
-    return basis.unrotate(_minimize(basis, basis.rotated, torch.from_numpy(labels), head.l2, start, FINE))
+    weight, bias = basis.unrotate(_minimize(basis, basis.rotated, torch.from_numpy(labels), head.l2, start, FINE))
+    return replace(head, weight=weight, bias=bias)
 
 
 @dataclass(frozen=True, eq=False)

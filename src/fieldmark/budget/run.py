@@ -171,7 +171,7 @@ class _Work:
     def run(self) -> Run:
         """Spend the budget; a signal leaves what is best by then."""
         course = self.course
-        self.shelf.open(self.course.config)
+        self.shelf.open(course.config)
         try:
             self.floor()
             may_tune = self.may_tune()
@@ -222,7 +222,7 @@ class _Work:
         """
         course, first = self.course, own[0]
         count = len(course.order) + len(course.val)
-        left = FEATURE_SHARE * self.course.plan.seconds - self.course.plan.elapsed
+        left = FEATURE_SHARE * course.plan.seconds - course.plan.elapsed
         smallest = min(one.size for one in own)
         sizes = range(first.size, smallest, -SIZE_STEP)
         fitting = (size for size in sizes if count * seconds * (size / first.size) ** 2 <= left)
@@ -241,9 +241,7 @@ class _Work:
             guess = seconds / (3 * entry.seconds_per_photo * len(self.course.order))
             if guess < LEAST_EPOCHS / 3:
                 return guess
-            options = list_options(
-                self.course, entry.candidate, seconds=TUNE_SHARE * self.course.plan.seconds, depths=1
-            )
+            options = list_options(self.course, entry.candidate, seconds=seconds, depths=1)
             return max(option.epochs for option in options)
 
         epochs = self.course.plan.decide("epochs of fine-tuning that half of the time allows", count_epochs)
@@ -308,7 +306,7 @@ class _Work:
             missing = len(course.order) + len(course.val) - (len(entry.numbers) if entry else 0)
             seconds = entry.seconds_per_photo if entry else self._guess_seconds(candidate)
             needed += missing * seconds + fit
-        return self.course.plan.elapsed + needed < end
+        return course.plan.elapsed + needed < end
 
     def _guess_fit(self, entry: Entry) -> float:
         """Seconds of a head on all photos, from one on some: its products grow, and the search around them does not."""
@@ -503,8 +501,8 @@ class _Work:
             if (entry := entries.get(member.key)) is not None:
                 numbers = np.concatenate([entry.numbers, course.val])
                 features = course.collect_features(entry.candidate, numbers).select(numbers)
-                weight, bias = refit_head(features, labels[numbers], entry.head)
-                weights = {**member.weights, "head.weight": weight, "head.bias": bias}
+                head = refit_head(features, labels[numbers], entry.head)
+                weights = {**member.weights, "head.weight": head.weight, "head.bias": head.bias}
                 member = replace(member, key=f"{member.key}-refitted", weights=weights)
             members.append(member)
         self.tried.append({"what": f"{answer.name}: heads fitted on train+val"})

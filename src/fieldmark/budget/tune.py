@@ -32,8 +32,7 @@ from fieldmark.training.loop import (
     TrainBatch,
     TrainState,
     UpdateOptions,
-    add_gradients,
-    soft_cross_entropy,
+    compute_gradients,
     train_epochs,
 )
 from fieldmark.training.optim import Schedule
@@ -98,15 +97,12 @@ def measure_update(course: Course, candidate: Candidate, *, size: int, freeze: i
     network, optimizer = fabric.setup(model, build.build_optimizer(config, model, precision=fabric.strategy.precision))
     images = torch.zeros(MEASURED_PHOTOS, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(MEASURED_PHOTOS, course.num_classes, device=device)
+    micro_batch = build.first_micro_batch(config, processes=fabric.world_size)
     started = 0.0
     with open_pool(course, config) as pool:
         for _ in range(2):
             started = time.perf_counter()
-            if pool is not None:
-                chunks = list(zip(images.split(CPU_BATCH), targets.split(CPU_BATCH), strict=True))
-                add_gradients(network, chunks, UpdateOptions(pool=pool), scale=1.0)
-            else:
-                fabric.backward(soft_cross_entropy(network(images), targets, None))
+            compute_gradients(fabric, network, images, targets, micro_batch, UpdateOptions(pool=pool), scale=1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
@@ -156,12 +152,13 @@ def tuning_config(config: Config, candidate: Candidate, option: Option) -> Confi
     wanted["augment"]["size"] = option.size
     wanted["model"]["freeze"] = option.freeze
     wanted["mix"] = {"share": 0.3, "cutmix_share": 1.0, "off_epochs": 2} if option.epochs >= MANY_EPOCHS else {}
+    keeps_batchnorm = config.model.freeze_batchnorm or "freeze_batchnorm" not in config.model.model_fields_set
+    if keeps_batchnorm and build.choose_device(config).value == "cpu":  # equal to one pass but for rounding
+        wanted["train"]["micro_batch_size"] = CPU_BATCH
     for section, values in wanted.items():
         given = getattr(config, section).model_fields_set
         wanted[section] = {name: value for name, value in values.items() if name not in given}
     wanted["train"]["epochs"] = max(round(option.epochs), 1)
-    if build.choose_device(config).value == "cpu":  # equal to one pass but for rounding, as BatchNorm is frozen
-        wanted["train"].setdefault("micro_batch_size", CPU_BATCH)
     return change(candidate.configure(config), wanted)
 
 
@@ -221,8 +218,7 @@ def _soften_head(course: Course, entry: Entry) -> Head:
     """A head of smaller weights to begin with: large ones turn each small step of the backbone into a large one."""
     features = course.collect_features(entry.candidate, entry.numbers).select(entry.numbers)
     soft = replace(entry.head, l2=max(entry.head.l2, SOFT_L2))
-    weight, bias = refit_head(features, course.dataset.labels[entry.numbers], soft)
-    return replace(soft, weight=weight, bias=bias)
+    return refit_head(features, course.dataset.labels[entry.numbers], soft)
 
 
 @dataclass(frozen=True, eq=False)

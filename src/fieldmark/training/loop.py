@@ -211,22 +211,10 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
     """
     # Gradients are averaged over processes, so each contributes its photos' sum times the number of processes.
     scale = fabric.world_size / batch.global_size
-    # Parts of equal size: a last part of one photo would have no variance for BatchNorm.
-    num_chunks = -(-len(batch.images) // state.micro_batch_size)
-    chunks = list(zip(batch.images.tensor_split(num_chunks), batch.targets.tensor_split(num_chunks), strict=True))
-    logits: list[Tensor] = []
-    total = torch.zeros((), device=fabric.device)
     try:
-        if options.pool is not None:
-            logits, total = add_gradients(state.network, chunks, options, scale=scale)
-            chunks = []
-        for number, (images, targets) in enumerate(chunks, start=1):
-            with fabric.no_backward_sync(state.network, enabled=number < len(chunks)):  # type: ignore[arg-type]
-                output = state.network(images)
-                loss = soft_cross_entropy(output, targets, options.class_weights)
-                fabric.backward(loss * scale)
-            logits.append(output.detach())
-            total += loss.detach()
+        total, logits = compute_gradients(
+            fabric, state.network, batch.images, batch.targets, state.micro_batch_size, options, scale=scale
+        )
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -243,13 +231,46 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
     state.schedule.step()
     state.step += 1
     state.step_in_epoch += 1
+    return total, logits
+
+
+def compute_gradients(
+    fabric: Fabric,
+    network: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    micro_batch_size: int,
+    options: UpdateOptions,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Give each weight the gradient of the batch's summed loss times `scale`; that sum (0-d) and the logits (B, K)."""
+    # Parts of equal size: a last part of one photo would have no variance for BatchNorm.
+    num_chunks = -(-len(images) // micro_batch_size)
+    chunks = list(zip(images.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True))
+    if options.pool is not None:
+        return _compute_side_by_side(options.pool, network, chunks, options.class_weights, scale=scale)
+    logits: list[Tensor] = []
+    total = torch.zeros((), device=fabric.device)
+    for number, (part, part_targets) in enumerate(chunks, start=1):
+        with fabric.no_backward_sync(network, enabled=number < len(chunks)):  # type: ignore[arg-type]
+            output = network(part)
+            loss = soft_cross_entropy(output, part_targets, options.class_weights)
+            fabric.backward(loss * scale)
+        logits.append(output.detach())
+        total += loss.detach()
     return total, torch.cat(logits)
 
 
-def add_gradients(
-    network: nn.Module, chunks: Sequence[tuple[Tensor, Tensor]], options: UpdateOptions, *, scale: float
-) -> tuple[list[Tensor], Tensor]:
-    """Compute micro-batches side by side and add their gradients in order; their logits, and the sum of losses.
+def _compute_side_by_side(
+    pool: ThreadPoolExecutor,
+    network: nn.Module,
+    chunks: Sequence[tuple[Tensor, Tensor]],
+    class_weights: Tensor | None,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute micro-batches in threads and add their gradients in order.
 
     On a CPU two threads with half of a batch each are faster than both in each layer, where they wait for each other.
     The sum does not depend on which thread is faster. For networks in 32 bit that draw nothing and gather nothing in a
@@ -259,14 +280,13 @@ def add_gradients(
 
     def compute(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         output = network(chunk[0])
-        loss = soft_cross_entropy(output, chunk[1], options.class_weights)
+        loss = soft_cross_entropy(output, chunk[1], class_weights)
         return output.detach(), loss.detach(), torch.autograd.grad(loss * scale, learning)
 
-    assert options.pool is not None
-    logits, losses, gradients = zip(*options.pool.map(compute, chunks), strict=True)
+    logits, losses, gradients = zip(*pool.map(compute, chunks), strict=True)
     for parameter, *parts in zip(learning, *gradients, strict=True):
         parameter.grad = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-    return list(logits), torch.stack(losses).sum()
+    return torch.stack(losses).sum(), torch.cat(logits)
 
 
 def train_epochs(
