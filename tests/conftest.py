@@ -117,6 +117,14 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_user_cache(tmp_path_factory):
+    """Give tests a user's cache of their own: what the program remembers between runs is neither read nor changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_trials(request, monkeypatch):
     """Leave out the trial of each model in a process of its own, some seconds each, but where it is tested."""

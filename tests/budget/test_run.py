@@ -57,13 +57,6 @@ class Lines:
         self.lines.append(text)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_user_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "photos"

@@ -36,13 +36,6 @@ def save_photo(path: Path, color: tuple[int, int, int], seed: int) -> None:
     Image.fromarray(pixels).resize((72, 54)).save(path)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_user_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "photos"
