@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,29 +38,63 @@ def test_extras_that_all_names_exist_and_former_names_still_install():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """Folder of the commands of an environment with our wheel, which borrows every other package from this one."""
+    """Folder of the commands of an environment with our wheel, which borrows every other package from this one.
+
+    The wheel is built from a copy, since a build leaves files of older ones beside the sources and packs them again.
+    """
     root = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(root), str(ROOT)]
-    subprocess.run(build, check=True)
+    tree = root / "tree"
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    pip = [sys.executable, "-m", "pip"]
+    env = _environment(root)
+    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", root, tree], check=True, env=env)
     (wheel,) = root.glob("fieldmark-*.whl")
     venv.create(root / "env", with_pip=False)
     python = root / "env/bin/python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
-    subprocess.run(install, check=True)
+    install = [*pip, "--python", python, "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(install, check=True, env=env)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = Path(subprocess.check_output([str(python), "-c", code], text=True).strip())
+    own = Path(subprocess.check_output([python, "-c", code], text=True, env=env).strip())
     (own / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    assert any("serve/static" in name for name in zipfile.ZipFile(wheel).namelist())
     return root / "env/bin"
 
 
 def run(installed: Path, folder: Path, *words: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["XDG_CACHE_HOME"] = str(folder / "cache")
     command = [str(installed / "fieldmark"), *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=_environment(folder), capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return this process's environment without the source tree, and with a cache of its own."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "XDG_CACHE_HOME": str(folder / "cache")
+    }
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_its_files_and_nothing_else(installed):
+    (wheel,) = installed.parents[1].glob("fieldmark-*.whl")
+    kept = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = {
+        file.relative_to(ROOT / "src").as_posix()
+        for file in (ROOT / "src").rglob("*")
+        if file.is_file() and file.suffix != ".pyc" and ".egg-info" not in file.parent.name
+    }
+    assert kept == files
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_shows_the_demo(installed, tmp_path):
+    small = [word for setting in (*TINY, "probe.epochs=0") for word in ("--set", setting)]
+    told = run(installed, tmp_path, "demo", "--out", "demo", *small)
+    assert "fine-tuned" in told
+    assert (tmp_path / "demo" / "predictions.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
@@ -71,10 +107,13 @@ def test_an_installed_wheel_trains_reports_and_serves(installed, tmp_path):
             pixels = rng.normal(60 + 60 * number, 40, (40, 48, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(path)
     code = "import fieldmark, sys; print(fieldmark.__file__)"
-    where = subprocess.check_output([str(installed / "python"), "-c", code], text=True, cwd=tmp_path, env={})
-    assert str(installed.parent) in where
-    assert "--out" in run(installed, tmp_path, "demo", "--help")
+    python = installed / "python"
+    where = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path, env=_environment(tmp_path))
+    assert Path(where.strip()).is_relative_to(installed.parent)
     assert "competition " in run(installed, tmp_path, "recipes", "list")
+    code = "from fieldmark.study.grid import load_grid; print(load_grid('backbones-quick').name)"
+    grid = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path, env=_environment(tmp_path))
+    assert grid.strip() == "backbones-quick"
     tiny = [word for setting in TINY for word in ("--set", setting)]
     run(installed, tmp_path, "train", "photos", "--recipe", "laptop", "--out", "runs/one", *tiny)
     run(installed, tmp_path, "report", "runs/one", "--out", "report.html")
@@ -82,9 +121,13 @@ def test_an_installed_wheel_trains_reports_and_serves(installed, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([str(installed / "fieldmark"), "serve", "runs/one", "--port", str(port)], cwd=tmp_path)
+    command = [installed / "fieldmark", "serve", "runs/one", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=tmp_path, env=_environment(tmp_path))
     try:
-        assert "<html" in _page(f"http://127.0.0.1:{port}/")
+        page = _page(f"http://127.0.0.1:{port}/")
+        assert "<html" in page
+        for name in re.findall(r'(?:href|src)="/?(static/[^"]+)"', page):
+            assert _page(f"http://127.0.0.1:{port}/{name}")
     finally:
         server.terminate()
         server.wait(60)
