@@ -453,7 +453,12 @@ class TrainConfig(Section):
 
 
 class Config(Section):
-    """All settings of a run."""
+    """Holds all settings of a run, checked; they never change. `load_config` makes one.
+
+    Examples:
+        >>> fieldmark.load_config("laptop").train.epochs
+        10
+    """
 
     description: str = ""
     """What the recipe is for, and the result to expect."""
@@ -517,6 +522,10 @@ def load_config(recipe: str | Path | None = None, overrides: Iterable[str] = ())
     Raises:
         ConfigError: No such recipe, not TOML, an unknown key, or a value out of range. Names every problem.
     """
+
+    Examples:
+        >>> fieldmark.load_config("laptop", ["train.epochs=3", "lr=1e-4"]).optim.lr
+        0.0001
     name, settings = read_recipe(recipe)
     apply_overrides(settings, overrides)
     return parse_config(settings, name)

@@ -33,7 +33,15 @@ def first_line(error: BaseException) -> str:
 
 
 class FieldmarkError(Exception):
-    """The root of the tree. The message says what was wrong, what was given, and what to do."""
+    """Is the base of all errors that a user can fix. The message says what was wrong, what was given, what to do.
+
+    Examples:
+        >>> try:
+        ...     fieldmark.load_config("laptop", ["train.epochs=-1"])
+        ... except fieldmark.FieldmarkError as error:
+        ...     "train.epochs" in str(error)
+        True
+    """
 
 
 class ConfigError(FieldmarkError):

@@ -68,6 +68,11 @@ def export_run(
 
     Raises:
         ExportError: The form cannot hold the model, or the model written disagrees with the run.
+
+    Examples:
+        >>> run, out = fieldmark.Run("runs/mine"), Path("exported")
+        >>> fieldmark.export_run(run, out, to="timm", is_int8=False, max_accuracy_loss=0.01, max_photos=50).classes
+        ('jay', 'robin', 'wren')
     """
     from fieldmark.export.model_card import model_card
 

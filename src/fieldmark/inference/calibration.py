@@ -102,6 +102,13 @@ def calibrate_run(
     write_whole(run.path / FILE, json.dumps(found.to_dict(), indent=2) + "\n")
     return found
 
+    Examples:
+        >>> run = fieldmark.Run("runs/plain")
+        >>> wish = {"wanted": "coverage", "wanted_value": 0.9, "confidence_level": 0}
+        >>> found = fieldmark.calibrate_run(run, **wish, folds=5, seed=0)
+        >>> 0 <= found.threshold <= 1
+        True
+
 
 def load_calibration(run: Run) -> Calibration | None:
     """The calibration in a run's folder, or None if there is none."""

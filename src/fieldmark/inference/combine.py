@@ -67,6 +67,11 @@ def combine(
         RunError: The runs do not fit together, or `out` exists.
         ConfigError: Too many parameters. Nothing was written.
         PhotoError: A validation photo that a soup needs broke or vanished.
+
+    Examples:
+        >>> both = fieldmark.combine(["runs/mine", "runs/other"], "runs/both")
+        >>> fieldmark.Predictor.load(both)("photos/jay/0.png").problem
+        ''
     """
     if method not in get_args(Method):
         raise RunError(f"no method {method!r}: choose one of {', '.join(get_args(Method))}")

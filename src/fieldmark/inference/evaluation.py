@@ -64,6 +64,11 @@ class Evaluation:
         predictions: Paths, labels and probabilities behind them.
         confusion: (K, K) counts; row: the true class, column: the predicted one.
         flips: What test-time augmentation adds to the top-1 accuracy, where that was asked for.
+
+    Examples:
+        >>> found = fieldmark.evaluate("runs/mine")
+        >>> found.confusion.shape, found.predictions.probabilities.shape
+        ((3, 3), (4, 3))
     """
 
     split: str
@@ -130,6 +135,10 @@ def evaluate(
         flips: Test-time augmentation: average the logits of each photo and its mirror image. Such predictions are not
             stored: those of the run are of the photos as they are.
         progress: Reports how far the work is.
+
+    Examples:
+        >>> 0 <= fieldmark.evaluate("runs/mine", split="val").metrics["top1"] <= 1
+        True
 
     Raises:
         RunError: The run has no such labeled photos, or the folder that they were in is gone.

@@ -52,6 +52,11 @@ class Prediction:
         problem: Why there is no answer; "" if there is one.
         threshold: Least probability that counts as an answer, in [0, 1].
         fallback: Groups to answer with where the class is not sure; None if there are none.
+
+    Examples:
+        >>> answer = fieldmark.Predictor.load("runs/mine")("photos/jay/0.png")
+        >>> answer.label == answer.top(1)[0][0], answer.probabilities.shape
+        (True, (3,))
     """
 
     path: str
@@ -99,6 +104,11 @@ class Predictor:
     """Asks one model about any number of photos, in bounded memory. Calls from several threads are safe.
 
     Make one with `Predictor.load`.
+
+    Examples:
+        >>> predictor = fieldmark.Predictor.load("runs/mine")
+        >>> [answer.problem for answer in predictor.predict(["photos/jay/0.png", "photos/wren/1.png"])]
+        ['', '']
     """
 
     classes: tuple[str, ...]  # K names, in order of class index

@@ -112,6 +112,11 @@ class Run:
 
     Raises:
         RunError: There is no run in it.
+
+    Examples:
+        >>> run = fieldmark.Run("runs/mine")
+        >>> run.classes, run.summary["status"]
+        (('jay', 'robin', 'wren'), 'finished')
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -92,6 +92,11 @@ def train(config: Config, out: str | Path, *, progress: Progress | None = None) 
     Raises:
         FieldmarkError: Settings, data, weights or machine don't allow it. What was saved stays.
         InterruptedRunError: Ctrl-C or SIGTERM came; everything is saved.
+
+    Examples:
+        >>> config = fieldmark.load_config("recipe.toml", ["data.path=photos", "epochs=2"])
+        >>> [report.epoch for report in fieldmark.train(config, "runs/new")]
+        [1, 2]
     """
     yield from _run(config, Path(out), "new", progress)
 
@@ -109,6 +114,13 @@ def resume(
     Raises:
         RunError: There is no run to continue, or it is finished.
         DataError: The photos changed since.
+
+    Examples:
+        >>> config = fieldmark.load_config("recipe.toml", ["data.path=photos", "epochs=2"])
+        >>> for report in fieldmark.train(config, "runs/half"):
+        ...     break  # after the first epoch
+        >>> [report.epoch for report in fieldmark.resume("runs/half")]
+        [2]
     """
     run = Run(out)
     if run.summary["status"] == "finished":

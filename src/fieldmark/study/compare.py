@@ -161,6 +161,12 @@ def compare_runs(
 
     Raises:
         RunError: No runs; runs on different photos, labels or classes; the same run twice; an unfinished run; a
+
+    Examples:
+        >>> (pair,) = fieldmark.compare_runs(["runs/plain", "runs/mixed"]).pairs
+        >>> points = pair.difference.interval
+        >>> points.low <= points.estimate <= points.high
+        True
             baseline that is not among them.
     """
     if metric not in SHOWN:

@@ -54,17 +54,29 @@ class Range(Section):
 
 
 def uniform(low: float, high: float) -> Range:
-    """Draw evenly between two numbers."""
+    """Draw evenly between two numbers.
+
+    Examples:
+        >>> space = {"model.drop_path": fieldmark.uniform(0.0, 0.3)}  # for fieldmark.sweep
+    """
     return Range(low=low, high=high)
 
 
 def log_uniform(low: float, high: float) -> Range:
-    """Draw evenly between two numbers > 0 on a logarithmic scale."""
+    """Draw evenly between two numbers > 0 on a logarithmic scale.
+
+    Examples:
+        >>> space = {"optim.lr": fieldmark.log_uniform(1e-5, 1e-2)}  # for fieldmark.sweep
+    """
     return Range(low=low, high=high, log=True)
 
 
 def choice(*values: Any) -> Range:
-    """Draw one of the values."""
+    """Draw one of the values.
+
+    Examples:
+        >>> space = {"optim.name": fieldmark.choice("adamw", "sgd")}  # for fieldmark.sweep
+    """
     return Range(choices=values)
 
 

@@ -89,6 +89,10 @@ def write_report(
         RunError: The runs cannot be compared, or `path` has another ending.
         ResourceError: The page cannot be written.
     """
+
+    Examples:
+        >>> [file.name for file in fieldmark.write_report(["runs/plain", "runs/mixed"], "report.html")]
+        ['report.html']
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in (".html", ".md"):

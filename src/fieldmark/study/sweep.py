@@ -99,6 +99,12 @@ def sweep(
 
     Raises:
         ConfigError: `space` mixes lists and distributions, or `trials` does not fit it.
+
+    Examples:
+        >>> config = fieldmark.load_config("recipe.toml", ["data.path=photos"])
+        >>> status = fieldmark.sweep(config, {"optim.lr": fieldmark.log_uniform(1e-4, 1e-2)}, trials=1, out="sweeps/lr")
+        >>> len(status.runs)
+        1
     """
     content: dict[str, Any] = {"set": config.model_dump(mode="json"), "seeds": list(seeds)}
     odd = next((key for key, values in space.items() if isinstance(values, Range) == (trials is None)), None)
@@ -146,6 +152,11 @@ def run_sweep(
     Raises:
         ConfigError: The grid or a cell's settings are not valid.
         RunError: A cell's folder holds a run of other settings, or another sweep is at work in `out`.
+
+    Examples:
+        >>> status = fieldmark.run_sweep("grid.toml", "sweeps/mixing", data="photos")
+        >>> [run.name for run in status.runs]
+        ['mix.share=0', 'mix.share=0.4']
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
     base = base_settings(grid, overrides)
