@@ -285,7 +285,7 @@ def test_the_card_has_calibrated_figures_and_nothing_of_the_machine():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)
     logits = rng.normal(0, 1, (200, 3)) + 2 * np.eye(3)[labels]
-    found = calibrate(logits, labels, wanted="coverage", wanted_value=0.8, assurance=0.0, folds=2, seed=0)
+    found = calibrate(logits, labels, wanted="coverage", wanted_value=0.8, confidence_level=0.0, folds=2, seed=0)
     recipe = '[data]\npath = "/home/ada/photos/birds"\ncorrections = "../mine.csv"\nbroken = "refuse"\n'
     summary = {"val": {"top1": 0.9, "log_loss": 0.5}}
     card = write_card(make_metadata("onnx"), data={}, summary=summary, calibration=found, recipe=recipe)

@@ -106,12 +106,12 @@ def test_the_threshold_for_a_coverage_answers_at_least_that_and_the_next_less(se
 def test_the_threshold_for_an_accuracy_is_the_lowest_that_reaches_it():
     confidence = np.array([0.95, 0.9, 0.8, 0.7, 0.6])
     curve = coverage_curve(confidence, np.array([True, True, False, True, False]))
-    assert threshold_for_accuracy(curve, 0.75, assurance=0) == 0.7
-    assert threshold_for_accuracy(curve, 1.0, assurance=0) == 0.9
+    assert threshold_for_accuracy(curve, 0.75, confidence_level=0) == 0.7
+    assert threshold_for_accuracy(curve, 1.0, confidence_level=0) == 0.9
 
 
 def test_an_assured_accuracy_is_kept_on_new_photos():
-    """The share of calibrations whose true accuracy falls short stays below one minus the assurance."""
+    """The share of calibrations whose true accuracy falls short stays below one minus the level."""
     failures = chosen = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -119,7 +119,7 @@ def test_an_assured_accuracy_is_kept_on_new_photos():
         # Right with probability equal to the confidence: the accuracy above t is (1 + t) / 2.
         curve = coverage_curve(confidence, rng.random(300) < confidence)
         try:
-            threshold = threshold_for_accuracy(curve, 0.75, assurance=0.9)
+            threshold = threshold_for_accuracy(curve, 0.75, confidence_level=0.9)
         except DataError:
             continue
         chosen += 1
@@ -128,17 +128,20 @@ def test_an_assured_accuracy_is_kept_on_new_photos():
     assert failures <= 30  # 200 draws at 10 %: 20 expected, 30 is 2.4 standard deviations above
 
 
-def test_more_assurance_never_answers_more():
+def test_a_higher_confidence_level_never_answers_more():
     logits, labels = make_logits(n=400, temperature=1.0)
     probabilities = apply_temperature(logits, 1.0)
     curve = coverage_curve(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels)
-    thresholds = [threshold_for_accuracy(curve, 0.9, assurance=assurance) for assurance in (0, 0.5, 0.9, 0.95)]
+    thresholds = [
+        threshold_for_accuracy(curve, 0.9, confidence_level=confidence_level)
+        for confidence_level in (0, 0.5, 0.9, 0.95)
+    ]
     assert thresholds == sorted(thresholds)
 
 
 def test_calibration_lowers_loss_and_error_of_an_overconfident_model_and_survives_json():
     logits, labels = make_logits(temperature=3.0)
-    found = calibrate(logits, labels, wanted="accuracy", wanted_value=0.9, assurance=0, folds=5, seed=0)
+    found = calibrate(logits, labels, wanted="accuracy", wanted_value=0.9, confidence_level=0, folds=5, seed=0)
     assert found.log_loss_after < found.log_loss_before
     assert found.calibration_error_after < found.calibration_error_before / 3
     assert found.accuracy >= 0.9
@@ -148,7 +151,7 @@ def test_calibration_lowers_loss_and_error_of_an_overconfident_model_and_survive
 
 def test_without_a_wish_everything_is_answered():
     logits, labels = make_logits(n=100)
-    found = calibrate(logits, labels, wanted="none", wanted_value=0.5, assurance=0, folds=5, seed=0)
+    found = calibrate(logits, labels, wanted="none", wanted_value=0.5, confidence_level=0, folds=5, seed=0)
     assert (found.threshold, found.coverage) == (0.0, 1.0)
 
 
@@ -169,20 +172,24 @@ def test_bins_hold_every_photo_once_and_one_falls_in_the_last():
         ),
         (lambda: cross_fit(np.zeros((1, 3)), np.array([0]), folds=5, seed=0), "at least 2 photos and 2 folds"),
         (
-            lambda: threshold_for_accuracy(coverage_curve(np.ones(2), np.array([True, False])), 0.9, assurance=0),
+            lambda: threshold_for_accuracy(
+                coverage_curve(np.ones(2), np.array([True, False])), 0.9, confidence_level=0
+            ),
             "accuracy of 90.0%: the highest on these photos is 50.0%. Ask for less",
         ),
         (
-            lambda: threshold_for_accuracy(coverage_curve(np.ones(2), np.array([True, True])), 0.9, assurance=0.95),
+            lambda: threshold_for_accuracy(
+                coverage_curve(np.ones(2), np.array([True, True])), 0.9, confidence_level=0.95
+            ),
             "2 photos cannot show an accuracy of 90.0% at a confidence level of 95%",
         ),
         (
-            lambda: threshold_for_accuracy(coverage_curve(np.ones(2), np.ones(2, bool)), 0.9, assurance=1),
-            r"confidence level \(assurance\) is a share from 0 to below 1; got 1",
+            lambda: threshold_for_accuracy(coverage_curve(np.ones(2), np.ones(2, bool)), 0.9, confidence_level=1),
+            r"confidence level is a share from 0 to below 1; got 1",
         ),
         (lambda: threshold_for_coverage(coverage_curve(np.ones(2), np.ones(2, bool)), 0), "wanted coverage is a share"),
         (
-            lambda: calibrate(*make_logits(n=9), wanted="x", wanted_value=1, assurance=0, folds=2, seed=0),
+            lambda: calibrate(*make_logits(n=9), wanted="x", wanted_value=1, confidence_level=0, folds=2, seed=0),
             "or \"none\"; got 'x'",
         ),
         (lambda: Calibration.from_dict({"temperature": 1}, num_classes=2), "the calibration lacks accuracy"),
@@ -216,7 +223,7 @@ def run(tmp_path):
 
 def calibrated(run, **wish):
     wish = {"wanted": "none", "wanted_value": 1.0, **wish}
-    return calibrate_run(run, **wish, assurance=0, folds=5, seed=0)
+    return calibrate_run(run, **wish, confidence_level=0, folds=5, seed=0)
 
 
 def test_a_run_that_is_three_times_too_sure_is_cooled_and_remembers_it(run):
@@ -240,7 +247,7 @@ def test_probabilities_that_underflow_stay_finite():
 
 def test_what_cannot_be_had_leaves_the_run_as_it_was(run):
     with pytest.raises(DataError, match=r"400 photos cannot show an accuracy of 99\.0%"):
-        calibrate_run(run, wanted="accuracy", wanted_value=0.99, assurance=0.99, folds=5, seed=0)
+        calibrate_run(run, wanted="accuracy", wanted_value=0.99, confidence_level=0.99, folds=5, seed=0)
     assert load_calibration(run) is None
 
 
@@ -271,7 +278,7 @@ def test_a_temperature_that_raises_the_cross_fitted_log_loss_is_refused_and_said
     plain = apply_temperature(logits, 1.0)
     before = plain[np.arange(9), labels]
     assert -np.log(after).mean() > -np.log(before).mean()
-    found = calibrate(logits, labels, wanted="coverage", wanted_value=0.5, assurance=0, folds=5, seed=0)
+    found = calibrate(logits, labels, wanted="coverage", wanted_value=0.5, confidence_level=0, folds=5, seed=0)
     assert found.temperature == 1
     assert found.log_loss_after == found.log_loss_before == pytest.approx(-np.log(before).mean())
     assert found.refused_temperature == pytest.approx(fit_temperature(logits, labels))
@@ -282,7 +289,7 @@ def test_a_temperature_that_raises_the_cross_fitted_log_loss_is_refused_and_said
         f"the fitted {found.refused_temperature:.3f} would raise the log loss from {found.log_loss_before:.3f}" in text
     )
     logits, labels = make_logits(n=300)
-    kept = calibrate(logits, labels, wanted="none", wanted_value=1, assurance=0, folds=5, seed=0)
+    kept = calibrate(logits, labels, wanted="none", wanted_value=1, confidence_level=0, folds=5, seed=0)
     assert kept.refused_temperature is None
     assert "would raise" not in describe_calibration(kept)
 

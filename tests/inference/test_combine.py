@@ -61,7 +61,7 @@ def first(make) -> Run:
 def second(make) -> Run:
     """Another seed, and another look at the photos."""
     run = make("second", "train.seed=1", "eval.transform=squash", "eval.size=48")
-    found = calibrate_run(run, wanted="none", wanted_value=1.0, assurance=0.0, folds=2, seed=0)
+    found = calibrate_run(run, wanted="none", wanted_value=1.0, confidence_level=0.0, folds=2, seed=0)
     # Few photos may well refuse a temperature: here one is needed.
     (run.path / "calibration.json").write_text(json.dumps(found.to_dict() | {"temperature": 1.7}))
     return run
@@ -204,7 +204,7 @@ def test_members_of_which_some_are_calibrated_are_warned_of(ensemble, first, tmp
 def test_an_ensemble_can_be_calibrated_and_then_says_unknown(ensemble, files, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ensemble.path, copy)
-    found = calibrate_run(Run(copy), wanted="coverage", wanted_value=0.5, assurance=0.0, folds=2, seed=0)
+    found = calibrate_run(Run(copy), wanted="coverage", wanted_value=0.5, confidence_level=0.0, folds=2, seed=0)
     predictor = Predictor.load(copy)
     assert (predictor.temperature, predictor.threshold) == (found.temperature, found.threshold)
     plain = Predictor.load(ensemble)(files[0]).probabilities.astype(np.float64) ** (1 / found.temperature)

@@ -33,16 +33,16 @@ def make_photos(count=1000):
     return shares / shares.sum(axis=1, keepdims=True), labels
 
 
-def fitted(accuracy=0.95, assurance=0.0, threshold=0.9):
+def fitted(accuracy=0.95, confidence_level=0.0, threshold=0.9):
     probabilities, labels = make_photos()
     return fit_fallback(
-        probabilities, labels, TREE, threshold=threshold, accuracy=accuracy, assurance=assurance
+        probabilities, labels, TREE, threshold=threshold, accuracy=accuracy, confidence_level=confidence_level
     ), probabilities
 
 
-@pytest.mark.parametrize("assurance", [0.0, 0.9])
-def test_answers_of_a_group_alone_are_as_often_right_as_wanted(assurance):
-    found, probabilities = fitted(assurance=assurance)
+@pytest.mark.parametrize("confidence_level", [0.0, 0.9])
+def test_answers_of_a_group_alone_are_as_often_right_as_wanted(confidence_level):
+    found, probabilities = fitted(confidence_level=confidence_level)
     _, labels = make_photos()
     answers = [found.answer(row) for row in probabilities]
     groups = [place for place, answer in enumerate(answers) if answer.level == "genus"]
@@ -60,7 +60,7 @@ def test_answers_of_a_group_alone_are_as_often_right_as_wanted(assurance):
 def test_a_level_that_is_never_right_often_enough_is_not_used():
     probabilities, labels = make_photos()
     wrong = np.where(labels < 2, 2, 0)  # the label is of another genus than all that is seen
-    found = fit_fallback(probabilities, wrong, TREE, threshold=0.9, accuracy=0.95, assurance=0.0)
+    found = fit_fallback(probabilities, wrong, TREE, threshold=0.9, accuracy=0.95, confidence_level=0.0)
     assert found.thresholds == (0.9, None)
     assert {found.answer(row).level for row in probabilities} == {"class", ""}
     assert "genus  is not used" in describe_fallback(found)
@@ -116,7 +116,7 @@ def run(tmp_path):
 def test_a_run_keeps_it_with_its_calibration_until_it_is_calibrated_without(run, tmp_path):
     table = tmp_path / "taxonomy.csv"
     table.write_text("class,genus\n" + "".join(f"{','.join(row)}\n" for row in ROWS))
-    wish = {"assurance": 0.0, "folds": 5, "seed": 0}
+    wish = {"confidence_level": 0.0, "folds": 5, "seed": 0}
     found = calibrate_run(run, wanted="accuracy", wanted_value=0.95, taxonomy=table, **wish)
     groups = load_calibration(run).fallback
     assert groups.thresholds[0] == found.threshold

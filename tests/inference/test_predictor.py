@@ -169,7 +169,7 @@ def test_a_calibrated_run_answers_with_its_temperature_and_threshold(run, files,
 
     copy = tmp_path / "run"
     shutil.copytree(run.path, copy)
-    found = calibrate_run(Run(copy), wanted="none", wanted_value=1.0, assurance=0.0, folds=2, seed=0)
+    found = calibrate_run(Run(copy), wanted="none", wanted_value=1.0, confidence_level=0.0, folds=2, seed=0)
     # Few photos may well refuse a temperature: here one is needed.
     found = replace(found, temperature=1.7)
     (copy / "calibration.json").write_text(json.dumps(found.to_dict()))

@@ -115,7 +115,7 @@ class Shelf:
             (self.path / folder.ENSEMBLE).unlink()
         if len(self._val) > 1:
             run = folder.Run(self.path)
-            calibrate_run(run, wanted="none", wanted_value=1.0, assurance=0.95, folds=5, seed=0)
+            calibrate_run(run, wanted="none", wanted_value=1.0, confidence_level=0.95, folds=5, seed=0)
 
     def clear(self, answer: Answer) -> None:
         """Remove the members that do not answer."""

@@ -116,7 +116,9 @@ def calibrate(
     run: RunFolder,
     accuracy: Annotated[float | None, typer.Option(help="Wanted accuracy of the answers, such as 0.95.")] = None,
     coverage: Annotated[float | None, typer.Option(help="Wanted share of photos that are answered.")] = None,
-    assurance: Annotated[float, typer.Option(help="How sure the accuracy must be, below 1; 0 takes it as seen.")] = 0.0,
+    confidence_level: Annotated[
+        float, typer.Option(help="How sure the accuracy must be, below 1; 0 takes it as seen.")
+    ] = 0.0,
     taxonomy: Annotated[
         Path | None, typer.Option(help="Table of class,genus,family: answer with the group that is sure.")
     ] = None,
@@ -137,7 +139,7 @@ def calibrate(
     value = next((share for share in (accuracy, coverage) if share is not None), 1.0)
     opened = Run(run)
     found = calibrate_run(
-        opened, wanted=wanted, wanted_value=value, assurance=assurance, folds=5, seed=0, taxonomy=taxonomy
+        opened, wanted=wanted, wanted_value=value, confidence_level=confidence_level, folds=5, seed=0, taxonomy=taxonomy
     )
     levels = taxonomy_scores(opened, taxonomy) if taxonomy else {}
     parts = [describe_calibration(found), describe_scores(levels) if levels else ""]

@@ -74,7 +74,14 @@ class Calibration:
 
 
 def calibrate_run(
-    run: Run, *, wanted: str, wanted_value: float, assurance: float, folds: int, seed: int, taxonomy: Path | None = None
+    run: Run,
+    *,
+    wanted: str,
+    wanted_value: float,
+    confidence_level: float,
+    folds: int,
+    seed: int,
+    taxonomy: Path | None = None,
 ) -> Calibration:
     """Fit temperature and threshold on the validation photos of a run and keep them in its folder.
 
@@ -85,7 +92,7 @@ def calibrate_run(
         run: With stored validation predictions.
         wanted: "accuracy" or "coverage" of the answers, or "none" to answer everything.
         wanted_value: How much of it, in (0, 1]; ignored for "none".
-        assurance: One-sided confidence level that the true accuracy is that high, in [0, 1); 0 takes it as observed.
+        confidence_level: That the true accuracy is that high, one-sided, in [0, 1); 0 takes it as observed.
         folds: Parts that the photos are divided into, each evaluated with a temperature that the others gave.
         seed: Of that division.
         taxonomy: Table of class, genus, family: photos whose class is not sure get the finest group that is. Groups
@@ -94,13 +101,6 @@ def calibrate_run(
     Raises:
         RunError: No validation predictions are stored.
         DataError: What is wanted cannot be had, or the taxonomy does not fit the run's classes.
-    """
-    stored = run.predictions("val")
-    logits, labels = log_probabilities(stored.probabilities), stored.labels
-    tree = load_taxonomy(taxonomy, run.classes) if taxonomy is not None else None
-    found = calibrate(logits, labels, wanted, wanted_value, assurance=assurance, folds=folds, seed=seed, taxonomy=tree)
-    write_whole(run.path / FILE, json.dumps(found.to_dict(), indent=2) + "\n")
-    return found
 
     Examples:
         >>> run = fieldmark.Run("runs/plain")
@@ -108,6 +108,15 @@ def calibrate_run(
         >>> found = fieldmark.calibrate_run(run, **wish, folds=5, seed=0)
         >>> 0 <= found.threshold <= 1
         True
+    """
+    stored = run.predictions("val")
+    logits, labels = log_probabilities(stored.probabilities), stored.labels
+    tree = load_taxonomy(taxonomy, run.classes) if taxonomy is not None else None
+    found = calibrate(
+        logits, labels, wanted, wanted_value, confidence_level=confidence_level, folds=folds, seed=seed, taxonomy=tree
+    )
+    write_whole(run.path / FILE, json.dumps(found.to_dict(), indent=2) + "\n")
+    return found
 
 
 def load_calibration(run: Run) -> Calibration | None:
@@ -132,7 +141,7 @@ def calibrate(
     wanted: str,
     wanted_value: float,
     *,
-    assurance: float,
+    confidence_level: float,
     folds: int,
     seed: int,
     taxonomy: Taxonomy | None = None,
@@ -144,13 +153,15 @@ def calibrate(
     is_refused = loss_after > loss_before
     kept = before if is_refused else after
     is_right, confidence = kept.argmax(axis=1) == labels, kept.max(axis=1)
-    threshold = _choose_threshold(coverage_curve(confidence, is_right), wanted, wanted_value, assurance)
+    threshold = _choose_threshold(coverage_curve(confidence, is_right), wanted, wanted_value, confidence_level)
     answered = confidence >= threshold
     accuracy = float(is_right[answered].mean())
     fallback = None
     if taxonomy is not None and threshold > 0:
         share = accuracy if wanted == "coverage" else wanted_value
-        fallback = fit_fallback(kept, labels, taxonomy, threshold=threshold, accuracy=share, assurance=assurance)
+        fallback = fit_fallback(
+            kept, labels, taxonomy, threshold=threshold, accuracy=share, confidence_level=confidence_level
+        )
     return Calibration(
         temperature=1.0 if is_refused else temperature,
         threshold=threshold,
@@ -237,10 +248,10 @@ def coverage_curve(confidence: FloatArray, is_right: NDArray[np.bool_]) -> Cover
     return CoverageCurve(thresholds, coverage, accuracy, answered[last][::-1])
 
 
-def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, assurance: float) -> float:
+def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, confidence_level: float) -> float:
     """The lowest threshold whose answers are as accurate as wanted, in (0, 1].
 
-    `assurance` is the one-sided confidence level (Clopper and Pearson 1934) that the true accuracy is that high, in
+    `confidence_level` is one-sided (Clopper and Pearson 1934): how sure it is that the true accuracy is that high, in
     [0, 1); 0 takes the observed accuracy as it is. Thresholds are tested from strict to lax and the search stops at
     the first failure (fixed-sequence testing; Angelopoulos et al., arXiv:2110.01052, section 5.1), so the confidence
     level holds for the threshold that is chosen.
@@ -248,9 +259,9 @@ def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, assurance: 
     from scipy.stats import beta  # a second that a prediction need not wait for
 
     _check_share("accuracy", accuracy)
-    if not 0 <= assurance < 1:
-        raise DataError(f"the confidence level (assurance) is a share from 0 to below 1; got {assurance}")
-    if assurance == 0:
+    if not 0 <= confidence_level < 1:
+        raise DataError(f"the confidence level is a share from 0 to below 1; got {confidence_level}")
+    if confidence_level == 0:
         reached = np.flatnonzero(curve.accuracy >= accuracy)
         if not len(reached):
             raise DataError(
@@ -259,16 +270,16 @@ def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, assurance: 
             )
         return float(curve.thresholds[reached[0]])
     right = np.rint(curve.accuracy * curve.answered)
-    bound = np.where(right > 0, beta.ppf(1 - assurance, np.maximum(right, 1), curve.answered - right + 1), 0.0)
+    bound = np.where(right > 0, beta.ppf(1 - confidence_level, np.maximum(right, 1), curve.answered - right + 1), 0.0)
     # With fewer answers than this not even an unbroken row of right ones proves anything. The sequence starts at twice
     # as many, so that one mistake does not end it; where it starts depends on counts alone, never on the outcomes.
-    least = np.log(1 - assurance) / np.log(accuracy) if accuracy < 1 else np.inf
+    least = np.log(1 - confidence_level) / np.log(accuracy) if accuracy < 1 else np.inf
     passed = bound[curve.answered >= 2 * least][::-1] >= accuracy
     num_passed = int(np.cumprod(passed).sum())
     if not num_passed:
         raise DataError(
             f"{curve.answered[0]} photos cannot show an accuracy of {accuracy:.1%} at a confidence level of "
-            f"{assurance:.0%}. Ask for a lower accuracy or level, or calibrate on more photos"
+            f"{confidence_level:.0%}. Ask for a lower accuracy or level, or calibrate on more photos"
         )
     return float(curve.thresholds[len(passed) - num_passed])
 
@@ -284,9 +295,9 @@ def _check_share(name: str, value: float) -> None:
         raise DataError(f"the wanted {name} is a share above 0 and at most 1; got {value}")
 
 
-def _choose_threshold(curve: CoverageCurve, wanted: str, value: float, assurance: float) -> float:
+def _choose_threshold(curve: CoverageCurve, wanted: str, value: float, confidence_level: float) -> float:
     if wanted == "accuracy":
-        return threshold_for_accuracy(curve, value, assurance=assurance)
+        return threshold_for_accuracy(curve, value, confidence_level=confidence_level)
     if wanted == "coverage":
         return threshold_for_coverage(curve, value)
     if wanted != "none":
@@ -301,7 +312,7 @@ def fit_fallback(
     *,
     threshold: float,
     accuracy: float,
-    assurance: float,
+    confidence_level: float,
 ) -> Fallback:
     """Thresholds from fine to coarse, each chosen on the photos that no finer level answers.
 
@@ -317,7 +328,7 @@ def fit_fallback(
         if is_open.any():
             with suppress(DataError):  # never right often enough, or too few to show it: the next level may be
                 curve = coverage_curve(confidence[is_open], is_right[is_open])
-                found = max(0.0, threshold_for_accuracy(curve, accuracy, assurance=assurance) - _ROUNDING)
+                found = max(0.0, threshold_for_accuracy(curve, accuracy, confidence_level=confidence_level) - _ROUNDING)
                 is_open &= confidence < found
         thresholds.append(found)
     return Fallback(taxonomy, tuple(thresholds), score_levels(probabilities, labels, taxonomy, thresholds))
