@@ -90,7 +90,7 @@ def metadata(kind: str, file: str, precision: str) -> str:
         temperature=1.0,
         threshold=0.0,
         parameters=0,
-        licence="",
+        license="",
         pretraining="",
         run="",
     ).to_json()

@@ -79,7 +79,7 @@ def make_synthetic_run(
         writer.writerow(["path", "label", "split", "group"])
         writer.writerows([name, classes[label], "val", ""] for name, label in zip(names, labels, strict=True))
     _write(path / "classes.json", list(classes))
-    _write(path / "model.json", {"name": config.model.name, "parameters": parameters, "licence": "Apache-2.0"})
+    _write(path / "model.json", {"name": config.model.name, "parameters": parameters, "license": "Apache-2.0"})
     prior = np.arange(1, len(classes) + 1)
     _write(path / "data.json", {"root": str(root or path / "no-photos"), "prior": list(prior / prior.sum())})
     _write(path / "environment.json", {"versions": {"torch": "2.14"}, "hardware": {"cores": 2}, "command": ["train"]})

@@ -58,7 +58,7 @@ def make_metadata(kind):
         temperature=2.0,
         threshold=0.4,
         parameters=123,
-        licence="cc-by-nc-4.0",
+        license="cc-by-nc-4.0",
         pretraining="in1k",
         run="run-1",
     )
@@ -321,3 +321,9 @@ def test_an_export_carries_the_groups_and_one_from_before_there_were_any_is_read
     old = json.loads(make_metadata("onnx").to_json())
     del old["back_off"]
     assert ModelMetadata.from_json(json.dumps(old), "x").groups() is None
+
+
+def test_an_export_from_before_licenses_were_spelled_so_is_read():
+    old = json.loads(make_metadata("onnx").to_json())
+    old["licence"] = old.pop("license")
+    assert ModelMetadata.from_json(json.dumps(old), "x").license == "cc-by-nc-4.0"

@@ -105,11 +105,11 @@ def test_the_report_names_what_did_not_fit(donor, tmp_path):
     assert report.unexpected == ("extra.weight",)
     assert report.mismatched == ("layer1.0.conv1.weight: (1, 2) for (32, 32, 3, 3)",)
     assert report.matched == report.total - 2
-    assert (report.licence, report.pretraining) == ("mit", "my own birds")
+    assert (report.license, report.pretraining) == ("mit", "my own birds")
     summary = report.summary()
     assert f"{report.matched} of {report.total} tensors" in summary
     assert "1 missing (layer4.0.conv2.weight)" in summary
-    assert "licence mit; pre-trained on my own birds" in summary
+    assert "license mit; pre-trained on my own birds" in summary
     assert report.warnings() == [f"odd.safetensors: 2 of {report.total} tensors of test_resnet stay random"]
 
 
@@ -183,12 +183,12 @@ def make_folder(tmp_path, donor, architecture="test_resnet"):
     return tmp_path
 
 
-def test_a_folder_in_timms_form_brings_weights_licence_and_input(donor, tmp_path):
+def test_a_folder_in_timms_form_brings_weights_license_and_input(donor, tmp_path):
     folder = make_folder(tmp_path, donor)
     model = make_classifier()
     report = load_weights(model, str(folder))
     assert same(model, donor)
-    assert (report.licence, report.pretraining) == ("mit", "r160_in1k")
+    assert (report.license, report.pretraining) == ("mit", "r160_in1k")
     for source in (folder, folder / "model.safetensors"):
         found = data_config("test_resnet", str(source))
         assert (found.train_size, found.test_size, found.crop_fraction) == (176, 224, 0.95)
@@ -227,7 +227,7 @@ def test_a_lite_package_fills_every_tensor(number, total, sizes):
     model = make_classifier(name)
     report = load_weights(model, package)
     assert report.matched == report.total == total
-    assert (report.licence, report.pretraining) == ("apache-2.0", "in1k")
+    assert (report.license, report.pretraining) == ("apache-2.0", "in1k")
     assert report.warnings() == []
     found = data_config(name, package)
     assert (found.train_size, found.test_size, found.interpolation) == (sizes, sizes, "bicubic")
@@ -292,7 +292,7 @@ def test_pretrained_weights_in_the_cache_need_no_network(tmp_path, monkeypatch):
     report = load_weights(model, "pretrained")
     assert same(model, full)
     assert report.matched == report.total
-    assert (report.licence, report.pretraining) == ("apache-2.0", "r160_in1k")
+    assert (report.license, report.pretraining) == ("apache-2.0", "r160_in1k")
     assert len(report.sha256) == 64
 
 
@@ -338,13 +338,13 @@ def test_a_tag_says_which_data_the_weights_have_seen(tag, described):
     assert describe_pretraining(tag) == described
 
 
-def test_licence_and_contamination_are_warned_of():
-    def warn(licence, tag):
-        return WeightsReport("w", "pretrained", 1, 1, licence=licence, pretraining=tag).warnings()
+def test_license_and_contamination_are_warned_of():
+    def warn(terms, tag):
+        return WeightsReport("w", "pretrained", 1, 1, license=terms, pretraining=tag).warnings()
 
     assert warn("apache-2.0", "in12k_ft_in1k") == []
-    (licence, web) = warn("cc-by-nc-4.0", "fb_wsl_ig1b_ft_in1k")
-    assert "licence cc-by-nc-4.0 forbids or limits commercial use" in licence
+    (terms, web) = warn("cc-by-nc-4.0", "fb_wsl_ig1b_ft_in1k")
+    assert "license cc-by-nc-4.0 forbids or limits commercial use" in terms
     assert "photos from the web" in web
     (species,) = warn("mit", "augreg_inat21")
     assert "iNaturalist" in species
@@ -353,11 +353,11 @@ def test_licence_and_contamination_are_warned_of():
     assert "unknown" in warn("unknown", "in1k")[0]
 
 
-def test_the_report_of_the_reports_weights_shows_licence_and_data():
+def test_the_report_of_the_competitions_weights_shows_license_and_data():
     report = WeightsReport(
-        "resnet50", "pretrained", 265, 265, licence="cc-by-nc-4.0", pretraining="fb_swsl_ig1b_ft_in1k"
+        "resnet50", "pretrained", 265, 265, license="cc-by-nc-4.0", pretraining="fb_swsl_ig1b_ft_in1k"
     )
-    assert "licence cc-by-nc-4.0; pre-trained on Instagram photos by hashtag, then ImageNet-1k" in report.summary()
+    assert "license cc-by-nc-4.0; pre-trained on Instagram photos by hashtag, then ImageNet-1k" in report.summary()
 
 
 BIRDS = {

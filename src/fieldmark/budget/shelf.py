@@ -164,6 +164,6 @@ def _describe(answer: Answer) -> dict[str, Any]:
         return dict(descriptions[0])
     weights = {
         key: "; ".join(dict.fromkeys(str(found["weights"].get(key) or "unknown") for found in descriptions))
-        for key in ("source", "licence", "pretraining")
+        for key in ("source", "license", "pretraining")
     }
     return {"parameters": sum(found["parameters"] for found in descriptions), "weights": weights}

@@ -149,7 +149,7 @@ def describe_run(run: Run, to: str) -> ModelMetadata:
         temperature=calibration.temperature if calibration else 1.0,
         threshold=calibration.threshold if calibration else 0.0,
         parameters=int(info["parameters"]),
-        licence=str(weights.get("licence", "unknown")),
+        license=str(weights.get("license", "unknown")),
         pretraining=str(weights.get("pretraining", "unknown")),
         run=run.name,
         metrics=run.summary,

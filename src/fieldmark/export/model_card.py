@@ -46,7 +46,7 @@ def _front_matter(metadata: ModelMetadata) -> str:
     library = "timm" if metadata.kind == "timm" else "fieldmark"
     return (
         f"---\nlibrary_name: {library}\npipeline_tag: image-classification\n"
-        f"license: {json.dumps(metadata.licence)}\ntags:\n- image-classification\n- {library}\n---"
+        f"license: {json.dumps(metadata.license)}\ntags:\n- image-classification\n- {library}\n---"
     )
 
 
@@ -154,10 +154,10 @@ def _data(data: dict[str, Any]) -> str:
 def _weights(metadata: ModelMetadata) -> str:
     seen = describe_pretraining(metadata.pretraining, default=metadata.pretraining)
     text = (
-        f"Training started from weights under the license **{markdown_text(metadata.licence)}**, "
+        f"Training started from weights under the license **{markdown_text(metadata.license)}**, "
         f"pre-trained on: {markdown_text(seen)}."
     )
-    if NON_COMMERCIAL.search(metadata.licence):
+    if NON_COMMERCIAL.search(metadata.license):
         text += " That license forbids commercial use, of this model too."
     return text
 

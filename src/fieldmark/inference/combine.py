@@ -228,7 +228,7 @@ def _copy_description(run: Run, part: Path, runs: Sequence[Run], info: dict[str,
     for name in (folder.RECIPE, folder.CLASSES, folder.DATA, folder.SPLIT):
         shutil.copyfile(run.path / name, part / name)
     weights: dict[str, Any] = dict(info.get("weights", {}))
-    for key in ("source", "licence", "pretraining"):
+    for key in ("source", "license", "pretraining"):
         named = [str(run.model_info.get("weights", {}).get(key) or "unknown") for run in runs]
         weights[key] = "; ".join(dict.fromkeys(named))
     folder.write_json(part / folder.MODEL, info | {"weights": weights})

@@ -52,7 +52,7 @@ class ModelMetadata:
     temperature: Positive  # divides the logits before the softmax
     threshold: Share  # least probability that is answered; below it the answer is "unknown"
     parameters: int
-    licence: str  # of the weights that training started from
+    license: str  # of the weights that training started from
     pretraining: str  # what those weights were trained on
     run: str  # name of the run folder
     evidence: dict[str, Any] = field(default_factory=dict[str, Any])  # agreement of logits, accuracy of int8
@@ -92,6 +92,8 @@ class ModelMetadata:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         if found != FORMAT:
             raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
+        if "licence" in content:  # as earlier versions spelled it
+            content["license"] = content.pop("licence")
         try:
             metadata = read_values(cls, content)
             spec = read_values(EvalSpec, metadata.preprocessing)

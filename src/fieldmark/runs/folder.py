@@ -159,7 +159,11 @@ class Run:
     @cached_property
     def model_info(self) -> dict[str, Any]:
         """Backbone, head, evaluation transform, parameters, license and pre-training of the weights."""
-        return _read_json(self._file(MODEL), _Model)
+        info = _read_json(self._file(MODEL), _Model)
+        weights = info.get("weights", {})
+        if "licence" in weights:  # as earlier versions spelled it
+            weights["license"] = weights.pop("licence")
+        return info
 
     @cached_property
     def data_info(self) -> dict[str, Any]:

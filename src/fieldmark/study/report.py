@@ -234,7 +234,7 @@ def _costs(variant: Variant) -> dict[str, str]:
     speeds = [row["images_per_second"] for run in variant.runs for row in run.metrics if row.get("images_per_second")]
     weights = run.model_info.get("weights", {})
     tag = str(weights.get("pretraining") or "")
-    origin = [weights.get("source"), weights.get("licence"), describe_pretraining(tag, default=tag)]
+    origin = [weights.get("source"), weights.get("license"), describe_pretraining(tag, default=tag)]
     return {
         "Optimistic bias": f"≤ {bias}" if optimism.source == "history" else bias,
         "Minutes": _mean_minutes(variant),
