@@ -88,10 +88,10 @@ class DataConfig(Section):
     """Photos closer in capture time than this belong to one burst, for `group_by = "capture_time"`."""
 
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the labeled photos set aside for validation where the data do not say."""
+    """Share of the labeled photos kept for validation where the data do not say."""
 
     test_fraction: ShareBelowOne = 0.0
-    """Share of the labeled photos set aside for a test where the data do not say."""
+    """Share of the labeled photos kept for testing where the data do not say."""
 
     folds: NonNegativeInt = 0
     """k of k-fold cross-validation over train and val together; 0 is off."""

@@ -1,4 +1,4 @@
-"""Laws of the audit: each fault is found, named with a photo, and weighed as something to mend or to know."""
+"""Laws of the audit: each fault is found, named with a photo, and weighed as something to fix or to know."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def only(lines: list[str]) -> str:
     return lines[0]
 
 
-def test_good_data_need_no_mending_and_no_warning():
-    found = judge(*make_data(), estimates={"seconds": 60.0}, crop_fallback_rate=0.003)
-    assert found.must_mend == []
+def test_good_data_need_no_fix_and_no_warning():
+    found = find_faults(*make_data(), estimates={"seconds": 60.0}, crop_fallback_rate=0.003)
+    assert found.must_fix == []
     assert found.warnings == []
     assert found.counts == {name: {"train": 12, "val": 3} for name in "ab"}
     assert (found.num_photos, found.ignored, found.estimates) == (30, {"hidden": 2}, {"seconds": 60.0})
@@ -63,14 +63,14 @@ def test_sizes_are_of_the_photos_that_can_be_used():
     assert judge([], [], classes=()).sizes is None
 
 
-def test_broken_photos_must_be_mended_unless_they_are_skipped():
+def test_broken_photos_must_be_fixed_unless_they_are_skipped():
     photos, facts = make_data()
     facts[3] = replace(facts[3], problem="is truncated", sha256="", perceptual_hash="")
     found = judge(photos, facts)
     assert found.broken == [(photos[3].path, "is truncated")]
-    assert f"1 photo cannot be used, such as '{photos[3].path}': is truncated" in only(found.must_mend)
-    skipped = judge(photos, facts, skip_broken=True)
-    assert skipped.must_mend == []
+    assert f"1 photo cannot be used, such as '{photos[3].path}': is truncated" in only(found.must_fix)
+    skipped = find_faults(photos, facts, skip_broken=True)
+    assert skipped.must_fix == []
     assert "1 photo cannot be used and will be left out" in only(skipped.warnings)
 
 
@@ -80,42 +80,42 @@ def test_a_class_that_only_has_broken_photos_cannot_be_trained_by_skipping_them(
         replace(fact, problem="is empty") if photo.label == "b" and photo.split == "train" else fact
         for photo, fact in zip(photos, facts, strict=True)
     ]
-    assert "1 class has no photo in train: 'b'" in only(judge(photos, facts, skip_broken=True).must_mend)
+    assert "1 class has no photo in train: 'b'" in only(find_faults(photos, facts, skip_broken=True).must_fix)
 
 
-def test_the_same_photo_in_two_splits_must_be_mended():
+def test_the_same_photo_in_two_splits_must_be_fixed():
     photos, facts = make_data()
     place = at(photos, "val/a/0.jpg")
     facts[place] = replace(facts[place], sha256=facts[0].sha256, perceptual_hash=facts[0].perceptual_hash)
     found = judge(photos, facts)
     assert found.exact_across_splits == found.exact_duplicates == [["train/a/0.jpg", "val/a/0.jpg"]]
     assert found.near_duplicates == []  # said once is enough
-    assert "1 photo lies in more than one split, such as 'train/a/0.jpg', 'val/a/0.jpg'" in only(found.must_mend)
+    assert "1 photo lies in more than one split, such as 'train/a/0.jpg', 'val/a/0.jpg'" in only(found.must_fix)
 
 
-def test_a_copy_in_the_unlabelled_test_is_a_warning_as_nobody_can_mend_it():
+def test_a_copy_in_the_unlabeled_test_is_a_warning_as_nobody_can_fix_it():
     photos, facts = make_data()
-    found = judge([*photos, Photo("test/x.jpg", None, "test", "")], [*facts, facts[0]])
-    assert found.must_mend == []
-    assert "1 photo of the unlabelled test also in train or val" in only(found.warnings)
-    assert found.num_unlabelled == 1
+    found = find_faults([*photos, Photo("test/x.jpg", None, "test", "")], [*facts, facts[0]])
+    assert found.must_fix == []
+    assert "1 photo of the unlabeled test also in train or val" in only(found.warnings)
+    assert found.num_unlabeled == 1
 
 
 def test_a_copy_within_a_split_is_a_warning():
     photos, facts = make_data()
     facts[1] = replace(facts[1], sha256=facts[0].sha256)
-    found = judge(photos, facts)
-    assert found.must_mend == []
+    found = find_faults(photos, facts)
+    assert found.must_fix == []
     assert "1 photo is there more than once in a split" in only(found.warnings)
 
 
-def test_the_same_photo_under_two_labels_must_be_mended():
+def test_the_same_photo_under_two_labels_must_be_fixed():
     photos, facts = make_data()
     place = at(photos, "train/b/0.jpg")
     facts[place] = replace(facts[place], sha256=facts[0].sha256)
     found = judge(photos, facts)
     assert found.conflicting_labels == [["train/a/0.jpg", "train/b/0.jpg"]]
-    assert "1 photo has more than one label, such as 'train/a/0.jpg', 'train/b/0.jpg'" in found.must_mend[0]
+    assert "1 photo has more than one label, such as 'train/a/0.jpg', 'train/b/0.jpg'" in found.must_fix[0]
 
 
 def test_empty_files_are_broken_not_duplicates_of_each_other():
@@ -144,7 +144,7 @@ def test_near_duplicates_count_across_splits_only_and_within_the_distance():
         ("train/a/0.jpg", "val/a/0.jpg", 4),
     ]
     assert found.num_near_duplicates == 4
-    assert found.must_mend == []
+    assert found.must_fix == []
     assert "4 pairs of photos in different splits look alike, such as 'train/a/1.jpg'" in only(found.warnings)
     assert judge(photos, facts, near_distance=2).num_near_duplicates == 2
 
@@ -157,7 +157,7 @@ def test_more_near_duplicates_than_can_be_listed_are_counted():
     assert len(found.near_duplicates) == MOST_NEAR_DUPLICATES
 
 
-def test_a_class_missing_from_train_must_be_mended_and_from_val_be_known():
+def test_a_class_missing_from_train_must_be_fixed_and_from_val_be_known():
     photos, facts = make_data()
     kept = [place for place, photo in enumerate(photos) if photo.path[:5] not in ("val/b",)]
     found = judge([photos[place] for place in kept], [facts[place] for place in kept])
@@ -166,14 +166,14 @@ def test_a_class_missing_from_train_must_be_mended_and_from_val_be_known():
     kept = [place for place, photo in enumerate(photos) if photo.path[:7] != "train/b"]
     found = judge([photos[place] for place in kept], [facts[place] for place in kept])
     assert found.gaps == [("b", "train")]
-    assert "1 class has no photo in train: 'b'" in only(found.must_mend)
+    assert "1 class has no photo in train: 'b'" in only(found.must_fix)
 
 
 def test_one_class_is_not_enough():
     photos, facts = make_data()
     kept = [place for place, photo in enumerate(photos) if photo.label == "a"]
-    found = judge([photos[place] for place in kept], [facts[place] for place in kept], classes=("a",))
-    assert "needs at least 2 classes; there is only 'a'" in only(found.must_mend)
+    found = find_faults([photos[place] for place in kept], [facts[place] for place in kept], classes=("a",))
+    assert "needs at least 2 classes; there is only 'a'" in only(found.must_fix)
 
 
 def test_few_photos_and_imbalance_are_pointed_out():
@@ -188,14 +188,14 @@ def test_few_photos_and_imbalance_are_pointed_out():
     assert "13 times the training photos of the smallest" in imbalance
 
 
-def test_a_group_on_two_sides_must_be_mended():
+def test_a_group_on_two_sides_must_be_fixed():
     photos, facts = make_data()
     for path in ("train/a/0.jpg", "val/a/0.jpg"):
         photos[at(photos, path)] = replace(photos[at(photos, path)], group="nest 7")
     photos[1] = replace(photos[1], group="nest 8")
     found = judge(photos, facts)
     assert found.crossing_groups == {"nest 7": ["train", "val"]}
-    assert "1 group lies in more than one split: 'nest 7' is in train and val" in only(found.must_mend)
+    assert "1 group lies in more than one split: 'nest 7' is in train and val" in only(found.must_fix)
 
 
 def test_names_that_differ_only_in_form_are_pointed_out():

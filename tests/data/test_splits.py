@@ -129,9 +129,9 @@ def test_unlabelled_test_photos_stay_where_they_are():
 
 
 def test_nothing_to_spare_is_an_error_not_an_empty_validation():
-    with pytest.raises(DataError, match="can be set aside for val: of 3 photos in 3 groups"):
+    with pytest.raises(DataError, match="can be kept for val: of 3 photos in 3 groups"):
         divide(make_index(1, 1, 1))
-    with pytest.raises(DataError, match=r"can be set aside for val.*in 2 groups.*group less"):
+    with pytest.raises(DataError, match=r"can be kept for val.*in 2 groups.*group less"):
         divide(make_index(5, 5), groups=["a"] * 5 + ["b"] * 5)
 
 

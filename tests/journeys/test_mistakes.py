@@ -94,7 +94,7 @@ def test_resume_with_other_settings_is_a_usage_error(fieldmark, trained):
     assert "give nothing else" in result.err
 
 
-def test_check_ends_with_2_where_something_must_be_mended(fieldmark, tmp_path, make_photo, tiny, monkeypatch):
+def test_check_ends_with_2_where_something_must_be_fixed(fieldmark, tmp_path, make_photo, tiny, monkeypatch):
     monkeypatch.setattr("fieldmark.runs.check.SECONDS_MEASURED", 0.05)
     for name in ("a", "b"):
         for number in range(12):
@@ -108,7 +108,7 @@ def test_check_ends_with_2_where_something_must_be_mended(fieldmark, tmp_path, m
     assert "not ready to train" in result.out
     found = json.loads(fieldmark("check", tmp_path / "data", "--recipe", "laptop", "--json", *tiny()).out)
     assert [row["path"] for row in found["broken"]] == ["a/3.png"]
-    assert found["must_mend"]
+    assert found["must_fix"]
     assert found["estimates"]["memory_gigabytes"] > 0
 
 

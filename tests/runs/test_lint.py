@@ -32,7 +32,10 @@ def test_nothing_is_said_where_nothing_is_wrong():
         (["augment.executor=reference", "augment.shear=5", "augment.affine_interpolation=nearest"], "jagged"),
         (["augment.executor=reference", "augment.degrees=20", "augment.fill=[0, 0, 0]"], "black corners"),
         (["mix.share=1", "mix.off_epochs=3"], "leaves 0% of the batches"),
-        (["mix.share=0.2", "mix.off_epochs=3", "train.label_smoothing=0.1"], "until `fieldmark calibrate` mends them"),
+        (
+            ["mix.share=0.2", "mix.off_epochs=3", "train.label_smoothing=0.1"],
+            "until `fieldmark calibrate` corrects them",
+        ),
         (["mix.share=0.2"], "mixing goes on to the last epoch"),
         (["augment.size=448", "eval.size=448"], "while the weights were trained at 224"),
         (["eval.size=192"], "evaluation at 192 pixels is smaller than training at 224"),
@@ -118,8 +121,8 @@ def test_check_says_that_weights_cannot_be_had_before_training_fails_of_it(tmp_p
             Image.fromarray(np.full((40, 40 + number, 3), level + number, np.uint8)).save(file)
     config = load_config("strong", [f"data.path={tmp_path / 'photos'}"])
     found = check.check_data(config, progress=Quiet())
-    assert found.must_mend[-1] == "the hub cannot be reached"
+    assert found.must_fix[-1] == "the hub cannot be reached"
     assert "not ready to train" in check.format_checkup(found)
     alone = check.check_data(config, progress=Quiet(), with_recipe=False)
-    assert not any("hub" in text for text in alone.must_mend)
+    assert not any("hub" in text for text in alone.must_fix)
     assert alone.recipe_warnings == ()

@@ -48,7 +48,7 @@ def check(
 
         typer.echo(describe_plan(config), err=as_json)
     print_result(checkup.as_dict(), format_checkup(checkup), as_json=as_json)
-    if checkup.must_mend:
+    if checkup.must_fix:
         raise typer.Exit(2)
 
 

@@ -90,7 +90,7 @@ class Audit:
     similar_names: list[list[str]]  # classes whose names differ only in case, spaces or Unicode form
     crop_fallback_rate: float | None  # share of training crops that are a fixed center crop, where it was measured
     estimates: dict[str, float]  # memory and time of a run, as they were passed in; the names carry the units
-    must_mend: list[str] = field(default_factory=list[str])  # what must be fixed before training, and how
+    must_fix: list[str] = field(default_factory=list[str])  # what must be fixed before training, and how
     warnings: list[str] = field(default_factory=list[str])  # what to know before believing the result
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def audit(
         estimates=dict(estimates),
     )
     warnings = [*_list_doubts(found, skip_broken), *_list_weaknesses(found)]
-    return replace(found, must_mend=list(_list_faults(found, skip_broken)), warnings=warnings)
+    return replace(found, must_fix=list(_list_faults(found, skip_broken)), warnings=warnings)
 
 
 def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:

@@ -44,7 +44,7 @@ def split_index(
     groups, each class gives its exact share, rounded down or up so that the totals are right; with groups (one a photo,
     "" for none), which are never divided, the share is as near as they allow. The fractions are of the labeled photos
     to divide. Photos whose path is in `before` stay in the split that they had. Raises DataError where no photo could
-    be set aside for a split that was asked for.
+    be kept for a split that was asked for.
     """
     division = _Division.begin(index, groups)
     parts, labeled = division.parts, division.labels >= 0
@@ -61,7 +61,7 @@ def split_index(
     for part in wanted:
         if part not in parts:
             raise DataError(
-                f"no photo of {index.root} can be set aside for {part}: of {len(pool)} photos in "
+                f"no photo of {index.root} can be kept for {part}: of {len(pool)} photos in "
                 f"{len(np.unique(division.groups[pool]))} groups, each class keeps one in train. Add photos, or group "
                 "less"
             )

@@ -135,14 +135,14 @@ class Checkup:
     """What was found."""
 
     audit: Audit  # of the photos
-    must_mend: tuple[str, ...]  # the audit's, and what keeps the photos from being divided
+    must_fix: tuple[str, ...]  # the audit's, and what keeps the photos from being divided
     recipe_warnings: tuple[str, ...]
     preflight: Preflight | None  # None where there is nothing to train on
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return self.audit.to_dict() | {
-            "must_mend": list(self.must_mend),
+            "must_fix": list(self.must_fix),
             "recipe_warnings": list(self.recipe_warnings),
             "bottleneck": self.preflight.bottleneck if self.preflight else None,
         }
@@ -177,9 +177,9 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
         estimates=asdict(preflight) if preflight else {},
     )
     # Without a split the audit cannot help noticing that nothing is in train; the reason says more.
-    must_mend = [problem] if problem else list(audited.must_mend)
-    must_mend += [no_weights] if no_weights else []
-    return Checkup(audited, tuple(must_mend), tuple(lint_recipe(given)) if with_recipe else (), preflight)
+    must_fix = [problem] if problem else list(audited.must_fix)
+    must_fix += [no_weights] if no_weights else []
+    return Checkup(audited, tuple(must_fix), tuple(lint_recipe(given)) if with_recipe else (), preflight)
 
 
 def _why_no_weights(config: Config) -> str:
@@ -207,7 +207,7 @@ def _divide_usable(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Confi
 
 
 def format_checkup(checkup: Checkup) -> str:
-    """A table for people: classes, photos, cost, then what to know and what to mend."""
+    """A table for people: classes, photos, cost, then what to know and what to fix."""
     found = checkup.audit
     classes = f"{len(found.counts)} class" + "es" * (len(found.counts) != 1)
     lines = [f"{found.root}: {found.num_photos} photos, {classes}", *_class_table(found.counts)]
@@ -230,8 +230,8 @@ def format_checkup(checkup: Checkup) -> str:
         lines.append(f"broken: ... and {len(found.broken) - MOST_BROKEN} more (--json lists all)")
     lines += [f"note: {text}" for text in found.warnings]
     lines += [f"recipe: {text}" for text in checkup.recipe_warnings]
-    lines += [f"mend: {text}" for text in checkup.must_mend]
-    lines.append("not ready to train" if checkup.must_mend else "ready to train")
+    lines += [f"fix: {text}" for text in checkup.must_fix]
+    lines.append("not ready to train" if checkup.must_fix else "ready to train")
     return "\n".join(lines)
 
 
@@ -370,7 +370,7 @@ def _mixing(given: LintInput) -> Iterable[str]:
     if smoothing:
         yield (
             f"mixing and label smoothing {smoothing:g} both soften the targets: probabilities will be too low, until "
-            "`fieldmark calibrate` mends them"
+            "`fieldmark calibrate` corrects them"
         )
     if not mix.off_epochs and config.train.epochs >= 10:
         yield "mixing goes on to the last epoch: mix.off_epochs=3 or so lets the model end on whole photos"
