@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.errors import PhotoError
 from fieldmark.plots import (
     Tip,
@@ -86,12 +87,12 @@ def test_a_picture_in_a_page_has_text_and_tooltips_and_no_markup_of_names():
 def test_a_thumbnail_is_as_small_as_asked(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    limits = {"background": (255, 255, 255), "max_pixels": 10**8}
-    content = thumbnail(tmp_path / "noise.png", 140, **limits, max_bytes=5000)
+    decoding = DecodeSpec((255, 255, 255), 10**8)
+    content = thumbnail(tmp_path / "noise.png", 140, decoding, max_bytes=5000)
     assert len(content) <= 5000
     assert Image.open(io.BytesIO(content)).size == (140, 105)
     with pytest.raises(PhotoError):
-        thumbnail(tmp_path / "gone.png", 140, **limits)
+        thumbnail(tmp_path / "gone.png", 140, decoding)
 
 
 def test_the_lambda_density_integrates_to_one_and_follows_the_beta():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from fieldmark.data.decode import DecodeSpec
 
 INK = "#22303c"
 # Okabe and Ito's colors, which color-blind readers distinguish too, and a few more.
@@ -231,15 +232,11 @@ def dress(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
     axes.grid(visible=True, alpha=0.2)
 
 
-def thumbnail(
-    photo: Path, side: int, *, background: tuple[int, int, int], max_pixels: int, max_bytes: int | None = None
-) -> bytes:
-    """JPEG of a photo, its long side at most `side` pixels, and of at most `max_bytes` where that is possible."""
+def thumbnail(photo: Path, side: int, decoding: DecodeSpec, *, max_bytes: int | None = None) -> bytes:
+    """Make a JPEG of a photo, its long side at most `side` pixels, if possible of `max_bytes`; raises PhotoError."""
     from PIL import Image
 
-    from fieldmark.data.decode import decode
-
-    image = Image.fromarray(decode(photo, min_short_side=side, background=background, max_pixels=max_pixels))
+    image = Image.fromarray(decoding.read(photo, min_short_side=side))
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     content = b""
     for quality in (82, 65, 45, 25, 10):

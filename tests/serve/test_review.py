@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import Photo, PhotoIndex, apply_corrections, load_index
 from fieldmark.errors import DataError
 from fieldmark.inference.triage import HeldOut
 from fieldmark.serve.review import Corrections, ReviewViews, create_review_app
 
-COLOURS = {"crow": (20, 20, 20), "gull": (230, 230, 230), "owl <b>": (140, 90, 40)}
+COLORS = {"crow": (20, 20, 20), "gull": (230, 230, 230), "owl <b>": (140, 90, 40)}
+DECODING = DecodeSpec((255, 255, 255), 10**8)
 CHROMIUM = shutil.which("chromium")
 
 
@@ -46,8 +48,8 @@ def make_views(photos, table, duplicates=lambda: [(0, 1, 2)], look=None):
     probabilities[np.arange(len(labels)), labels] = 0.9
     probabilities[1] = (0.04, 0.95, 0.01)  # crow/1.jpg looks like a gull
     probabilities[9] = (0.80, 0.15, 0.05)  # gull/1.jpg looks like a crow
-    judged = HeldOut(tuple(photo.path for photo in index.photos), labels, probabilities, index.classes)
-    views = ReviewViews(index, judged, Corrections(table), find_duplicates=duplicates, look=look)
+    held_out = HeldOut(tuple(photo.path for photo in index.photos), labels, probabilities, index.classes)
+    views = ReviewViews(index, held_out, Corrections(table), find_duplicates=duplicates, look=look, decoding=DECODING)
     views._search.join()
     return views
 
@@ -261,8 +263,10 @@ def test_a_page_of_a_hundred_thousand_photos_is_quick(tmp_path):
     index = PhotoIndex(tmp_path, photos, classes, {})
     probabilities = np.full((count, 50), 0.01, np.float32)
     probabilities[np.arange(count), labels] = 0.51
-    judged = HeldOut(tuple(photo.path for photo in photos), labels, probabilities, classes)
-    views = ReviewViews(index, judged, Corrections(tmp_path / "c.csv"), find_duplicates=list, look=None)
+    held_out = HeldOut(tuple(photo.path for photo in photos), labels, probabilities, classes)
+    views = ReviewViews(
+        index, held_out, Corrections(tmp_path / "c.csv"), find_duplicates=list, look=None, decoding=DECODING
+    )
     start = time.perf_counter()
     page = views.page("losses", which=0, offset=99_000, limit=60)
     assert (page["total"], len(page["photos"])) == (100_000, 60)

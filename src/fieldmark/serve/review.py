@@ -15,15 +15,17 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.tables import read_table, write_csv
 from fieldmark.errors import DataError, FieldmarkError, PhotoError
 from fieldmark.inference import triage
 from fieldmark.inference.triage import AttentionMaps, HeldOut
+from fieldmark.plots import thumbnail
 from fieldmark.runs.folder import Run
 from fieldmark.serve.app import add_pages, observe
 from fieldmark.serve.limits import Access, Limits, RequestLimits
-from fieldmark.serve.service import ServerMetrics, prepare_photo, thumbnail
+from fieldmark.serve.service import ServerMetrics, prepare_photo
 
 _THUMBNAILS_KEPT = 4000  # about 15 KB each
 # A request here is a decision of some hundred bytes.
@@ -110,6 +112,7 @@ class ReviewViews:
         *,
         find_duplicates: DuplicateSearch,
         look: Look | None,
+        decoding: DecodeSpec,
     ) -> None:
         self.index = index
         self.files = index.files()
@@ -117,6 +120,7 @@ class ReviewViews:
         self.held_out = held_out
         self.corrections = corrections
         self.classes = held_out.classes
+        self.decoding = decoding
         self.thumbnail = lru_cache(maxsize=_THUMBNAILS_KEPT)(thumbnail)
         self.number_of = {photo.path: number for number, photo in enumerate(index.photos)}
         self._row_of = {path: row for row, path in enumerate(held_out.paths)}
@@ -263,6 +267,7 @@ def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int
             index, max_distance=max_distance, threads=threads, memory=memory
         ),
         look=_attention(runs[0], index.files()),
+        decoding=runs[0].decode_spec(),
     )
     return create_review_app(views)
 
@@ -324,7 +329,7 @@ def undo(views: Views) -> dict[str, Any]:
 def photo(views: Views, number: int, side: Annotated[int, Query(ge=32, le=1600)] = 240) -> Response:
     """A photo as JPEG; large ones are for one look, only thumbnails are kept."""
     _require_photo(views, number)
-    content = (views.thumbnail if side <= 320 else thumbnail)(views.files[number], side)
+    content = (views.thumbnail if side <= 320 else thumbnail)(views.files[number], side, views.decoding)
     return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
 

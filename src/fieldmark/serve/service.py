@@ -23,6 +23,7 @@ from fieldmark import plots
 from fieldmark.augment.reference import EvalSpec, Views, eval_picture
 from fieldmark.config import DataConfig
 from fieldmark.data.decode import DecodeSpec
+from fieldmark.plots import thumbnail
 from fieldmark.errors import FieldmarkError, PhotoError
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.serve.limits import Limits, busy
@@ -346,16 +347,10 @@ def _examples(run: Run) -> list[bytes]:
     try:
         files = run.split.of("val").files()
         for number in np.linspace(0, len(files) - 1, min(_NUM_EXAMPLES, len(files))).round().astype(int):
-            examples.append(thumbnail(files[number], 640))
+            examples.append(thumbnail(files[number], 640, run.decode_spec()))
     except FieldmarkError:
         pass  # a run without its photos serves all the same
     return examples
-
-
-def thumbnail(file: Path, side: int) -> bytes:
-    """JPEG of a photo, its long side at most `side` pixels; raises PhotoError."""
-    limits = DataConfig()
-    return plots.thumbnail(file, side, background=limits.background, max_pixels=limits.max_pixels)
 
 
 class ServerMetrics:

@@ -354,7 +354,7 @@ def _show_photo(run: RunResults, photo: str) -> ShownPhoto:
     file = Path(str(run.data_info.get("root", ""))) / photo
     limits = {"max_pixels": data.max_pixels, "max_bytes": THUMBNAIL_BYTES}
     try:
-        content = thumbnail(file, THUMBNAIL_PIXELS, background=data.background, **limits)
+        content = thumbnail(file, THUMBNAIL_PIXELS, run.decode_spec(), max_bytes=THUMBNAIL_BYTES)
     except (PhotoError, OSError, ValueError):
         return ShownPhoto(photo, "")
     return ShownPhoto(photo, "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii"))
