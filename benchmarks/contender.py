@@ -2,8 +2,8 @@
 
     python -m benchmarks.contender SETUP_AS_JSON FOLDER
 
-All train the same model from random weights by AdamW with the report's augmentation list; none validates within the
-time. Each keeps its own loader, transforms and loop, which are what is compared.
+All train the same model from random weights by AdamW with the competition's augmentation list; none validates within
+the time. Each keeps its own loader, transforms and loop, which are what is compared.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def ours_model(setup: Setup, folder: Path, stage: Stage) -> None:
 
 
 def timm_script(setup: Setup, folder: Path, stage: Stage) -> None:
-    """timm's own train.py, its transforms completed to the report's list."""
+    """timm's own train.py, its transforms completed to the competition's list."""
     from timm.data import loader
     from torchvision import transforms
 

@@ -1,4 +1,4 @@
-"""A training epoch on a GPU, end to end, for the report's seven backbones: ours, its ceiling, and timm's script.
+"""A training epoch on a GPU, end to end, for the competition's seven backbones: ours, its ceiling, and timm's script.
 
     python -m benchmarks.gpu [--quick] [--json FILE] [--timm-script PATH/TO/timm/train.py]
 
@@ -37,7 +37,7 @@ class Plan:
 
 
 def make_plan(*, is_quick: bool) -> Plan:
-    """The quick plan: two backbones; the whole one: all seven of the report's."""
+    """The quick plan: two backbones; the whole one: all seven of the competition's."""
     from fieldmark.models.catalog import ALIASES
 
     if is_quick:

@@ -3,7 +3,8 @@
     python -m benchmarks.pipeline [--quick] [--json FILE]
 
 One thread each, and the processor time of the process instead of the clock, so that other work on the machine
-lengthens nothing but the wait. Every case prepares batches of 32 of the same photos by the report's augmentation list.
+lengthens nothing but the wait. Every case prepares batches of 32 of the same photos by the competition's
+augmentation list.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def _loader_speed(ours: pipelines.Ours, count: int, workers: int) -> float:
 
 
 class _ReportPhotos:
-    """The report's data set, which torch's DataLoader sends to its workers."""
+    """The competition's data set, which torch's DataLoader sends to its workers."""
 
     def __init__(self, files: Sequence[Path], count: int) -> None:
         self.files = [files[number % len(files)] for number in range(count)]

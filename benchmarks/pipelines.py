@@ -1,6 +1,6 @@
-"""The report's augmentation list in four libraries: files in, (B, 3, 224, 224) float32 batches out.
+"""The competition's augmentation list in four libraries: files in, (B, 3, 224, 224) float32 batches out.
 
-Crop, flips, affine, colour, normalise, erase, in this order, as `recipes/competition.toml` has them. Where a library
+Crop, flips, affine, color, normalize, erase, in this order, as `recipes/competition.toml` has them. Where a library
 cannot say the same, it does the nearest thing, and `DIFFERENCES` says which.
 
 Shape letters: B batch.
@@ -26,7 +26,7 @@ DIFFERENCES = (
 
 
 def report_transforms(size: int) -> Any:
-    """The list in torchvision, on PIL images: the report's own pipeline."""
+    """The list in torchvision, on PIL images: the competition's own pipeline."""
     from torchvision import transforms
 
     return transforms.Compose(

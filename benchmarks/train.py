@@ -2,9 +2,10 @@
 
     python -m benchmarks.train [--quick] [--json FILE] [--timm-script PATH/TO/timm/train.py]
 
-All train the same models from random weights on birds100, with the report's augmentation list, batches of 32, AdamW and
-no mixing; the time is that of the training part of an epoch after the first. Peers run as they come, and a second time
-with channels_last, bf16 where the processor computes in it, and as many loader processes as serve this machine best.
+All train the same models from random weights on birds100, with the competition's augmentation list, batches of 32,
+AdamW and no mixing; the time is that of the training part of an epoch after the first. Peers run as they come, and a
+second time with channels_last, bf16 where the processor computes in it, and as many loader processes as serve this
+machine best.
 """
 
 from __future__ import annotations

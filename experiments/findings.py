@@ -31,7 +31,7 @@ class Claim:
     """One claim, and the pairs of variants that speak to it.
 
     Attributes:
-        text: In the report's words, or close to them.
+        text: In the competition's words, or close to them.
         key: Dotted key in which alone the two variants differ.
         favours: For values (a, b) of the key: whether the claim has b ahead; None if it says nothing of them.
         measure: What is said to be higher: `accuracy` on validation photos (tested with paired intervals), or a figure
@@ -95,10 +95,10 @@ CLAIMS = (
     Claim("More mixing lowers the training accuracy (λ-weighted, on mixed batches)", "mix.share",
           lambda a, b: b < a if a and b else None, "train_top1_mixed"),
     Claim("More mixing makes validation accuracy converge faster", "mix.share", _more, "speed"),
-    Claim("Backbones of 101 layers are better than those of 50 (the report found they are not)", "model.name", _depth),
+    Claim("101 layers are better than 50 (the competition report found they are not)", "model.name", _depth),
     Claim("Squeeze-and-excitation makes validation accuracy converge faster", "model.name", _squeeze, "speed"),
     Claim("A learning rate of 1e-4 is better than 1e-3", "optim.lr", _between(1e-3, 1e-4, high_wins=True)),
-    Claim("A linear head is better than the report's two layers", "model.head", _toward("linear")),
+    Claim("A linear head is better than the competition's two layers", "model.head", _toward("linear")),
     Claim("A lower learning rate for the backbone than for the head is better", "optim.backbone_lr_scale",
           lambda a, b: b < a),
     Claim("The weights' own evaluation transform is better than squashing", "eval.transform", _toward("pretrained")),
@@ -123,7 +123,7 @@ LEVEL = 0.95
 """Coverage of the intervals."""
 
 INTRODUCTION = """\
-Each claim of the competition report and of those who beat it, with the verdict that our runs support. A claim is judged
+Each claim of the competition report and of those who beat it, with the verdict that our runs support. A claim is tested
 only by variants that differ in nothing else. Accuracy: paired 95 % intervals, and p-values corrected for the number of
 comparisons that speak to the claim. Histories: whether all runs of one variant lie beyond all of the other. "Partly"
 means that some pairs of variants support the claim and others cannot be told apart. Small models and few epochs stand

@@ -274,13 +274,13 @@ class ModelConfig(Section):
     """Backbone, weights and head."""
 
     name: str = "resnet50"
-    """A timm model, or one of the report's aliases (`fieldmark models`)."""
+    """A timm model, or one of the competition's aliases (`fieldmark models`)."""
 
     weights: str = "pretrained"
     """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0` (to lite2)."""
 
     head: Literal["linear", "mlp"] = "linear"
-    """`mlp` is the report's Linear-Dropout-ReLU-Linear."""
+    """`mlp` is the competition's Linear-Dropout-ReLU-Linear."""
 
     head_hidden: PositiveInt = 1024
     """Width of the `mlp` head; only `competition` uses it."""
@@ -339,7 +339,7 @@ class ScheduleConfig(Section):
     """Learning rate over time, as a factor of `optim.lr`."""
 
     name: Literal["cosine", "warm_restarts", "constant"] = "cosine"
-    """`cosine`: warm-up, then a cosine to zero. `constant`: warm-up, then level. `warm_restarts`: the report's."""
+    """`cosine`: warm-up, then a cosine to zero. `constant`: warm-up, then level. `warm_restarts`: the competition's."""
 
     warmup_epochs: NonNegativeFloat = 1.0
     """Length of the linear warm-up, for `cosine` and `constant`."""

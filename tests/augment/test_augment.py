@@ -72,7 +72,7 @@ def told(kind: type, method: str, answer: Any, **arguments: Any) -> Any:
 
 
 def report_pipeline(params: BatchParams, row: int) -> transforms.Compose:
-    """The report's pipeline in torchvision's own transforms, told what to draw."""
+    """The competition's pipeline in torchvision's own transforms, told what to draw."""
     x, y, width, height = (int(pixels) for pixels in params.box[row])
     shift = tuple(int(pixels) for pixels in params.shift[row])
     factors = params.factors[row].tolist()
@@ -97,7 +97,7 @@ def report_pipeline(params: BatchParams, row: int) -> transforms.Compose:
     )
 
 
-def test_the_report_is_executed_exactly_as_by_torchvision(scenes, birds):
+def test_the_competition_recipe_is_executed_exactly_as_by_torchvision(scenes, birds):
     photos = (scenes + birds) * 3
     params = params_for(photos, REPORT)
     assert params.erase[:, 2].any()
@@ -170,7 +170,7 @@ def test_evaluation_is_timms_own_transform(scenes, birds, size, crop_fraction, i
         assert torch.equal(eval_reference(photo, spec), theirs(Image.fromarray(photo)))
 
 
-def test_squash_is_the_reports_evaluation(scenes, birds):
+def test_squash_is_the_competitions_evaluation(scenes, birds):
     theirs = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     spec = EvalSpec("squash", 224, 0.875, "bilinear", MEAN, STD)
     for photo in [*scenes, *birds]:

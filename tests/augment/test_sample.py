@@ -82,7 +82,7 @@ def test_the_fallback_is_torchvisions_center_crop():
     ("width", "height", "rate", "slack"),
     [(1000, 1000, 0.003, 0.001), (1200, 900, 0.04, 0.006), (1200, 800, 0.18, 0.01), (1920, 1080, 0.62, 0.01)],
 )
-def test_the_fallback_rate_of_the_report_is_as_measured(width, height, rate, slack):
+def test_the_fallback_rate_of_the_competition_is_as_measured(width, height, rate, slack):
     assert crop_fallback_rate(REPORT, [(width, height)], draws=20_000) == pytest.approx(rate, abs=slack)
 
 

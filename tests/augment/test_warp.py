@@ -106,7 +106,7 @@ def test_small_photos_are_enlarged_as_the_reference_does(birds, psnr):
     assert mean_psnr(psnr, *both(birds, PLAIN)) > 52
 
 
-def test_one_warp_is_nearer_to_a_bicubic_affine_than_the_report(scenes, birds, psnr):
+def test_one_warp_is_nearer_to_a_bicubic_affine_than_the_competition(scenes, birds, psnr):
     photos = scenes * 4 + birds
     params = params_for(photos, AFFINE)
     oracle = [bicubic(photo, params, row) for row, photo in enumerate(photos)]

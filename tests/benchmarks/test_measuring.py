@@ -51,7 +51,7 @@ def test_without_the_birds_the_message_says_what_is_missing(monkeypatch, tmp_pat
         photos.birds_subset(tmp_path, train=1, val=1)
 
 
-def test_ours_and_the_report_prepare_batches_of_the_same_kind(files, tmp_path):
+def test_ours_and_the_competition_prepare_batches_of_the_same_kind(files, tmp_path):
     theirs = pipelines.pil_torchvision()(files)
     for mode in ("off", "jpeg", "uint8"):
         ours = pipelines.Ours(files, tmp_path, mode=mode)(files)

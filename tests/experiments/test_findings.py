@@ -9,7 +9,7 @@ from fieldmark.errors import RunError
 
 ACCURACY = "Mixing at probability 0.3 or more gives the best validation accuracy"
 LOSS = "More mixing raises the training loss"
-LINEAR = "A linear head is better than the report's two layers"
+LINEAR = "A linear head is better than the competition's two layers"
 
 
 @pytest.fixture

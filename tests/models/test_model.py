@@ -55,7 +55,7 @@ def make_classifier(name="resnet10t", device="cpu", **changes):
         ("seresnext101", 93.74),
     ],
 )
-def test_the_reports_parameter_counts_are_reproduced(alias, millions):
+def test_the_competitions_parameter_counts_are_reproduced(alias, millions):
     model = make_classifier(resolve_name(alias, "pretrained"), "meta", num_classes=100, head="mlp")
     assert round(count_parameters(model) / 1e6, 2) == millions
 
@@ -72,7 +72,7 @@ def test_the_reports_parameter_counts_are_reproduced(alias, millions):
         ),
     ],
 )
-def test_the_reports_architectures_go_forward_and_backward(alias):
+def test_the_competitions_architectures_go_forward_and_backward(alias):
     model = make_classifier(resolve_name(alias, "random"), head="mlp")
     logits = model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert logits.shape == (2, 5)
@@ -85,7 +85,7 @@ def test_the_reports_architectures_go_forward_and_backward(alias):
         assert any(parameter.grad.abs().sum() > 0 for _, parameter in stage)
 
 
-def test_the_mlp_head_is_exactly_the_reports():
+def test_the_mlp_head_is_exactly_the_competitions():
     model = make_classifier(head="mlp", head_dropout=0.3)
     assert [type(layer) for layer in model.head] == [nn.Linear, nn.Dropout, nn.ReLU, nn.Linear]
     assert model.head[0].out_features == 1024
@@ -238,7 +238,7 @@ def test_a_network_without_pooled_features_is_refused():
         model(torch.zeros(1, 3, 8, 8))
 
 
-def test_an_alias_means_the_reports_weights_only_from_the_hub():
+def test_an_alias_means_the_competitions_weights_only_from_the_hub():
     assert resolve_name("resnet50", "pretrained") == "resnet50.fb_swsl_ig1b_ft_in1k"
     assert resolve_name("resnet50", "random") == "resnet50"
     assert resolve_name("resnext101-wide", "weights.safetensors") == "resnext101_32x8d"

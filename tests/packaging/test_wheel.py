@@ -113,7 +113,7 @@ def test_an_installed_wheel_trains_reports_and_serves(installed, tmp_path):
     assert "competition " in run(installed, tmp_path, "recipes", "list")
     code = "from fieldmark.study.grid import load_grid; print(load_grid('backbones-quick').name)"
     grid = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path, env=_environment(tmp_path))
-    assert grid.strip() == "backbones-quick"
+    assert grid.strip() == "competition"
     tiny = [word for setting in TINY for word in ("--set", setting)]
     run(installed, tmp_path, "train", "photos", "--recipe", "laptop", "--out", "runs/one", *tiny)
     run(installed, tmp_path, "report", "runs/one", "--out", "report.html")

@@ -1,4 +1,4 @@
-"""Every shipped recipe loads, and the report's says what the report says."""
+"""Every shipped recipe loads, and the competition's says what the report says."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_recipe_states_result_command_and_hardware(path):
         assert any(line.startswith(word) for line in header), word
 
 
-def test_the_competition_recipe_is_the_report_term_by_term():
+def test_the_competition_recipe_is_the_competitions_term_by_term():
     config = load_config("competition")
     augment = config.augment
     assert (augment.executor, augment.size, augment.crop) == ("reference", 224, "random_resized")

@@ -96,7 +96,7 @@ def test_small_photos_and_few_validation_photos_are_told():
     assert any("chosen on 300 photos" in finding for finding in lint("train.select=best", num_val=300))
 
 
-def test_the_report_recipe_is_told_its_traps():
+def test_the_competition_recipe_is_told_its_pitfalls():
     findings = " ".join(lint("train.select=best", recipe="competition", sizes=[(1600, 900)], num_val=300))
     for words in ("never zooms out", "resamples twice", "black corners", "squashes", "bicubic", "chosen on 300"):
         assert words in findings

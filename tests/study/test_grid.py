@@ -120,7 +120,7 @@ def test_every_grid_is_valid_with_several_seeds(name):
     assert grid.description
 
 
-def test_the_reports_experiments_are_shipped():
+def test_the_competitions_experiments_are_shipped():
     names = {"resnet50-mixing", "resnext50-mixing", "backbones"}
     assert names | {f"{name}-quick" for name in names} <= set(recipe_names(SHIPPED))
     shares = [sorted({cell.config.mix.share for cell in _shipped(name)}) for name in sorted(names)]

@@ -119,7 +119,7 @@ def test_wilson_interval_agrees_with_statsmodels(trials, share):
     assert metrics.wilson_interval(successes, trials) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_reports_headline_has_the_interval_that_it_should_have_stated():
+def test_the_competitions_headline_has_the_interval_that_it_should_have_stated():
     low, high = metrics.wilson_interval(272, 300)
     assert (round(low, 3), round(high, 3)) == (0.868, 0.935)
 

@@ -52,7 +52,7 @@ class Views:
 def augment_reference(photo: NDArray[np.uint8], params: BatchParams, row: int, spec: AugmentSpec) -> Tensor:
     """Execute one row of the parameters on an upright (H, W, 3) photo of full size as torchvision would: (3, S, S).
 
-    The order is the report's: crop and resize, flips, policy, affine, color, normalize, erase.
+    The order is the competition's: crop and resize, flips, policy, affine, color, normalize, erase.
     """
     from torchvision.transforms import InterpolationMode
 

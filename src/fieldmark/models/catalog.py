@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from fieldmark.errors import ConfigError, WeightsError, did_you_mean, first_line
 
-# The report's seven backbones: short alias -> timm architecture and the tag of its weights.
+# The competition's seven backbones: short alias -> timm architecture and the tag of its weights.
 ALIASES: dict[str, str] = {
     "resnet50": "resnet50.fb_swsl_ig1b_ft_in1k",
     "resnext50": "resnext50_32x4d.fb_swsl_ig1b_ft_in1k",
@@ -22,8 +22,6 @@ ALIASES: dict[str, str] = {
     "seresnext50": "seresnext50_32x4d.racm_in1k",
     "seresnext101": "seresnextaa101d_32x8d.sw_in12k_ft_in1k_288",
 }
-# Typing errors of the report, and what they stand for.
-_MISSPELT = {"fb_sws_l": "fb_swsl", "fb_sswl": "fb_swsl", "seresnexta101d": "seresnextaa101d"}
 TIMEOUT_SECONDS = 5.0  # for the hub to answer whether a file is there
 # Names under which timm looks for weights on the hub, in its order.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -97,8 +95,8 @@ PACKAGES: dict[str, Package] = {
 def resolve_name(name: str, weights: str) -> str:
     """Return the timm name behind an alias; raise ConfigError, with close matches, for a name that timm does not know.
 
-    Two aliases (`resnet50`, `resnet101`) are timm architectures too. So an alias means the report's own weights only
-    where `weights` is "pretrained"; with a file, a package or random weights it is the architecture alone, because
+    Two aliases (`resnet50`, `resnet101`) are timm architectures too. So an alias means the competition's own weights
+    only where `weights` is "pretrained"; with a file, a package or random weights it is the architecture alone, because
     the tag would claim a license, a pre-training and an input size that those weights do not have. A full timm name
     (`resnet50.a1_in1k`) always means itself.
     """
@@ -133,10 +131,8 @@ def check_name(name: str) -> None:
 def _suggest(name: str) -> str:
     import timm
 
-    for wrong, right in _MISSPELT.items():
-        name = name.replace(wrong, right)
     candidates = list(dict.fromkeys([*ALIASES, *ALIASES.values(), *timm.list_models(), *timm.list_pretrained()]))
-    return did_you_mean(name, candidates, most=1 if name in candidates else 3, cutoff=0.75) or "."
+    return did_you_mean(name, candidates, most=3, cutoff=0.75) or "."
 
 
 def list_models(pattern: str) -> list[dict[str, Any]]:

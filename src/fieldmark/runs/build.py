@@ -236,7 +236,7 @@ def train_size(config: Config, data: InputConfig) -> int:
 
 
 def build_eval_spec(config: Config, data: InputConfig) -> EvalSpec:
-    """The evaluation transform: the weights' own, or the report's squash, with what the settings override."""
+    """The evaluation transform: the weights' own, or the competition's squash, with what the settings override."""
     settings = config.eval
     is_squash = settings.transform == "squash"
     default_size = train_size(config, data) if is_squash else data.test_size
