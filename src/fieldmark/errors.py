@@ -28,7 +28,7 @@ def did_you_mean(word: str, options: Iterable[str], *, most: int = 1, cutoff: fl
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or else its kind."""
+    """Return what an error says in its first line, or else its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

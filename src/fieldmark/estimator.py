@@ -151,11 +151,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         return np.stack([answer.probabilities for answer in answers])[:, order]
 
     def predict(self, X: Sequence[str | Path]) -> NDArray[Any]:  # noqa: N803
-        """Return (N,) labels.
-
-        Raises:
-            PhotoError: A photo cannot be read.
-        """
+        """Return (N,) labels; raises PhotoError as `predict_proba` does."""
         best = self.predict_proba(X).argmax(axis=1)  # first, as it asks whether there are classes
         return self.classes_[best]
 

@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress(Protocol):
-    """Where long work reports how far it is."""
+    """Takes reports of how far long work is."""
 
     def start(self, total: int, done: int) -> None:
         """Work of `total` units begins, `done` of which were finished before (a resumed run)."""

@@ -82,7 +82,7 @@ def crop_limits(box: Floats, given: Whole) -> tuple[Whole, Whole]:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How each photo's picture is made of the photo as given: structure of arrays, one row per photo."""
+    """Says how each photo's picture is made of the photo as given: structure of arrays, one row per photo."""
 
     box: Floats  # (B, 4) x, y, width, height of the crop in given pixels
     first: Whole  # (B, 2) first column and row that belongs to the crop

@@ -201,7 +201,7 @@ def blend_with_gray(r: Any, g: Any, b: Any, factor: Any, mean: Any, is_own: bool
 
 @compiled()
 def sixth(hue: Any, offset: Any) -> Any:
-    """How far from its maximum a channel is, 0 to 1, at a hue in sixths of the circle."""
+    """Return how far from its maximum a channel is, 0 to 1, at a hue in sixths of the circle."""
     six = np.float32(6)
     k = hue + offset
     k -= six * np.floor(k * np.float32(1 / 6))  # not math.floor, which makes integers and stops vectorization

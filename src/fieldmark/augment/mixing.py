@@ -27,7 +27,7 @@ Method = Literal["mixup", "cutmix"]
 
 @dataclass(frozen=True, slots=True)
 class MixSpec:
-    """How often and how strongly batches are mixed; `config.MixConfig` says what each field means."""
+    """Says how often and how strongly batches are mixed; `config.MixConfig` says what each field means."""
 
     share: float
     cutmix_share: float
@@ -48,7 +48,7 @@ class MixSpec:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What happens to one batch."""
+    """Holds what happens to one batch."""
 
     kind: Literal["none", "mixup", "cutmix"]
     lam: float  # λ in [0, 1], the share that each photo keeps of itself; of CutMix exactly the share of pixels

@@ -40,7 +40,7 @@ def is_geometric(op: int) -> bool:
 
 
 def num_policy_uniforms(policy: Policy, num_ops: int) -> int:
-    """How many uniform numbers `sample_policy` takes per photo."""
+    """Return how many uniform numbers `sample_policy` takes per photo."""
     return {"none": 0, "trivial": _DRAWS, "rand": _DRAWS * num_ops}[policy]
 
 

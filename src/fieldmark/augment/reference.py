@@ -155,7 +155,7 @@ def eval_reference(photo: NDArray[np.uint8], spec: EvalSpec) -> Tensor:
 
 
 def join_specs(specs: Sequence[EvalSpec]) -> EvalSpec | Views:
-    """What has to be made of a photo for all of `specs`: one picture where they agree."""
+    """Return what has to be made of a photo for all of `specs`: one picture where they agree."""
     distinct = tuple(dict.fromkeys(specs))
     return distinct[0] if len(distinct) == 1 else Views(distinct)
 

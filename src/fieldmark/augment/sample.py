@@ -148,7 +148,7 @@ def _crop_boxes(spec: AugmentSpec, sizes: Floats, chances: Floats) -> tuple[Floa
 
 
 def _weights_boxes(spec: AugmentSpec, sizes: Floats) -> Floats:
-    """What the evaluation transform sees of each photo, in source pixels.
+    """Return what the evaluation transform sees of each photo, in source pixels.
 
     It resizes the short side to size / crop_fraction and cuts the center; both round to whole pixels as torchvision's
     Resize and CenterCrop do, because half a pixel more or less is a visibly different picture.

@@ -113,7 +113,7 @@ def find_backbones(config: Config) -> list[Backbone]:
 
 
 def list_candidates(config: Config, backbones: Sequence[Backbone]) -> list[Candidate]:
-    """What is raced, in the order of trying: each backbone's own picture first, then other sizes and views.
+    """List what is raced, in the order of trying: each backbone's own picture first, then other sizes and views.
 
     `eval.size` and `eval.transform`, if the user set them, are not varied.
     """

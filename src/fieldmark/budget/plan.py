@@ -38,7 +38,7 @@ def default_minutes(*, cores: int, has_gpu: bool) -> float:
 
 @dataclass
 class Plan:
-    """What is left of a budget, and the record of what was decided by it, one JSON object a line.
+    """Holds what is left of a budget, and the record of what was decided by it, one JSON object a line.
 
     A decision that is on record is taken from there, so that a resumed run goes the same way up to where it was left;
     later ones are made by the clock and added. Everything else in a run depends on its settings alone.

@@ -101,7 +101,7 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """How a candidate did on the photos that it was shown; losses and accuracies are out of fold."""
+    """Says how a candidate did on the photos that it was shown; losses and accuracies are out of fold."""
 
     candidate: Candidate
     numbers: Numbers  # (N,) training photos
@@ -114,7 +114,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Course:
-    """What all candidates share: settings, photos, clock and device, and what was computed of them so far.
+    """Holds what all candidates share: settings, photos, clock and device, and what was computed of them so far.
 
     Features are computed once and kept in files, so that a killed run need not repeat them.
     """

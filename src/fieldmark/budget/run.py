@@ -516,7 +516,7 @@ class _Work:
         return optimism_from_photos(correct, draws=2000, rng=np.random.default_rng(0)).points
 
     def _more_time(self) -> dict[str, float]:
-        """What the second half of the time earned in accuracy, with its 95 % interval: more would earn less."""
+        """Return what the second half of the time earned in accuracy, with its 95 % interval: more would earn less."""
         half = self.course.plan.elapsed / 2
         before = next((answer for at, answer in reversed(self.history) if at <= half), self.history[0][1])
         hits = [self._hits(answer).astype(np.float64)[None] for answer in (before, self.best)]
@@ -542,7 +542,7 @@ def _key(entry: Entry) -> str:
 
 
 def format_result(run: Run) -> str:
-    """What was tried, what is kept, and what to do with it."""
+    """Return what was tried, what is kept, and what to do with it."""
     summary = run.summary
     minutes, budget = summary["seconds"] / 60, summary["budget_seconds"] / 60
     lines = [f"run: {run.path}, {minutes:.1f} of {budget:g} minutes", f"kept: {summary['kept']}"]

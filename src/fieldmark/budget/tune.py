@@ -164,7 +164,7 @@ def tuning_config(config: Config, candidate: Candidate, option: Option) -> Confi
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """What fine-tuning left: by name the last weights, their average, and mixtures with the probe."""
+    """Holds what fine-tuning left: by name the last weights, their average, and mixtures with the probe."""
 
     config: Config
     networks: Mapping[str, tuple[Weights, NDArray[np.float32]]]  # and (M, K) validation probabilities of each

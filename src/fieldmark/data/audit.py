@@ -271,7 +271,7 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
 
 
 def _list_faults(found: Audit, skip_broken: bool) -> Iterator[str]:
-    """What must be fixed before training."""
+    """List what must be fixed before training."""
     if len(found.num_train) < 2:
         only = f"there is only {quote(list(found.num_train))}" if found.num_train else "there is none"
         yield f"A classifier needs at least 2 classes; {only}. Add a class folder with photos"
@@ -298,7 +298,7 @@ def _list_faults(found: Audit, skip_broken: bool) -> Iterator[str]:
 
 
 def _list_doubts(found: Audit, skip_broken: bool) -> Iterator[str]:
-    """What may make the result better than it is, or other than it seems."""
+    """List what may make the result better than it is, or other than it seems."""
     if found.broken and skip_broken:
         yield f"{_count(found.broken, 'photo', 'photos')} cannot be used and will be left out"
     if copies := found.exact_in_unlabelled:
@@ -324,7 +324,7 @@ def _list_doubts(found: Audit, skip_broken: bool) -> Iterator[str]:
 
 
 def _list_weaknesses(found: Audit) -> Iterator[str]:
-    """What makes the classifier worse than it could be, or its measure coarse."""
+    """List what makes the classifier worse than it could be, or its measure coarse."""
     for split in ("val", "test"):
         if absent := [name for name, gap in found.gaps if gap == split]:
             yield f"{_classes(absent)} no photo in {split}: {quote(absent)}. Nothing is measured there"

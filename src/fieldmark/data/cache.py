@@ -57,7 +57,7 @@ ROW = np.dtype(
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What the cache did, what it holds and what it cost. `str()` is one readable sentence."""
+    """Holds what the cache did, what it holds and what it cost. `str()` is one readable sentence."""
 
     mode: str  # `uint8`, `jpeg` or `off`
     photos: int  # that are cached now
@@ -312,7 +312,7 @@ class CacheFolder:
     preset: Preset
 
     def match(self) -> PhotoCache:
-        """What is there of the photos as they are now."""
+        """Return what is there of the photos as they are now."""
         packs = load_packs(self.folder)
         rows = np.concatenate([*packs.values(), np.zeros(1, ROW)])  # the last is that of photos that are not there
         pack_of = np.repeat([*range(len(packs)), -1], [*map(len, packs.values()), 1])
@@ -384,7 +384,7 @@ def _make_room(cache: PhotoCache, room_bytes: int) -> int:
 
 
 def _key(file: Path) -> bytes | None:
-    """What a photo as it is now is called in packs; None if it is gone."""
+    """Return what a photo as it is now is called in packs; None if it is gone."""
     try:
         status = os.stat(file)  # noqa: PTH116  # half the time of Path.stat, for every photo
     except (OSError, ValueError):

@@ -64,7 +64,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """How files become pixels; one for all photos of a model."""
+    """Says how files become pixels; one for all photos of a model."""
 
     background: RGB  # under transparent pixels, 0 to 255
     max_pixels: int  # photos with more, by their header, are refused before they are decoded

@@ -298,7 +298,7 @@ def _shared(folders: Mapping[str, Sequence[str]]) -> set[str]:
 
 
 def _other_reading(folders: Mapping[str, Sequence[str]], splits: Mapping[str, str]) -> str:
-    """What else the class folders could be, for the layout's sentence."""
+    """Return what else the class folders could be, for the layout's sentence."""
     if splits:
         return f"; {quote(list(splits))} too {'is a class' if len(splits) == 1 else 'are classes'}"
     shared = _shared(folders)

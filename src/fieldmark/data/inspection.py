@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class PhotoFacts:
-    """What inspection found out about one photo; "" stands for what cannot be known or was not asked for."""
+    """Holds what inspection found out about one photo; "" stands for what cannot be known or was not asked for."""
 
     width: int  # upright, in pixels; 0 where the photo cannot be used
     height: int
@@ -208,7 +208,7 @@ class Memory:
         self._num_written = 0
 
     def get(self, file: Path, stamp: str) -> PhotoFacts | None:
-        """What `put` was given for a file of the same path and stamp, under the same settings."""
+        """Return what `put` was given for a file of the same path and stamp, under the same settings."""
         if self._database is None:
             return None
         try:

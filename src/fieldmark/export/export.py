@@ -243,7 +243,7 @@ def _prove(
 
 
 def compare_answers(run: Run, folder: Path, photos: Photos) -> dict[str, Any] | None:
-    """How far `predict` of the export is from `predict` of the run; None where the run too answers in 32 bit."""
+    """Return how far `predict` of the export is from `predict` of the run; None where the run too answers in 32 bit."""
     from fieldmark.inference.predictor import Device, Predictor
 
     precision = Device.choose(str(run.model_info["precision"])).precision
@@ -254,7 +254,7 @@ def compare_answers(run: Run, folder: Path, photos: Photos) -> dict[str, Any] | 
 
 
 def _measure_agreement(ours: Floats, theirs: Floats) -> dict[str, Any]:
-    """How far (N, K) answers of two models differ, and for what share of the photos the answer is the same."""
+    """Return how far (N, K) answers of two models differ, and for what share of the photos the answer is the same."""
     gaps = np.abs(ours - theirs)
     largest = float(np.where(np.isfinite(gaps), gaps, np.inf).max())
     same = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())

@@ -110,7 +110,7 @@ def _results(run: Run) -> str:
 
 
 def evidence_text(evidence: dict[str, Any]) -> str:
-    """What was measured when the model was exported, in one to three sentences."""
+    """Return what was measured when the model was exported, in one to three sentences."""
     text = "Not measured."
     if row := evidence.get("int8"):
         points = 100 * row["loss"]

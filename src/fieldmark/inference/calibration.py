@@ -39,7 +39,7 @@ _ROUNDING = 1e-6  # of summed float32 probabilities
 
 @dataclass(frozen=True)
 class Calibration:
-    """What predict, serve and export need to say "unknown", with the evidence for it. Losses are in nats."""
+    """Holds what predict, serve and export need to say "unknown", with the evidence for it. Losses are in nats."""
 
     temperature: Positive  # divides the logits; fitted on all N photos, or 1 where that made the log loss worse
     threshold: Share  # least confidence that is answered; 0 answers everything

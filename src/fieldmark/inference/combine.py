@@ -112,7 +112,7 @@ def combine(
 
 
 def format_combined(run: Run) -> str:
-    """What was made, for people."""
+    """Return what was made, for people."""
     summary, val = run.summary, run.summary["val"]
     members: dict[str, dict[str, Any]] = summary["members"]
     budget = summary["max_parameters_millions"]

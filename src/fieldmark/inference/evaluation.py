@@ -39,7 +39,7 @@ MOST_CLASSES_SHOWN = 20
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well one class is recognized."""
+    """Says how well one class is recognized."""
 
     name: str
     photos: int
@@ -54,7 +54,7 @@ class ClassScore:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How well a run does on one split.
+    """Says how well a run does on one split.
 
     Attributes:
         split: Name of the split.

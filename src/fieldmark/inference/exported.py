@@ -63,13 +63,13 @@ class ModelMetadata:
     batch_size: Annotated[int, Field(gt=0)] = 64
 
     def eval_spec(self) -> EvalSpec:
-        """How a decoded photo becomes an input."""
+        """Return how a decoded photo becomes an input."""
         from fieldmark.augment.reference import EvalSpec
 
         return EvalSpec(**self.preprocessing)
 
     def decode_spec(self) -> DecodeSpec:
-        """How files become pixels, within the limit of the run."""
+        """Return how files become pixels, within the limit of the run."""
         return DecodeSpec(self.background, self.max_pixels)
 
     def groups(self) -> Fallback | None:
@@ -273,7 +273,7 @@ def _require_harmless_program(path: Path) -> None:
 
 
 def _find_code(content: Any) -> str:
-    """What in a JSON file of the archive could become code, or ""."""
+    """Return what in a JSON file of the archive could become code, or ""."""
     for key, value in _leaves(content, ""):
         if isinstance(value, str) and not _STRINGS.get(key, _WORDS).fullmatch(value):
             return f"{value[:60]!r} as {key or 'a name'}"

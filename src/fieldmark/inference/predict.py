@@ -267,7 +267,7 @@ def _save_pieces(folder: Path, pieces: Iterable[Piece], missing: set[int]) -> No
 
 @dataclass(frozen=True)
 class PartTask:
-    """What a worker must know; plain, so that it can be sent."""
+    """Holds what a worker must know; plain, so that it can be sent."""
 
     model: str  # run folder or export, by a path that is the same on every machine
     fingerprint: str  # of the model; a worker that sees another refuses

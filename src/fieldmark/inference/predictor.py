@@ -43,7 +43,7 @@ Logits = Callable[[Tensor], NDArray[np.floating[Any]]]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the model says of one photo.
+    """Holds what the model says of one photo.
 
     Attributes:
         path: The photo, as it was named; "" for pixels without a name.

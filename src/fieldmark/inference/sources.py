@@ -214,7 +214,7 @@ class FileList:
 
 
 def locate(root: str, path: str) -> str:
-    """Where a listed photo is: `path` itself if it is a URL or absolute, else below `root`."""
+    """Return where a listed photo is: `path` itself if it is a URL or absolute, else below `root`."""
     if is_url(path) or Path(path).is_absolute():
         return path
     if not is_url(root):
@@ -340,7 +340,7 @@ def to_json(piece: Piece) -> str:
 
 
 def from_json(text: str) -> Piece:
-    """What `to_json` wrote."""
+    """Return what `to_json` wrote."""
     fields: dict[str, Any] = json.loads(text)
     kind = _KINDS[fields.pop("kind")]
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})

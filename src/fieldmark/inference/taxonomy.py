@@ -117,7 +117,7 @@ def find_answers(
 
 @dataclass(frozen=True, slots=True)
 class LevelScore:
-    """How one level answers photos that nothing was fitted on."""
+    """Says how one level answers photos that nothing was fitted on."""
 
     level: str
     answered: float  # share of all photos that are answered at this level, in [0, 1]
@@ -130,7 +130,7 @@ def score_levels(
     taxonomy: Taxonomy,
     thresholds: Sequence[float | None],
 ) -> tuple[LevelScore, ...]:
-    """How each level answers these photos, by (N, K) probabilities and (N,) labels."""
+    """Return how each level answers these photos, by (N, K) probabilities and (N,) labels."""
     answers = find_answers(probabilities, taxonomy, thresholds=thresholds)
     scores: list[LevelScore] = []
     for name, nodes, members in zip(taxonomy.levels, taxonomy.nodes, taxonomy.members, strict=True):

@@ -53,7 +53,7 @@ def choose_form(path: Path, form: Form | None, *, has_sample: bool = False) -> F
 
 @dataclass
 class PredictedPhotos:
-    """What was predicted, and how to show it."""
+    """Holds what was predicted, and how to show it."""
 
     out: Path | None  # the file that was written
     count: int = 0  # photos asked about
@@ -75,7 +75,7 @@ class PredictedPhotos:
         return [json_row(prediction) for prediction in self.shown]
 
     def as_dict(self) -> dict[str, Any]:
-        """What was written, for machines."""
+        """Return what was written, for machines."""
         failed = [{"path": prediction.path, "problem": prediction.problem} for prediction in self.failed]
         prior = {"prior": self.prior} if self.prior else {}
         return {"out": str(self.out), "rows": self.count, "failed": failed, **prior}
@@ -99,7 +99,7 @@ class PredictedPhotos:
         )
 
     def failure_message(self) -> str:
-        """Which photos could not be read, and why."""
+        """Return which photos could not be read, and why."""
         lines = [f"  {prediction.path!r} {prediction.problem}" for prediction in self.failed[:MOST_FAILURES_SHOWN]]
         left = len(self.failed) - len(lines)
         more = [f"  ... and {left} more"] if left else []

@@ -36,7 +36,7 @@ NON_COMMERCIAL = re.compile(r"(?<![a-z])nc(?![a-z])|non-?commercial|amlr|researc
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What was loaded, from where, and what of it fitted; model.json holds it."""
+    """Holds what was loaded, from where, and what of it fitted; model.json holds it."""
 
     name: str  # timm name of the backbone
     source: str  # "pretrained", "random", "package:..." or the file's name

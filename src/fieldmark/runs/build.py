@@ -252,7 +252,7 @@ def build_eval_spec(config: Config, data: InputConfig) -> EvalSpec:
 
 
 def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec, is_fixres: bool) -> AugmentSpec:
-    """What is drawn for a training photo. FixRes epochs see the evaluation picture and its mirror image."""
+    """Return what is drawn for a training photo. FixRes epochs see the evaluation picture and its mirror image."""
     settings = config.augment.model_dump(exclude={"executor", "size"})
     settings |= {
         "crop": "weights" if config.augment.crop == "pretrained" else config.augment.crop,
@@ -298,13 +298,13 @@ def build_train_photos(
 
 
 def build_mix_spec(config: Config) -> MixSpec:
-    """How often and how strongly batches are mixed."""
+    """Return how often and how strongly batches are mixed."""
     return MixSpec(**config.mix.model_dump(exclude={"off_epochs"}))
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What holds during one epoch."""
+    """Says what holds during one epoch."""
 
     size: int  # side of the training images, in pixels
     freeze: int | Literal["all"]  # frozen stages from the input

@@ -36,7 +36,7 @@ BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two averages, in 32 bit
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was measured, and what follows for the run."""
+    """Holds what was measured, and what follows for the run."""
 
     prepared_per_second: float  # photos decoded and augmented by one core, without a cache
     trained_per_second: float  # photos, by all of the device
@@ -47,7 +47,7 @@ class Preflight:
 
     @property
     def bottleneck(self) -> str:
-        """What the time goes into: "preparing photos" or "training"."""
+        """Return what the time goes into: "preparing photos" or "training"."""
         one_photo = 1 / (self.prepared_per_second * usable_cores())
         return "preparing photos" if one_photo > 1 / self.trained_per_second else "training"
 
@@ -132,7 +132,7 @@ MOST_BROKEN = 20
 
 @dataclass(frozen=True)
 class Checkup:
-    """What was found."""
+    """Holds what was found."""
 
     audit: Audit  # of the photos
     must_fix: tuple[str, ...]  # the audit's, and what keeps the photos from being divided
@@ -265,7 +265,7 @@ UP_DOWN = ({"up", "top", "upper", "upright"}, {"down", "bottom", "lower", "inver
 
 @dataclass(frozen=True)
 class LintInput:
-    """What the rules look at."""
+    """Holds what the rules look at."""
 
     config: Config
     weights: InputConfig  # the picture that the weights expect

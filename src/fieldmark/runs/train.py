@@ -325,7 +325,7 @@ def _with_photo_names(session: Session, state: TrainState, error: NonFiniteError
 
 
 def _explain_lost_process(session: Session, error: RuntimeError) -> Exception:
-    """What a broken connection means: another process of this training failed, and its message says why."""
+    """Return what a broken connection means: another process of this training failed, and its message says why."""
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "DistBackendError")
     is_lost = session.fabric.world_size > 1 and any(word in f"{type(error).__name__} {error}" for word in words)
     return ReportedElsewhereError(None) if is_lost else error

@@ -47,7 +47,7 @@ class Best:
 
 @dataclass
 class History:
-    """What a run has written so far."""
+    """Holds what a run has written so far."""
 
     best: Best = field(default_factory=Best)
     rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # one per epoch, as in metrics.jsonl

@@ -43,7 +43,7 @@ _OPEN_PATHS = re.compile(r"/|/docs|/health|/(static|examples)/[^/]+")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost."""
+    """Holds what a request may cost."""
 
     max_body_bytes: int
     max_held_bytes: int  # of bodies at once, over all requests; beyond it clients are asked to retry
@@ -57,7 +57,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may send requests."""
+    """Says who may send requests."""
 
     hosts: tuple[str, ...] = ()  # names of the server besides those of this machine and all addresses in numbers
     api_key: str | None = None  # expected in the header X-API-Key or as a bearer token; None lets everybody in

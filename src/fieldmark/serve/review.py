@@ -44,7 +44,7 @@ COLUMNS = ("path", "action", "label")
 
 
 class Decision(NamedTuple):
-    """What to do with one photo; `label` is the new one of a relabeled photo, else ""."""
+    """Holds what to do with one photo; `label` is the new one of a relabeled photo, else ""."""
 
     action: str
     label: str
@@ -173,7 +173,7 @@ class ReviewViews:
         return {"total": len(rows), "next": min(max(offset, len(rows)), offset + limit), "photos": photos}
 
     def photo(self, number: int) -> dict[str, Any]:
-        """What the page says of one photo."""
+        """Return what the page says of one photo."""
         photo = self.index.photos[number]
         decision = self.corrections.decisions.get(photo.path)
         row = self._row_of.get(photo.path)
@@ -335,7 +335,7 @@ def photo(views: Views, number: int, side: Annotated[int, Query(ge=32, le=1600)]
 
 @_router.get("/api/attention/{number}")
 def attention(views: Views, number: int, label: str) -> dict[str, Any]:
-    """Where the model looks in a photo for a class."""
+    """Return where the model looks in a photo for a class."""
     if views.look is None or label not in views.classes:
         raise HTTPException(404, "there is no map of this photo and class")
     _require_photo(views, number)

@@ -166,7 +166,7 @@ def _own_serve(serve: Any) -> Generator[None]:
 
 
 def _reason(serve: Any, error: Exception) -> str:
-    """What a replica died of: the last line of the traceback that Ray keeps."""
+    """Return what a replica died of: the last line of the traceback that Ray keeps."""
     application = serve.status().applications.get(NAME)
     deployment = application.deployments.get(NAME) if application else None
     lines = deployment.message.split("\n") if deployment else []

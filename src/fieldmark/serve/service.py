@@ -57,7 +57,7 @@ class Group(BaseModel):
 
 
 class PhotoAnswer(BaseModel):
-    """What the model says of one photo."""
+    """Holds what the model says of one photo."""
 
     label: str | None  # the likeliest class; null if it is not sure enough, or the photo could not be read
     is_unknown: bool

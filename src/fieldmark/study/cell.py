@@ -43,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to know to train a cell."""
+    """Holds what a process needs to know to train a cell."""
 
     sweep: str
     name: str
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended, with the error if it failed."""
+    """Says how a cell ended, with the error if it failed."""
 
     state: State
     error: str
@@ -87,7 +87,7 @@ def book(sweep: str | Path, name: str, kind: str) -> Path:
 
 
 def load_outcome(sweep: Path, name: str) -> Outcome | None:
-    """How a cell ended last time; None if it did not, or was killed."""
+    """Return how a cell ended last time; None if it did not, or was killed."""
     try:
         return Outcome(**json.loads(book(sweep, name, "outcome.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -110,7 +110,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def settled_state(out: Path, cell: Cell) -> Literal["finished", "stopped"] | None:
-    """How a cell ended, by its folder, if nothing is left to do for it."""
+    """Return how a cell ended, by its folder, if nothing is left to do for it."""
     path = out / cell.name
     if not (path / RECIPE).is_file() or _other_settings(path, cell):
         return None

@@ -55,7 +55,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curves:
-    """What one chart shows over the epochs: the key of each line in a row, flattened, by the line's name.
+    """Holds what one chart shows over the epochs: the key of each line in a row, flattened, by the line's name.
 
     The probe trains the head on features, at a rate of its own: its numbers are no part of a curve, and their keys
     begin with `probe.`.

@@ -108,7 +108,7 @@ class Comparison:
 
     @property
     def shown(self) -> Shown:
-        """How the metric is shown."""
+        """Return how the metric is shown."""
         return SHOWN[self.metric]
 
     def as_dict(self) -> dict[str, Any]:

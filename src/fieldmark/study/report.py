@@ -152,7 +152,7 @@ def _save_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
 
 
 def _page_parts(comparison: Comparison, best: Variant, charts: Sequence[Chart], *, with_photos: bool) -> dict[str, Any]:
-    """What a page has and Markdown has not: pictures and photos inside, no script, nothing to load."""
+    """Return what a page has and Markdown has not: pictures and photos inside, no script, nothing to load."""
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "is_single": len(comparison.variants) == 1,
@@ -228,7 +228,7 @@ def _each_seed(variant: Variant, shown: Shown) -> str:
 
 
 def _costs(variant: Variant) -> dict[str, str]:
-    """What a variant cost and what its score is worth; "–" is not known."""
+    """Return what a variant cost and what its score is worth; "–" is not known."""
     run, optimism = variant.runs[0], variant.optimism
     bias = "–" if optimism.source == "none" else f"{100 * optimism.points:.1f} points"
     speeds = [row["images_per_second"] for run in variant.runs for row in run.metrics if row.get("images_per_second")]
@@ -245,7 +245,7 @@ def _costs(variant: Variant) -> dict[str, str]:
 
 
 def _run_facts(variant: Variant, comparison: Comparison) -> dict[str, str]:
-    """What is worth knowing about one variant: name and value, of its first run where runs differ."""
+    """Return what is worth knowing about one variant: name and value, of its first run where runs differ."""
     run, shown = variant.runs[0], comparison.shown
     val = run.summary.get("val") or {}
     shares = {"Top-1": "top1", "Top-5": "top5", "Macro recall": "macro_recall"}
@@ -266,7 +266,7 @@ def _run_facts(variant: Variant, comparison: Comparison) -> dict[str, str]:
 
 
 def effects_table(comparison: Comparison) -> Table:
-    """What each change of the comparison's baseline did, the best first, and what it cost."""
+    """Return what each change of the comparison's baseline did, the best first, and what it cost."""
     interval, shown = f"{100 * comparison.level:g} % interval", comparison.shown
     head = ("Change", "Score", "Effect", interval, "p (Holm)", "Distinguishable", "Minutes")
     base, *others = comparison.variants
@@ -361,7 +361,7 @@ def _show_photo(run: RunResults, photo: str) -> ShownPhoto:
 
 
 def _recipe_table(variants: Sequence[Variant]) -> Table:
-    """Where the variants differ, one column each."""
+    """Return where the variants differ, one column each."""
     rows = tuple((key, *(format_value(one.changes[key]) for one in variants)) for key in variants[0].changes)
     return Table(("Key", *map(str, range(1, len(variants) + 1))), rows, frozenset())
 

@@ -36,7 +36,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Variance:
-    """Where the uncertainty of a difference comes from, as variances of single scores."""
+    """Says where the uncertainty of a difference comes from, as variances of single scores."""
 
     photos: float  # of the true per-photo difference, between photos
     interaction: float  # of a photo's score between runs of one variant, beyond what shifts the whole run
@@ -45,7 +45,7 @@ class Variance:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How much better the second variant is than the first."""
+    """Says how much better the second variant is than the first."""
 
     interval: Interval
     p_value: float

@@ -45,7 +45,7 @@ SECONDS_TO_SAVE = 120.0
 
 @dataclass(frozen=True)
 class CellStatus:
-    """How far one cell is: `epoch` of `epochs`, and why it failed if it did."""
+    """Says how far one cell is: `epoch` of `epochs`, and why it failed if it did."""
 
     name: str
     state: State
@@ -56,7 +56,7 @@ class CellStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """How far a sweep is."""
+    """Says how far a sweep is."""
 
     out: Path
     cells: tuple[CellStatus, ...]  # all that are known so far, in order
@@ -262,7 +262,7 @@ class _Work:
         self.statuses[cell.name] = CellStatus(cell.name, state, epoch, cell.config.train.epochs, error)
 
     def status(self) -> SweepStatus:
-        """How far all cells are."""
+        """Return how far all cells are."""
         cells = tuple(self.statuses.values())
         done = sum(cell.epoch for cell in cells) - sum(self.epochs_before.values())
         left = sum(cell.epochs - cell.epoch for cell in cells if cell.state in ("waiting", "running"))

@@ -36,7 +36,7 @@ class _Compute(Protocol):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of some photos, in the order of their numbers."""
+    """Holds what a model says of some photos, in the order of their numbers."""
 
     numbers: NDArray[np.int64]  # (N,) photo numbers in the index, rising
     logits: NDArray[np.float32]  # (N, K); NaN for a photo that could not be read
@@ -58,7 +58,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a model scores on the validation photos; both are empty without any."""
+    """Holds what a model scores on the validation photos; both are empty without any."""
 
     metrics: dict[str, float] = field(default_factory=dict[str, float])  # as `metrics.summarize` gives them
     predictions: Predictions | None = None

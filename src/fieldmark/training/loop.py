@@ -67,7 +67,7 @@ class FiniteWatch:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What one update learns from, on the device."""
+    """Holds what one update learns from, on the device."""
 
     images: Tensor  # (B, 3, S, S) float, normalized and mixed
     targets: Tensor  # (B, K) float, each row a distribution over classes: smoothed and mixed
@@ -150,7 +150,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How an update is done."""
+    """Says how an update is done."""
 
     class_weights: Tensor | None = None  # (K,) float weights of the loss, on the device
     clip_norm: float = 0.0  # largest global gradient norm; 0 is off

@@ -30,7 +30,7 @@ _CORRUPT = 3  # exit code of errors that a damaged heap raises
 
 @dataclass(frozen=True)
 class Computation:
-    """How a model computes on the processor."""
+    """Says how a model computes on the processor."""
 
     channels_last: bool  # memory layout of images and weights
     precision: str  # as in `train.precision`
