@@ -148,8 +148,8 @@ def test_predicting_the_validation_photos_gives_the_ensembles_own_figures_exactl
     shutil.copytree(ensemble.path, copy)
     anew = evaluate(copy)
     np.testing.assert_array_equal(anew.predictions.probabilities, stored.probabilities)
-    assert anew.figures == {name: ensemble.summary["val"][name] for name in anew.figures}
-    assert evaluate(copy, split="train").figures["top1"] >= 0
+    assert anew.metrics == {name: ensemble.summary["val"][name] for name in anew.metrics}
+    assert evaluate(copy, split="train").metrics["top1"] >= 0
 
 
 def test_every_kind_of_source_gets_the_ensembles_answer_from_any_thread(ensemble, files):
@@ -266,7 +266,7 @@ def test_a_soup_is_never_worse_on_the_validation_photos_than_its_best_member(fir
     stranger = make("stranger", "train.seed=2", "model.head_dropout=0.1")  # other random weights
     runs = [first, sibling, stranger]
     made = combine(runs, tmp_path / "soup", method="soup")
-    alone = {run.name: evaluate(run).figures["top1"] for run in runs}
+    alone = {run.name: evaluate(run).metrics["top1"] for run in runs}
     assert {name: row["top1"] for name, row in made.summary["members"].items()} == alone
     assert made.summary["val"]["top1"] >= max(alone.values())
     kept = [run for run in runs if made.summary["members"][run.name]["kept"]]

@@ -53,7 +53,6 @@ def test_every_interval_holds_its_value_and_matches_wilson_by_statsmodels(evalua
         assert row.recall_low <= row.recall <= row.recall_high
     low, high = scores.top1_interval
     assert low < scores.metrics["top1"] < high
-    assert scores.figures == scores.metrics  # the name of earlier versions
 
 
 def test_a_class_without_photos_keeps_its_place_and_has_no_recall(evaluated):

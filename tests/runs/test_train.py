@@ -116,7 +116,7 @@ def test_predicting_the_validation_photos_reproduces_the_logged_figures_exactly(
     stored = Run(moved).predictions()
     logged = max(row["val"]["top1"] for row in Run(moved).metrics)
     again = evaluate(Run(moved))
-    assert again.figures["top1"] == logged == summarize(stored.probabilities, stored.labels, Run(moved).prior)["top1"]
+    assert again.metrics["top1"] == logged == summarize(stored.probabilities, stored.labels, Run(moved).prior)["top1"]
     np.testing.assert_array_equal(again.predictions.probabilities, stored.probabilities)
 
 

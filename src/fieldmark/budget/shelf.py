@@ -128,7 +128,7 @@ class Shelf:
                 shutil.rmtree(entry)
 
     def score(self, answer: Answer) -> dict[str, Any]:
-        """Validation figures of an answer, with the interval of its accuracy; {} without validation photos."""
+        """Validation metrics of an answer, with the interval of its accuracy; {} without validation photos."""
         if not len(self._val):
             return {}
         found = metrics.summarize(answer.val, self._labels, self._prior)

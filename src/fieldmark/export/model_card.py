@@ -101,10 +101,10 @@ def _results(run: Run) -> str:
             rows.append(("photos that are answered", f"{calibration.coverage:.1%}"))
             rows.append(("right among the answered", f"{calibration.accuracy:.1%}"))
     photos = f"{count} validation photos" if count else "validation photos"
-    chosen = "which chose the weights: that makes the figures a little flattering"
+    chosen = "which chose the weights: that makes the metrics slightly optimistic"
     if summary.get("select") == "last":
         chosen = "which did not choose the weights"
-    crossed = " Calibrated figures are cross-fitted." if calibration else ""
+    crossed = " Calibrated metrics are cross-fitted." if calibration else ""
     note = f"\n\n{markdown_text(str(summary['note']))}" if "note" in summary else ""  # of a soup
     return f"On {photos}, {chosen}.{crossed}\n\n{_table('| Figure | Value |', rows)}{note}"
 

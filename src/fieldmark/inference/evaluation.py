@@ -79,11 +79,6 @@ class Evaluation:
     confusion: NDArray[np.int64]
     flips: Difference | None = None
 
-    @property
-    def figures(self) -> dict[str, float]:
-        """The name of `metrics` in earlier versions."""
-        return self.metrics
-
     def score_classes(self) -> list[ClassScore]:
         """One row per class, in order of class index."""
         return [self._score_class(number) for number in range(len(self.classes))]

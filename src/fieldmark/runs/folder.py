@@ -187,7 +187,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Status, best epoch and its figures; `{"status": "running"}` while there is none."""
+        """Status, best epoch and its metrics; `{"status": "running"}` while there is none."""
         if not (self.path / SUMMARY).is_file():
             return {"status": "running"}
         return _read_json(self.path / SUMMARY, _Summary)

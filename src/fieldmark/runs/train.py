@@ -368,10 +368,10 @@ def _describe_probe(summary: Mapping[str, Any]) -> str:
     )
 
 
-def format_accuracy(figures: dict[str, Any]) -> str:
+def format_accuracy(metrics: dict[str, Any]) -> str:
     """Top-1 accuracy with its interval."""
-    low, high = figures["top1_interval"]
-    return f"top-1 {figures['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
+    low, high = metrics["top1_interval"]
+    return f"top-1 {metrics['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
 
 
 def new_run_folder(config: Config, recipe: str) -> Path:

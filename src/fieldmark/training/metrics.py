@@ -21,7 +21,7 @@ LOWER_IS_BETTER = frozenset({"log_loss", "calibration_error"})
 
 
 def summarize(probabilities: Floats, labels: Ints, prior: Floats) -> dict[str, float]:
-    """Give all figures of one evaluation."""
+    """Give all metrics of one evaluation."""
     return {
         "top1": top_k(probabilities, labels, k=1),
         "top5": top_k(probabilities, labels, k=5),
