@@ -150,9 +150,9 @@ def measure(*, is_quick: bool, folder: Path) -> Findings:
     has_bf16 = bool({"avx512_bf16", "amx_bf16"} & found)
     model, weights = load_model()
     photos, what = load_photos(32 if is_quick else 96)
-    calibration, judges = photos[::2], photos[1::2]
+    calibration, evaluated = photos[::2], photos[1::2]
     cases = torch_cases(model, has_bf16) | exported_cases(model, calibration, cores, folder)
-    batch = np.ascontiguousarray(judges[:BATCH])
+    batch = np.ascontiguousarray(evaluated[:BATCH])
 
     def speed(case: Case) -> float:
         began = time.perf_counter()
@@ -162,10 +162,10 @@ def measure(*, is_quick: bool, folder: Path) -> Findings:
     timers = {name: (lambda case=case: speed(case)) for name, case in cases.items()}
     rounds = interleave(timers, rounds=7 if is_quick else 21, limit_seconds=90 if is_quick else 600, warm_up=True)
     findings.add_rounds("inference", rounds, "photos per second of the clock")
-    reference = cases[EAGER](judges).argmax(axis=1)
+    reference = cases[EAGER](evaluated).argmax(axis=1)
     for name, case in cases.items():
         findings.add(
-            f"{name}: same answer", float((case(judges).argmax(axis=1) == reference).mean()), "share of photos"
+            f"{name}: same answer", float((case(evaluated).argmax(axis=1) == reference).mean()), "share of photos"
         )
     floats = [name for name in cases if "int8" not in name and name != EAGER]
     int8 = [name for name in cases if "int8" in name]
@@ -181,7 +181,7 @@ def measure(*, is_quick: bool, folder: Path) -> Findings:
     }
     findings.notes = [
         f"ResNet-50 at {SIZE} pixels, batch {len(batch)}, {cores} threads; {weights}",
-        f"pictures: {what}; every other one calibrates int8, the rest judge it",
+        f"pictures: {what}; every other one calibrates int8, the rest evaluate it",
         f"best without int8: {best['float']}; best int8: {best['int8']}",
     ]
     if not has_bf16:

@@ -3,7 +3,7 @@
     python -m benchmarks.memory [--quick] [--json FILE]
 
 The larger data sets are links to the same photos. Every measurement is a process of its own, whose peak resident memory
-the system tells when it ends: shared libraries, weights and the optimiser are in it. Training inspects every photo,
+the system tells when it ends: shared libraries, weights and the optimizer are in it. Training inspects every photo,
 writes a JPEG cache of all of them, and ends after some updates, from where on no photo is new to it.
 """
 

@@ -98,7 +98,7 @@ def interleave(
 ) -> Rounds:
     """Measure every case once in each round, so that what disturbs the machine disturbs all alike.
 
-    The order rotates, so that no case always follows the same neighbour.
+    The order rotates, so that no case always follows the same neighbor.
 
     Args:
         cases: Each call gives one measurement.

@@ -28,19 +28,19 @@ Order = Callable[[Any, Any], bool | None]
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim, and the pairs of variants that speak to it.
+    """One claim, and the pairs of variants that test it.
 
     Attributes:
         text: In the competition's words, or close to them.
         key: Dotted key in which alone the two variants differ.
-        favours: For values (a, b) of the key: whether the claim has b ahead; None if it says nothing of them.
+        favors: For values (a, b) of the key: whether the claim has b ahead; None if it says nothing of them.
         measure: What is said to be higher: `accuracy` on validation photos (tested with paired intervals), or a figure
             of the runs' histories (tested by whether all runs of one variant lie above all of the other).
     """
 
     text: str
     key: str
-    favours: Order
+    favors: Order
     measure: Literal["accuracy", "train_loss", "train_top1_clean", "train_top1_mixed", "speed"] = "accuracy"
 
 
@@ -125,18 +125,18 @@ LEVEL = 0.95
 INTRODUCTION = """\
 Each claim of the competition report and of those who beat it, with the verdict that our runs support. A claim is tested
 only by variants that differ in nothing else. Accuracy: paired 95 % intervals, and p-values corrected for the number of
-comparisons that speak to the claim. Histories: whether all runs of one variant lie beyond all of the other. "Partly"
+comparisons that test the claim. Histories: whether all runs of one variant lie beyond all of the other. "Partly"
 means that some pairs of variants support the claim and others cannot be told apart. Small models and few epochs stand
 in for large ones where the sweep's name ends in "quick": what holds for them need not hold for a ResNet-50."""
 
 
 def find_findings(comparisons: Sequence[Comparison]) -> list[Finding]:
-    """Judge every claim by every pair of settings that differ in its key alone.
+    """Test every claim by every pair of variants that differ in its key alone.
 
     Args:
         comparisons: One for each group of runs on the same photos.
     """
-    findings = [_judge(claim, comparisons) for claim in CLAIMS]
+    findings = [_find(claim, comparisons) for claim in CLAIMS]
     return findings + [Finding(text, "not tested here", (f"It {why}.",)) for text, why in NOT_IN_RUNS]
 
 
@@ -190,24 +190,24 @@ def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunRe
     )
 
 
-def _judge(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
-    speaking = [
-        (comparison, pair, favours_second)
+def _find(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
+    asked_pairs = [
+        (comparison, pair, favors_second)
         for comparison in comparisons
         for pair in comparison.pairs
-        if (favours_second := _favours_second(claim, *_variants_of(comparison, pair))) is not None
+        if (favors_second := _favors_second(claim, *_variants_of(comparison, pair))) is not None
     ]
     # One claim is one question: what else a sweep compares does not make its answer less sure.
     pairs = decide_together(
-        [(pair.first, pair.second, pair.difference) for _, pair, _ in speaking], metric="top1", level=LEVEL
+        [(pair.first, pair.second, pair.difference) for _, pair, _ in asked_pairs], metric="top1", level=LEVEL
     )
-    judged = [
+    tested = [
         found
-        for (comparison, asked, favours_second), pair in zip(speaking, pairs, strict=True)
-        if (found := _judge_pair(claim, _variants_of(comparison, asked), pair, favours_second=favours_second))
+        for (comparison, asked, favors_second), pair in zip(asked_pairs, pairs, strict=True)
+        if (found := _score_pair(claim, _variants_of(comparison, asked), pair, favors_second=favors_second))
     ]
-    verdict = _together({verdict for verdict, _ in judged})
-    return Finding(claim.text, verdict, tuple(evidence for _, evidence in judged))
+    verdict = _together({verdict for verdict, _ in tested})
+    return Finding(claim.text, verdict, tuple(evidence for _, evidence in tested))
 
 
 def _together(verdicts: set[Verdict]) -> Verdict:
@@ -226,36 +226,36 @@ def _variants_of(comparison: Comparison, pair: Pair) -> tuple[Variant, Variant]:
     return by_name[pair.first], by_name[pair.second]
 
 
-def _favours_second(claim: Claim, first: Variant, second: Variant) -> bool | None:
+def _favors_second(claim: Claim, first: Variant, second: Variant) -> bool | None:
     """Whether the claim has the second variant ahead; None if it says nothing of the two."""
     if [key for key in first.changes if first.changes[key] != second.changes[key]] != [claim.key]:
         return None
-    return claim.favours(first.changes[claim.key], second.changes[claim.key])
+    return claim.favors(first.changes[claim.key], second.changes[claim.key])
 
 
-def _judge_pair(
-    claim: Claim, variants: tuple[Variant, Variant], pair: Pair, *, favours_second: bool
+def _score_pair(
+    claim: Claim, variants: tuple[Variant, Variant], pair: Pair, *, favors_second: bool
 ) -> tuple[Verdict, str] | None:
     first, second = variants
     if claim.measure == "accuracy":
         if not pair.is_distinguishable:
             return "not distinguishable", pair.verdict
-        agrees = (pair.difference.interval.estimate > 0) == favours_second
+        agrees = (pair.difference.interval.estimate > 0) == favors_second
         return "supported" if agrees else "contradicted", pair.verdict
-    return _judge_histories(claim, first, second, favours_second=favours_second)
+    return _score_histories(claim, first, second, favors_second=favors_second)
 
 
-def _judge_histories(
-    claim: Claim, first: Variant, second: Variant, *, favours_second: bool
+def _score_histories(
+    claim: Claim, first: Variant, second: Variant, *, favors_second: bool
 ) -> tuple[Verdict, str] | None:
     values = [[value for run in variant.runs if (value := _history(run, claim.measure)) is not None]
               for variant in (first, second)]  # fmt: skip
     if not all(values):
         return None
-    low, high = values if favours_second else values[::-1]
+    low, high = values if favors_second else values[::-1]
     unit = "epochs to reach it" if claim.measure == "speed" else claim.measure.replace("_", " ")
     if claim.measure == "speed":
-        # Fewer epochs are faster: the favoured variant's numbers are to be the smaller ones.
+        # Fewer epochs are faster: the favored variant's numbers are to be the smaller ones.
         low, high = high, low
     shown = [f"{variant.name}: {', '.join(f'{value:.3g}' for value in found)}"
              for variant, found in zip((first, second), values, strict=True)]  # fmt: skip

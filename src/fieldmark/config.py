@@ -42,6 +42,7 @@ def _check_range(values: tuple[float, float]) -> tuple[float, float]:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
+Metric = Literal["top1", "macro_recall", "prior_top1", "log_loss"]
 
 
 class Section(BaseModel):
@@ -323,7 +324,7 @@ class OptimConfig(Section):
     """Learning rate of the backbone's last stage over the head's."""
 
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learning rate of a stage over that of the next stage towards the head."""
+    """Learning rate of a stage over that of the next stage toward the head."""
 
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled decay per update (AdamW, arXiv:1711.05101)."""
@@ -397,7 +398,7 @@ class TrainConfig(Section):
     ema_decay: ShareBelowOne = 0.0
     """Running average of weights and buffers per update; 0 is off. The average is what is evaluated and kept."""
 
-    metric: Literal["top1", "macro_recall", "prior_top1", "log_loss"] = "top1"
+    metric: Metric = "top1"
     """What "best" means. `prior_top1` weighs the classes of validation as training has them."""
 
     select: Literal["best", "last"] = "best"
@@ -521,11 +522,11 @@ def load_config(recipe: str | Path | None = None, overrides: Iterable[str] = ())
 
     Raises:
         ConfigError: No such recipe, not TOML, an unknown key, or a value out of range. Names every problem.
-    """
 
     Examples:
         >>> fieldmark.load_config("laptop", ["train.epochs=3", "lr=1e-4"]).optim.lr
         0.0001
+    """
     name, settings = read_recipe(recipe)
     apply_overrides(settings, overrides)
     return parse_config(settings, name)

@@ -76,7 +76,7 @@ def fit(
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
-    """A photo classifier with scikit-learn's interface: photos are paths, labels are anything that sorts.
+    """Trains a photo classifier by scikit-learn's interface: photos are paths, labels are anything that sorts.
 
     Args:
         minutes: As in `fit`.

@@ -133,10 +133,10 @@ def test_the_weights_crop_is_the_evaluation_picture(scenes, psnr, interpolation)
     scenes = [*scenes, scenes[0].transpose(1, 0, 2)]
     spec = replace(PLAIN, crop="weights", crop_interpolation=interpolation)
     params = params_for(scenes, spec)
-    judged = EvalSpec("weights", 224, 0.875, interpolation, MEAN, STD)
+    evaluation = EvalSpec("weights", 224, 0.875, interpolation, MEAN, STD)
     for row, photo in enumerate(scenes):
         ours = augment_reference(photo, params, row, spec)
-        assert psnr(ours, eval_reference(photo, judged), peak=1 / 0.226) > 50
+        assert psnr(ours, eval_reference(photo, evaluation), peak=1 / 0.226) > 50
 
 
 def test_erasing_with_zero_is_the_mean_color(scenes):

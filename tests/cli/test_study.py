@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import json
 import re
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
+from fieldmark.cli import train
 from fieldmark.cli.app import app
+from fieldmark.config import Metric
 from fieldmark.errors import RunError
 
 
 @pytest.fixture
 def runs(make_run, tmp_path):
-    """Two settings that differ in accuracy, on the same photos."""
+    """Two variants that differ in accuracy, on the same photos."""
     plain = make_run(tmp_path / "plain", overrides=["mix.share=0"], accuracy=0.5)
     mixed = make_run(tmp_path / "mixed", overrides=["mix.share=0.4"], accuracy=0.95)
     return [str(plain), str(mixed)]
+
+
+def test_the_metrics_of_the_command_line_are_those_of_the_config():
+    assert get_args(get_args(train.Metric)[0]) == get_args(Metric)
 
 
 def invoke(*arguments: str):
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_compare_prints_settings_with_intervals_and_a_verdict(runs):
+def test_compare_prints_variants_with_intervals_and_a_verdict(runs):
     result = invoke("compare", *runs)
     assert result.exit_code == 0
     assert "mix.share=0.4" in result.stdout

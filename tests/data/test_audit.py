@@ -29,7 +29,7 @@ def make_data(num_train: int = 12, num_val: int = 3) -> tuple[list[Photo], list[
     return photos, facts
 
 
-def judge(photos, facts, *, classes=("a", "b"), **changes) -> Audit:
+def find_faults(photos, facts, *, classes=("a", "b"), **changes) -> Audit:
     settings = {"near_distance": 6, "skip_broken": False, "crop_fallback_rate": None, "estimates": {}} | changes
     return audit(PhotoIndex(Path("/data"), tuple(photos), classes, {"hidden": 2}), facts, **settings)
 
@@ -56,17 +56,17 @@ def test_sizes_are_of_the_photos_that_can_be_used():
     photos, facts = make_data()
     facts[0] = replace(facts[0], problem="is truncated", width=0, height=0)
     facts[1] = replace(facts[1], width=100, height=300)
-    sizes = judge(photos, facts).sizes
+    sizes = find_faults(photos, facts).sizes
     assert (sizes.min_short_side, sizes.median_short_side, sizes.max_short_side) == (100, 480, 480)
     assert (sizes.smallest, sizes.max_pixels, sizes.num_bytes) == (photos[1].path, 640 * 480, 29_000)
     assert sizes.median_aspect == pytest.approx(4 / 3)
-    assert judge([], [], classes=()).sizes is None
+    assert find_faults([], [], classes=()).sizes is None
 
 
 def test_broken_photos_must_be_fixed_unless_they_are_skipped():
     photos, facts = make_data()
     facts[3] = replace(facts[3], problem="is truncated", sha256="", perceptual_hash="")
-    found = judge(photos, facts)
+    found = find_faults(photos, facts)
     assert found.broken == [(photos[3].path, "is truncated")]
     assert f"1 photo cannot be used, such as '{photos[3].path}': is truncated" in only(found.must_fix)
     skipped = find_faults(photos, facts, skip_broken=True)
@@ -87,7 +87,7 @@ def test_the_same_photo_in_two_splits_must_be_fixed():
     photos, facts = make_data()
     place = at(photos, "val/a/0.jpg")
     facts[place] = replace(facts[place], sha256=facts[0].sha256, perceptual_hash=facts[0].perceptual_hash)
-    found = judge(photos, facts)
+    found = find_faults(photos, facts)
     assert found.exact_across_splits == found.exact_duplicates == [["train/a/0.jpg", "val/a/0.jpg"]]
     assert found.near_duplicates == []  # said once is enough
     assert "1 photo lies in more than one split, such as 'train/a/0.jpg', 'val/a/0.jpg'" in only(found.must_fix)
@@ -113,7 +113,7 @@ def test_the_same_photo_under_two_labels_must_be_fixed():
     photos, facts = make_data()
     place = at(photos, "train/b/0.jpg")
     facts[place] = replace(facts[place], sha256=facts[0].sha256)
-    found = judge(photos, facts)
+    found = find_faults(photos, facts)
     assert found.conflicting_labels == [["train/a/0.jpg", "train/b/0.jpg"]]
     assert "1 photo has more than one label, such as 'train/a/0.jpg', 'train/b/0.jpg'" in found.must_fix[0]
 
@@ -121,7 +121,7 @@ def test_the_same_photo_under_two_labels_must_be_fixed():
 def test_empty_files_are_broken_not_duplicates_of_each_other():
     photos, facts = make_data()
     empty = replace(GOOD, num_bytes=0, problem="is empty", sha256="e3b0c442")
-    assert judge(photos, [empty, empty, *facts[2:]]).exact_duplicates == []
+    assert find_faults(photos, [empty, empty, *facts[2:]]).exact_duplicates == []
 
 
 def test_near_duplicates_count_across_splits_only_and_within_the_distance():
@@ -135,7 +135,7 @@ def test_near_duplicates_count_across_splits_only_and_within_the_distance():
     ):
         place = at(photos, path)
         facts[place] = replace(facts[place], perceptual_hash=f"{bits ^ flipped:016x}")
-    found = judge(photos, facts)
+    found = find_faults(photos, facts)
     pairs = [(pair.path, pair.other_path, pair.distance) for pair in found.near_duplicates]
     assert pairs == [
         ("train/a/1.jpg", "val/b/1.jpg", 1),
@@ -146,13 +146,13 @@ def test_near_duplicates_count_across_splits_only_and_within_the_distance():
     assert found.num_near_duplicates == 4
     assert found.must_fix == []
     assert "4 pairs of photos in different splits look alike, such as 'train/a/1.jpg'" in only(found.warnings)
-    assert judge(photos, facts, near_distance=2).num_near_duplicates == 2
+    assert find_faults(photos, facts, near_distance=2).num_near_duplicates == 2
 
 
 def test_more_near_duplicates_than_can_be_listed_are_counted():
     photos, facts = make_data(num_train=40, num_val=20)
     facts = [replace(fact, perceptual_hash="0" * 16) for fact in facts]
-    found = judge(photos, facts)
+    found = find_faults(photos, facts)
     assert found.num_near_duplicates == 80 * 40
     assert len(found.near_duplicates) == MOST_NEAR_DUPLICATES
 
@@ -160,11 +160,11 @@ def test_more_near_duplicates_than_can_be_listed_are_counted():
 def test_a_class_missing_from_train_must_be_fixed_and_from_val_be_known():
     photos, facts = make_data()
     kept = [place for place, photo in enumerate(photos) if photo.path[:5] not in ("val/b",)]
-    found = judge([photos[place] for place in kept], [facts[place] for place in kept])
+    found = find_faults([photos[place] for place in kept], [facts[place] for place in kept])
     assert found.gaps == [("b", "val")]
     assert "1 class has no photo in val: 'b'" in only(found.warnings)
     kept = [place for place, photo in enumerate(photos) if photo.path[:7] != "train/b"]
-    found = judge([photos[place] for place in kept], [facts[place] for place in kept])
+    found = find_faults([photos[place] for place in kept], [facts[place] for place in kept])
     assert found.gaps == [("b", "train")]
     assert "1 class has no photo in train: 'b'" in only(found.must_fix)
 
@@ -180,7 +180,7 @@ def test_few_photos_and_imbalance_are_pointed_out():
     photos, facts = make_data(num_train=120)
     drop = {f"train/b/{number}.jpg" for number in range(9, 120)}
     kept = [place for place, photo in enumerate(photos) if photo.path not in drop]
-    found = judge([photos[place] for place in kept], [facts[place] for place in kept])
+    found = find_faults([photos[place] for place in kept], [facts[place] for place in kept])
     assert found.num_train == {"a": 120, "b": 9}
     assert found.imbalance == pytest.approx(120 / 9)
     few, imbalance = found.warnings
@@ -193,7 +193,7 @@ def test_a_group_on_two_sides_must_be_fixed():
     for path in ("train/a/0.jpg", "val/a/0.jpg"):
         photos[at(photos, path)] = replace(photos[at(photos, path)], group="nest 7")
     photos[1] = replace(photos[1], group="nest 8")
-    found = judge(photos, facts)
+    found = find_faults(photos, facts)
     assert found.crossing_groups == {"nest 7": ["train", "val"]}
     assert "1 group lies in more than one split: 'nest 7' is in train and val" in only(found.must_fix)
 
@@ -201,9 +201,9 @@ def test_a_group_on_two_sides_must_be_fixed():
 def test_names_that_differ_only_in_form_are_pointed_out():
     photos, facts = make_data()
     classes = ("a", "b", "A ", "é", "e\u0301", "c")
-    assert judge(photos, facts, classes=classes).similar_names == [["a", "A "], ["é", "e\u0301"]]
+    assert find_faults(photos, facts, classes=classes).similar_names == [["a", "A "], ["é", "e\u0301"]]
     photos = [replace(photo, label="A " if photo.label == "b" else "a") for photo in photos]
-    found = judge(photos, facts, classes=("a", "A "))
+    found = find_faults(photos, facts, classes=("a", "A "))
     assert "classes with nearly the same name: 'a', 'A '" in only(found.warnings)
 
 
@@ -219,14 +219,14 @@ def test_a_training_is_told_of_similar_names_and_of_one_photo_under_two_labels()
 def test_color_profiles_that_are_ignored_are_pointed_out():
     photos, facts = make_data()
     facts[:3] = [replace(fact, color_profile="Display P3") for fact in facts[:3]]
-    found = judge(photos, facts)
+    found = find_faults(photos, facts)
     assert found.color_profiles == {"Display P3": 3}
     expected = "3 photos have a color profile other than sRGB, which is ignored: Display P3 (3)"
     assert expected in only(found.warnings)
 
 
 def test_a_high_crop_fallback_rate_is_pointed_out():
-    assert "18% of the training crops fall back" in only(judge(*make_data(), crop_fallback_rate=0.18).warnings)
+    assert "18% of the training crops fall back" in only(find_faults(*make_data(), crop_fallback_rate=0.18).warnings)
 
 
 def test_the_dict_is_json_and_holds_every_field():
@@ -234,7 +234,7 @@ def test_the_dict_is_json_and_holds_every_field():
     facts[3] = replace(facts[3], problem="is truncated")
     place = at(photos, "val/a/0.jpg")
     facts[place] = replace(facts[place], perceptual_hash=facts[0].perceptual_hash)
-    found = judge(photos, facts)
+    found = find_faults(photos, facts)
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain == found.to_dict()
     assert set(plain) == set(found.__dataclass_fields__)

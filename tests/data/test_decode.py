@@ -87,7 +87,7 @@ def test_jpeg_equals_pillow_to_the_bit(options: dict[str, object]) -> None:
     assert np.array_equal(rgb(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-def test_jpeg_in_rgb_colours_equals_pillow() -> None:
+def test_jpeg_in_rgb_colors_equals_pillow() -> None:
     data = make(PICTURE, "JPEG", keep_rgb=True, quality=95)
     assert np.array_equal(rgb(data), np.asarray(Image.open(io.BytesIO(data))))
 
@@ -98,15 +98,15 @@ def test_grey_jpeg_becomes_three_equal_channels() -> None:
     assert (pixels[..., 0] == pixels[..., 2]).all()
 
 
-def test_cmyk_jpeg_keeps_its_colours() -> None:
+def test_cmyk_jpeg_keeps_its_colors() -> None:
     # Pillow writes CMYK inverted with Adobe's marker, as Photoshop does: misread, the picture would be a negative.
     data = make(Image.fromarray(PICTURE).convert("CMYK"), "JPEG", quality=100)
     assert np.abs(rgb(data).astype(int) - PICTURE).mean() < 3
     assert np.array_equal(rgb(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-def test_ycck_jpeg_keeps_its_colours() -> None:
-    # The Adobe marker's last byte names the colour transform: 2 is YCCK. Y, Cb, Cr of the inverted colours are coded
+def test_ycck_jpeg_keeps_its_colors() -> None:
+    # The Adobe marker's last byte names the color transform: 2 is YCCK. Y, Cb, Cr of the inverted colors are coded
     # as they are in a YCCK file, so only the marker changes.
     cmy = 255 - PICTURE
     ycc = np.asarray(Image.fromarray(cmy).convert("YCbCr"))
@@ -148,7 +148,7 @@ def test_big_endian_16_bit_grey_reads_alike() -> None:
     assert np.abs(pixels[..., 0] - ramp / 257.0).max() <= 0.5
 
 
-def test_16_bit_colour_png_is_scaled() -> None:
+def test_16_bit_color_png_is_scaled() -> None:
     deep = PICTURE.astype(np.uint16) * 257
     data = cv2.imencode(".png", deep[..., ::-1])[1].tobytes()
     assert np.array_equal(rgb(data), PICTURE)
@@ -198,7 +198,7 @@ def test_grey_with_alpha_lies_over_the_background() -> None:
     assert rgb(make(image, "PNG"), (1, 2, 3))[0].tolist() == [[1, 2, 3], [80, 80, 80]]
 
 
-def test_palette_with_a_transparent_colour_lies_over_the_background() -> None:
+def test_palette_with_a_transparent_color_lies_over_the_background() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([200, 0, 0, 0, 0, 200])
     image.putpixel((1, 0), 1)

@@ -120,7 +120,7 @@ def test_undecided_photos_join_train_where_nothing_is_missing_or_follow_their_gr
     assert [photo.split for photo in divide(index, groups=groups).photos][3:] == ["val", "train", "train"]
 
 
-def test_unlabelled_test_photos_stay_where_they_are():
+def test_unlabeled_test_photos_stay_where_they_are():
     index = make_index(10, 10, split="train")
     index = replace(index, photos=(*index.photos, Photo("test/1.jpg", None, "test", "")))
     divided = divide(index, test=0.3)
@@ -137,17 +137,17 @@ def test_nothing_to_spare_is_an_error_not_an_empty_validation():
 
 @settings(max_examples=30, deadline=None)
 @given(COUNTS, st.integers(2, 5), st.integers(0, 9))
-def test_over_all_folds_each_photo_judges_once_and_every_class_always_trains(counts, folds, seed):
+def test_over_all_folds_each_photo_is_validated_on_once_and_every_class_always_trains(counts, folds, seed):
     assume(max(counts) >= folds)
     index = make_index(*counts)
     index = replace(index, photos=(*index.photos, Photo("test/1.jpg", "0", "test", "")))
-    judged: Counter[str] = Counter()
+    validated: Counter[str] = Counter()
     for fold in range(folds):
         found = fold_index(index, folds=folds, fold=fold, seed=seed, groups=None)
-        judged.update(photo.path for photo in found.of("val").photos)
+        validated.update(photo.path for photo in found.of("val").photos)
         assert all(count["train"] for count in found.counts().values())
         assert [photo.path for photo in found.of("test").photos] == ["test/1.jpg"]
-    assert judged == Counter(photo.path for photo in index.photos[:-1] if counts[int(photo.label)] > 1)
+    assert validated == Counter(photo.path for photo in index.photos[:-1] if counts[int(photo.label)] > 1)
 
 
 @settings(max_examples=30, deadline=None)

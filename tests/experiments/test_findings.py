@@ -59,7 +59,7 @@ def test_what_else_a_sweep_compares_makes_no_claim_less_sure(find):
     assert "comparisons" not in finding.evidence[0]
 
 
-def test_a_history_is_not_judged_by_one_run_each(find):
+def test_a_history_is_not_tested_by_one_run_each(find):
     runs = [(["mix.share=0.0"], 0, 0.9), (["mix.share=0.8"], 0, 0.9)]
     found = find(*runs)["More mixing makes validation accuracy converge faster"]
     assert found.verdict == "not distinguishable"

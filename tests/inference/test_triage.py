@@ -20,7 +20,7 @@ from fieldmark.inference.triage import (
 )
 
 
-def make_judged(n=300, k=4, flips=12, seed=0):
+def make_predictions(n=300, k=4, flips=12, seed=0):
     """Predictions of a good model; the first `flips` labels are wrong."""
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, k, n)
@@ -34,26 +34,26 @@ def make_judged(n=300, k=4, flips=12, seed=0):
 
 
 def test_wrong_labels_are_suspected_and_few_right_ones():
-    found = label_suspects(make_judged())
+    found = label_suspects(make_predictions())
     assert len(set(found) & set(range(12))) >= 11
     assert len(found) <= 16
 
 
-def test_a_class_that_nobody_was_judged_on_does_not_upset_the_search():
-    judged = make_judged(k=3)
+def test_a_class_that_nobody_was_evaluated_on_does_not_upset_the_search():
+    evaluated = make_predictions(k=3)
     wider = np.concatenate(
-        [judged.probabilities[:, :1], judged.probabilities[:, :1] * 0, judged.probabilities[:, 1:]], 1
+        [evaluated.probabilities[:, :1], evaluated.probabilities[:, :1] * 0, evaluated.probabilities[:, 1:]], 1
     )
-    gapped = HeldOut(judged.paths, np.array([0, 2, 3])[judged.labels], wider, ("a", "none", "b", "c"))
-    assert list(label_suspects(gapped)) == list(label_suspects(judged))
+    gapped = HeldOut(evaluated.paths, np.array([0, 2, 3])[evaluated.labels], wider, ("a", "none", "b", "c"))
+    assert list(label_suspects(gapped)) == list(label_suspects(evaluated))
     single = HeldOut(("a.jpg",), np.array([0]), np.ones((1, 1), np.float32), ("a",))
     assert len(label_suspects(single)) == 0
 
 
 def test_pairs_hold_every_mistake_once_whichever_way_it_went():
     probabilities = np.array([[0.1, 0.9, 0], [0.8, 0.2, 0], [0.6, 0.4, 0], [0, 0.1, 0.9], [0, 0.3, 0.7]], np.float32)
-    judged = HeldOut(tuple("vwxyz"), np.array([0, 1, 1, 2, 1]), probabilities, ("a", "b", "c"))
-    pairs = confused_pairs(judged)
+    evaluated = HeldOut(tuple("vwxyz"), np.array([0, 1, 1, 2, 1]), probabilities, ("a", "b", "c"))
+    pairs = confused_pairs(evaluated)
     assert pairs == [(0, 1, [0, 1, 2]), (1, 2, [4])]
 
 

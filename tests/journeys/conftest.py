@@ -111,5 +111,5 @@ def session_settings() -> Callable[..., list[str]]:
 
 @pytest.fixture
 def make_photo() -> Callable[[Path, tuple[int, int, int], int], None]:
-    """`save_photo`: path, colour, seed."""
+    """`save_photo`: path, color, seed."""
     return save_photo

@@ -111,7 +111,7 @@ def test_an_installed_wheel_trains_reports_and_serves(installed, tmp_path):
     where = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path, env=_environment(tmp_path))
     assert Path(where.strip()).is_relative_to(installed.parent)
     assert "competition " in run(installed, tmp_path, "recipes", "list")
-    code = "from fieldmark.study.grid import load_grid; print(load_grid('backbones-quick').name)"
+    code = "from fieldmark.study.grid import load_grid; print(load_grid('backbones-quick').recipe)"
     grid = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path, env=_environment(tmp_path))
     assert grid.strip() == "competition"
     tiny = [word for setting in TINY for word in ("--set", setting)]

@@ -49,7 +49,7 @@ TINY = (
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """Three classes by colour, 12 photos each for training and 4 for validation, of odd sizes."""
+    """Three classes by color, 12 photos each for training and 4 for validation, of odd sizes."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 4)):

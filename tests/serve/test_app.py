@@ -51,8 +51,8 @@ def test_below_the_threshold_the_answer_is_unknown_and_the_names_are_still_liste
 def test_where_the_class_is_not_sure_the_group_that_is_sure_is_given(model):
     tree = build_taxonomy(("class", "warmth"), [["red", "warm"], ["green", "cold"], ["blue <b>", "cold"]])
     model.fallback = Fallback(tree, (0.5, 0.6), ())
-    colours = [(40, 100, 100), (100, 50, 54), (0, 255, 0)]
-    [answer] = ask(make_app(model), predict(*(make_photo(colour) for colour in colours)))
+    colors = [(40, 100, 100), (100, 50, 54), (0, 255, 0)]
+    [answer] = ask(make_app(model), predict(*(make_photo(color) for color in colors)))
     cold, unsure, sure = answer.json()["photos"]
     assert (cold["label"], cold["group"]["level"], cold["group"]["name"]) == (None, "warmth", "cold")
     assert cold["group"]["probability"] == pytest.approx(0.83, abs=0.02)

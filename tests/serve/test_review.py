@@ -29,11 +29,11 @@ CHROMIUM = shutil.which("chromium")
 
 @pytest.fixture
 def photos(tmp_path):
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
         for number in range(8):
-            Image.new("RGB", (60, 40), tuple(c + number for c in colour)).save(folder / f"{number}.jpg")
+            Image.new("RGB", (60, 40), tuple(c + number for c in color)).save(folder / f"{number}.jpg")
     return tmp_path / "data"
 
 
@@ -332,7 +332,7 @@ def test_a_keyboard_is_enough_and_a_reload_loses_nothing(photos, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser")
 def test_a_finger_is_enough_to_name_any_class_and_long_names_fit_a_phone(photos, tmp_path):
     names = ["Black_throated_blue_Warbler_of_the_north", "Black_throated_green_Warbler_of_the_south", "owl <b>"]
-    for old, new in zip(COLOURS, names, strict=True):
+    for old, new in zip(COLORS, names, strict=True):
         (photos / old).rename(photos / new)
     table = tmp_path / "c.csv"
     with opened_page(create_review_app(make_views(photos, table)), width=390) as (page, problems):

@@ -126,7 +126,7 @@ def calibrate(
 ) -> None:
     """Make probabilities honest, and choose when to say "unknown".
 
-    Fits a temperature on the validation photos; every figure is of photos that it was not fitted on. predict, serve
+    Fits a temperature on the validation photos; every number is of photos that it was not fitted on. predict, serve
     and export use it from then on.
     """
     from fieldmark.inference.calibration import calibrate_run, describe_calibration, save_calibration_figure
@@ -157,7 +157,7 @@ def export(
     max_accuracy_loss: Annotated[float, typer.Option(help="Most accuracy that int8 may lose; 0.01 is a point.")] = 0.01,
     photos: Annotated[int, typer.Option(help="Most validation photos to prove it on.", min=1)] = 600,
 ) -> None:
-    """Write the model for elsewhere, if it is proven on validation photos to be the same."""
+    """Write the model for elsewhere, proven to give the same answers."""
     from fieldmark.export.export import export_run
     from fieldmark.export.model_card import evidence_text
     from fieldmark.runs.folder import Run
@@ -181,7 +181,9 @@ def serve(
     max_megabytes: Annotated[float, typer.Option(help="Largest request.", min=0.001)] = 64.0,
     max_megapixels: Annotated[float, typer.Option(help="Largest photo.", min=0.001)] = 60.0,
     max_photos: Annotated[int, typer.Option(help="Most photos in a request.", min=1)] = 64,
-    queue: Annotated[int, typer.Option(help="Most photos in hand; more are told to come back.", min=1)] = 256,
+    queue: Annotated[
+        int, typer.Option(help="Most photos at a time; beyond it, requests are refused for now.", min=1)
+    ] = 256,
     batch: Annotated[int, typer.Option(help="Most photos in one pass of the model.", min=1)] = 16,
     timeout: Annotated[float, typer.Option(help="Longest time for a request, in seconds.", min=0.1)] = 30.0,
     ray: Ray = None,

@@ -69,7 +69,7 @@ class Audit:
     root: str
     num_photos: int
     counts: dict[str, dict[str, int]]  # class -> split -> photos
-    num_unlabelled: int
+    num_unlabeled: int
     ignored: dict[str, int]
     reading: str  # how the data were read, and what was skipped of them
     sizes: SizeSummary | None  # None where no photo can be used
@@ -79,7 +79,7 @@ class Audit:
     broken: list[Problem]
     exact_duplicates: list[list[str]]  # groups of paths with the same bytes
     exact_across_splits: list[list[str]]  # those in more than one split by their labeled photos alone
-    exact_in_unlabelled: list[list[str]]  # those in more than one split because of an unlabeled test photo
+    exact_in_unlabeled: list[list[str]]  # those in more than one split because of an unlabeled test photo
     conflicting_labels: list[list[str]]  # those with more than one label
     near_duplicates: list[NearDuplicate]  # nearest first; exact duplicates are not among them
     num_near_duplicates: int
@@ -130,7 +130,7 @@ def audit(
         root=str(index.root),
         num_photos=len(photos),
         counts=index.counts(),
-        num_unlabelled=sum(photo.label is None for photo in photos),
+        num_unlabeled=sum(photo.label is None for photo in photos),
         ignored=dict(index.ignored),
         reading=index.describe(),
         sizes=_summarize_sizes(index, facts),
@@ -140,7 +140,7 @@ def audit(
         broken=[Problem(photo.path, fact.problem) for photo, fact in zip(photos, facts, strict=True) if fact.problem],
         exact_duplicates=_paths(index, copies),
         exact_across_splits=_paths(index, leaks),
-        exact_in_unlabelled=_paths(index, [numbers for numbers in across if numbers not in leaks]),
+        exact_in_unlabeled=_paths(index, [numbers for numbers in across if numbers not in leaks]),
         conflicting_labels=_paths(index, _find_conflicts(index, copies)),
         near_duplicates=near[:MOST_NEAR_DUPLICATES],
         num_near_duplicates=len(near),
@@ -301,9 +301,9 @@ def _list_doubts(found: Audit, skip_broken: bool) -> Iterator[str]:
     """List what may make the result better than it is, or other than it seems."""
     if found.broken and skip_broken:
         yield f"{_count(found.broken, 'photo', 'photos')} cannot be used and will be left out"
-    if copies := found.exact_in_unlabelled:
+    if copies := found.exact_in_unlabeled:
         words = _count(copies, "photo", "photos")
-        yield f"{words} of the unlabelled test also in train or val, such as {quote(copies[0])}"
+        yield f"{words} of the unlabeled test also in train or val, such as {quote(copies[0])}"
     if found.num_near_duplicates:
         pair = found.near_duplicates[0]
         yield (
@@ -317,7 +317,7 @@ def _list_doubts(found: Audit, skip_broken: bool) -> Iterator[str]:
             f"{_count(sum(profiles.values()), 'photo has', 'photos have')} a color profile other than sRGB, which is "
             f"ignored: {names}. Convert to sRGB if exact colors matter"
         )
-    repeated = len(found.exact_duplicates) - len(found.exact_across_splits) - len(found.exact_in_unlabelled)
+    repeated = len(found.exact_duplicates) - len(found.exact_across_splits) - len(found.exact_in_unlabeled)
     if repeated:
         yield f"{_count(repeated, 'photo is', 'photos are')} there more than once in a split: each copy counts"
     yield from map(_similar_text, found.similar_names)

@@ -213,8 +213,8 @@ def open_cache(
         if len(cache):
             num_bytes = int(cache.rows["length"].sum())
             seconds = time.perf_counter() - started
-            told = tuple((error.path, error.reason) for error in broken)
-            return cache, CacheReport(preset.mode, len(cache), len(files), num_bytes, seconds, hits, reason, told)
+            problems = tuple((error.path, error.reason) for error in broken)
+            return cache, CacheReport(preset.mode, len(cache), len(files), num_bytes, seconds, hits, reason, problems)
     return None, CacheReport("off", 0, len(files), 0, time.perf_counter() - started, 0, reason)
 
 

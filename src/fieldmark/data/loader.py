@@ -345,7 +345,7 @@ def _work(pipe: Connection) -> None:
     """The life of a worker: (numbers, epoch) in, a batch or an exception out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process decides
     _use_one_thread()
-    prepare: Prepare | Exception = TrainingError("a worker was asked for a batch before it was told how")
+    prepare: Prepare | Exception = TrainingError("a worker was asked for a batch before it was set up")
     slots: list[Tensor] = []
     while True:
         try:

@@ -131,14 +131,14 @@ def evaluate(
             stored: those of the run are of the photos as they are.
         progress: Reports how far the work is.
 
-    Examples:
-        >>> 0 <= fieldmark.evaluate("runs/mine", split="val").metrics["top1"] <= 1
-        True
-
     Raises:
         RunError: The run has no such labeled photos, or the folder that they were in is gone.
         DataError: `data` does not exist.
         PhotoError: A photo broke or vanished.
+
+    Examples:
+        >>> 0 <= fieldmark.evaluate("runs/mine", split="val").metrics["top1"] <= 1
+        True
     """
     from fieldmark.inference.predictor import predict_split
 

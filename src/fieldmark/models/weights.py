@@ -78,7 +78,7 @@ class WeightsReport:
         seen = self.pretraining if described == "unknown" else f"{self.pretraining} ({described})"
         if any(species in f"{described} {self.pretraining}" for species in _SPECIES_SETS):
             found.append(
-                f"{name}: pre-trained on {seen}, photos of labelled species: a test set of species photos from "
+                f"{name}: pre-trained on {seen}, photos of labeled species: a test set of species photos from "
                 "the web may be in it, and accuracy on it would be too high"
             )
         elif any(web in described for web in _WEB_SETS):

@@ -211,8 +211,8 @@ def format_checkup(checkup: Checkup) -> str:
     found = checkup.audit
     classes = f"{len(found.counts)} class" + "es" * (len(found.counts) != 1)
     lines = [f"{found.root}: {found.num_photos} photos, {classes}", *_class_table(found.counts)]
-    if found.num_unlabelled:
-        lines.append(f"without a label: {found.num_unlabelled}")
+    if found.num_unlabeled:
+        lines.append(f"without a label: {found.num_unlabeled}")
     lines.append(found.reading)
     if found.sizes is not None:
         sizes = found.sizes
@@ -328,7 +328,7 @@ def _affine(given: LintInput) -> Iterable[str]:
     if augment.affine_interpolation == "nearest":
         yield 'nearest-neighbor affine leaves jagged edges: set augment.affine_interpolation="bilinear"'
     if augment.fill == (0, 0, 0):
-        yield "black corners tell the model how far a photo was turned: set augment.fill to the mean color"
+        yield "black corners show the model how far a photo was turned: set augment.fill to the mean color"
 
 
 def _flips(given: LintInput) -> Iterable[str]:

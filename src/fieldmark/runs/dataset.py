@@ -233,7 +233,7 @@ class EvalPhotos:
 
     reader: PhotoReader
     spec: EvalSpec | Views
-    keeps_broken: bool  # a photo that cannot be read becomes a grey image and a problem, instead of an error
+    keeps_broken: bool  # a photo that cannot be read becomes a gray image and a problem, instead of an error
 
     def __call__(self, numbers: Sequence[int], epoch: int) -> Batch:
         """(B, 3, S, S) float32, normalized; several views as `augment.reference` lays them out."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from fieldmark.errors import ResourceError, needs_extra
 
-PACKAGES = ("fieldmark", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "simplejpeg",
+REPORTED = ("fieldmark", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "simplejpeg",
             "opencv-python-headless", "numba", "scikit-learn", "scipy", "pyarrow", "pydantic", "typer")  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+def package_versions(names: Iterable[str] = REPORTED) -> dict[str, str]:
     """Versions of those of the packages that are installed."""
     versions: dict[str, str] = {}
     for name in names:

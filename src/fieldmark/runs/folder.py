@@ -105,7 +105,7 @@ class PhotoPredictions:
 
 
 class Run:
-    """A run folder, read-only. A file that is missing, damaged or not what it should be raises RunError.
+    """Reads a run folder. A file that is missing, damaged or not what it should be raises RunError.
 
     Args:
         path: The folder.

@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 
-from fieldmark import plots
 from fieldmark.augment.reference import EvalSpec, Views, eval_picture
-from fieldmark.config import DataConfig
 from fieldmark.data.decode import DecodeSpec
-from fieldmark.plots import thumbnail
 from fieldmark.errors import FieldmarkError, PhotoError
 from fieldmark.inference.predictor import Prediction, Predictor
+from fieldmark.plots import thumbnail
 from fieldmark.serve.limits import Limits, busy
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ _FORMATS = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|....ftyp(heic|heix|heif|hevc|mif1|msf1|avif|avis)|II\*\0|MM\0\*|GIF8|BM",
     re.DOTALL,
 )
-_WAIT_SECONDS = 0.002  # how long the first photo of a batch waits for company when the model is idle
+_WAIT_SECONDS = 0.002  # how long the first photo of a batch waits for others when the model is idle
 _NUM_EXAMPLES = 5
 
 

@@ -10,18 +10,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from fieldmark.config import Metric
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, find_runs
 from fieldmark.study import statistics
 from fieldmark.study.statistics import Difference, Interval, Optimism, Scores
 from fieldmark.study.variants import Group, Replicate, check_same_photos, group_runs, join_folds, name_against
 from fieldmark.training.metrics import compare_with_probe
-
-Metric = Literal["top1", "macro_recall", "prior_top1", "log_loss"]
 
 EFFECT = 0.01  # the smallest difference worth seeing: one point of accuracy, or 0.01 nats of log loss
 POWER = 0.8  # probability with which a true difference of `EFFECT` is to be seen
@@ -161,13 +160,13 @@ def compare_runs(
 
     Raises:
         RunError: No runs; runs on different photos, labels or classes; the same run twice; an unfinished run; a
+            baseline that is not among them.
 
     Examples:
         >>> (pair,) = fieldmark.compare_runs(["runs/plain", "runs/mixed"]).pairs
         >>> points = pair.difference.interval
         >>> points.low <= points.estimate <= points.high
         True
-            baseline that is not among them.
     """
     if metric not in SHOWN:
         raise RunError(f"no metric {metric!r} to compare by: choose one of {', '.join(SHOWN)}")

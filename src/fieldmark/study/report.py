@@ -16,12 +16,13 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from fieldmark.config import Metric
 from fieldmark.errors import PhotoError, ResourceError, RunError
 from fieldmark.models.catalog import describe_pretraining
 from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, thumbnail
 from fieldmark.runs.folder import Run, RunResults, flatten, format_value
 from fieldmark.study.charts import Chart, minutes, parameters, report_charts
-from fieldmark.study.compare import Comparison, Metric, Pair, Shown, Variant, compare_runs
+from fieldmark.study.compare import Comparison, Pair, Shown, Variant, compare_runs
 from fieldmark.training.metrics import confused_pairs, confusion_matrix, wilson_interval
 
 ROWS_OPEN = 12
@@ -88,11 +89,11 @@ def write_report(
     Raises:
         RunError: The runs cannot be compared, or `path` has another ending.
         ResourceError: The page cannot be written.
-    """
 
     Examples:
         >>> [file.name for file in fieldmark.write_report(["runs/plain", "runs/mixed"], "report.html")]
         ['report.html']
+    """
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in (".html", ".md"):
@@ -350,9 +351,7 @@ def _show_example(run: RunResults, index: int) -> ShownPhoto | None:
 
 
 def _show_photo(run: RunResults, photo: str) -> ShownPhoto:
-    data = run.config.data
     file = Path(str(run.data_info.get("root", ""))) / photo
-    limits = {"max_pixels": data.max_pixels, "max_bytes": THUMBNAIL_BYTES}
     try:
         content = thumbnail(file, THUMBNAIL_PIXELS, run.decode_spec(), max_bytes=THUMBNAIL_BYTES)
     except (PhotoError, OSError, ValueError):

@@ -7,7 +7,7 @@ function draw(canvas, rows) {
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(canvas.width, canvas.height);
   rows.flat().forEach((value, place) => {
-    // Dark blue over magenta to yellow: brightness rises all the way, so it reads without colour too.
+    // Dark blue over magenta to yellow: brightness rises all the way, so it reads without color too.
     pixels.data.set([255 * Math.min(1, 1.6 * value), 255 * value ** 2, 255 * (0.35 + 0.4 * value - 0.7 * value ** 3), 255],
       4 * place);
   });
