@@ -328,7 +328,10 @@ def test_a_parquet_table_reads_as_its_csv_would(tmp_path):
         ("sep=;\npath;label\n\na.jpg;x;y\n", "line 4: 3 values, but the header names 2 columns"),
         ('path,label\na.jpg,x\n"b.jpg,y\nc.jpg,z\n', "line 3: a double quote is opened and never closed"),
         ("path,label\n,\na.jpg,x\nA.jpg,y\n", "'A.jpg', the first in line 4; did you mean 'a.jpg'?"),
-        ("path,label\nC:\\photos\\a.jpg,x\n", "line 2: 'C:\\\\photos\\\\a.jpg' is a path of a Windows drive"),
+        (
+            "path,label\nC:\\photos\\a.jpg,x\n",
+            "the first in line 2. 'C:\\\\photos\\\\a.jpg' is a path of a Windows drive",
+        ),
         ("path,label\na.jpg,x,y\n", "line 2: 3 values, but the header names 2 columns"),
         ('path,label\n"a.jpg,x\n', "is not a CSV table"),
         ("path,label\na.jpg,\n", "'a.jpg' has an empty 'label'"),

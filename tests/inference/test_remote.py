@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
+import os
 import sys
 import tarfile
+import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -124,6 +129,24 @@ def test_entries_of_a_list_may_be_here_beside_it_or_behind_urls_and_come_in_its_
         assert contents(source) == expected
 
 
+def test_a_list_from_windows_or_a_mac_finds_the_photos_and_says_of_others_why_not(tmp_path):
+    """Each keeps its row and its name: backslashes, decomposed letters, Windows-1252, a drive."""
+    odd = os.fsdecode(b"gr\xfcn.jpg")
+    for name in ("caf\u00e9/1.jpg", "robin/2.jpg", odd):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode("utf-8", "surrogateescape"))
+    entries = ["cafe\u0301/1.jpg", "robin\\2.jpg", odd, "C:\\photos\\3.jpg", os.fsdecode(b"bl\xe5.jpg"), "gone.jpg"]
+    expected = [b"caf\xc3\xa9/1.jpg", b"robin/2.jpg", b"gr\xfcn.jpg"]
+    data = "path;more\n" + "".join(f"{entry};x\n" for entry in entries)
+    (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbf" + data.encode("utf-8", "surrogateescape"))
+    found = list(open_source(str(tmp_path / "list.csv")).read(8))
+    assert [name for name, _ in found] == entries
+    assert [os.fsencode(file.read_bytes()) for _, file in found[:3]] == expected
+    assert "Windows drive. Write paths relative" in found[3][1].reason
+    assert "as Windows-1252 it is 'bl\u00e5.jpg'. Save the table as UTF-8" in found[4][1].reason
+    assert found[5][1] == tmp_path / "gone.jpg"
+
+
 def test_a_list_behind_a_url_begins_at_its_own_folder(memory):
     memory.pipe("/bucket/x/1.jpg", b"1")
     memory.pipe("/bucket/x/list.csv", b"path\n1.jpg\n")
@@ -171,7 +194,7 @@ def test_rows_of_a_damaged_parquet_shard_keep_their_place(tmp_path):
     assert taken[2][1] == b"c" * 999
 
 
-@pytest.mark.parametrize(("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz")])
+@pytest.mark.parametrize(("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tar", "w:bz2"), (".tar", "w:xz")])
 def test_photos_of_tar_shards_come_shard_by_shard_in_natural_order(tmp_path, suffix, mode):
     make_tar(tmp_path / f"s-10{suffix}", {"3.jpg": b"3", "3.json": b"{}"}, mode=mode)
     make_tar(tmp_path / f"s-2{suffix}", {"./b.jpg": b"b", "b.cls": b"1", "a.jpg": b"a", ".c.jpg": b""}, mode=mode)
@@ -361,3 +384,39 @@ def test_a_member_that_unpacks_to_more_than_any_photo_is_named_unread_and_the_re
     assert [len(found[f"s.tgz/{name}"]) for name in ("a.png", "c.png")] == [9_000, 10_000]
     assert isinstance(found["s.tgz/bomb.png"], PhotoError)
     assert found["s.tgz/bomb.png"].reason == "takes 5 MB in s.tgz, more than the 0 MB of a photo"
+
+
+def test_a_packed_bomb_is_passed_over_in_bounded_memory_and_time(tmp_path):
+    """Two gigabytes of zeros in two megabytes: `tarfile` would hold the gigabyte that a block of it becomes."""
+    info = tarfile.TarInfo("bomb.jpg")
+    info.size = 2 << 30
+    with gzip.open(tmp_path / "s.tgz", "wb", compresslevel=1) as packed:
+        packed.write(info.tobuf())
+        for _ in range(128):
+            packed.write(bytes(16 << 20))
+        packed.write(tarfile.TarInfo("b.jpg").tobuf() + bytes(10240))
+    started = time.process_time()
+    tracemalloc.start()
+    found = list(open_source(str(tmp_path / "s.tgz")).read(2))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [name for name, _ in found] == ["s.tgz/bomb.jpg", "s.tgz/b.jpg"]
+    assert "takes 2,048 MB in s.tgz, more than the 1024 MB of a photo" in found[0][1].reason
+    assert most < 32 * 2**20
+    assert time.process_time() - started < 60
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_every_cut_and_many_flips_of_a_packed_tar_are_rows_and_no_traceback(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    whole = {f"{number}.jpg": rng.bytes(400) for number in range(5)}
+    path = make_tar(tmp_path / "s.tgz", whole, mode=mode)
+    data = path.read_bytes()
+    damaged = [data[:length] for length in range(0, len(data), 23)]
+    for place in rng.choice(len(data), 150, replace=False):
+        damaged.append(data[:place] + bytes([data[place] ^ (1 << rng.integers(8))]) + data[place + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        for name, found in open_source(str(path)).read(4):
+            assert isinstance(found, PhotoError) or name.startswith("s.tgz/")
+            assert not isinstance(found, PhotoError) or "\n" not in found.reason

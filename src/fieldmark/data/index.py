@@ -13,7 +13,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -246,14 +246,17 @@ class _Paths:
         self._folder = folder
         self._table = table
         self._base = os.path.normpath(folder.absolute())
-        self._names_in = functools.cache(_names_in)
+        self._names_in = functools.cache(list_names)
 
     def resolve(self, paths: Sequence[str]) -> tuple[Path, list[str]]:
         """Root and relative names of the photos. The root is the table's folder unless a photo is elsewhere."""
         if not paths:
             raise DataError(f"{self._table.name} has no rows. Each row names one photo")
         whole = [self._check(row, path) for row, path in enumerate(paths)]
-        full = [path if os.path.isfile(path) else self._find_spelling(path) for path in whole]  # noqa: PTH113
+        full = [
+            path if os.path.isfile(path) else find_spelling(path, self._names_in)  # noqa: PTH113
+            for path in whole
+        ]
         missing = [row for row, path in enumerate(full) if not path]
         if missing:
             raise DataError(self._explain_missing(paths, whole, missing))
@@ -275,10 +278,6 @@ class _Paths:
             raise DataError(f"{where}: this row names no photo. Fill in its path, or delete the row")
         if "\0" in path:
             raise DataError(f"{where}: {path!r} holds a zero byte, which no path can. Correct the row")
-        if os.sep == "/" and re.match(r"[A-Za-z]:[\\/]", path):
-            raise DataError(
-                f"{where}: {path!r} is a path of a Windows drive. Write paths relative to the table's folder"
-            )
         whole = os.path.normpath(os.path.join(self._base, path))  # noqa: PTH118, Path would tidy what is to be checked
         if not os.path.isabs(path) and not _is_inside(whole, self._base):  # noqa: PTH117
             raise DataError(
@@ -286,25 +285,14 @@ class _Paths:
             )
         return whole
 
-    def _find_spelling(self, path: str) -> str:
-        """A path that is there under another spelling (a backslash, another Unicode form of its letters), or ""."""
-        found = ""
-        for part in re.split(r"[/\\]", path) if os.sep == "/" else []:
-            is_there = not part or os.path.lexists(f"{found}/{part}")
-            name = part if is_there else self._names_in(found or "/").get(_compose(part))
-            if name is None:
-                return ""
-            found = f"{found}/{name}" if part else found
-        return found if found and os.path.isfile(found) else ""  # noqa: PTH113
-
     def _explain_missing(self, paths: Sequence[str], whole: Sequence[str], missing: Sequence[int]) -> str:
         first = missing[0]
         text = (
             f"{self._table.name}: {len(missing)} of {len(paths)} photos not found in {self._folder}: "
             f"{quote([paths[row] for row in missing])}, the first in line {self._table.lines[first]}"
         )
-        if problem := encoding_problem(paths[first]):
-            return f"{text}. {problem}. Save the table as UTF-8"
+        if problem := path_problem(paths[first]):
+            return f"{text}. {problem}"
         where, name = os.path.split(whole[first])
         hint = did_you_mean(name, self._names_in(where).values())
         if not paths[first].isascii() and sys.getfilesystemencoding() != "utf-8":
@@ -312,8 +300,31 @@ class _Paths:
         return f"{text}{hint or '.'} Relative paths start at the table's folder"
 
 
-def _names_in(folder: str) -> dict[str, str]:
-    """Names in a folder by their composed form."""
+def path_problem(path: str) -> str:
+    """Say why a table's path cannot be found here, where its text shows it, and what to do; else ""."""
+    if os.sep == "/" and re.match(r"[A-Za-z]:[\\/]", path):
+        return f"{path!r} is a path of a Windows drive. Write paths relative to the table's folder"
+    problem = encoding_problem(path)
+    return f"{problem}. Save the table as UTF-8" if problem else ""
+
+
+def find_spelling(path: str, names_in: Callable[[str], Mapping[str, str]]) -> str:
+    """Find a file that is there under another spelling (a backslash, another Unicode form of its letters); else "".
+
+    `names_in` is `list_names`, which the caller may let remember.
+    """
+    found = ""
+    for part in re.split(r"[/\\]", path) if os.sep == "/" else []:
+        is_there = not part or os.path.lexists(f"{found}/{part}")
+        name = part if is_there else names_in(found or "/").get(_compose(part))
+        if name is None:
+            return ""
+        found = f"{found}/{name}" if part else found
+    return found if found and os.path.isfile(found) else ""  # noqa: PTH113
+
+
+def list_names(folder: str) -> dict[str, str]:
+    """List the names in a folder by their composed form; none where it cannot be read."""
     try:
         return {_compose(name): name for name in os.listdir(folder)}  # noqa: PTH208, names suffice
     except (OSError, ValueError):

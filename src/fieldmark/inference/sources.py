@@ -6,21 +6,28 @@ can be sent, and remembered, and its digest changes with the photos that it name
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from glob import glob
 from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 from fieldmark.data.folders import find_photos, is_photo_path, is_skipped, natural_key, require_photos
+from fieldmark.data.index import find_spelling, list_names, path_problem
 from fieldmark.data.tables import TABLE_SUFFIXES, cell_text, read_csv
 from fieldmark.errors import DataError, PhotoError, did_you_mean, first_line
 from fieldmark.files import require_path
@@ -52,7 +59,9 @@ class TarShard:
             # A stream, packed or not: never seeks, so it suits storage that answers each seek with a request.
             with (
                 opened(self.location) as file,
-                tarfile.open(fileobj=file, mode="r|*", bufsize=_READ_AHEAD_BYTES, tarinfo=_WatchedInfo) as archive,
+                tarfile.open(
+                    fileobj=_unpack(file), mode="r|", bufsize=_READ_AHEAD_BYTES, tarinfo=_WatchedInfo
+                ) as archive,
             ):
                 for member in archive:
                     path = member.name.removeprefix("./")
@@ -64,8 +73,16 @@ class TarShard:
                     raise tarfile.ReadError("it has no end")
         except PhotoError as error:
             yield self.name, error
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        except (*_DAMAGE, ValueError) as error:
             yield self.name, PhotoError(self.name, f"is damaged{last}: {error}; photos behind that are lost")
+
+
+def _unpack(file: Any) -> IO[bytes]:
+    """The content of a tar file, packed or not, in bounded memory: `tarfile` would hold all that a block becomes."""
+    packed: Any = io.BufferedReader(file, _READ_AHEAD_BYTES)
+    openers: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    opener = openers.get(packed.peek(2)[:2])
+    return opener(packed) if opener else packed
 
 
 class _WatchedInfo(tarfile.TarInfo):
@@ -80,6 +97,7 @@ class _WatchedInfo(tarfile.TarInfo):
             raise
 
 
+_DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 _END_MARK: Any = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 
 
@@ -92,7 +110,7 @@ def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, shard: str) 
         return content.read() if content is not None else b""
     except (ConnectionError, TimeoutError):
         raise
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except _DAMAGE as error:
         return PhotoError(member.name, f"cannot be read from {shard}: {error}")
 
 
@@ -196,21 +214,32 @@ class FileList:
         if not contents:
             yield from zip(self.paths, repeat(b""))
             return
+        fetch_one = partial(self._fetch, names_in=cache(list_names))
         with ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-fetch") as pool:
             for start in range(0, len(self.paths), _FETCHED_AHEAD):
                 part = self.paths[start : start + _FETCHED_AHEAD]
-                yield from zip(part, pool.map(self._fetch, part), strict=True)
+                yield from zip(part, pool.map(fetch_one, part), strict=True)
 
-    def _fetch(self, path: str) -> Path | bytes | PhotoError:
+    def _fetch(self, path: str, *, names_in: Callable[[str], Mapping[str, str]]) -> Path | bytes | PhotoError:
         if not path:
             return PhotoError("", "has no path in the list")
         location = locate(self.root, path)
         if not is_url(location):
-            return Path(location)
+            return _find_file(location, path, names_in)
         try:
             return fetch(location)
         except PhotoError as error:
             return error
+
+
+def _find_file(location: str, path: str, names_in: Callable[[str], Mapping[str, str]]) -> Path | PhotoError:
+    """The file of a listed path, also under another spelling; of one that is missing why, where its text shows it."""
+    if os.path.isfile(location):  # noqa: PTH113, a path may be what no file can be called
+        return Path(location)
+    problem = path_problem(path)
+    if not problem and (other := find_spelling(location, names_in)):
+        return Path(other)
+    return PhotoError(path, f"is not there: {problem}") if problem else Path(location)
 
 
 def locate(root: str, path: str) -> str:
@@ -244,7 +273,7 @@ def open_list(location: str, path_column: str) -> tuple[int, Callable[[], Iterat
     with opened(location) as file:
         table = read_csv(location, file.read())
     _require_column(location, path_column, list(table.values))
-    paths = table.column(path_column)
+    paths = table.column(path_column, is_text=False)
     return len(paths), partial(iter, paths)
 
 
