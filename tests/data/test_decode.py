@@ -170,6 +170,11 @@ def test_float_grey_is_scaled_by_its_range(values: list[float], expected: list[i
     assert rgb(data)[0, :, 2].tolist() == expected
 
 
+def test_float_grey_of_a_portable_map_is_scaled_too() -> None:
+    """PFM holds 0 to 1; it was read as 16 bits of 65535, so black."""
+    assert rgb(make(np.array([[0.0, 0.25, 1.0]], np.float32), "PPM"))[0, :, 0].tolist() == [0, 64, 255]
+
+
 def test_32_bit_grey_is_scaled_by_its_range() -> None:
     assert rgb(make(np.array([[0, 100, 255]], np.int32), "TIFF"))[0, :, 0].tolist() == [0, 100, 255]
     assert rgb(make(np.array([[0, 25700, 65535]], np.int32), "TIFF"))[0, :, 0].tolist() == [0, 100, 255]

@@ -402,7 +402,7 @@ def _to_8_bit(image: Image.Image) -> Pixels:
     """
     values = np.asarray(image).astype(np.float64)
     low, high = 0.0, 65535.0
-    if image.mode in {"I", "F"} and image.format != "PPM":
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         finite = values[np.isfinite(values)]
         least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         values = np.nan_to_num(values, nan=least, posinf=most, neginf=least)
