@@ -97,12 +97,14 @@ def label_suspects(found: HeldOut) -> NDArray[np.int64]:
     if len(present) < 2:
         return np.zeros(0, np.int64)
     rows = found.probabilities[:, present].astype(np.float64) + 1e-12
-    issues = find_label_issues(
-        np.searchsorted(present, found.labels),
-        rows / rows.sum(axis=1, keepdims=True),
-        return_indices_ranked_by="self_confidence",
-        n_jobs=1,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with few photos, which the page shows anyway
+        issues = find_label_issues(
+            np.searchsorted(present, found.labels),
+            rows / rows.sum(axis=1, keepdims=True),
+            return_indices_ranked_by="self_confidence",
+            n_jobs=1,
+        )
     return np.asarray(issues, np.int64)
 
 
@@ -162,7 +164,14 @@ class AttentionMaps:
 
 
 def last_spatial_layer(model: nn.Module) -> nn.Module | None:
-    """The last module whose output still is a map, (B, C, h, w) with h and w above 1; None if there is none."""
+    """The last module whose output still is a map, (B, C, h, w) with h and w above 1; None if there is none.
+
+    Of timm's backbones those have one whose features are such a map: what transformers hand on is a list of patches, or
+    a map with the channels last, and an earlier convolution would only show where the photo has edges.
+    """
+    backbone: Any = getattr(model, "backbone", model)
+    about: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
+    side = int(about["input_size"][-1]) if about.get("fixed_input_size") else 224
     found: list[nn.Module] = []
 
     def remember(module: nn.Module, _: Any, output: Any) -> None:
@@ -172,12 +181,16 @@ def last_spatial_layer(model: nn.Module) -> nn.Module | None:
     # Not activations in place: a backward hook on them would see a changed tensor.
     kinds = nn.Conv2d | nn.BatchNorm2d | nn.Sequential
     hooks = [module.register_forward_hook(remember) for module in model.modules() if isinstance(module, kinds)]
+    images = torch.zeros(1, 3, side, side)
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 3, 224, 224))
+            model(images)
+            features = backbone.forward_features(images) if hasattr(backbone, "forward_features") else None
     except (RuntimeError, AssertionError, ValueError):  # a model of another fixed input size
         return None
     finally:
         for hook in hooks:
             hook.remove()
+    if features is not None and (features.ndim != 4 or features.shape[1] != backbone.num_features):
+        return None
     return found[-1] if found else None
