@@ -13,6 +13,7 @@ Anything else that escapes is a bug, and shows its traceback.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
@@ -25,6 +26,11 @@ def did_you_mean(word: str, options: Iterable[str], *, most: int = 1, cutoff: fl
     by_lower = {option.lower(): option for option in options}
     close = difflib.get_close_matches(word.lower(), by_lower, n=most, cutoff=cutoff)
     return f"; did you mean {' or '.join(repr(by_lower[name]) for name in close)}?" if close else ""
+
+
+def command(*words: object) -> str:
+    """Write a command of ours as a shell takes it: what it needs quoted, such as a folder with a blank, is quoted."""
+    return shlex.join(["fieldmark", *map(str, words)])
 
 
 def first_line(error: BaseException) -> str:

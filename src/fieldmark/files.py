@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from fieldmark.errors import DataError, ResourceError, RunError, did_you_mean, first_line
+from fieldmark.errors import DataError, ResourceError, RunError, did_you_mean
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
@@ -77,7 +77,7 @@ def explain_disk_error(path: Path, error: BaseException) -> ResourceError | None
     # torch, safetensors and OpenVINO report a full disk by errors of their own.
     if not isinstance(error, OSError) and not any(sign in str(error) for sign in _DISK_SIGNS):
         return None
-    reason = getattr(error, "strerror", None) or first_line(error)
+    reason = getattr(error, "strerror", None) or "the disk is full or failed"
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
     hint = "Free some space" if is_full else "Make the folder writable, or choose another"
     return ResourceError(f"{path} could not be written: {reason}. What was there before is intact. {hint}")

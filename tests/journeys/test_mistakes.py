@@ -171,7 +171,7 @@ def test_ctrl_c_says_so_in_one_line(monkeypatch, fieldmark):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(config, "recipe_names", stopped)
-    assert fieldmark("recipes", "list").err == "stopped by Ctrl-C\n"
+    assert fieldmark("recipes", "list").err == "stopped by Ctrl-C or SIGTERM\n"
 
 
 @pytest.mark.parametrize(

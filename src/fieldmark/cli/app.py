@@ -1,7 +1,7 @@
 """The command line: each verb parses, calls and prints. Only this folder prints.
 
 Results go to stdout (`--json` for machines), progress and errors to stderr. Exit codes: 0 done, 1 a bug (with its
-traceback) or nobody reading the results any more, 2 the user can fix it (one message), 130 stopped from the keyboard.
+traceback) or nobody reading the results any more, 2 the user can fix it (one message), 130 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -82,6 +83,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    # Whenever it comes, it is told, and what was begun is taken away.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except FieldmarkError as error:
@@ -93,9 +96,11 @@ def main() -> None:
         typer.echo(f"error: {where}{error.strerror}. {MACHINE_ERRORS[error.errno]}", err=True)
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == 130:  # typer's answer to Ctrl-C
-            typer.echo("stopped by Ctrl-C", err=True)
+        if stop.code == 130:  # typer's answer to both
+            typer.echo("stopped by Ctrl-C or SIGTERM", err=True)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(error: FieldmarkError) -> int:

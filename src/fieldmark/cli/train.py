@@ -20,7 +20,7 @@ from fieldmark.cli.options import (
     print_result,
     read_settings,
 )
-from fieldmark.errors import RunError
+from fieldmark.errors import RunError, command
 from fieldmark.progress import format_seconds, open_progress
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def sweep(
         typer.echo(f"{cell.state:9} {cell.name}" + (f": {cell.error}" if cell.error else ""))
     if status.failed:
         raise RunError(f"{len(status.failed)} of {status.total} cells failed; their output is in {out}/.sweep")
-    typer.echo(f"next: fieldmark report {out} --out report.html")
+    typer.echo(f"next: {command('report', out, '--out', 'report.html')}")
 
 
 def compare(

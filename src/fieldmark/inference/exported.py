@@ -5,6 +5,7 @@ Letters: B batch, K classes, S side in pixels.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -61,6 +62,7 @@ class ModelMetadata:
     # Exports of earlier versions have the defaults of the settings.
     max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
     batch_size: Annotated[int, Field(gt=0)] = 64
+    digests: dict[str, str] = field(default_factory=dict[str, str])  # SHA-256 of each file beside fieldmark.json
 
     def eval_spec(self) -> EvalSpec:
         """Return how a decoded photo becomes an input."""
@@ -120,6 +122,12 @@ class ModelMetadata:
         return cls.from_json(text, str(path))
 
 
+def digest_file(path: Path) -> str:
+    """64 hex digits: the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class ExportedModel:
     """A model that `fieldmark export` wrote, of any form. Calls from several threads are safe."""
@@ -139,6 +147,12 @@ class ExportedModel:
         path = folder / metadata.file
         if Path(metadata.file).name != metadata.file or not path.is_file():
             raise ExportError(f"{folder} has no {metadata.file}: the export is not complete, make it again")
+        for name, digest in metadata.digests.items():
+            # A flipped bit in a weight changes answers, and no runtime would notice.
+            if not (folder / name).is_file() or digest_file(folder / name) != digest:
+                raise ExportError(
+                    f"{folder / name} is not the file that was exported: it is damaged. Export the run again"
+                )
         loaders: dict[str, Callable[[], Compute]] = {
             "onnx": lambda: _load_onnx(path, threads),
             "openvino": lambda: _load_openvino(path, threads, precision),

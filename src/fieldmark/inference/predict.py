@@ -30,7 +30,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fieldmark.errors import DataError, FieldmarkError, PredictionError, ResourceError, RunError, needs_extra
+from fieldmark.errors import (
+    DataError,
+    FieldmarkError,
+    PredictionError,
+    ResourceError,
+    RunError,
+    command,
+    needs_extra,
+)
 from fieldmark.files import exclusive_lock
 from fieldmark.inference import calibration, sources, writers
 from fieldmark.inference.calibration import apply_prior, estimate_prior, load_calibration
@@ -128,7 +136,7 @@ def _training_prior(model: Path) -> NDArray[np.float64]:
     if load_calibration(run) is None:
         raise PredictionError(
             f"{model} is not calibrated, and class shares can be estimated from calibrated probabilities alone: "
-            f"first `fieldmark calibrate {model}`"
+            f"first `{command('calibrate', model)}`"
         )
     if run.config.train.class_weights != "none":
         raise PredictionError(

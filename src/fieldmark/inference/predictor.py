@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, list_photos
 from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan
-from fieldmark.errors import PhotoError, RunError, needs_extra
+from fieldmark.errors import PhotoError, RunError, command, needs_extra
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
 from fieldmark.inference.taxonomy import Answer, Fallback
 from fieldmark.progress import Progress
@@ -351,7 +351,7 @@ def _open_network(run: Run, model: nn.Module | None, *, flips: bool) -> Callable
     if model is None and not (run.path / WEIGHTS).is_file():
         raise RunError(
             f"{run.path} has no weights yet (its status is {run.summary['status']!r}): "
-            f"let it train for an epoch, or continue it with `fieldmark train --resume {run.path}`"
+            f"let it train for an epoch, or continue it with `{command('train', '--resume', run.path)}`"
         )
     channels_last = bool(run.model_info["channels_last"])
     where = Device.choose(str(run.model_info["precision"]))

@@ -351,7 +351,7 @@ def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequenc
 
     def write(part: Path) -> None:
         part.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(keyed, part)
+        pq.write_table(keyed, part, write_page_checksum=True)
 
     whole_or_absent(path, write)
 
@@ -374,7 +374,7 @@ def load_part(path: Path, predictor: Predictor) -> Iterator[Prediction]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 names, problems = batch.column("path").to_pylist(), batch.column("problem").to_pylist()
                 if _EXACT in batch.schema.names:

@@ -78,16 +78,18 @@ def find_photos(config: DataConfig) -> PhotoIndex:
     return apply_corrections(index, Path(config.corrections)) if config.corrections else index
 
 
-def prepare_dataset(config: DataConfig, *, progress: Progress) -> Dataset:
-    """Find, inspect and divide the photos."""
+SKIP_BROKEN = "train without them: --set data.broken=skip"
+
+
+def prepare_dataset(config: DataConfig, *, progress: Progress, skip: str = SKIP_BROKEN) -> Dataset:
+    """Find, inspect and divide the photos; `skip` is what to do about broken ones besides mending them."""
     everything = find_photos(config)
     # Photos without labels have no part in training: `check` and `predict` look at them.
     found = replace(everything, photos=tuple(photo for photo in everything.photos if photo.label is not None))
     facts = inspect(found, config, progress=progress)
     broken = [(photo.path, fact.problem) for photo, fact in zip(found.photos, facts, strict=True) if fact.problem]
     if broken and config.broken == "refuse":
-        way_out = "Fix or remove them, or train without them: --set data.broken=skip"
-        raise DataError(f"{list_broken(broken, len(found.photos))}\n{way_out}")
+        raise DataError(f"{list_broken(broken, len(found.photos))}\nFix or remove them, or {skip}")
     photos = tuple(photo for photo, fact in zip(found.photos, facts, strict=True) if not fact.problem)
     index, kept = replace(found, photos=photos), [fact for fact in facts if not fact.problem]
     notes = [everything.describe(), *find_doubts(index, kept)]
@@ -145,7 +147,7 @@ def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -
 def list_broken(broken: Sequence[tuple[str, str]], total: int, *, most: int = 10) -> str:
     """List the photos that cannot be used, a line each."""
     lines = [f"  {path!r} {reason}" for path, reason in broken[:most]]
-    more = [f"  ... and {len(broken) - most} more (`fieldmark check` lists all)"] if len(broken) > most else []
+    more = [f"  ... and {len(broken) - most} more (`fieldmark check --json` lists all)"] if len(broken) > most else []
     return "\n".join([f"{len(broken)} of {total} photos cannot be used:", *lines, *more])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing_extensions import TypedDict
 
 from fieldmark.config import Config, load_config
 from fieldmark.errors import RunError
-from fieldmark.files import Positive, read_values, whole_or_absent, write_whole
+from fieldmark.files import Positive, Share, read_values, whole_or_absent, write_whole
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
@@ -51,8 +52,19 @@ MEMBERS = "members"
 _Name = InstanceOf[str]
 
 
+class _Create(TypedDict, total=False):
+    name: Required[str]
+    num_classes: PositiveInt
+    head: Literal["linear", "mlp"]
+    head_hidden: PositiveInt
+    head_dropout: Share
+    feature_dropout: Share
+    drop_path: Share
+    stride_in_1x1: bool
+
+
 class _Model(TypedDict, total=False):
-    create: dict[str, Any]
+    create: _Create
     eval: dict[str, Any]
     train_size: PositiveInt
     precision: Literal["32-true", "16-mixed", "bf16-mixed"]
@@ -92,7 +104,17 @@ class _Ensemble(TypedDict, total=False):
 
 class _Epoch(TypedDict, total=False):
     epoch: Required[int]
+    step: int
+    lr: float
+    train_loss: float | None
+    train_top1_clean: float | None
+    train_top1_mixed: float | None
+    clean_fraction: float | None
+    seconds: float
+    images_per_second: float | None
     val: dict[str, float | None] | None
+    is_best: bool
+    is_probe: bool
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,8 @@ class Run:
             raise RunError(f"{self.path} is not a folder; a run is the folder that `fieldmark train --out` wrote")
         if not (self.path / RECIPE).is_file():
             raise RunError(f"{self.path} is not a run: it has no {RECIPE}")
+        if not (self.path / RECIPE).stat().st_size:  # else all defaults, which no run ever meant
+            raise RunError(f"{self.path} is not a run: its {RECIPE} is empty. Begin a new run")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
@@ -304,12 +328,16 @@ class _Record(dict[str, Any]):
         raise RunError(f"{self._path} lacks {key!r}: it is damaged, or another version wrote it")
 
 
+_WRONG_CONTENT = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
+                  zipfile.BadZipFile, zlib.error)  # fmt: skip
+
+
 @contextmanager
 def _named(path: Path) -> Generator[None]:
     """Turn whatever reading a file of the wrong content raises into one sentence that names the file."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except _WRONG_CONTENT as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300] or type(error).__name__
         if isinstance(error, OSError):
             raise RunError(f"{path} cannot be read: {reason}") from error
@@ -361,7 +389,7 @@ def write_predictions(
         **{f"p:{name}": pa.array(probabilities[:, number]) for number, name in enumerate(classes)},
     }
     table = pa.table(columns)
-    whole_or_absent(path, lambda part: pq.write_table(table, part))
+    whole_or_absent(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
 
 
 def _read_predictions(path: Path, classes: Sequence[str]) -> PhotoPredictions:
@@ -370,7 +398,7 @@ def _read_predictions(path: Path, classes: Sequence[str]) -> PhotoPredictions:
     number_of = {name: number for number, name in enumerate(classes)}
     with _named(path):
         # Not read_table: it would take a folder named like "x=y" for a partition.
-        table = pq.ParquetFile(path).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
         columns = [np.asarray(table[f"p:{name}"].to_numpy(), np.float32) for name in classes]
         return PhotoPredictions(
             paths=tuple(name.decode("utf-8", "surrogateescape") for name in table["path"].to_pylist()),
@@ -381,7 +409,8 @@ def _read_predictions(path: Path, classes: Sequence[str]) -> PhotoPredictions:
 
 def read_epochs(path: Path) -> NDArray[np.integer[Any]]:
     """(E, N) predicted classes after each epoch, from val_epochs.npz."""
-    with _named(path), np.load(path, allow_pickle=False) as content:
+    # Opened here: numpy leaves a file open that is no archive.
+    with _named(path), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
         predicted = content["predicted"]
         if predicted.ndim != 2 or predicted.dtype.kind not in "iu":
             raise ValueError(f"has predicted of shape {predicted.shape} and type {predicted.dtype}, not whole numbers")

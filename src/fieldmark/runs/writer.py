@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fieldmark.data.index import save_split_table
 from fieldmark.data.tables import write_csv
-from fieldmark.errors import ResourceError, RunError, first_line
+from fieldmark.errors import ResourceError, RunError, command, first_line
 from fieldmark.files import exclusive_lock, remove_dead_parts, whole_or_absent, write_whole
 from fieldmark.runs import folder
 from fieldmark.runs.dataset import Dataset
@@ -84,21 +84,26 @@ def claim_folder(path: Path, *, is_new: bool) -> Generator[None]:
 
 
 def _refuse_used_folder(path: Path) -> None:
-    if not path.exists() or (path.is_dir() and all(entry.name == LOCK for entry in path.iterdir())):
+    if not path.exists() or (path.is_dir() and _is_beginning({entry.name for entry in path.iterdir()})):
         return
     hint = "Choose another --out"
     if folder.run_status(path) == "finished":
-        hint = f"It holds a finished run: use it (fieldmark evaluate {path}), or choose another --out"
+        hint = f"It holds a finished run: use it ({command('evaluate', path)}), or choose another --out"
     elif (path / folder.RECIPE).is_file():
-        hint = f"Continue it with `fieldmark train --resume {path}`, or choose another --out"
+        hint = f"Continue it with `{command('train', '--resume', path)}`, or choose another --out"
     raise RunError(f"{path} exists and is not empty. {hint}")
+
+
+def _is_beginning(names: set[str]) -> bool:
+    """Whether a folder holds nothing, or what a training that was killed or refused had written before its recipe."""
+    return not names or (LOCK in names and {name for name in names if not name.endswith(".part")} <= _BEGINNING)
 
 
 def _remove_beginning(path: Path) -> None:
     """Remove a folder that a refused training made, unless it holds anything else."""
     with suppress(OSError):
         entries = list(path.iterdir())
-        if {entry.name for entry in entries} <= _BEGINNING:
+        if _is_beginning({entry.name for entry in entries}):
             for entry in entries:
                 entry.unlink()
             path.rmdir()
@@ -204,9 +209,10 @@ class RunWriter:
             _set_random_state(saved["random"][fabric.global_rank], fabric.device)
             best, rows, seconds = Best(**saved["best"]), json.loads(saved["history"]), float(saved["seconds"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            again = command("train", "--resume", self.path)
             raise RunError(
                 f"{path} does not belong to this run: {first_line(error)}. "
-                "Delete it, and `fieldmark train --resume` trains the run again from its beginning, to the same result"
+                f"Delete it, and `{again}` trains the run again from its beginning, to the same result"
             ) from error
         state.schedule.go_to(state.step)
         self.history = History(best, rows, seconds_before=seconds)
@@ -248,10 +254,10 @@ def _continuable(path: Path) -> Generator[None]:
     try:
         yield
     except ResourceError as error:
-        raise ResourceError(f"{error}, then continue with: fieldmark train --resume {path}") from error
+        raise ResourceError(f"{error}, then continue with: {command('train', '--resume', path)}") from error
     except OSError as error:
         reason = f"{error.filename or path} could not be written: {error.strerror}"
-        raise ResourceError(f"{reason}. Fix that, then continue with: fieldmark train --resume {path}") from error
+        raise ResourceError(f"{reason}. Fix that, then continue with: {command('train', '--resume', path)}") from error
 
 
 def _random_state(device: torch.device) -> Tensor:

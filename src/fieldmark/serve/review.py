@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +17,7 @@ from pydantic import BaseModel
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.tables import read_table, write_csv
-from fieldmark.errors import DataError, FieldmarkError, PhotoError
+from fieldmark.errors import DataError, FieldmarkError, PhotoError, command
 from fieldmark.inference import triage
 from fieldmark.inference.triage import AttentionMaps, HeldOut
 from fieldmark.plots import thumbnail
@@ -138,10 +137,7 @@ class ReviewViews:
 
     def overview(self) -> dict[str, Any]:
         """Names and sizes of the views."""
-        command = (
-            f"fieldmark train {shlex.quote(str(self.index.root))} "
-            f"--set {shlex.quote(f'data.corrections={self.corrections.file}')}"
-        )
+        retrain = command("train", self.index.root, "--set", f"data.corrections={self.corrections.file}")
         return {
             "classes": [{"name": name, "photos": len(self._by_class[name])} for name in self.classes],
             "photos": len(self.index.photos),
@@ -156,7 +152,7 @@ class ReviewViews:
             "duplicates_state": self._duplicates_state,
             "marked": len(self.corrections.decisions),
             "table": self.corrections.file.name,
-            "command": _printable(command),
+            "command": _printable(retrain),
             "has_attention": self.look is not None,
         }
 

@@ -42,7 +42,8 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 def best_value(rows: Iterable[Mapping[str, Any]], metric: str) -> float | None:
     """Best validation value among rows of metrics.jsonl, negated where lower is better; None without any."""
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    return max((sign * row["val"][metric] for row in rows if metric in (row.get("val") or {})), default=None)
+    values = [(row.get("val") or {}).get(metric) for row in rows]
+    return max((sign * value for value in values if value is not None), default=None)
 
 
 def compare_with_probe(rows: Sequence[Mapping[str, Any]], *, metric: str, select: str) -> dict[str, Any] | None:
