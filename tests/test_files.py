@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import fieldmark
 from fieldmark.errors import ResourceError
-from fieldmark.files import whole_or_absent
+from fieldmark.files import whole_or_absent, write_whole
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this system")  # noqa: PTH110
@@ -23,6 +26,24 @@ def test_what_to_do_depends_on_what_was_wrong(tmp_path, number, told):
 
     with pytest.raises(ResourceError, match=told):
         whole_or_absent(tmp_path / "x", refused)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="not on this system")
+def test_what_is_synced_may_be_written_as_windows_asks(tmp_path, monkeypatch):
+    """Windows refuses to sync a file that is open for reading alone."""
+    import fcntl
+
+    synced, sync = [], os.fsync
+
+    def fsync(handle):
+        synced.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(tmp_path / "x", "new")
+    assert synced == [os.O_RDWR]
+    places = [path for path in Path(fieldmark.__file__).parent.rglob("*.py") if "fsync" in path.read_text("utf-8")]
+    assert [path.name for path in places] == ["files.py"]  # the one place that syncs
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +37,33 @@ def test_extras_that_all_names_exist_and_former_names_still_install():
     named = everything.removeprefix("fieldmark[").removesuffix("]").split(",")
     assert set(named) <= extras.keys()
     assert {"openvino", "report"} <= extras.keys()
+
+
+# The first release without the hole, the license or the fault that is known of those before it.
+FLOORS = {
+    "pillow": "12.3",
+    "python-multipart": "0.0.30",
+    "ray": "2.54",
+    "jinja2": "3.1.6",
+    "filelock": "3.20.3",
+    "onnx": "1.19.1",
+    "cleanlab": "2.8",
+    "typer": "0.19",
+    "imagehash": "4.3.1",
+    "pyarrow": "23.0.1",
+}
+
+
+def test_no_floor_admits_a_release_with_a_known_hole_or_fault():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    asked = [Requirement(text) for text in [*project["dependencies"], *(one for extra in extras for one in extra)]]
+    for name, floor in FLOORS.items():
+        (requirement,) = {one for one in asked if canonicalize_name(one.name) == name}
+        assert requirement.specifier.contains(floor), requirement
+        below = [str(bound.version) for bound in requirement.specifier if bound.operator in (">=", "==", "~=")]
+        assert below, requirement
+        assert max(map(Version, below)) >= Version(floor), requirement
 
 
 @pytest.fixture(scope="module")
