@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 import fieldmark
 from fieldmark.errors import ResourceError
-from fieldmark.files import whole_or_absent, write_whole
+from fieldmark.files import whole_folder, whole_or_absent, write_whole
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this system")  # noqa: PTH110
@@ -57,6 +58,22 @@ def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path, error):
     with pytest.raises(error):
         whole_or_absent(tmp_path / "x", broken_off)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "old")]
+
+
+def test_a_folder_that_a_kill_left_half_made_goes_when_it_is_made_again(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    out = tmp_path / "my [export]"
+    half = tmp_path / f".{out.name}.abc.{dead.pid}.part"
+    others = [tmp_path / f".{out.name}.abc.{os.getpid()}.part", tmp_path / f".other.abc.{dead.pid}.part"]
+    for folder in (half, *others):
+        folder.mkdir()
+        (folder / "model.onnx").touch()
+    with whole_folder(out) as part:
+        assert part.is_dir()
+    assert out.is_dir()
+    assert not half.exists()
+    assert all(folder.is_dir() for folder in others)
 
 
 def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path):

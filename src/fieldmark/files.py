@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -59,7 +60,8 @@ def whole_folder(path: Path) -> Generator[Path]:
     part: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        remove_dead_parts(path.parent, f".{escape(path.name)}.*.part")
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}.part", dir=path.parent))
         yield part
         part.chmod(0o755)  # mkdtemp makes private folders
         part.rename(path)
@@ -136,12 +138,12 @@ def read_values(kind: type[Value], values: Any) -> Value:
         raise ValueError(f"has {f'{key} = ' if key else ''}{found}: {problems[0]['msg']}") from None
 
 
-def remove_dead_parts(folder: Path) -> None:
-    """Remove the unfinished files that killed processes left below a folder; those of living ones stay."""
+def remove_dead_parts(folder: Path, pattern: str = "**/*.part") -> None:
+    """Remove the unfinished files and folders that killed processes left in a folder; those of living ones stay."""
     import psutil
 
-    for part in folder.rglob("*.part"):
+    for part in list(folder.glob(pattern)):
         number = part.name.split(".")[-2]
         if number.isdecimal() and not psutil.pid_exists(int(number)):
             with suppress(OSError):
-                part.unlink()
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
