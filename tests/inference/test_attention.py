@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import timm
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class Corner(nn.Module):
 def test_the_map_is_bright_where_the_evidence_is():
     images = np.zeros((2, 3, 64, 64), np.float32)
     images[:, :, 8:24, 8:24] = 1
-    maps = AttentionMaps(Corner())(images, [0, 0])
+    maps = AttentionMaps(Corner(), size=64)(images, [0, 0])
     assert maps.shape == (2, 28, 28)
     assert maps.min() >= 0
     assert maps.max() <= 1
@@ -38,7 +39,7 @@ def test_the_map_is_bright_where_the_evidence_is():
 
 def test_the_model_that_predicts_keeps_no_hooks():
     model = timm.create_model("test_resnet", num_classes=3).eval()
-    maps = AttentionMaps(model)
+    maps = AttentionMaps(model, size=64)
     assert maps.is_available
     maps(np.zeros((1, 3, 64, 64), np.float32), [1])
     assert not any(module._forward_hooks for module in model.modules())
@@ -48,5 +49,21 @@ def test_the_model_that_predicts_keeps_no_hooks():
 def test_a_model_without_a_map_says_so():
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(2)).eval()
     model(torch.zeros(1, 3, 224, 224))
-    assert last_spatial_layer(model) is None
-    assert not AttentionMaps(model).is_available
+    assert last_spatial_layer(model, size=224) is None
+    assert not AttentionMaps(model, size=224).is_available
+
+
+@pytest.mark.parametrize(
+    ("name", "has_map"), [("test_vit", False), ("test_convnext", True), ("test_efficientnet", True)]
+)
+def test_only_a_model_whose_features_are_a_map_of_places_has_one(name, has_map):
+    """A transformer's first convolution would show edges, not what decided."""
+    model = timm.create_model(name, num_classes=3).eval()
+    side = model.pretrained_cfg["input_size"][-1]
+    assert AttentionMaps(model, size=side).is_available == has_map
+
+
+def test_channels_last_are_not_taken_for_places():
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1)).eval()
+    assert model.forward_features(torch.zeros(1, 3, 224, 224)).shape[1:3] == (7, 7)
+    assert last_spatial_layer(model, size=224) is None

@@ -135,10 +135,10 @@ class AttentionMaps:
         Selvaraju et al., "Grad-CAM", arXiv:1610.02391, section 3.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, size: int) -> None:
         self._model = copy.deepcopy(model).eval()  # the hooks of the library must not slow down the one that predicts
         self._lock = threading.Lock()
-        layer = last_spatial_layer(self._model)
+        layer = last_spatial_layer(self._model, size=size)
         self._cam: Any = None
         if layer is not None:
             with needs_extra("grad-cam", "review"):
@@ -163,15 +163,15 @@ class AttentionMaps:
         return np.clip(np.nan_to_num(small[:, 0].numpy()), 0, 1)
 
 
-def last_spatial_layer(model: nn.Module) -> nn.Module | None:
+def last_spatial_layer(model: nn.Module, *, size: int) -> nn.Module | None:
     """The last module whose output still is a map, (B, C, h, w) with h and w above 1; None if there is none.
+
+    `size` is the side of the model's input, in pixels.
 
     Of timm's backbones those have one whose features are such a map: what transformers hand on is a list of patches, or
     a map with the channels last, and an earlier convolution would only show where the photo has edges.
     """
     backbone: Any = getattr(model, "backbone", model)
-    about: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
-    side = int(about["input_size"][-1]) if about.get("fixed_input_size") else 224
     found: list[nn.Module] = []
 
     def remember(module: nn.Module, _: Any, output: Any) -> None:
@@ -181,13 +181,11 @@ def last_spatial_layer(model: nn.Module) -> nn.Module | None:
     # Not activations in place: a backward hook on them would see a changed tensor.
     kinds = nn.Conv2d | nn.BatchNorm2d | nn.Sequential
     hooks = [module.register_forward_hook(remember) for module in model.modules() if isinstance(module, kinds)]
-    images = torch.zeros(1, 3, side, side)
+    images = torch.zeros(1, 3, size, size)
     try:
         with torch.no_grad():
             model(images)
             features = backbone.forward_features(images) if hasattr(backbone, "forward_features") else None
-    except (RuntimeError, AssertionError, ValueError):  # a model of another fixed input size
-        return None
     finally:
         for hook in hooks:
             hook.remove()

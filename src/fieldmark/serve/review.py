@@ -347,7 +347,7 @@ def _attention(run: Run, files: list[Path]) -> Look | None:
     """Maps by the run's model, computed when they are asked for."""
     if run.is_ensemble:
         return None
-    maps = AttentionMaps(run.load_model())
+    maps = AttentionMaps(run.load_model(), size=run.eval_spec().size)
     if not maps.is_available:
         return None
     spec, decoding = run.eval_spec(), run.decode_spec()

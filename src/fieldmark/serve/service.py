@@ -317,7 +317,7 @@ class ServedModel:
         self.is_calibrated = load_calibration(run) is not None
         self.examples = _examples(run)
         if not run.is_ensemble:
-            self._maps = AttentionMaps(run.load_model())
+            self._maps = AttentionMaps(run.load_model(), size=run.eval_spec().size)
             self.has_attention = self._maps.is_available
 
     def prepare(self, data: bytes, *, max_pixels: int) -> Prepared:
