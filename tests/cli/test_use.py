@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fieldmark.cli.app import app
+from fieldmark.config import dump_config, load_config
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import write_predictions
 
@@ -19,7 +20,7 @@ def run(tmp_path):
     labels = rng.integers(0, 3, 90)
     probabilities = np.full((90, 3), 0.1)
     probabilities[np.arange(90), np.where(rng.random(90) < 0.9, labels, (labels + 1) % 3)] = 0.8
-    (tmp_path / "recipe.toml").write_text("")
+    (tmp_path / "recipe.toml").write_text(dump_config(load_config()))
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
     write_predictions(
         tmp_path / "predictions" / "val.parquet",

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
+from fieldmark.config import dump_config, load_config
 from fieldmark.errors import DataError, RunError
 from fieldmark.inference.calibration import (
     Calibration,
@@ -209,7 +210,7 @@ def run(tmp_path):
     loud = np.exp(3 * logits)  # three times too sure
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "recipe.toml").write_text("")
+    (folder / "recipe.toml").write_text(dump_config(load_config()))
     (folder / "classes.json").write_text(json.dumps(["a", "b", "c"]))
     write_predictions(
         folder / "predictions" / "val.parquet",

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from fieldmark.config import dump_config, load_config
 from fieldmark.errors import DataError
 from fieldmark.inference.calibration import calibrate_run, fit_fallback, load_calibration
 from fieldmark.inference.predictor import Prediction
@@ -101,7 +102,7 @@ def run(tmp_path):
     probabilities, labels = make_photos()
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "recipe.toml").write_text("")
+    (folder / "recipe.toml").write_text(dump_config(load_config()))
     (folder / "classes.json").write_text(json.dumps(CLASSES))
     write_predictions(
         folder / "predictions" / "val.parquet",
