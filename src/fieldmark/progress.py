@@ -30,7 +30,7 @@ class Progress(Protocol):
 
 
 class Quiet(Progress):
-    """Progress that nobody watches."""
+    """Progress that is shown nowhere."""
 
 
 class Logged(Progress):

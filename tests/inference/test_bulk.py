@@ -197,7 +197,7 @@ def test_a_part_that_workers_die_of_is_given_up_and_tried_anew_by_the_next_call(
     executor = Restarting()
     with monkeypatch.context() as patch:
         patch.setattr("fieldmark.inference.predict.load_piece", die)
-        with pytest.raises(DataError, match=r"part 0 cannot be made: 4 workers died of this part.*pieces/0.json"):
+        with pytest.raises(DataError, match=r"part 0 cannot be made: 4 workers crashed on this part.*pieces/0.json"):
             predict(model, photos, tmp_path / "out", executor)
     assert executor.deaths == 4
     assert predict(model, photos, tmp_path / "out")[0].count == 11

@@ -316,8 +316,8 @@ class CacheFolder:
         packs = load_packs(self.folder)
         rows = np.concatenate([*packs.values(), np.zeros(1, ROW)])  # the last is that of photos that are not there
         pack_of = np.repeat([*range(len(packs)), -1], [*map(len, packs.values()), 1])
-        places = {key: place for place, key in enumerate(rows["key"].tolist())}
-        found = [places.get(_key(file), -1) for file in self.files]
+        row_of = {key: row for row, key in enumerate(rows["key"].tolist())}
+        found = [row_of.get(_key(file), -1) for file in self.files]
         is_jpeg = self.preset.mode == "jpeg"
         return PhotoCache(self.files, rows[found], pack_of[found], list(packs), is_jpeg)
 

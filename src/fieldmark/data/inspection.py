@@ -266,6 +266,6 @@ def _open_database(folder: Path) -> sqlite3.Connection | None:
                 database.close()
             if isinstance(error, sqlite3.OperationalError):  # busy, read-only or full: not ours to delete
                 return None
-            with contextlib.suppress(OSError):  # not a database, or half of one: worth no more than its time
+            with contextlib.suppress(OSError):  # not a database, or half of one: it only saved time
                 file.unlink()
     return None

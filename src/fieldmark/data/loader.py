@@ -110,7 +110,7 @@ def shard_plan(plan: Plan, *, rank: int, processes: int) -> list[list[int]]:
     """
     shares: list[list[int]] = []
     for numbers in plan:
-        start, end = (len(numbers) * place // processes for place in (rank, rank + 1))
+        start, end = (len(numbers) * part // processes for part in (rank, rank + 1))
         shares.append([int(number) for number in numbers[start:end]])
     return shares
 
@@ -180,8 +180,8 @@ class Loader:
         for worker in self._workers[: len(plan)]:
             worker.send(prepare)
         ahead = 0
-        for place in range(len(plan)):
-            while ahead < min(place + _PREFETCH * len(self._workers), len(plan)):
+        for index in range(len(plan)):
+            while ahead < min(index + _PREFETCH * len(self._workers), len(plan)):
                 worker = self._workers[ahead % len(self._workers)]
                 worker.ask([int(number) for number in plan[ahead]], epoch)
                 self._pending.append(worker)
@@ -225,7 +225,7 @@ def compute_alone() -> None:
 def auto_workers(*, cores: int, is_cached: bool, has_gpu: bool) -> tuple[int, str]:
     """How many processes should prepare batches, and the reason in one phrase; from the cache, a photo costs little."""
     if cores <= 1:
-        return 0, "one core: it prepares and computes by turns"
+        return 0, "one core: it takes turns preparing and computing"
     if has_gpu:
         workers = min(cores - 1, 4 if is_cached else 16)
         return workers, f"{cores} cores feed the GPU, one of them launches its work"

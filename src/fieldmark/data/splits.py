@@ -290,8 +290,7 @@ class _Division:
         undecided = undecided[np.argsort(self.groups[undecided], kind="stable")]
         _, starts = np.unique(self.groups[undecided], return_index=True)
         members = np.split(undecided, starts[1:])
-        for place in sorted(rng.permutation(len(members)), key=lambda place: -len(members[place])):
-            group = members[place]
+        for group in sorted((members[n] for n in rng.permutation(len(members))), key=lambda group: -len(group)):
             present, counts = np.unique(self.labels[group], return_counts=True)
             columns, added = np.append(present, len(sizes) - 1), np.append(counts, len(group))
             cost = (added * (added - 2 * need[:, columns]) / sizes[columns]).sum(axis=1)

@@ -143,7 +143,7 @@ def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
 def _check_header(path: str, header: Sequence[str]) -> Sequence[str]:
     if not header:
         raise DataError(f"{path} is empty: its first line must name the columns")
-    twice = [name for place, name in enumerate(header) if name in header[:place]]
+    twice = [name for index, name in enumerate(header) if name in header[:index]]
     if twice:
         raise DataError(f"{path} has two columns named {twice[0]!r}: rename one of them")
     return header

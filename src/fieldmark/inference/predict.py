@@ -368,7 +368,7 @@ def _count_attempt(folder: Path, number: int) -> None:
         raise _not_shared(folder, "written", error) from None
     if attempts > MAX_ATTEMPTS:
         raise ResourceError(
-            f"{MAX_ATTEMPTS} workers died of this part, with the photos that {_piece_path(folder, number)} names. "
+            f"{MAX_ATTEMPTS} workers crashed on this part, with the photos that {_piece_path(folder, number)} names. "
             "Did they run out of memory? Take out the photo that is too large"
         )
 

@@ -78,8 +78,8 @@ def confused_pairs(found: HeldOut) -> list[tuple[int, int, list[int]]]:
     low, high = np.minimum(found.labels, found.guesses), np.maximum(found.labels, found.guesses)
     surest_first = np.argsort(np.argsort(-found.probabilities.max(axis=1), kind="stable"))
     return [
-        (first, second, sorted(places.tolist(), key=surest_first.__getitem__))
-        for first, second, places in metrics.confused_pairs(low, high)
+        (first, second, sorted(rows.tolist(), key=surest_first.__getitem__))
+        for first, second, rows in metrics.confused_pairs(low, high)
     ]
 
 

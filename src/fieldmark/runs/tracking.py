@@ -49,7 +49,7 @@ class Trackers:
                 if isinstance(error, ImportError):
                     raise MissingExtraError(name, name) from None
                 raise ResourceError(
-                    f"{name} does not start: {_in_a_line(error)}. See to its settings (WANDB_MODE=offline, "
+                    f"{name} does not start: {_in_a_line(error)}. Check its settings (WANDB_MODE=offline, "
                     f"MLFLOW_TRACKING_URI), or leave it out of train.trackers"
                 ) from error
 
@@ -66,7 +66,7 @@ class Trackers:
                 )
 
     def close(self) -> None:
-        """Let each flush and let go."""
+        """Let each flush and close."""
         for name, (_, close) in self._open.items():
             try:
                 close()
