@@ -114,7 +114,7 @@ def test_the_wheel_holds_the_package_and_its_files_and_nothing_else(installed):
     files = {
         file.relative_to(ROOT / "src").as_posix()
         for file in (ROOT / "src").rglob("*")
-        if file.is_file() and file.suffix != ".pyc" and ".egg-info" not in file.parent.name
+        if file.is_file() and "__pycache__" not in file.parts and ".egg-info" not in file.parent.name
     }
     assert kept == files
 
