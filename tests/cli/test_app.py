@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,18 @@ def test_doctor_describes_machine_versions_weights_extras_and_folders(monkeypatc
     text = invoke("doctor").stdout
     assert "hub        does not answer" in text
     assert str(Path.home()) + "/.cache" not in text
+
+
+def test_doctor_asks_the_mirror_of_the_hub_where_one_is_set(monkeypatch):
+    from fieldmark.cli import prepare
+
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as mirror:  # answers 501, which is an answer
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{mirror.server_port}")
+        answering = threading.Thread(target=mirror.handle_request)
+        answering.start()
+        assert prepare.hub_answers()
+        answering.join()
+    assert not prepare.hub_answers()
 
 
 def test_an_extra_that_lacks_a_package_is_named(monkeypatch):

@@ -22,7 +22,6 @@ from fieldmark.cli.options import (
 )
 from fieldmark.progress import open_progress
 
-HUB = "https://huggingface.co/"
 HUB_SECONDS = 3.0
 NOT_FOR_USERS = ("test", "bench", "docs", "all")
 
@@ -220,12 +219,14 @@ def measure_folder(name: str, path: Path) -> dict[str, Any]:
 
 
 def hub_answers() -> bool:
-    """Whether the model hub can be reached, directly or by the proxy that the environment names."""
+    """Whether the model hub, or the mirror that HF_ENDPOINT names, can be reached, by the proxy if there is one."""
     import urllib.error
     import urllib.request
 
+    from huggingface_hub.constants import ENDPOINT
+
     try:
-        with urllib.request.urlopen(HUB, timeout=HUB_SECONDS):
+        with urllib.request.urlopen(ENDPOINT, timeout=HUB_SECONDS):
             return True
     except urllib.error.HTTPError:
         return True
