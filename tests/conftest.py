@@ -31,6 +31,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_addoption(parser):
     parser.addoption("--malformed-uploads", type=int, default=6000, help="how many the slow test of the server sends")
+    parser.addoption("--families", type=int, default=6, help="how many of timm's families the slow test trains")
 
 
 def make_synthetic_run(

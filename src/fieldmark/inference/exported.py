@@ -61,7 +61,7 @@ class ModelMetadata:
     back_off: dict[str, Any] | None = None  # `taxonomy.Fallback` as plain values
     # Exports of earlier versions have the defaults of the settings.
     max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
-    batch_size: Annotated[int, Field(gt=0)] = 64
+    batch_size: Annotated[int, Field(gt=0, lt=2**31)] = 64
     digests: dict[str, str] = field(default_factory=dict[str, str])  # SHA-256 of each file beside fieldmark.json
 
     def eval_spec(self) -> EvalSpec:
