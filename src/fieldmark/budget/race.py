@@ -24,6 +24,7 @@ from fieldmark.budget.plan import Plan
 from fieldmark.config import Config
 from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches
 from fieldmark.files import whole_or_absent
+from fieldmark.models.catalog import InputConfig
 from fieldmark.models.classifier import Classifier
 from fieldmark.models.fusion import fuse_batch_norm
 from fieldmark.progress import Progress
@@ -144,6 +145,9 @@ class Course:
             built = build.build_model(candidate.configure(self.config), num_classes=self.num_classes)
             built.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.fabric.to_device(built.model)
+            # By one picture of each backbone, whichever of its candidates comes first.
+            own = replace(candidate, size=candidate.backbone.picture.test_size)
+            build.fit_pool(built.model, self._pictures(own, built.data), self.order)
             self.models[candidate.backbone] = built
         return self.models[candidate.backbone]
 
@@ -153,11 +157,7 @@ class Course:
         With all threads in one network they meet at every layer, which on a busy machine costs most of the time.
         """
         built = self.load_model(candidate)
-        pictures = EvalPhotos(
-            build.build_reader(self.config, self.dataset.index),
-            build.build_eval_spec(candidate.configure(self.config), built.data),
-            keeps_broken=False,
-        )
+        pictures = self._pictures(candidate, built.data)
         if self.fabric.device.type != "cpu":
             return pictures
         if candidate.backbone not in self.fused:
@@ -168,6 +168,10 @@ class Course:
         return lambda numbers, epoch: join_batches(
             [self._compute(model, pictures(few, epoch)) for few in cut_plan(numbers, CPU_BATCH)]
         )
+
+    def _pictures(self, candidate: Candidate, data: InputConfig) -> EvalPhotos:
+        evaluation = build.build_eval_spec(candidate.configure(self.config), data)
+        return EvalPhotos(build.build_reader(self.config, self.dataset.index), evaluation, keeps_broken=False)
 
     def _compute(self, model: Classifier, batch: Batch) -> Batch:
         """The batch with (B, F, 1, 1) features in place of its pictures."""

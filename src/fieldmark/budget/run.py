@@ -267,10 +267,14 @@ class _Work:
             deadline = plan.decide(f"round of {count}", lambda share=share: plan.elapsed + share * (end - plan.elapsed))
             entries = self._round(running, count, deadline)
             running = self._survivors(entries, most=max(2, -(-len(running) // 3)))
-        for candidate in running:
+        for number, candidate in enumerate(running):
+            deadline = end
             if not plan.decide(f"all photos of {candidate.key}", lambda one=candidate: self._fits([one], end)):
-                continue
-            self._round([candidate], counts[-1], end)
+                if number:
+                    continue
+                # As many as there is time for: a head on more photos than the floor's is worth it.
+                deadline = end - max(map(self._guess_fit, self.entries.values()))
+            self._round([candidate], counts[-1], deadline)
             self._average()
 
     def _round(self, running: Sequence[Candidate], count: int, deadline: float) -> list[Entry]:
@@ -324,11 +328,10 @@ class _Work:
         )
 
     def _average(self) -> None:
-        """Promote the average of the best entries on all photos, if it beats what answers."""
-        whole = [entry for entry in self.entries.values() if len(entry.numbers) == len(self.course.order)]
-        if not whole:
-            return
-        chosen = best_average(whole, self.course.dataset.labels[self.course.order], most=self._most_members())
+        """Promote the average of the best entries on the most photos."""
+        most = max(len(entry.numbers) for entry in self.entries.values())
+        alike = [entry for entry in self.entries.values() if len(entry.numbers) == most]
+        chosen = best_average(alike, self.course.dataset.labels[self.course.order[:most]], most=self._most_members())
         names = " and ".join(entry.candidate.key for entry in chosen)
         what = f"a linear head on {names}" if len(chosen) == 1 else f"the average of linear heads on {names}"
         self._put(Answer(what, tuple(map(self._probed_model, chosen))))
@@ -445,12 +448,11 @@ class _Work:
             features = course.collect_features(entry.candidate, course.val).select(course.val)
             with torch.inference_mode():
                 logits = head(torch.from_numpy(features)).numpy()
-        backbone = course.load_model(entry.candidate).model.backbone
         weights = {
-            f"{part}.{name}": tensor
-            for part, module in (("backbone", backbone), ("head", head))
-            for name, tensor in module.state_dict().items()
-        }
+            name: tensor
+            for name, tensor in course.load_model(entry.candidate).model.state_dict().items()
+            if not name.startswith("head.")
+        } | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         temperature = choose_temperature(entry.head.out_of_fold, course.dataset.labels[entry.numbers])
         return Model(_key(entry), config, self._describe(entry, config), weights, softmax(logits), temperature)
 

@@ -81,6 +81,7 @@ def export_run(
             f"{run.path} is an ensemble, and an export is one model: export one of its runs, or make one model of them "
             "with `fieldmark combine --method soup`"
         )
+    create = run.model_info["create"]
     return export_model(
         run.load_model(),
         describe_run(run, to),
@@ -88,7 +89,7 @@ def export_run(
         photos=validation_photos(run, max_photos=max_photos),
         is_int8=is_int8,
         max_accuracy_loss=max_accuracy_loss,
-        is_plain=not run.model_info["create"].get("stride_in_1x1", False),
+        is_plain=not create.get("stride_in_1x1", False) and create.get("pool", "average") == "average",
         card=lambda written: model_card(run, written),
         run=run,
     )

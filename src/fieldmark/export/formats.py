@@ -173,7 +173,8 @@ def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata, *, is_pl
         )
     if not is_plain:
         raise ExportError(
-            "the timm form cannot say that strides were moved (model.stride_in_1x1): export --to onnx or torch"
+            "the timm form cannot say that strides were moved (model.stride_in_1x1) or features pooled otherwise "
+            "(model.pool): export --to onnx or torch, or train with model.pool=average"
         )
     architecture = metadata.architecture.split(".")[0]
     whole: Any = timm.create_model(architecture, num_classes=len(metadata.classes))

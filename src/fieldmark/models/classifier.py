@@ -16,16 +16,30 @@ from torch import Tensor, nn
 
 from fieldmark.errors import ConfigError, first_line
 from fieldmark.models.catalog import check_name, fetch, hub_repository
+from fieldmark.models.pooling import CovariancePool
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish)
 
 
 class Classifier(nn.Module):
-    """Backbone (B, 3, H, W) -> (B, F), dropout of the pooled features, head (B, F) -> (B, K)."""
+    """Backbone (B, 3, H, W) -> (B, F), dropout of the pooled features, head (B, F) -> (B, K).
+
+    `pool` takes the backbone's feature map in place of the backbone's own pooling.
+    """
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, *, name: str, num_features: int, feature_dropout: float
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        *,
+        name: str,
+        num_features: int,
+        feature_dropout: float,
+        pool: CovariancePool | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.pool = pool
         self.feature_dropout = nn.Dropout(feature_dropout)
         self.head = head
         self.name = name
@@ -41,7 +55,7 @@ class Classifier(nn.Module):
         """Pooled features (B, F) of normalized images (B, 3, H, W), before any dropout."""
         try:
             with _fast_gradients() if self.training and images.device.type == "cpu" else nullcontext():
-                features = self.backbone(images)
+                features = self.backbone(images) if self.pool is None else self.pool(self.feature_map(images))
         except AssertionError as error:  # timm's way to refuse a size
             raise _refuse_size(self.name, self.backbone, images.shape[-1], error) from None
         if features.ndim != 2:
@@ -50,6 +64,10 @@ class Classifier(nn.Module):
                 "each photo, as an encoder of a larger system does. Choose a model that classifies"
             )
         return features
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Feature map (B, C, H, W) of normalized images, before any pooling, of backbones that have one."""
+        return cast(Any, self.backbone).forward_features(images)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (B, K) of pooled features (B, F)."""
@@ -112,12 +130,14 @@ def create_classifier(
     feature_dropout: float,
     drop_path: float,
     stride_in_1x1: bool,
+    pool: Literal["average", "covariance"] = "average",
 ) -> Classifier:
     """Create a randomly initialized classifier; torch's global generator decides the weights.
 
     The "mlp" head is the report's, dropout before the ReLU included. `drop_path` is the rate of stochastic depth in the
     last block (arXiv:1603.09382). `stride_in_1x1` gives the stride of a bottleneck to its first 1x1 convolution: the
-    original ResNet (He et al., arXiv:1512.03385, table 1), as Keras' weights have it, rather than "v1.5".
+    original ResNet (He et al., arXiv:1512.03385, table 1), as Keras' weights have it, rather than "v1.5". `pool` is the
+    backbone's own pooling, a mean as a rule, or `pooling.CovariancePool`.
 
     Raises ConfigError for an unknown name, or an option that this backbone does not have, and WeightsError where `name`
     is on the hub ("hf-hub:...") and the hub cannot be reached.
@@ -127,6 +147,15 @@ def create_classifier(
         _move_stride_to_1x1(backbone, name)
     # The width after the backbone's own pre-logits layer, which some networks (MobileNetV3, VGG) have.
     num_features = int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
+    covariance = None
+    if pool == "covariance":
+        if not has_positive_map(backbone):
+            raise ConfigError(
+                f"model.pool: {name} has no feature map that ends in a ReLU, which covariance pooling takes. "
+                "Set model.pool=average"
+            )
+        covariance = CovariancePool(cast(int, backbone.num_features))
+        num_features = covariance.width
     layers: nn.Module = nn.Linear(num_features, num_classes)
     if head == "mlp":
         layers = nn.Sequential(
@@ -135,7 +164,19 @@ def create_classifier(
             nn.ReLU(),
             nn.Linear(head_hidden, num_classes),
         )
-    return Classifier(backbone, layers, name=name, num_features=num_features, feature_dropout=feature_dropout)
+    return Classifier(
+        backbone, layers, name=name, num_features=num_features, feature_dropout=feature_dropout, pool=covariance
+    )
+
+
+def has_positive_map(backbone: nn.Module) -> bool:
+    """Whether a backbone ends in a map (B, C, H, W) behind a ReLU, as those of ResNets and EfficientNet-Lite do."""
+    activations = [module for module in backbone.modules() if isinstance(module, _ACTIVATIONS)]
+    if not activations or not isinstance(activations[-1], nn.ReLU | nn.ReLU6):
+        return False
+    pooling = getattr(backbone, "global_pool", None)  # elsewhere a norm or a layer may follow the map
+    width = cast(Any, backbone).num_features
+    return type(pooling).__name__ == "SelectAdaptivePool2d" and getattr(backbone, "head_hidden_size", width) == width
 
 
 def freeze_stages(model: Classifier, count: int | Literal["all"], *, freeze_batchnorm: bool = False) -> None:

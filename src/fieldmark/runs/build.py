@@ -31,7 +31,7 @@ from fieldmark.models.classifier import (
 )
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
-from fieldmark.runs.dataset import Dataset, PhotoReader, TrainPhotos, decode_spec, user_folder
+from fieldmark.runs.dataset import Dataset, EvalPhotos, PhotoReader, TrainPhotos, decode_spec, user_folder
 from fieldmark.runs.environment import keep_freed_memory, processor_name, quiet_fabric, usable_cores
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import ScheduleSpec, create_optimizer, parameter_groups
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
 
 Value = TypeVar("Value", str, int)
+
+
+POOL_PHOTOS = 64
+"""Photos of which the feature maps choose the directions of covariance pooling."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,7 @@ def create_arguments(config: Config, *, num_classes: int) -> dict[str, Any]:
         "name": resolve_name(settings.name, settings.weights),
         "num_classes": num_classes,
         **{name: getattr(settings, name) for name in names},
+        **({"pool": settings.pool} if settings.pool != "average" else {}),  # runs of before say nothing of it
     }
 
 
@@ -215,6 +220,17 @@ def build_model(config: Config, *, num_classes: int) -> BuiltModel:
     data = build_input_config(config)
     require_sizes(config, data)
     return BuiltModel(model, create, load_weights(model, settings.weights), data)
+
+
+def fit_pool(model: Classifier, pictures: EvalPhotos, numbers: NDArray[np.int64]) -> None:
+    """Let covariance pooling, if the model has it, choose its directions by a few of these photos."""
+    if model.pool is not None:
+        numbers = np.sort(numbers)[np.linspace(0, len(numbers) - 1, min(POOL_PHOTOS, len(numbers))).astype(np.int64)]
+        device, is_training = model.pool.projection.device, model.training
+        batches = [pictures(few, 0).images.to(device) for few in cut_plan(numbers.tolist(), POOL_PHOTOS // 8)]
+        with torch.inference_mode():
+            model.pool.fit(torch.cat([model.eval().feature_map(images).float() for images in batches]))
+        model.train(is_training)
 
 
 def build_input_config(config: Config) -> InputConfig:
