@@ -26,7 +26,9 @@ from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import apply_corrections, load_index, load_split_table
 from fieldmark.data.tables import read_csv
 from fieldmark.errors import FieldmarkError
+from fieldmark.export.export import export_run
 from fieldmark.inference.calibration import calibrate_run, load_calibration
+from fieldmark.inference.exported import ExportedModel
 from fieldmark.inference.predictor import Predictor
 from fieldmark.progress import Quiet
 from fieldmark.runs.folder import Run, RunResults
@@ -248,6 +250,33 @@ def assert_tellable(run: Path) -> None:
     _ = Run(run).metrics
     compare_runs([run], metric="top1", split="val")
     write_report([run], run.parent / "report.md", metric="top1", split="val", title="", with_photos=False)
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx", "timm"])
+def test_a_damaged_export_is_refused_or_gives_the_same_logits(whole, tmp_path, kind):
+    out = tmp_path / "export"
+    export_run(Run(whole), out, to=kind, is_int8=False, max_accuracy_loss=0.0, max_photos=6)
+    images = np.random.default_rng(0).normal(0, 1, (2, 3, 32, 32)).astype(np.float32)
+    before = ExportedModel.load(out, threads=1).logits(images)
+
+    def ask_logits() -> None:
+        np.testing.assert_array_equal(ExportedModel.load(out, threads=1).logits(images), before)
+
+    def ask_sane() -> None:
+        require_sane(out)
+
+    files = [path for path in out.iterdir() if path.name not in ("fieldmark.json", "README.md")]
+    assert files
+    for path in files:
+        refused, _ = try_all(path, damage(path.read_bytes(), seed=4, count=40), ask_logits)
+        assert refused > 100
+    path = out / "fieldmark.json"
+    content = json.loads(path.read_text())
+    del content["metrics"], content["evidence"]
+    texts = ((f"field {number}", json.dumps(one).encode()) for number, one in enumerate(change_fields(content)))
+    for cases in (damage(path.read_bytes(), seed=5, count=30), texts):
+        refused, _ = try_all(path, cases, ask_sane)
+        assert refused > 50
 
 
 def test_a_damaged_pack_gives_the_same_photos_or_none(photos, tmp_path):

@@ -197,6 +197,29 @@ def test_a_run_that_was_left_is_offered_for_resuming(unfinished, photos, fieldma
     follow(fieldmark("train", photos, "--recipe", "laptop", "--out", unfinished, *tiny()), "evaluate")
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_photos_that_moved_are_named_to_the_resume(photos, tiny, spaced, fieldmark, follow, epoch):
+    """Also to a run that has no checkpoint yet and begins again."""
+    own = Path(shutil.copytree(photos, spaced / "photos"))
+    config = load_config("laptop", [f'data.path="{own}"', *tiny()[1::2]])
+    leave_after(epoch, config, spaced / "run")
+    moved = own.rename(spaced / "moved photos")
+    follow(fieldmark("train", "--resume", spaced / "run"), "train --resume", FOLDER=moved)
+    assert Run(spaced / "run").summary["status"] == "finished"
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_photos_that_broke_may_be_left_out_by_a_new_run(photos, tiny, spaced, fieldmark, follow, epoch):
+    own = Path(shutil.copytree(photos, spaced / "photos"))
+    config = load_config("laptop", [f'data.path="{own}"', *tiny()[1::2]])
+    leave_after(epoch, config, spaced / "run")
+    (own / "2" / "0.png").write_bytes(b"")
+    follow(fieldmark("train", "--resume", spaced / "run"), "train", "--out", str(spaced / "new run"))
+    new = Run(spaced / "new run")
+    assert new.config.model == Run(spaced / "run").config.model  # by the same recipe
+    assert len(new.split.photos) == 35
+
+
 def test_broken_photos_may_be_skipped(photos, tiny, spaced, fieldmark):
     own = Path(shutil.copytree(photos, spaced / "photos"))
     for number in range(12):

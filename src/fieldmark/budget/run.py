@@ -35,14 +35,14 @@ from fieldmark.budget.tune import (
     tune,
 )
 from fieldmark.config import Config, parse_config
-from fieldmark.errors import FieldmarkError, InterruptedRunError, RunError
+from fieldmark.errors import FieldmarkError, InterruptedRunError, RunError, command
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import prepare_dataset
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import Run
 from fieldmark.runs.session import setup_fabric
-from fieldmark.runs.train import StopRequest, format_accuracy, stop_requests
+from fieldmark.runs.train import StopRequest, format_accuracy, next_steps, stop_requests
 from fieldmark.runs.writer import claim_folder
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.evaluate import softmax
@@ -120,7 +120,8 @@ def resume_within(
     path = Path(out)
     plan = Plan.resume(path / PLAN, minutes=minutes, clock=clock)
     if minutes is None and folder.run_status(path) == "finished":
-        raise RunError(f"{path} is finished. Give it more time with: fieldmark train --resume {path} --minutes N")
+        more = command("train", "--resume", path, "--minutes", "N")
+        raise RunError(f"{path} is finished. Give it more time with: {more}")
     config = parse_config(plan.decide("settings", dict), PLAN)
     with claim_folder(path, is_new=False), stop_requests() as stop:
         return _prepare(config, path, plan, progress, stop).run()
@@ -182,7 +183,7 @@ class _Work:
             self.end("interrupted")
             raise InterruptedRunError(
                 f"stopped by {course.stop.signal_name}: {course.path} holds {self.best.name}, which answers. Go on "
-                f"with: fieldmark train --resume {course.path}"
+                f"with: {command('train', '--resume', course.path)}"
             ) from None
         self.end("finished")
         return Run(course.path)
@@ -470,7 +471,7 @@ class _Work:
         if stop:
             raise InterruptedRunError(
                 f"stopped by {stop.signal_name} before anything answered. Go on with: "
-                f"fieldmark train --resume {self.course.path}"
+                f"{command('train', '--resume', self.course.path)}"
             )
 
     def end(self, status: str) -> None:
@@ -568,5 +569,4 @@ def format_result(run: Run) -> str:
             f"more time: the second half earned {more['second_half_earned']:+.4f} (95 % interval {more['low']:+.4f} to "
             f"{more['high']:+.4f}); as much time again would probably earn no more than that"
         )
-    return "\n".join([*lines, "next:", f"  fieldmark evaluate {run.path}",
-                      f"  fieldmark predict {run.path} PHOTOS --out prediction.csv"])  # fmt: skip
+    return "\n".join([*lines, *next_steps(run)])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fieldmark.errors import ExportError
 from fieldmark.files import whole_folder
-from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata
+from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata, digest_file
 
 if TYPE_CHECKING:
     from fieldmark.models.classifier import Classifier
@@ -117,6 +117,7 @@ def export_model(
     metadata = replace(metadata, precision=precision)
     with whole_folder(out) as part:
         _write(model, metadata, part, photos, is_plain=is_plain)
+        metadata = replace(metadata, digests={file.name: digest_file(file) for file in part.iterdir()})
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         evidence = _prove(model, metadata, part, photos, max_accuracy_loss=max_accuracy_loss)
         if run is not None and (gap := compare_answers(run, part, photos)):

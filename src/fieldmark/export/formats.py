@@ -40,7 +40,7 @@ def write_onnx(model: nn.Module, path: Path, *, size: int, metadata: str) -> Non
         import onnx
     with needs_extra("onnxscript", "export"):
         importlib.import_module("onnxscript")  # torch needs it and would say so less clearly
-    with _one_error("as ONNX"):
+    with _one_error("as ONNX"), _plain_attention(model):
         program = torch.onnx.export(
             model,
             (torch.zeros(2, 3, size, size),),
@@ -99,12 +99,28 @@ def _save_onnx(onnx: Any, proto: Any, path: Path, metadata: str) -> None:
 
 
 @contextmanager
+def _plain_attention(model: nn.Module) -> Generator[None]:
+    """Let timm's attention compute by plain products: torch cannot write its fused one with a bias as ONNX (BEiT)."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    try:
+        for module in fused:
+            vars(module)["fused_attn"] = False
+        yield
+    finally:
+        for module in fused:
+            vars(module)["fused_attn"] = True
+
+
+@contextmanager
 def _one_error(way: str) -> Generator[None]:
     """Torch's exporters raise many kinds of errors; each means the same to the user."""
     try:
         yield
     except Exception as error:
-        raise ExportError(f"the model cannot be written {way}: {first_line(error)}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the first is the reason, the others say which step it was
+            cause = cause.__cause__
+        raise ExportError(f"the model cannot be written {way}: {first_line(cause)}") from error
 
 
 def write_openvino(source: Path, path: Path, *, metadata: str) -> None:

@@ -23,11 +23,11 @@ from fieldmark.augment.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config, dump_config
 from fieldmark.data.loader import Batch, Loader, shard_plan
-from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError
+from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError, command
 from fieldmark.models.classifier import freeze_stages, train_only_head_and_norms
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
-from fieldmark.runs.dataset import Dataset, EvalPhotos, inspect, list_broken, prepare_dataset
+from fieldmark.runs.dataset import SKIP_BROKEN, Dataset, EvalPhotos, inspect, list_broken, prepare_dataset
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.tracking import require_trackers
 from fieldmark.runs.writer import RunWriter, claim_folder
@@ -214,7 +214,8 @@ def open_session(
             _run_together(fabric, lambda: None)
             progress = Quiet()
 
-        load = partial(prepare_dataset, config.data)
+        skip = _skip_broken(config.data.path, path) if start == "again" else SKIP_BROKEN
+        load = partial(prepare_dataset, config.data, skip=skip)
         load = load if start != "resumed" else partial(_reload_dataset, config, path, data)
         dataset = _run_together(fabric, lambda: load(progress=progress))
         built = _run_together(fabric, lambda: build.build_model(config, num_classes=len(dataset.index.classes)))
@@ -271,22 +272,32 @@ def _run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]  # without a problem it is what `work` gave
 
 
+def require_photos_of(path: Path, root: Path) -> None:
+    """Refuse to resume the run in `path` where its photos, a folder or a table, are gone."""
+    if not root.exists():
+        raise DataError(
+            f"the photos of {path} were in {root}, which is gone: say where they are with "
+            f"`{command('train', '--resume', path, '--data', 'FOLDER')}`"
+        )
+
+
+def _skip_broken(photos: str | Path, path: Path) -> str:
+    """How to train without broken photos where a run goes on with its own settings."""
+    again = ("--recipe", path / folder.RECIPE, "--set", "data.broken=skip")
+    return f"begin a new run without them: {command('train', photos, *again)}"
+
+
 def _reload_dataset(config: Config, path: Path, data: Path | None, *, progress: Progress) -> Dataset:
     """Take the very photos of a run's own table, from where they are now."""
     run = folder.Run(path)
     index = run.split if data is None else replace(run.split, root=data)
-    if not index.root.is_dir():
-        raise DataError(
-            f"the photos of {path} were in {index.root}, which is gone: say where they are with "
-            f"`fieldmark train --resume {path} --data FOLDER`"
-        )
+    require_photos_of(path, index.root)
     facts = inspect(index, config.data, progress=progress)
     broken = [(photo.path, fact.problem) for photo, fact in zip(index.photos, facts, strict=True) if fact.problem]
     if broken:
         raise DataError(
             f"the photos of this run changed since it began: {list_broken(broken, len(index.photos))}\n"
-            f"Bring them back as they were, or begin a new run without them: fieldmark train {index.root} "
-            "--set data.broken=skip"
+            f"Bring them back as they were, or {_skip_broken(data or config.data.path, path)}"
         )
     if index.fingerprint() != run.data_info["fingerprint"]:
         raise DataError(

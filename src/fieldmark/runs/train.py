@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 import time
@@ -18,11 +17,18 @@ from torch import nn
 
 from fieldmark.config import Config
 from fieldmark.data.folders import quote
-from fieldmark.errors import InterruptedRunError, NonFiniteError, ReportedElsewhereError, RunError, TrainingError
+from fieldmark.errors import (
+    InterruptedRunError,
+    NonFiniteError,
+    ReportedElsewhereError,
+    RunError,
+    TrainingError,
+    command,
+)
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.folder import Run
-from fieldmark.runs.session import Session, Start, open_session
+from fieldmark.runs.session import Session, Start, open_session, require_photos_of
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
 from fieldmark.training.evaluate import compute_features
@@ -59,7 +65,7 @@ def _stop_at_once(path: Path) -> Generator[None]:
 
     def on_signal(number: int, frame: FrameType | None) -> NoReturn:
         begins_again = (path / folder.RECIPE).is_file()
-        way_on = f"Begin again with: fieldmark train --resume {path}" if begins_again else "Nothing was written"
+        way_on = f"Begin again with: {command('train', '--resume', path)}" if begins_again else "Nothing was written"
         raise InterruptedRunError(f"stopped by {signal.Signals(number).name} before the first update. {way_on}")
 
     with _handle_signals(on_signal, signal.SIGTERM):
@@ -129,6 +135,7 @@ def resume(
     if (run.path / folder.STATE).is_file():
         yield from _run(config, run.path, "resumed", progress, moved)
         return
+    require_photos_of(run.path, moved or Path(config.data.path))
     if moved is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(moved)})})
     yield from _run(config, run.path, "again", progress)
@@ -310,7 +317,7 @@ def _raise_interrupted(session: Session, state: TrainState, stop: StopRequest) -
     session.writer.write_summary({"status": "interrupted", "epochs": state.epoch, "step": state.step})
     raise InterruptedRunError(
         f"stopped by {stop.signal_name or 'another process'} after update {state.step}, everything is saved. "
-        f"Continue with: fieldmark train --resume {path}"
+        f"Continue with: {command('train', '--resume', path)}"
     )
 
 
@@ -346,15 +353,19 @@ def format_epoch(report: EpochReport) -> str:
 
 def format_result(run: Run) -> str:
     """Say what a finished run reached, and what to do with it."""
-    summary, path = run.summary, shlex.quote(str(run.path))
+    summary = run.summary
     lines = [f"run: {run.path}"]
     if "val" in summary:
         lines.append(f"validation: {format_accuracy(summary['val'])}  ({_describe_kept(summary)})")
     if "probe" in summary:
         lines.append(_describe_probe(summary))
-    return "\n".join(
-        [*lines, "next:", f"  fieldmark evaluate {path}", f"  fieldmark predict {path} PHOTOS --out prediction.csv"]
-    )
+    return "\n".join([*lines, *next_steps(run)])
+
+
+def next_steps(run: Run) -> list[str]:
+    """List what to do with a finished run, as commands."""
+    predict = command("predict", run.path, "PHOTOS", "--out", "prediction.csv")
+    return ["next:", f"  {command('evaluate', run.path)}", f"  {predict}"]
 
 
 def _describe_probe(summary: Mapping[str, Any]) -> str:
