@@ -53,8 +53,8 @@ def test_a_hundred_thousand_photos_take_seconds():
     rng = np.random.default_rng(0)
     first, second = rng.integers(0, 2**64, 80_000, dtype=np.uint64), rng.integers(0, 2**64, 20_000, dtype=np.uint64)
     second[:50] = first[:50] ^ np.uint64(0b1011)
-    start = time.perf_counter()
+    start = time.process_time()
     left, _, distance = near_pairs(first, second, max_distance=6)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert left.tolist() == list(range(50))
     assert set(distance.tolist()) == {3}

@@ -14,16 +14,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data.index import SPLITS, PhotoIndex, load_split_table, save_split_table
+from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, ResourceError
-
-if TYPE_CHECKING:
-    from fieldmark.data.inspection import PhotoFacts
 
 Numbers = NDArray[np.int64]
 
