@@ -176,8 +176,8 @@ def test_choosing_the_best_epoch_is_said_to_bias_accuracy_and_the_last_is_not(ma
     best = compare_runs([make_run("best", epochs=12)])
     assert best.variants[0].optimism.source == "photos"
     assert any("optimistic bias of about" in note for note in best.notes)
-    history = compare_runs([make_run("history", epochs=12, keep_epochs=False)])
-    assert history.variants[0].optimism.source == "history"
+    unknown = compare_runs([make_run("unknown", epochs=12, keep_epochs=False)])
+    assert unknown.variants[0].optimism.source == "none"
     last = compare_runs([make_run("last", epochs=12, overrides=['train.select="last"'])])
     assert last.variants[0].optimism.points == 0
     assert not any("optimistic bias" in note for note in last.notes)

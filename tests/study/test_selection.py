@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fieldmark.study.statistics import optimism_from_history, optimism_from_photos, smooth
+from fieldmark.study.statistics import optimism_from_photos, smooth
 
 
 def _equal_epochs(rng, *, epochs, photos=300):
@@ -36,15 +36,6 @@ def test_an_epoch_that_is_better_on_every_photo_flatters_nothing():
 def test_one_epoch_is_no_choice():
     rng = np.random.default_rng(3)
     assert optimism_from_photos(_equal_epochs(rng, epochs=1), draws=10, rng=rng).source == "none"
-    assert optimism_from_history(np.array([0.5, 0.6]), draws=10, rng=rng).source == "none"
-
-
-def test_a_smooth_rise_is_not_taken_for_noise():
-    rng = np.random.default_rng(4)
-    rise = 0.9 - 0.5 * np.exp(-0.5 * np.arange(30))
-    smooth_rise = optimism_from_history(rise, draws=1000, rng=rng)
-    noisy_rise = optimism_from_history(rise + rng.normal(0, 0.01, 30), draws=1000, rng=rng)
-    assert smooth_rise.points < 0.004 < noisy_rise.points < 0.03
 
 
 def test_smoothing_keeps_a_straight_line_and_the_ends():

@@ -251,21 +251,16 @@ def _open_log_loss(interval: Interval, num_photos: int, num_classes: int) -> Int
 
 def _run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> Optimism:
     """What choosing the best epoch by top-1 adds to one run's accuracy; nothing where the last epoch was kept."""
-    if run.config.train.select != "best" or run.config.train.metric == "log_loss":
+    is_chosen = run.config.train.select == "best" and run.config.train.metric != "log_loss"
+    if not is_chosen or run.epoch_predictions is None:
         return Optimism(0.0, "none")
-    if run.epoch_predictions is not None:
-        return statistics.optimism_from_photos(run.epoch_predictions == run.labels, draws=draws, rng=rng)
-    history = [epoch["val"]["top1"] for epoch in run.metrics if epoch.get("val")]
-    return statistics.optimism_from_history(np.array(history, np.float64), draws=draws, rng=rng)
+    return statistics.optimism_from_photos(run.epoch_predictions == run.labels, draws=draws, rng=rng)
 
 
 def decide_together(
     differences: Sequence[tuple[str, str, Difference]], *, metric: Metric, level: float
 ) -> tuple[Pair, ...]:
-    """Verdicts on differences that are looked at together: their p-values are corrected for that number, by Holm.
-
-    A difference is that of the second variant over the first, with their names.
-    """
+    """Verdicts on differences of a second over a first variant, p-values corrected for their number by Holm."""
     corrected = statistics.holm([difference.p_value for _, _, difference in differences])
     pairs: list[Pair] = []
     for (first, second, difference), p_value in zip(differences, corrected, strict=True):
@@ -324,9 +319,8 @@ def _notes(variants: Sequence[Variant]) -> tuple[str, ...]:
     worst = max(variants, key=lambda variant: variant.optimism.points)
     if worst.optimism.points >= 0.0005:
         largest = f" (largest: {worst.name})" if len(variants) > 1 else ""
-        bound = "at most about" if worst.optimism.source == "history" else "about"
         notes.append(
-            f"The best epoch was chosen on these photos: an optimistic bias of {bound} "
+            "The best epoch was chosen on these photos: an optimistic bias of about "
             f"{100 * worst.optimism.points:.1f} points of accuracy{largest}."
         )
     return (*notes, *filter(None, (_probe_note(run) for variant in variants for run in variant.runs)))

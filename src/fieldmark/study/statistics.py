@@ -268,12 +268,11 @@ def _resample_means(values: Scores, draws: int, rng: np.random.Generator, *, pad
 class Optimism:
     """Expected excess of the best epoch's accuracy over the same epoch's accuracy on new photos, as a fraction.
 
-    From `photos`, the predictions of every epoch; from `history`, the accuracies alone, where the epochs' true ups and
-    downs count as noise, so that it is an upper bound; `none` where nothing was selected.
+    From `photos`, the predictions of every epoch; `none` where nothing was selected, or they are not there.
     """
 
     points: float
-    source: Literal["photos", "history", "none"]
+    source: Literal["photos", "none"]
 
 
 def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.random.Generator) -> Optimism:
@@ -296,24 +295,6 @@ def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.rand
         drawn = weights @ right.T / num_photos
         excess.extend(drawn.max(axis=1) - truth[drawn.argmax(axis=1)])
     return Optimism(max(0.0, float(np.mean(excess))), "photos")
-
-
-def optimism_from_history(accuracies: NDArray[np.float64], *, draws: int, rng: np.random.Generator) -> Optimism:
-    """The same from the (E,) accuracies after each epoch: ups and downs around a smooth curve are taken for noise.
-
-    Source:
-        A parametric bootstrap (Efron and Tibshirani, "An introduction to the bootstrap", section 6.5) around a running
-        mean over five epochs; the noise is estimated from second differences (Gasser, Sroka and Jennen-Steinmetz,
-        "Residual variance and residual pattern in nonlinear regression", Biometrika 73, 1986), by their median, so
-        that the steep first epochs do not inflate it.
-    """
-    if len(accuracies) < 3:
-        return Optimism(0.0, "none")
-    # 1.4826: from the median of absolute normal noise to its standard deviation; 6 = 1 + 4 + 1.
-    noise = 1.4826 * float(np.median(np.abs(np.diff(accuracies, 2)))) / 6**0.5
-    trend = smooth(accuracies, width=5)
-    drawn = trend + rng.normal(0.0, noise, size=(draws, len(trend)))
-    return Optimism(max(0.0, float(np.mean(drawn.max(axis=1) - trend[drawn.argmax(axis=1)]))), "history")
 
 
 def smooth(values: NDArray[np.float64], *, width: int) -> NDArray[np.float64]:
