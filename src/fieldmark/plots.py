@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -180,17 +180,6 @@ def draw_lambda(axes: Axes, values: NDArray[np.float64], alpha: tuple[float, flo
     axes.set_ylim(0, 4)
     axes.legend(frameon=False, fontsize=8)
     dress(axes, title, "λ")
-
-
-def draw_rate(axes: Axes, epochs: NDArray[np.float64], rates: Mapping[str, NDArray[np.float64]], title: str) -> None:
-    """Learning rates over the epochs of a run, one line per name."""
-    for (name, values), color in zip(rates.items(), COLORS, strict=False):
-        axes.plot(epochs, values, label=name, color=color)
-    axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    if len(rates) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    dress(axes, title, "epoch")
 
 
 def photo_grid(photos: Sequence[NDArray[np.uint8]], captions: Sequence[str], colors: Sequence[str]) -> Figure:

@@ -120,22 +120,6 @@ def decode(
     return _from_image(path, image, background, max_pixels)
 
 
-def read_size(source: Path | bytes, *, max_pixels: int, name: str = "<bytes>") -> tuple[int, int]:
-    """Read width and height of the upright photo from its header; raises PhotoError. The pixels may still be broken."""
-    path = name if isinstance(source, bytes) else str(source)
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            if not file.read(1):
-                raise PhotoError(path, _EMPTY)
-            file.seek(0)
-            image = _open(path, file, max_pixels)
-            # Pillow gives the size of a TIFF upright already.
-            is_turned = image.format != "TIFF" and _read_orientation(image) > 4
-            return (image.height, image.width) if is_turned else (image.width, image.height)
-    except (OSError, ValueError) as error:
-        raise PhotoError(path, explain_reading(error)) from None
-
-
 def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undo EXIF orientation 1 to 8."""
     if orientation == 1:

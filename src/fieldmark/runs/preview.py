@@ -20,24 +20,22 @@ from torch.optim import Optimizer
 
 from fieldmark import plots
 from fieldmark.augment.mixing import Method, apply_mix, draw_mix, lambda_draws, one_hot
+from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config
-from fieldmark.data.decode import read_size
 from fieldmark.data.index import PhotoIndex
-from fieldmark.errors import DataError, PhotoError, TrainingError
+from fieldmark.data.loader import Batch
+from fieldmark.errors import DataError, TrainingError
 from fieldmark.files import write_whole
 from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.check import LintInput, lint_recipe
-from fieldmark.runs.dataset import find_photos, known_sizes
+from fieldmark.runs.dataset import find_photos, inspect, known_sizes
 from fieldmark.runs.session import Session, open_session
 from fieldmark.training.loop import soft_cross_entropy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
-
-    from fieldmark.augment.reference import EvalSpec
-    from fieldmark.data.loader import Batch
 
 
 SHOWN = 8
@@ -49,7 +47,10 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
     """Draw a recipe at work on a few photos, as a PNG, and give the findings of its lint."""
     index = find_photos(config.data)
     numbers = [number for number, photo in enumerate(index.photos) if photo.label and photo.split in ("train", "")]
-    sizes = _read_sizes(config, index, _spread(numbers, SIZES_READ), progress)
+    chosen = _spread(numbers, SIZES_READ)
+    part = replace(index, photos=tuple(index.photos[number] for number in chosen))
+    facts = dict(zip(chosen, inspect(part, config.data, progress=progress), strict=True))
+    sizes = {number: (fact.width, fact.height) for number, fact in facts.items() if not fact.problem}
     if not sizes:
         raise DataError(f"{index.root} holds no labeled photo that can be read: `fieldmark check` says why")
     num_train, num_val = len(numbers), sum(photo.split == "val" for photo in index.photos)
@@ -80,21 +81,6 @@ def _draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[in
     _draw_mixed(mixed, given, batches[0], evaluation, index.classes)
     _draw_curves(curves, given)
     return figure
-
-
-def _read_sizes(
-    config: Config, index: PhotoIndex, numbers: list[int], progress: Progress
-) -> dict[int, tuple[int, int]]:
-    progress.start(len(numbers), 0)
-    files = index.files()
-    sizes: dict[int, tuple[int, int]] = {}
-    for number in numbers:
-        try:
-            sizes[number] = read_size(files[number], max_pixels=config.data.max_pixels)
-        except PhotoError as error:
-            progress.message(f"left out: {error}")
-        progress.advance(1)
-    return sizes
 
 
 def _spread(numbers: list[int], count: int) -> list[int]:
@@ -132,18 +118,15 @@ def _draw_mixed(
             drawn = draw_mix(spec, seed=config.train.seed, epoch=0, step=step, batch_size=num_photos, image_size=size)
             images, labels = apply_mix(batch.images, targets, drawn)
             photos.append(_pixels(images[step].numpy(), evaluation))
-            captions.append(_mixed_label(labels[step].numpy(), classes))
+            target = labels[step].numpy()
+            top = [number for number in np.argsort(-target, kind="stable")[:2] if target[number] > 0.005]
+            captions.append("\n".join(f"{target[number]:.2f} {classes[number]}" for number in top))
     title = (
         " and ".join(f"{method} ({share:.0%} of the batches)" for method, share in whole.shares.items() if share)
         if whole.share
         else "mixing is off (mix.share = 0); this is what it would look like"
     )
     _draw_row(part, title, photos, captions, rows=len(whole.methods))
-
-
-def _mixed_label(target: NDArray[np.float32], classes: tuple[str, ...]) -> str:
-    top = np.argsort(-target, kind="stable")[:2]
-    return "\n".join(f"{target[number]:.2f} {classes[number]}" for number in top if target[number] > 0.005)
 
 
 def _draw_curves(part: SubFigure, given: LintInput) -> None:
@@ -161,8 +144,13 @@ def _draw_curves(part: SubFigure, given: LintInput) -> None:
     steps = np.unique(np.linspace(0, total - 1, 600).astype(int)) if total else np.zeros(0, int)
     schedule = build.build_schedule_spec(config)
     head = config.optim.lr * np.asarray([schedule.factor(int(s), steps_per_epoch=steps_per_epoch) for s in steps])
-    rates = {"head": head, "backbone's last stage": head * config.optim.backbone_lr_scale}
-    plots.draw_rate(rate, steps / steps_per_epoch, rates, "learning rate")
+    rate.plot(steps / steps_per_epoch, head, label="head", color=plots.COLORS[0])
+    backbone = head * config.optim.backbone_lr_scale
+    rate.plot(steps / steps_per_epoch, backbone, label="backbone's last stage", color=plots.COLORS[1])
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    rate.legend(frameon=False, fontsize=8)
+    plots.dress(rate, "learning rate", "epoch")
 
 
 UPDATES = 100
@@ -285,12 +273,9 @@ def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
 
 def steepest_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
     """Find the rate at which the loss falls fastest over the logarithm of the rate, by central differences."""
-    if len(lrs) < 3:
-        return lrs[0]
-    slopes = [
-        (losses[i + 1] - losses[i - 1]) / (math.log(lrs[i + 1]) - math.log(lrs[i - 1])) for i in range(1, len(lrs) - 1)
-    ]
-    return lrs[1 + slopes.index(min(slopes))]
+    rates, values = np.log(lrs), np.asarray(losses)
+    slopes = (values[2:] - values[:-2]) / (rates[2:] - rates[:-2])
+    return lrs[1 + int(slopes.argmin())]
 
 
 def save_sweep(sweep: LrSweep, path: Path) -> None:
