@@ -90,5 +90,5 @@ def test_a_classifier_with_it_learns_through_it_and_keeps_its_directions_with_it
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "efficientnet_b0", "convnext_atto", "mobilenetv3_small_050"])
 def test_a_backbone_without_a_map_behind_a_relu_is_refused(name):
-    with pytest.raises(ConfigError, match="Set model.pool=average"):
+    with pytest.raises(ConfigError, match=r"Set model\.pool=average"):
         create_classifier(name, pool="covariance", **SETTINGS)

@@ -237,7 +237,7 @@ def _costs(variant: Variant) -> dict[str, str]:
     tag = str(weights.get("pretraining") or "")
     origin = [weights.get("source"), weights.get("license"), describe_pretraining(tag, default=tag)]
     return {
-        "Optimistic bias": f"≤ {bias}" if optimism.source == "history" else bias,
+        "Optimistic bias": bias,
         "Minutes": _mean_minutes(variant),
         "Images/s": f"{np.mean(speeds):.0f}" if speeds else "–",
         "Parameters": f"{parameters(run) / 1e6:.1f} M",
