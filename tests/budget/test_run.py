@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save_file
 from fieldmark.budget import run as budget
 from fieldmark.budget.candidates import Candidate, find_backbones
 from fieldmark.budget.plan import Plan
-from fieldmark.budget.race import CPU_BATCH
-from fieldmark.budget.tune import Option, tuning_config
+from fieldmark.budget.tune import MICRO_BATCH, Option, tuning_config
 from fieldmark.config import Config, load_config
 from fieldmark.errors import ConfigError, InterruptedRunError, RunError
 from fieldmark.inference.evaluation import evaluate
@@ -221,7 +220,7 @@ def test_fine_tuning_keeps_the_micro_batch_that_is_asked_for_and_leaves_moving_s
         (backbone,) = find_backbones(config)
         return tuning_config(config, Candidate(backbone, 32, "whole"), Option(32, 0, 0.1, 6.0)).train.micro_batch_size
 
-    assert tuned() == CPU_BATCH
+    assert tuned() == MICRO_BATCH
     assert tuned("train.micro_batch_size=3") == 3
     assert tuned("model.freeze_batchnorm=false") is None
 

@@ -249,7 +249,7 @@ def compute_gradients(
     num_chunks = -(-len(images) // micro_batch_size)
     chunks = list(zip(images.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True))
     if options.pool is not None:
-        return _compute_side_by_side(options.pool, network, chunks, options.class_weights, scale=scale)
+        return _compute_side_by_side(options.pool, fabric, network, chunks, options.class_weights, scale=scale)
     logits: list[Tensor] = []
     total = torch.zeros((), device=fabric.device)
     for number, (part, part_targets) in enumerate(chunks, start=1):
@@ -264,6 +264,7 @@ def compute_gradients(
 
 def _compute_side_by_side(
     pool: ThreadPoolExecutor,
+    fabric: Fabric,
     network: nn.Module,
     chunks: Sequence[tuple[Tensor, Tensor]],
     class_weights: Tensor | None,
@@ -273,13 +274,15 @@ def _compute_side_by_side(
     """Compute micro-batches in threads and add their gradients in order.
 
     On a CPU two threads with half of a batch each are faster than both in each layer, where they wait for each other.
-    The sum does not depend on which thread is faster. For networks in 32 bit that draw nothing and gather nothing in a
+    The sum does not depend on which thread is faster. For networks that draw nothing and gather nothing in a
     pass: no dropout, and BatchNorm frozen.
     """
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    plain = getattr(network, "module", network)  # Fabric's wrapper wants a backward pass of its own
 
     def compute(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        output = network(chunk[0])
+        with fabric.autocast():
+            output = plain(chunk[0])
         loss = soft_cross_entropy(output, chunk[1], class_weights)
         return output.detach(), loss.detach(), torch.autograd.grad(loss * scale, learning)
 
