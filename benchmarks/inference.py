@@ -69,11 +69,11 @@ def load_photos(count: int) -> tuple[np.ndarray, str]:
         noise = np.random.default_rng(0).normal(0, 1, (count, 3, SIZE, SIZE)).astype(np.float32)
         return noise, "noise: agreement of answers means nothing"
     from fieldmark.augment.reference import EvalSpec, eval_reference
-    from fieldmark.data.decode import decode
+    from fieldmark.data.decode import DecodeSpec
 
     spec: Any = EvalSpec(**SPEC)
     chosen = [files[place] for place in np.linspace(0, len(files) - 1, count).round().astype(int)]
-    pictures = [eval_reference(decode(file, background=(0, 0, 0), max_pixels=10**8), spec).numpy() for file in chosen]
+    pictures = [eval_reference(DecodeSpec((0, 0, 0), 10**8).read(file), spec).numpy() for file in chosen]
     return np.stack(pictures), f"{count} photos of birds100/val"
 
 

@@ -159,7 +159,7 @@ def _index(findings: Findings, plan: Plan, files: Sequence[Path], folder: Path) 
     """Seconds for 100,000 files: listing and naming them, inspecting each for the first time, and once more."""
     from fieldmark.data.decode import DecodeSpec
     from fieldmark.data.index import load_index
-    from fieldmark.data.inspection import inspect_photos
+    from fieldmark.data.inspection import Inspection
     from fieldmark.progress import Quiet
     from fieldmark.runs.environment import usable_cores
 
@@ -168,15 +168,12 @@ def _index(findings: Findings, plan: Plan, files: Sequence[Path], folder: Path) 
     link_photos(files, small, count=plan.check_files, classes=100)
     columns = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": None}
     index = load_index(small, **columns)
-    inspect = partial(
-        inspect_photos,
-        index,
-        decoding=DecodeSpec((255, 255, 255), 10**9),
-        with_hash=False,
-        threads=usable_cores(),
-        cache_folder=folder / "inspections",
-        progress=Quiet(),
-    )
+    decoding, memory = DecodeSpec((255, 255, 255), 10**9), folder / "inspections"
+
+    def inspect() -> None:
+        with Inspection(index.files(), decoding=decoding, with_hash=False, cache_folder=memory) as inspection:
+            inspection.finish(threads=usable_cores(), progress=Quiet())
+
     for name, work, count in (
         ("index", partial(load_index, large, **columns), plan.index_files),
         ("inspection, first", inspect, plan.check_files),

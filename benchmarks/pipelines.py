@@ -123,9 +123,9 @@ def full_decode(files: Sequence[Path]) -> Any:
 
 def scaled_decode(files: Sequence[Path]) -> Any:
     """Decoding alone, scaled in the DCT domain to what a crop of the whole photo needs."""
-    from fieldmark.data.decode import decode
+    from fieldmark.data.decode import DecodeSpec
 
-    return [decode(file, min_short_side=SIZE, background=(0, 0, 0), max_pixels=10**9) for file in files]
+    return [DecodeSpec((0, 0, 0), 10**9).read(file, min_short_side=SIZE) for file in files]
 
 
 def _upright_size(file: Path) -> tuple[int, int]:
@@ -145,9 +145,12 @@ class Ours:
         folder: Where the cache is written.
         mode: `off`, `jpeg` or `uint8`.
         short_side: Of cached photos, in pixels.
+        inspection: Of the files, still to be done: it shares what the cache decodes.
     """
 
-    def __init__(self, files: Sequence[Path], folder: Path, *, mode: str, short_side: int = 320) -> None:
+    def __init__(
+        self, files: Sequence[Path], folder: Path, *, mode: str, short_side: int = 320, inspection: Any = None
+    ) -> None:
         import numpy as np
 
         from fieldmark.config import load_config
@@ -159,11 +162,16 @@ class Ours:
         config = load_config("competition", ["augment.executor=fast"])
         weights = InputConfig(SIZE, SIZE, 1.0, "bilinear", MEAN, STD, is_size_fixed=False)
         evaluation = build_eval_spec(config, weights)
-        sizes = np.asarray([_upright_size(file) for file in files], np.int64)
+        if inspection is None:
+            sizes = np.asarray([_upright_size(file) for file in files], np.int64)
+        else:
+            sizes = inspection.estimate_sizes()
         self._settings = (files, sizes, folder, mode, short_side)
         self.numbers = {file: number for number, file in enumerate(files)}
+        reader = PhotoReader(tuple(files), np.zeros(len(files), np.int64), DecodeSpec((0, 0, 0), 10**9))
+        self._read = reader.read if inspection is None else inspection.read
         self.prepare = TrainPhotos(
-            PhotoReader(tuple(files), np.zeros(len(files), np.int64), DecodeSpec((0, 0, 0), 10**9)),
+            reader,
             self.open_cache(),
             sizes,
             build_augment_spec(config, size=SIZE, evaluation=evaluation, is_fixres=False),
@@ -187,6 +195,7 @@ class Ours:
             folder=folder,
             disk_gigabytes=50.0,
             decoding=DecodeSpec((0, 0, 0), 10**9),
+            read=self._read,
             threads=1,
             progress=Quiet(),
         )

@@ -74,10 +74,10 @@ class Model:
 
     def prepare(self, data: bytes, *, max_pixels: int) -> Any:
         from fieldmark.augment.reference import eval_reference
-        from fieldmark.data.decode import decode
+        from fieldmark.data.decode import DecodeSpec
         from fieldmark.serve.service import Prepared
 
-        photo = decode(data, background=(255, 255, 255), max_pixels=max_pixels)
+        photo = DecodeSpec((255, 255, 255), max_pixels).read(data)
         return Prepared(eval_reference(photo, self._spec).numpy(), (0.0, 0.0, 1.0, 1.0))
 
     def probabilities(self, images: Any) -> Any:

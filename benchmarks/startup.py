@@ -79,6 +79,10 @@ def measure(plan: Plan, folder: Path) -> Findings:
     }
     rounds = interleave(longer, rounds=plan.rounds, limit_seconds=plan.limit_seconds)
     findings.add_rounds("first batch, update, resume", rounds, "seconds")
+    name = "first update, again"
+    busy = {f"{name}, by processor time": partial(processor_seconds_of, longer[name])}
+    processor = interleave(busy, rounds=plan.rounds, limit_seconds=plan.limit_seconds / 3)
+    findings.add_rounds("first update, by processor time", processor, "seconds of processor time")
     return findings
 
 

@@ -30,7 +30,7 @@ def make_data(num_train: int = 12, num_val: int = 3) -> tuple[list[Photo], list[
 
 
 def find_faults(photos, facts, *, classes=("a", "b"), **changes) -> Audit:
-    settings = {"near_distance": 6, "skip_broken": False, "crop_fallback_rate": None, "estimates": {}} | changes
+    settings = {"near_distance": 6, "skip_broken": False} | changes
     return audit(PhotoIndex(Path("/data"), tuple(photos), classes, {"hidden": 2}), facts, **settings)
 
 
@@ -44,11 +44,11 @@ def only(lines: list[str]) -> str:
 
 
 def test_good_data_need_no_fix_and_no_warning():
-    found = find_faults(*make_data(), estimates={"seconds": 60.0}, crop_fallback_rate=0.003)
+    found = find_faults(*make_data())
     assert found.must_fix == []
     assert found.warnings == []
     assert found.counts == {name: {"train": 12, "val": 3} for name in "ab"}
-    assert (found.num_photos, found.ignored, found.estimates) == (30, {"hidden": 2}, {"seconds": 60.0})
+    assert (found.num_photos, found.ignored) == (30, {"hidden": 2})
     assert (found.formats, found.modes) == ({"JPEG": 30}, {"RGB": 30})
 
 
@@ -223,10 +223,6 @@ def test_color_profiles_that_are_ignored_are_pointed_out():
     assert found.color_profiles == {"Display P3": 3}
     expected = "3 photos have a color profile other than sRGB, which is ignored: Display P3 (3)"
     assert expected in only(found.warnings)
-
-
-def test_a_high_crop_fallback_rate_is_pointed_out():
-    assert "18% of the training crops fall back" in only(find_faults(*make_data(), crop_fallback_rate=0.18).warnings)
 
 
 def test_the_dict_is_json_and_holds_every_field():

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from fieldmark.data.decode import decode
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.errors import PhotoError
 
 WHITE = (255, 255, 255)
@@ -39,7 +39,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def rgb(source: Path | bytes, background: tuple[int, int, int] = WHITE) -> np.ndarray:
-    pixels = decode(source, background=background, max_pixels=LIMIT)
+    pixels = DecodeSpec(background, LIMIT).read(source)
     assert pixels.dtype == np.uint8
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
@@ -225,7 +225,7 @@ def test_lab_becomes_rgb() -> None:
 
 
 def reduced(data: bytes, short_side: int) -> np.ndarray:
-    return decode(data, min_short_side=short_side, background=WHITE, max_pixels=LIMIT)
+    return DecodeSpec(WHITE, LIMIT).read(data, min_short_side=short_side)
 
 
 @given(width=st.integers(1, 300), height=st.integers(1, 300), short_side=st.integers(1, 320), turned=st.booleans())
@@ -258,7 +258,7 @@ def test_other_formats_come_whole() -> None:
 
 def problem_of(source: Path | bytes, limit: int = LIMIT) -> str:
     with pytest.raises(PhotoError) as caught:
-        decode(source, background=WHITE, max_pixels=limit)
+        DecodeSpec(WHITE, limit).read(source)
     assert caught.value.path == (str(source) if isinstance(source, Path) else "<bytes>")
     return caught.value.reason
 
@@ -315,7 +315,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.
 
 def test_bytes_carry_the_name_that_is_given() -> None:
     with pytest.raises(PhotoError) as caught:
-        decode(b"nothing", background=WHITE, max_pixels=LIMIT, name="a/b.jpg")
+        DecodeSpec(WHITE, LIMIT).decode(b"nothing", min_short_side=None, name="a/b.jpg")
     assert (caught.value.path, str(caught.value)) == ("a/b.jpg", "a/b.jpg: is not an image")
 
 
@@ -323,7 +323,7 @@ def test_bytes_carry_the_name_that_is_given() -> None:
 def test_photos_above_the_limit_are_refused_by_their_header(kind: str) -> None:
     data = make(PICTURE, kind)
     assert problem_of(data, limit=3499) == "has 3500 pixels, more than the limit 3499"
-    decode(data, background=WHITE, max_pixels=3500)
+    DecodeSpec(WHITE, 3500).read(data)
 
 
 def png_header(side: int) -> bytes:
@@ -349,9 +349,9 @@ def test_warnings_of_pillow_stay_in_but_those_of_others_do_not() -> None:
         warnings.simplefilter("always")
         tiff = make(PICTURE, "TIFF")
         with pytest.raises(PhotoError):
-            decode(tiff[: len(tiff) - 20], background=WHITE, max_pixels=LIMIT)
+            DecodeSpec(WHITE, LIMIT).read(tiff[: len(tiff) - 20])
         with pytest.raises(PhotoError):
-            decode(png_header(10000), background=WHITE, max_pixels=LIMIT)  # Pillow warns of this one
+            DecodeSpec(WHITE, LIMIT).read(png_header(10000))  # Pillow warns of this one
         warnings.warn("somebody else's", stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["somebody else's"]
 
@@ -365,7 +365,7 @@ def test_many_threads_decode_the_same_pictures() -> None:
 
     def outcome(number: int) -> bytes | str:
         try:
-            return decode(sources[number % len(sources)], background=WHITE, max_pixels=LIMIT).tobytes()
+            return DecodeSpec(WHITE, LIMIT).read(sources[number % len(sources)]).tobytes()
         except PhotoError as error:
             return error.reason
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from fieldmark.data import decode as decode_module
-from fieldmark.data.decode import decode
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.errors import PhotoError
 
 LIMIT = 10_000_000
@@ -136,10 +136,8 @@ def outcome(source: Path | bytes) -> str:
     """`photo`, or the reason why not; decoding and reduced decoding must agree."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pixels, result = result_of(lambda: decode(source, background=(255, 255, 255), max_pixels=LIMIT))
-        reduced, same = result_of(
-            lambda: decode(source, min_short_side=16, background=(255, 255, 255), max_pixels=LIMIT)
-        )
+        pixels, result = result_of(lambda: DecodeSpec((255, 255, 255), LIMIT).read(source))
+        reduced, same = result_of(lambda: DecodeSpec((255, 255, 255), LIMIT).read(source, min_short_side=16))
     assert same == result
     assert result == result.strip()
     assert "\n" not in result
@@ -173,9 +171,9 @@ def test_pillow_prints_nothing_where_nobody_set_up_logging(tmp_path: Path) -> No
     (tmp_path / "photo.tif").write_bytes(data)
     code = (
         "import pathlib, sys\n"
-        "from fieldmark.data.decode import decode\n"
+        "from fieldmark.data.decode import DecodeSpec\n"
         "from fieldmark.errors import PhotoError\n"
-        "try: decode(pathlib.Path(sys.argv[1]), background=(0, 0, 0), max_pixels=10**6)\n"
+        "try: DecodeSpec((0, 0, 0), 10**6).read(pathlib.Path(sys.argv[1]))\n"
         "except PhotoError as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "photo.tif")]
@@ -223,7 +221,7 @@ def test_any_name_that_the_system_allows_is_read(name: str, tmp_path: Path) -> N
     assert outcome(path) == "photo"
     path.write_bytes(b"broken")
     with pytest.raises(PhotoError) as caught:
-        decode(path, background=(0, 0, 0), max_pixels=LIMIT)
+        DecodeSpec((0, 0, 0), LIMIT).read(path)
     assert caught.value.path == str(path)
 
 
@@ -238,7 +236,7 @@ def test_the_content_counts_and_not_the_extension(kind: str, extension: str, tmp
 def test_names_that_no_system_allows_are_errors_too(tmp_path: Path) -> None:
     for name in ("x" * 300, "nul\0.jpg", "folder/" * 2000 + "x.jpg"):
         with pytest.raises(PhotoError) as caught:
-            decode(tmp_path / name, background=(0, 0, 0), max_pixels=LIMIT)
+            DecodeSpec((0, 0, 0), LIMIT).read(tmp_path / name)
         assert caught.value.reason.startswith("cannot be read")
 
 
@@ -265,7 +263,7 @@ def odd_tags(count: int) -> bytes:
 
 
 def test_libtiff_writes_nothing_on_its_own(capfd):
-    pixels = decode(odd_tags(50), background=(0, 0, 0), max_pixels=LIMIT)
+    pixels = DecodeSpec((0, 0, 0), LIMIT).read(odd_tags(50))
     assert pixels.shape == (8, 8, 3)
     assert capfd.readouterr().err == ""
 
@@ -280,23 +278,21 @@ def icon(content: bytes) -> bytes:
 )
 def test_what_lies_in_an_icon_is_held_to_the_limit_before_it_is_decoded(content):
     with pytest.raises(PhotoError, match=r"has \d+ pixels, more than the limit 10000000"):
-        decode(icon(content), background=(0, 0, 0), max_pixels=LIMIT)
+        DecodeSpec((0, 0, 0), LIMIT).read(icon(content))
 
 
 def test_a_small_file_cannot_become_a_large_picture():
     with pytest.raises(PhotoError, match="has 169000000 pixels in 172 bytes, which no photo has"):
-        decode(png(13000, 13000, 8, 2, bytes(100)).ljust(172, b"\0"), background=(0, 0, 0), max_pixels=200_000_000)
-    assert (
-        decode(png(7000, 7000, 1, 0, bytes(7000 * 876)), background=(0, 0, 0), max_pixels=49_000_000).shape[0] == 7000
-    )
+        DecodeSpec((0, 0, 0), 200_000_000).read(png(13000, 13000, 8, 2, bytes(100)).ljust(172, b"\0"))
+    assert DecodeSpec((0, 0, 0), 49_000_000).read(png(7000, 7000, 1, 0, bytes(7000 * 876))).shape[0] == 7000
 
 
 def test_the_users_limit_holds_for_every_format(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit is twice this
     for kind in KINDS:
-        assert decode(make(kind), background=(0, 0, 0), max_pixels=3072).shape == (48, 64, 3)
+        assert DecodeSpec((0, 0, 0), 3072).read(make(kind)).shape == (48, 64, 3)
         with pytest.raises(PhotoError, match="has 3072 pixels, more than the limit 3071"):
-            decode(make(kind), background=(0, 0, 0), max_pixels=3071)
+            DecodeSpec((0, 0, 0), 3071).read(make(kind))
 
 
 def test_heic_is_read_upright_where_its_package_is_installed_and_else_names_it(monkeypatch):
@@ -305,16 +301,16 @@ def test_heic_is_read_upright_where_its_package_is_installed_and_else_names_it(m
     exif[0x0112] = 6  # does not count: HEIC says its orientation itself
     smooth = Image.fromarray(NOISE[:4, :4, 0]).convert("RGB").resize((64, 48), Image.Resampling.BICUBIC)
     data = make("HEIF", smooth, exif=exif, quality=95)
-    pixels = decode(data, background=(0, 0, 0), max_pixels=LIMIT)
+    pixels = DecodeSpec((0, 0, 0), LIMIT).read(data)
     assert pixels.shape == (48, 64, 3)
     expected = np.asarray(smooth).astype(int)
     assert np.abs(pixels - expected).mean() < 4
     with pytest.raises(PhotoError, match=r"is truncated|is corrupt"):
-        decode(data[: len(data) // 2], background=(0, 0, 0), max_pixels=LIMIT)
+        DecodeSpec((0, 0, 0), LIMIT).read(data[: len(data) // 2])
     monkeypatch.setattr(decode_module, "_register_heif", lambda: False)
     monkeypatch.delitem(Image.OPEN, "HEIF")
     with pytest.raises(PhotoError, match=r"is HEIC, which needs a package: pip install 'fieldmark\[heic\]'"):
-        decode(data, background=(0, 0, 0), max_pixels=LIMIT)
+        DecodeSpec((0, 0, 0), LIMIT).read(data)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +327,10 @@ def test_heic_is_read_upright_where_its_package_is_installed_and_else_names_it(m
 )
 def test_what_looks_like_a_photo_and_cannot_be_read_says_what_it_is(data, expected):
     with pytest.raises(PhotoError, match=expected):
-        decode(data, background=(0, 0, 0), max_pixels=LIMIT)
+        DecodeSpec((0, 0, 0), LIMIT).read(data)
 
 
 def test_a_raw_file_is_never_taken_for_its_thumbnail(tmp_path):
     (tmp_path / "a.NEF").write_bytes(make("TIFF"))
     with pytest.raises(PhotoError, match="is a camera's raw file"):
-        decode(tmp_path / "a.NEF", background=(0, 0, 0), max_pixels=LIMIT)
+        DecodeSpec((0, 0, 0), LIMIT).read(tmp_path / "a.NEF")

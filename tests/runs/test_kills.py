@@ -66,7 +66,7 @@ FORKER = textwrap.dedent(
                 return function(*given, **named)
             return call
 
-        dataset.inspect_photos = marked("inspect", dataset.inspect_photos)
+        dataset.Inspection = marked("inspect", dataset.Inspection)
         cache.open_cache = marked("cache", cache.open_cache)
         runs._fit_probe = marked("probe", runs._fit_probe)
         runs._iterate_with_stop = marked("epoch", runs._iterate_with_stop)

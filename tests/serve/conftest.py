@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fieldmark.data.decode import decode
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.serve.app import create_app
 from fieldmark.serve.limits import Access, Limits
 from fieldmark.serve.service import Accuracy, Prepared
@@ -45,7 +45,7 @@ class ColorModel:
         self.gate.set()
 
     def prepare(self, data, *, max_pixels):
-        photo = decode(data, background=(255, 255, 255), max_pixels=max_pixels)
+        photo = DecodeSpec((255, 255, 255), max_pixels).read(data)
         means = photo.reshape(-1, 3).mean(axis=0) / 255
         return Prepared(np.broadcast_to(means[:, None, None], (3, 2, 2)).astype(np.float32), (0.25, 0.0, 0.5, 1.0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,8 +79,9 @@ def cache(data: Data, recipe: Recipe = DEFAULT_RECIPE, set_: Overrides = None) -
 
     config = read_settings(recipe, data, set_)
     with open_progress("cache") as progress:
-        _, note = fill_cache(config, prepare_dataset(config.data, progress=progress), progress=progress)
-    typer.echo(note)
+        dataset = prepare_dataset(config.data, progress=progress, fill=partial(fill_cache, config))
+    assert dataset.cached is not None
+    typer.echo(dataset.cached[1])
 
 
 def preview(
@@ -132,9 +134,8 @@ def find_lr(
         sweep = search_lr(read_settings(recipe, data, set_), progress=progress)
     if out is not None:
         save_sweep(sweep, out)
-    found = {name: getattr(sweep, name) for name in ("suggestion", "steepest", "lrs", "losses", "smoothed")}
-    text = f"suggested: --set optim.lr={sweep.suggestion:.2g}  (steepest fall at {sweep.steepest:.2g})"
-    print_result(found, text, as_json=as_json)
+    found = {name: getattr(sweep, name) for name in ("suggestion", "lrs", "losses", "smoothed")}
+    print_result(found, f"suggested: --set optim.lr={sweep.suggestion:.2g}", as_json=as_json)
 
 
 def config_show(

@@ -22,7 +22,6 @@ from fieldmark.data.splits import split_gaps
 MOST_NEAR_DUPLICATES = 1000  # only so many pairs are listed; all are counted
 FEW_PHOTOS = 10  # a class with fewer training photos is pointed out
 IMBALANCE = 10.0  # so many times more photos in the largest class than in the smallest are pointed out
-CROP_FALLBACK = 0.05  # a larger share of fixed center crops is pointed out
 PAIRS_AT_ONCE = 1 << 18  # so that they stay in the processor's cache
 
 Hashes = NDArray[np.uint64]
@@ -85,8 +84,6 @@ class Audit:
     gaps: list[tuple[str, str]]  # (class, split) where a class has no photo
     crossing_groups: dict[str, list[str]]  # group -> its splits, where there is more than one
     similar_names: list[list[str]]  # classes whose names differ only in case, spaces or Unicode form
-    crop_fallback_rate: float | None  # share of training crops that are a fixed center crop, where it was measured
-    estimates: dict[str, float]  # memory and time of a run, as they were passed in; the names carry the units
     must_fix: list[str] = field(default_factory=list[str])  # what must be fixed before training, and how
     warnings: list[str] = field(default_factory=list[str])  # what to know before believing the result
 
@@ -105,10 +102,8 @@ def audit(
     *,
     near_distance: int,
     skip_broken: bool,
-    crop_fallback_rate: float | None,
-    estimates: Mapping[str, float],
 ) -> Audit:
-    """Examine a data set whose splits are decided; facts are of `inspect_photos`, estimates are passed through.
+    """Examine a data set whose splits are decided; facts are of an `Inspection`.
 
     Photos of different splits whose perceptual hashes differ in no more than `near_distance` bits are near-duplicates.
     Of 5,902 photos of 100 bird species, 3 pairs were within 6 bits, 2 of them the same photo treated differently, and
@@ -146,8 +141,6 @@ def audit(
         gaps=split_gaps(trained),
         crossing_groups=_find_crossing_groups(index),
         similar_names=_find_similar_names(index.classes),
-        crop_fallback_rate=crop_fallback_rate,
-        estimates=dict(estimates),
     )
     warnings = [*_list_doubts(found, skip_broken), *_list_weaknesses(found)]
     return replace(found, must_fix=list(_list_faults(found, skip_broken)), warnings=warnings)
@@ -308,11 +301,6 @@ def _list_weaknesses(found: Audit) -> Iterator[str]:
         yield (
             f"The largest class has {found.imbalance:.0f} times the training photos of the smallest. Look at macro "
             'recall beside accuracy, or set train.class_weights = "balanced"'
-        )
-    if found.crop_fallback_rate is not None and found.crop_fallback_rate > CROP_FALLBACK:
-        yield (
-            f"{found.crop_fallback_rate:.0%} of the training crops fall back to one and the same center crop, because "
-            'ten draws in a row do not fit into the photo. Lower augment.crop_scale, or set augment.crop = "zoom"'
         )
 
 

@@ -19,12 +19,10 @@ import hashlib
 import os
 import re
 import shutil
-import threading
 import time
 import uuid
-import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +36,8 @@ from fieldmark.data.inspection import map_in_threads
 from fieldmark.errors import PhotoError, RunError
 from fieldmark.files import exclusive_lock
 from fieldmark.progress import Progress
+
+Read = Callable[..., Pixels]  # of (number, min_short_side=pixels), as `DecodeSpec.read`; raises PhotoError
 
 FORMAT = 2  # raised when the content or the meaning of a pack changes; older packs are then not found
 JPEG_QUALITY = 90
@@ -66,14 +66,12 @@ class CacheReport:
     seconds: float  # from asking to having
     hits: int  # photos that were cached before
     reason: str  # why this mode, or why not all photos are there
-    broken: tuple[tuple[str, str], ...] = ()  # (path, reason) of photos that cannot be decoded; they are not cached
 
     def __str__(self) -> str:
         if self.mode == "off":
             return f"cache: off ({self.reason})"
-        broken = f", {len(self.broken)} broken" if self.broken else ""
         return (
-            f"cache: {self.mode}, {self.photos} of {self.total} photos{broken}, {self.bytes / _GIGA:.2f} GB, "
+            f"cache: {self.mode}, {self.photos} of {self.total} photos, {self.bytes / _GIGA:.2f} GB, "
             f"{self.hits} from before, {self.seconds:.1f} s ({self.reason})"
         )
 
@@ -87,11 +85,10 @@ class PhotoCache:
     pack_of: NDArray[np.int64]  # (N,) number of each photo's pack, -1 for photos that are not cached
     packs: Sequence[Path]
     is_jpeg: bool  # else cached photos are pixels
-    identity: str = field(default_factory=lambda: uuid.uuid4().hex)  # shared by copies, as their reader is
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)  # shared by copies, as what they checked is
 
     def __post_init__(self) -> None:
-        self._reader = _READERS.get(self.identity) or _Reader(self.packs, len(self.files))
-        _READERS[self.identity] = self._reader
+        self._checked = _CHECKED.setdefault(self.identity, bytearray(len(self.files)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, each.name) for each in fields(self))
@@ -100,23 +97,35 @@ class PhotoCache:
         """Number of photos that are cached."""
         return int((self.pack_of >= 0).sum())
 
+    def select(self, numbers: list[int]) -> PhotoCache:
+        """Give the cache of some of its photos, which are then numbered in this order."""
+        files = [self.files[number] for number in numbers]
+        return PhotoCache(files, self.rows[numbers], self.pack_of[numbers], self.packs, self.is_jpeg)
+
     def get(self, number: int) -> Pixels | None:
         """(H, W, 3) uint8, writable: one whole upright photo, with the short side of the cache or its own if smaller.
 
         None where the original must be decoded: it is not cached, has changed or vanished, or the copy is damaged.
         """
         pack = int(self.pack_of[number])
-        if pack < 0 or self._reader.checked[number] == _DAMAGED:
+        if pack < 0 or self._checked[number] == _DAMAGED:
             return None
         key, offset, length, height, width, checksum = self.rows[number].item()
         if _key(self.files[number]) != key:
             return None
-        data = self._reader.read(pack, offset, length)
-        if data is None:
+        data = np.empty(length, np.uint8)
+        # Copied instead of mapped: a map would count as this process's memory, growing with the data set, and would
+        # kill the process where a file is cut short or a disk fails.
+        try:
+            with self.packs[pack].open("rb", buffering=0) as file:
+                file.seek(offset)
+                if file.readinto(data.data) != length:
+                    return None
+        except OSError:
             return None
-        if self._reader.checked[number] != _SOUND:
+        if self._checked[number] != _SOUND:
             is_sound = zlib.crc32(data.data) == checksum
-            self._reader.checked[number] = _SOUND if is_sound else _DAMAGED
+            self._checked[number] = _SOUND if is_sound else _DAMAGED
             if not is_sound:
                 return None
         if not self.is_jpeg:
@@ -126,51 +135,8 @@ class PhotoCache:
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
-class _Reader:
-    """Open packs, and which photos were checked: shared by the copies of a cache that reach a process every epoch.
-
-    Reads copy instead of mapping files into memory: a map would count as this process's memory, growing with the data
-    set, and would kill the process where a file is cut short or a disk fails. It costs about 40 microseconds a photo.
-    """
-
-    def __init__(self, packs: Sequence[Path], num_photos: int) -> None:
-        self.checked = bytearray(num_photos)
-        self._packs = packs
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, pack: int, offset: int, length: int) -> NDArray[np.uint8] | None:
-        """`length` bytes as a new array; None if they cannot be read."""
-        data = np.empty(length, np.uint8)
-        try:
-            file = self._files.get(pack)
-            if file is None:
-                file = self._open(pack)
-            if hasattr(os, "preadv"):
-                num_read = os.preadv(file, [data.data], offset)
-            else:  # Windows
-                with self._lock:
-                    os.lseek(file, offset, os.SEEK_SET)
-                    chunk = os.read(file, length)
-                num_read = len(chunk)
-                data[:num_read] = np.frombuffer(chunk, np.uint8)
-        except OSError:
-            return None
-        return data if num_read == length else None
-
-    def _open(self, pack: int) -> int:
-        with self._lock:
-            if pack not in self._files:
-                self._files[pack] = os.open(self._packs[pack], os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            return self._files[pack]
-
-    def __del__(self) -> None:
-        for file in self._files.values():
-            with contextlib.suppress(OSError):
-                os.close(file)
-
-
-_READERS: weakref.WeakValueDictionary[str, _Reader] = weakref.WeakValueDictionary()
+_CHECKED: dict[str, bytearray] = {}
+"""By identity of a cache, whether the checksum of each photo was looked at in this process, and fitted."""
 
 
 def open_cache(
@@ -182,6 +148,7 @@ def open_cache(
     folder: Path,
     disk_gigabytes: float,
     decoding: DecodeSpec,
+    read: Read,
     threads: int,
     progress: Progress,
 ) -> tuple[PhotoCache | None, CacheReport]:
@@ -189,7 +156,8 @@ def open_cache(
 
     If another process is writing the same cache, waits for it and then finds its photos. Nothing that goes wrong with
     the cache is an error: the report says what was done instead. The common folder of the N originals names the cache,
-    so keep handing in the whole data set, with (N, 2) upright sizes, 0 for broken photos.
+    so keep handing in the whole data set, with (N, 2) upright sizes, 0 for broken photos. Missing photos are read by
+    `read`, which decodes as `decoding` says.
 
     The mode `uint8` keeps pixels, `jpeg` JPEGs, `off` nothing; `auto` is the first of them that fits `disk_gigabytes`
     (of 10^9 bytes), half the free disk and, as pixels, half of this machine's memory. Photos are never enlarged.
@@ -203,18 +171,16 @@ def open_cache(
         presets = [Preset(one, short_side, decoding) for one in (("uint8", "jpeg") if mode == "auto" else (mode,))]
         preset, reason = choose_mode(mode, presets, sizes, folder=home, disk_gigabytes=disk_gigabytes)
     if preset is not None:
-        there = CacheFolder(absolute, home / preset.name, preset)
-        cache, broken = there.match(), list[PhotoError]()
+        there = CacheFolder(absolute, home / preset.name, preset, read)
+        cache = there.match()
         hits = len(cache)
         if hits < len(files):
-            problem, broken = there.fill(room_bytes=int(disk_gigabytes * _GIGA), threads=threads, progress=progress)
-            reason = problem or reason
+            reason = there.fill(room_bytes=int(disk_gigabytes * _GIGA), threads=threads, progress=progress) or reason
             cache = there.match()
         if len(cache):
             num_bytes = int(cache.rows["length"].sum())
             seconds = time.perf_counter() - started
-            problems = tuple((error.path, error.reason) for error in broken)
-            return cache, CacheReport(preset.mode, len(cache), len(files), num_bytes, seconds, hits, reason, problems)
+            return cache, CacheReport(preset.mode, len(cache), len(files), num_bytes, seconds, hits, reason)
     return None, CacheReport("off", 0, len(files), 0, time.perf_counter() - started, 0, reason)
 
 
@@ -248,9 +214,9 @@ class Preset:
         pixels = float((sizes.prod(axis=1) * scale**2).sum())
         return int(pixels * (3 if self.mode == "uint8" else _JPEG_BYTES_PER_PIXEL))
 
-    def make(self, file: Path) -> tuple[int, int, bytes | memoryview]:
-        """Height, width and content of one photo in this form; raises PhotoError."""
-        pixels = reduce_photo(self.decoding.read(file, min_short_side=self.short_side), self.short_side)
+    def make(self, photo: Pixels) -> tuple[int, int, bytes | memoryview]:
+        """Height, width and content of one photo in this form."""
+        pixels = reduce_photo(photo, self.short_side)
         height, width, _ = pixels.shape
         if self.mode == "uint8":
             return height, width, pixels.data.cast("B")
@@ -310,6 +276,7 @@ class CacheFolder:
     files: Sequence[Path]  # N originals, absolute
     folder: Path  # of their packs
     preset: Preset
+    read: Read  # of the N originals
 
     def match(self) -> PhotoCache:
         """Return what is there of the photos as they are now."""
@@ -321,10 +288,10 @@ class CacheFolder:
         is_jpeg = self.preset.mode == "jpeg"
         return PhotoCache(self.files, rows[found], pack_of[found], list(packs), is_jpeg)
 
-    def fill(self, *, room_bytes: int, threads: int, progress: Progress) -> tuple[str, list[PhotoError]]:
-        """Write the photos that are missing, as far as there is room, waiting while another process does.
+    def fill(self, *, room_bytes: int, threads: int, progress: Progress) -> str:
+        """Write the photos that are missing and can be read, as far as there is room; "", or what came in between.
 
-        Returns what kept it from being complete ("" for nothing), and what is wrong with broken photos.
+        Waits while another process does.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -337,39 +304,34 @@ class CacheFolder:
                 clean(self.folder)
                 return self._write_missing(room_bytes, threads, progress)
         except RunError as error:
-            return str(error), []
+            return str(error)
         except OSError as error:
             is_full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
             why = f"{self.folder} cannot be written: {error.strerror or error}"
-            return "the disk is full" if is_full else why, []
+            return "the disk is full" if is_full else why
 
-    def _write_missing(self, room_bytes: int, threads: int, progress: Progress) -> tuple[str, list[PhotoError]]:
+    def _write_missing(self, room_bytes: int, threads: int, progress: Progress) -> str:
         cache = self.match()
         missing = np.flatnonzero(cache.pack_of < 0).tolist()
         room = room_bytes - _make_room(cache, room_bytes)
-        broken: list[PhotoError] = []
         progress.start(len(self.files), len(self.files) - len(missing))
         with PackWriter(self.folder) as writer:
             for made in map_in_threads(self._make, missing, threads):
-                if isinstance(made, PhotoError):
-                    broken.append(made)
-                elif made is not None:
+                if made is not None:
                     room -= len(made[-1])
                     if room < 0:
-                        return f"cache.disk_gigabytes = {room_bytes / _GIGA:g} is used up", broken
+                        return f"cache.disk_gigabytes = {room_bytes / _GIGA:g} is used up"
                     writer.add(*made)
                 progress.advance(1)
-        return "", broken
+        return ""
 
-    def _make(self, number: int) -> tuple[bytes, int, int, bytes | memoryview] | PhotoError | None:
-        """One photo's key and content; None if it vanished at that moment."""
+    def _make(self, number: int) -> tuple[bytes, int, int, bytes | memoryview] | None:
+        """One photo's key and content; None if it is broken, or vanished at that moment."""
         # Taken first: a file that changes while it is read is kept under a key that will not be asked for again.
         key = _key(self.files[number])
-        try:
-            made = self.preset.make(self.files[number])
-        except PhotoError as error:
-            return error
-        return (key, *made) if key else None
+        with contextlib.suppress(PhotoError):
+            photo = self.read(number, min_short_side=self.preset.short_side)
+            return (key, *self.preset.make(photo)) if key else None
 
 
 def _make_room(cache: PhotoCache, room_bytes: int) -> int:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Pixels = NDArray[np.uint8]
+Decoded = tuple[Pixels, int, int]  # with width and height of the whole upright photo, however far it was scaled
 RGB = tuple[int, int, int]
 Source = Union[str, Path, bytes, Pixels, "Image.Image"]
 
@@ -82,7 +83,7 @@ class DecodeSpec:
             return source
         if isinstance(source, str | Path | bytes | bytearray | memoryview):
             file = Path(source) if isinstance(source, str | Path) else bytes(source)
-            return decode(file, background=self.background, max_pixels=self.max_pixels, min_short_side=min_short_side)
+            return self.decode(file, min_short_side=min_short_side)[0]
         image: Any = source
         if not isinstance(image, Image.Image):
             kind = type(source).__name__
@@ -90,34 +91,27 @@ class DecodeSpec:
         # A copy: loading and turning must not change the caller's image, and Pillow's images are not thread-safe.
         return _from_image("the photo", image.copy(), self.background, self.max_pixels)
 
+    def decode(self, source: Path | bytes, *, min_short_side: float | None, name: str = "<bytes>") -> Decoded:
+        """Decode a file or its content, of any format that Pillow reads, to (H, W, 3) uint8, writable, upright by EXIF.
 
-def decode(
-    source: Path | bytes,
-    *,
-    background: RGB,
-    max_pixels: int,
-    min_short_side: float | None = None,
-    name: str = "<bytes>",
-) -> Pixels:
-    """Decode a file or its content, of any format that Pillow reads, to (H, W, 3) uint8, writable, upright by EXIF.
+        Gray of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB, of
+        an animation the first frame counts. `name` is what errors call bytes. Raises PhotoError. Also gives width and
+        height of the whole upright photo.
 
-    Gray of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB, of an
-    animation the first frame counts. `name` is what errors call bytes. Raises PhotoError.
-
-    With `min_short_side`, in pixels, JPEG is scaled by 1/2, 1/4 or 1/8, rounded up, as far as the short side stays that
-    long, in the DCT domain: libjpeg-turbo has SIMD code for these factors (5/8 to 7/8 take longer than the whole
-    photo). Other formats come whole. To crop a box afterwards, ask for `size * short side of the photo / short side of
-    the box`.
-    """
-    path, data = (name, source) if isinstance(source, bytes) else (str(source), read_bytes(source))
-    if not data:
-        raise PhotoError(path, _EMPTY)
-    pixels = _decode_jpeg(path, data, max_pixels, min_short_side) if data.startswith(_JPEG_START) else None
-    if pixels is not None:
-        return pixels
-    image = _open(path, io.BytesIO(data), max_pixels)
-    _check_pixels(path, image.width * image.height, max_pixels, num_bytes=len(data))
-    return _from_image(path, image, background, max_pixels)
+        With `min_short_side`, in pixels, JPEG is scaled by 1/2, 1/4 or 1/8, rounded up, as far as the short side stays
+        that long, in the DCT domain: libjpeg-turbo has SIMD code for these factors (5/8 to 7/8 take longer than the
+        whole photo). Other formats come whole. To crop a box afterwards, ask for `size * short side of the photo /
+        short side of the box`. Damage is found at any scale: it shows in the entropy coding, all of which is read.
+        """
+        path, data = (name, source) if isinstance(source, bytes) else (str(source), read_bytes(source))
+        if not data:
+            raise PhotoError(path, _EMPTY)
+        if data.startswith(_JPEG_START) and (found := _decode_jpeg(path, data, self.max_pixels, min_short_side)):
+            return found
+        image = _open(path, io.BytesIO(data), self.max_pixels)
+        _check_pixels(path, image.width * image.height, self.max_pixels, num_bytes=len(data))
+        pixels = _from_image(path, image, self.background, self.max_pixels)
+        return pixels, pixels.shape[1], pixels.shape[0]
 
 
 def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
@@ -194,8 +188,11 @@ def _read_jpeg_orientation(data: bytes) -> int:
     return 1
 
 
-def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float | None) -> Pixels | None:
-    """Decode with libjpeg-turbo; None for what Pillow should decide: warnings, and colors that it alone knows."""
+def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float | None) -> Decoded | None:
+    """Decode with libjpeg-turbo, as in `DecodeSpec.decode`.
+
+    None for what Pillow should decide: warnings, and colors that it alone knows.
+    """
     import simplejpeg
 
     try:
@@ -211,9 +208,9 @@ def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float 
     if min_short_side is not None:
         factor = next((f for f in (8, 4, 2) if min(width, height) // f >= min_short_side), 1)
     # simplejpeg takes the smallest scaled size that is no less than these.
-    height, width = -(-height // factor), -(-width // factor)
+    least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
     try:
-        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width, strict=True)
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **least)
     except ValueError as error:
         # A scan that ends early inside a closed file: Pillow would pass it with the rest in gray.
         if "premature end of data segment" in str(error):
@@ -221,7 +218,8 @@ def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float 
         return None
     except MemoryError:
         raise PhotoError(path, _NO_MEMORY) from None
-    return turn_upright(pixels, _read_jpeg_orientation(data))
+    orientation = _read_jpeg_orientation(data)
+    return turn_upright(pixels, orientation), *((height, width) if orientation > 4 else (width, height))
 
 
 def _open(path: str, file: BinaryIO, max_pixels: int) -> Image.Image:

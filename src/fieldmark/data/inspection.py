@@ -12,22 +12,26 @@ import os
 import re
 import sqlite3
 import stat
+import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from fieldmark.data.decode import DecodeSpec, Pixels, decode, explain_reading, read_bytes, silence_pillow
-from fieldmark.data.index import PhotoIndex
+import numpy as np
+from numpy.typing import NDArray
+
+from fieldmark.data.decode import DecodeSpec, Pixels, explain_reading, read_bytes, silence_pillow
 from fieldmark.errors import PhotoError
 from fieldmark.progress import Progress
 
 FORMAT = 2  # raised when the meaning of an entry changes; older entries are then not found
 ENTRIES_PER_COMMIT = 500
+SAMPLED_HEADERS = 256  # of new photos, from which the sizes of all are estimated before they are decoded
 HASH_SIDE_PIXELS = 128  # four times the 32 that the hash itself resizes to, so that what it sees is the same
 EXIF_IFD, TIME_ORIGINAL, TIME_DIGITIZED = 0x8769, 0x9003, 0x9004
 SUBSECONDS = {TIME_ORIGINAL: 0x9291, TIME_DIGITIZED: 0x9292}
@@ -55,45 +59,95 @@ class PhotoFacts:
 _UNKNOWN = PhotoFacts(0, 0, 0, "", "", "", "", "", None)
 
 
-def inspect_photos(
-    index: PhotoIndex,
-    *,
-    decoding: DecodeSpec,
-    with_hash: bool,
-    threads: int,
-    cache_folder: Path | None,
-    progress: Progress,
-) -> list[PhotoFacts]:
-    """Decode every photo fully and note what it is, in the order of the index; no photo raises.
+class Inspection:
+    """The facts of N photos, noted when somebody reads their pixels: so what needs these decodes each photo only once.
 
-    A photo that was inspected before is not opened again while its path, size and modification time are the same. No
-    `cache_folder` remembers nothing, and what cannot be remembered is no error. The hash takes about 2 ms a photo more.
+    Any number of threads may read. A photo that was inspected before is not opened for its facts while its path, size
+    and modification time are the same: they are remembered in `cache_folder`, unless it is None, from the end of the
+    `with` on. What cannot be remembered is no error. The hash takes about 2 ms a photo more.
     """
-    import PIL
 
-    files = index.files()
-    facts: dict[int, PhotoFacts] = {}
-    stamps: dict[int, str] = {}
-    # Another limit, or another Pillow, may accept what this one refuses.
-    settings = f"{PIL.__version__} {decoding.background} {decoding.max_pixels}"
-    with contextlib.closing(Memory(cache_folder, settings)) as memory:
+    def __init__(
+        self, files: Sequence[Path], *, decoding: DecodeSpec, with_hash: bool, cache_folder: Path | None
+    ) -> None:
+        import PIL
+
+        # Another limit, or another Pillow, may accept what this one refuses.
+        settings = f"{PIL.__version__} {decoding.background} {decoding.max_pixels}"
+        self.files = files
+        self._decoding, self._with_hash = decoding, with_hash
+        self._memory = Memory(cache_folder, settings)
+        self._stamps: list[str] = []
+        self._facts: dict[int, PhotoFacts] = {}
         for number, file in enumerate(files):
-            stamps[number], problem = _look(file)
-            known = memory.get(file, stamps[number])
+            stamp, problem = _look(file)
+            self._stamps.append(stamp)
+            known = self._memory.get(file, stamp)
             if problem:
-                facts[number] = dataclasses.replace(_UNKNOWN, problem=problem)
+                self._facts[number] = dataclasses.replace(_UNKNOWN, problem=problem)
             elif known is not None and (known.perceptual_hash or not with_hash):
-                facts[number] = known
-        progress.start(len(files), len(facts))
-        new = [number for number in range(len(files)) if number not in facts]
-        results = map_in_threads(lambda number: _inspect(files[number], decoding, with_hash), new, threads)
-        for number, found in zip(new, results, strict=True):
-            facts[number] = found
-            # A problem may pass without the file changing: permissions, memory, a decoder that was not installed.
-            if not found.problem:
-                memory.put(files[number], stamps[number], found)
+                self._facts[number] = known
+
+    def estimate_sizes(self) -> NDArray[np.int64]:
+        """(N, 2) width and height in pixels; of photos not yet read those of a sample, as they lie; 0 if broken."""
+        from PIL import Image
+
+        silence_pillow()
+        sizes = np.zeros((len(self.files), 2), np.int64)
+        for number, facts in self._facts.items():
+            sizes[number] = facts.width, facts.height
+        new, sample = self._list_new(), [(0, 0)]
+        for number in new[:: len(new) // SAMPLED_HEADERS + 1]:
+            with contextlib.suppress(Exception), Image.open(self.files[number]) as image:  # what is wrong shows later
+                sample.append(image.size)
+        sizes[new] = np.resize(sample[1:] or sample, (len(new), 2))
+        return sizes
+
+    def _list_new(self) -> list[int]:
+        return [number for number in range(len(self.files)) if number not in self._facts]
+
+    def read(self, number: int, *, min_short_side: float | None = None) -> Pixels:
+        """The pixels of a photo as `DecodeSpec.read` gives them, which notes its facts; raises PhotoError."""
+        facts = self._facts.get(number)
+        if facts is None:
+            return self._inspect(number, min_short_side)
+        if facts.problem:
+            raise PhotoError(str(self.files[number]), facts.problem)
+        return self._decoding.read(self.files[number], min_short_side=min_short_side)
+
+    def _inspect(self, number: int, min_short_side: float | None) -> Pixels:
+        file, facts = self.files[number], _UNKNOWN
+        try:
+            data = read_bytes(file)
+            facts = dataclasses.replace(facts, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            photo, width, height = self._decoding.decode(data, min_short_side=min_short_side, name=str(file))
+            hashed = perceptual_hash(photo) if self._with_hash else ""
+        except PhotoError as error:
+            # Not remembered: it may pass without the file changing (permissions, memory, a decoder that is installed).
+            self._facts[number] = dataclasses.replace(facts, problem=error.reason)
+            raise
+        facts = dataclasses.replace(facts, width=width, height=height, perceptual_hash=hashed, **_read_header(data))
+        self._facts[number] = facts
+        self._memory.put(file, self._stamps[number], facts)
+        return photo
+
+    def finish(self, *, threads: int, progress: Progress) -> list[PhotoFacts]:
+        """Read the photos that nobody has read, and give the N facts in order; no photo raises."""
+        new = self._list_new()
+        progress.start(len(self.files), len(self.files) - len(new))
+        for _ in map_in_threads(self._note, new, threads):
             progress.advance(1)
-    return [facts[number] for number in range(len(files))]
+        return [self._facts[number] for number in range(len(self.files))]
+
+    def _note(self, number: int) -> None:
+        with contextlib.suppress(PhotoError):
+            self.read(number, min_short_side=None if self._with_hash else 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._memory.close()
 
 
 def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
@@ -155,19 +209,6 @@ def _look(file: Path) -> tuple[str, str]:
     return f"{info.st_size} {info.st_mtime_ns}", "" if stat.S_ISREG(info.st_mode) else "is not a regular file"
 
 
-def _inspect(file: Path, decoding: DecodeSpec, with_hash: bool) -> PhotoFacts:
-    facts = _UNKNOWN
-    try:
-        data = read_bytes(file)
-        facts = dataclasses.replace(facts, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        photo = decode(data, background=decoding.background, max_pixels=decoding.max_pixels, name=str(file))
-        hashed = perceptual_hash(photo) if with_hash else ""
-    except PhotoError as error:
-        return dataclasses.replace(facts, problem=error.reason)
-    height, width = photo.shape[:2]
-    return dataclasses.replace(facts, width=width, height=height, perceptual_hash=hashed, **_read_header(data))
-
-
 def _read_header(data: bytes) -> dict[str, Any]:
     from PIL import Image
 
@@ -205,7 +246,7 @@ class Memory:
     def __init__(self, folder: Path | None, settings: str) -> None:
         self._database = _open_database(folder) if folder else None
         self._settings = f"{FORMAT} {settings}".encode()
-        self._num_written = 0
+        self._lock = threading.Lock()
 
     def get(self, file: Path, stamp: str) -> PhotoFacts | None:
         """Return what `put` was given for a file of the same path and stamp, under the same settings."""
@@ -221,18 +262,20 @@ class Memory:
             return None
 
     def put(self, file: Path, stamp: str, facts: PhotoFacts) -> None:
-        """Keep facts, in place of what was kept for the same path and settings."""
-        if self._database is None:
-            return
+        """Keep facts, in place of what was kept for the same path and settings; in any thread."""
         text = json.dumps(dataclasses.asdict(facts))
-        try:
-            entry = (self._name(file), _seal(stamp, text), text)
-            self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", entry)
-            self._num_written += 1
-            if self._num_written % ENTRIES_PER_COMMIT == 0:  # so that an interrupted inspection goes on from here
-                self._database.commit()
-        except sqlite3.Error:  # the disk is full, or another command writes
-            self.close()
+        entry = (self._name(file), _seal(stamp, text), text)
+        with self._lock:
+            if self._database is None:
+                return
+            try:
+                self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", entry)
+                if (
+                    self._database.total_changes % ENTRIES_PER_COMMIT == 0
+                ):  # so that an interrupted inspection goes on from here
+                    self._database.commit()
+            except sqlite3.Error:  # the disk is full, or another command writes
+                self.close()
 
     def close(self) -> None:
         """Keep what was put and let go of the database."""
@@ -258,7 +301,7 @@ def _open_database(folder: Path) -> sqlite3.Connection | None:
         database = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(file, timeout=5)
+            database = sqlite3.connect(file, timeout=5, check_same_thread=False)
             database.execute("CREATE TABLE IF NOT EXISTS files (name BLOB PRIMARY KEY, stamp TEXT, facts TEXT)")
             return database
         except (sqlite3.Error, OSError) as error:

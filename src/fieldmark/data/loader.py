@@ -173,8 +173,7 @@ class Loader:
         self._workers = [_Worker(context, number) for number in range(self._num_workers)]
 
     def _prepare_elsewhere(self, prepare: Prepare, plan: Plan, epoch: int) -> Iterator[Batch]:
-        self._turn += 1
-        turn = self._turn
+        self._turn = turn = self._turn + 1
         while self._pending:  # what an epoch that was left early still owes
             self._pending.popleft().receive()
         for worker in self._workers[: len(plan)]:

@@ -21,7 +21,7 @@ from torch import nn
 from fieldmark.data.audit import near_pairs
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
-from fieldmark.data.inspection import inspect_photos
+from fieldmark.data.inspection import Inspection
 from fieldmark.errors import DataError, needs_extra
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
 from fieldmark.progress import Quiet
@@ -114,14 +114,9 @@ def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memor
     `max_distance` is the largest Hamming distance of their 64-bit perceptual hashes, `memory` the folder where what was
     seen of the photos is remembered. Photos that cannot be read are skipped.
     """
-    facts = inspect_photos(
-        index,
-        decoding=DecodeSpec((255, 255, 255), 178_956_970),
-        threads=threads,
-        with_hash=True,
-        cache_folder=memory,
-        progress=Quiet(),
-    )
+    decoding = DecodeSpec((255, 255, 255), 178_956_970)
+    with Inspection(index.files(), decoding=decoding, with_hash=True, cache_folder=memory) as inspection:
+        facts = inspection.finish(threads=threads, progress=Quiet())
     numbers = [number for number, fact in enumerate(facts) if fact.perceptual_hash]
     hashes = np.array([int(facts[number].perceptual_hash, 16) for number in numbers], np.uint64)
     pairs = zip(*near_pairs(hashes, hashes, max_distance=max_distance), strict=True)

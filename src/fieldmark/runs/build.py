@@ -31,14 +31,14 @@ from fieldmark.models.classifier import (
 )
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
-from fieldmark.runs.dataset import Dataset, EvalPhotos, PhotoReader, TrainPhotos, decode_spec, user_folder
+from fieldmark.runs.dataset import Cached, EvalPhotos, PhotoReader, TrainPhotos, decode_spec, user_folder
 from fieldmark.runs.environment import keep_freed_memory, processor_name, quiet_fabric, usable_cores
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import ScheduleSpec, create_optimizer, parameter_groups
 from fieldmark.training.trial import Computation, choose_computation
 
 if TYPE_CHECKING:
-    from fieldmark.data.cache import PhotoCache
+    from fieldmark.data.cache import PhotoCache, Read
 
 
 Value = TypeVar("Value", str, int)
@@ -101,24 +101,25 @@ def choose_workers(config: Config, *, is_cached: bool, device: torch.device) -> 
     return Choice(*auto_workers(cores=cores, is_cached=is_cached, has_gpu=device.type != "cpu"))
 
 
-def fill_cache(config: Config, dataset: Dataset, *, progress: Progress) -> tuple[PhotoCache | None, str]:
-    """Open the cache of reduced photos, write what it lacks, and say in a line what was done."""
+def fill_cache(
+    config: Config, files: Sequence[Path], sizes: NDArray[np.int64], *, read: Read, progress: Progress
+) -> Cached:
+    """Open the cache of reduced photos of (N, 2) sizes, write what it lacks, and say in a line what was done."""
     settings = config.cache
-    if settings.mode == "off":
-        return None, "cache: off (asked for)"
     if config.augment.executor == "reference":
         return None, "cache: off (the reference executor works on whole photos)"
 
     from fieldmark.data.cache import open_cache
 
     cache, report = open_cache(
-        dataset.index.files(),
-        sizes=dataset.sizes,
+        files,
+        sizes=sizes,
         mode=settings.mode,
         short_side=settings.short_side,
         folder=Path(settings.folder) if settings.folder else user_folder("photos"),
         disk_gigabytes=settings.disk_gigabytes,
         decoding=decode_spec(config.data),
+        read=read,
         threads=usable_cores(),
         progress=progress,
     )
@@ -294,7 +295,7 @@ def build_reader(config: Config, index: PhotoIndex) -> PhotoReader:
 
 def build_train_photos(
     config: Config,
-    index: PhotoIndex,
+    reader: PhotoReader,
     sizes: NDArray[np.int64],
     *,
     size: int,
@@ -302,9 +303,9 @@ def build_train_photos(
     is_fixres: bool = False,
     cache: PhotoCache | None = None,
 ) -> TrainPhotos:
-    """What prepares training batches of `size` pixels from an index's photos, (N, 2) `sizes` of which are known."""
+    """What prepares training batches of `size` pixels from a reader's photos, (N, 2) `sizes` of which are known."""
     return TrainPhotos(
-        reader=build_reader(config, index),
+        reader=reader,
         cache=cache,
         sizes=sizes,
         spec=build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=is_fixres),

@@ -61,7 +61,8 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
     weights = build.build_input_config(config)
     build.require_sizes(config, weights)
     size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
-    prepare = build.build_train_photos(config, index, known_sizes(index, sizes), size=size, evaluation=evaluation)
+    reader, known = build.build_reader(config, index), known_sizes(index, sizes)
+    prepare = build.build_train_photos(config, reader, known, size=size, evaluation=evaluation)
     numbers = list(sizes)[:PHOTOS_PREPARED]
     prepared = _rate(lambda: len(prepare(numbers, 0).numbers))
     model = create_classifier(**build.create_arguments(config, num_classes=len(index.classes))).train()
@@ -138,13 +139,16 @@ class Checkup:
     must_fix: tuple[str, ...]  # the audit's, and what keeps the photos from being divided
     recipe_warnings: tuple[str, ...]
     preflight: Preflight | None  # None where there is nothing to train on
+    crop_fallback_rate: float | None  # share of training crops that are a fixed center crop, where it was measured
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return self.audit.to_dict() | {
             "must_fix": list(self.must_fix),
             "recipe_warnings": list(self.recipe_warnings),
+            "estimates": asdict(self.preflight) if self.preflight else {},
             "bottleneck": self.preflight.bottleneck if self.preflight else None,
+            "crop_fallback_rate": self.crop_fallback_rate,
         }
 
 
@@ -154,7 +158,7 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
     Without `with_recipe` the photos alone are looked at: a plan chooses model and sizes later.
     """
     found = find_photos(config.data)
-    facts = inspect(found, config.data, progress=progress, with_hash=True)
+    facts, _ = inspect(found, config.data, progress=progress, with_hash=True)
     index, problem = _divide_usable(found, facts, config)
     sizes = {
         number: (fact.width, fact.height)
@@ -173,13 +177,13 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
         facts,
         near_distance=NEAR_DISTANCE_BITS,
         skip_broken=config.data.broken == "skip",
-        crop_fallback_rate=fallback_rate(config, given.weights, given.sizes) if sizes and with_recipe else None,
-        estimates=asdict(preflight) if preflight else {},
     )
     # Without a split the audit cannot help noticing that nothing is in train; the reason says more.
     must_fix = [problem] if problem else list(audited.must_fix)
     must_fix += [no_weights] if no_weights else []
-    return Checkup(audited, tuple(must_fix), tuple(lint_recipe(given)) if with_recipe else (), preflight)
+    warnings = tuple(lint_recipe(given)) if with_recipe else ()
+    rate = fallback_rate(config, given.weights, given.sizes) if sizes and with_recipe else None
+    return Checkup(audited, tuple(must_fix), warnings, preflight, rate)
 
 
 def _why_no_weights(config: Config) -> str:
@@ -221,8 +225,8 @@ def format_checkup(checkup: Checkup) -> str:
             f"{sizes.median_short_side:.0f} pixels; aspect {sizes.median_aspect:.2f}; {sizes.num_bytes / 1e6:.0f} MB"
         )
     lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in found.formats.items()))
-    if found.crop_fallback_rate is not None:
-        lines.append(f"random crops that are one fixed center crop in fact: {found.crop_fallback_rate:.1%}")
+    if checkup.crop_fallback_rate is not None:
+        lines.append(f"random crops that are one fixed center crop in fact: {checkup.crop_fallback_rate:.1%}")
     if checkup.preflight is not None:
         lines.append(_cost(checkup.preflight))
     lines += [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN]]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Union
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fieldmark.data import splits
 from fieldmark.data.audit import find_doubts
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, apply_corrections, load_index, require_trainable
-from fieldmark.data.inspection import PhotoFacts, inspect_photos
+from fieldmark.data.inspection import Inspection, PhotoFacts
 from fieldmark.data.loader import Batch
 from fieldmark.errors import ConfigError, DataError, PhotoError
 from fieldmark.progress import Progress
@@ -28,6 +28,11 @@ from fieldmark.runs.environment import usable_cores
 
 if TYPE_CHECKING:
     from fieldmark.data.cache import PhotoCache
+
+Cached = tuple[Union["PhotoCache", None], str]  # the cache of some photos, if there is one, and what was done about it
+Fill = Callable[
+    ..., Cached
+]  # of (files, their (N, 2) sizes); what is missing comes by `read=`, and `progress=` is told
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Dataset:
     facts: tuple[PhotoFacts, ...]  # one for each photo of `index`
     broken: tuple[tuple[str, str], ...]  # (path, reason) of photos that were skipped
     notes: tuple[str, ...] = ()  # how the data were read, what was skipped, what looks wrong
+    cached: Cached | None = None  # None where nothing was done about it yet
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -81,12 +87,14 @@ def find_photos(config: DataConfig) -> PhotoIndex:
 SKIP_BROKEN = "train without them: --set data.broken=skip"
 
 
-def prepare_dataset(config: DataConfig, *, progress: Progress, skip: str = SKIP_BROKEN) -> Dataset:
-    """Find, inspect and divide the photos; `skip` is what to do about broken ones besides mending them."""
+def prepare_dataset(
+    config: DataConfig, *, progress: Progress, skip: str = SKIP_BROKEN, fill: Fill | None = None
+) -> Dataset:
+    """Find, inspect and divide the photos, and `fill` their cache meanwhile; `skip` is the way out of broken ones."""
     everything = find_photos(config)
     # Photos without labels have no part in training: `check` and `predict` look at them.
     found = replace(everything, photos=tuple(photo for photo in everything.photos if photo.label is not None))
-    facts = inspect(found, config, progress=progress)
+    facts, cached = inspect(found, config, progress=progress, fill=fill)
     broken = [(photo.path, fact.problem) for photo, fact in zip(found.photos, facts, strict=True) if fact.problem]
     if broken and config.broken == "refuse":
         raise DataError(f"{list_broken(broken, len(found.photos))}\nFix or remove them, or {skip}")
@@ -97,19 +105,25 @@ def prepare_dataset(config: DataConfig, *, progress: Progress, skip: str = SKIP_
         notes.append(f"{len(broken)} photos cannot be used and are skipped, such as {broken[0][0]!r}: {broken[0][1]}")
     index = divide(index, kept, config)
     require_trainable(index)
-    return Dataset(index, tuple(kept), tuple(broken), tuple(f"data: {note}" for note in notes))
+    return Dataset(index, tuple(kept), tuple(broken), tuple(f"data: {note}" for note in notes), cached)
 
 
-def inspect(index: PhotoIndex, config: DataConfig, *, progress: Progress, with_hash: bool = False) -> list[PhotoFacts]:
-    """Decode every photo once, or remember that it was done; `with_hash` for finding near-duplicates."""
-    return inspect_photos(
-        index,
-        decoding=decode_spec(config),
-        with_hash=with_hash,
-        threads=usable_cores(),
-        cache_folder=user_folder("inspections"),
-        progress=progress,
-    )
+def inspect(
+    index: PhotoIndex, config: DataConfig, *, progress: Progress, with_hash: bool = False, fill: Fill | None = None
+) -> tuple[list[PhotoFacts], Cached | None]:
+    """Decode every photo once, or remember that it was done; `with_hash` for finding near-duplicates.
+
+    Also gives the cache of the usable photos, where `fill` opens one.
+    """
+    decoding, folder, cached = decode_spec(config), user_folder("inspections"), None
+    with Inspection(index.files(), decoding=decoding, with_hash=with_hash, cache_folder=folder) as inspection:
+        if fill is not None:
+            cached = fill(inspection.files, inspection.estimate_sizes(), read=inspection.read, progress=progress)
+        facts = inspection.finish(threads=usable_cores(), progress=progress)
+    if cached is not None and cached[0] is not None:
+        usable = [number for number, fact in enumerate(facts) if not fact.problem]
+        cached = (cached[0].select(usable), cached[1])
+    return facts, cached
 
 
 def decode_spec(config: DataConfig) -> DecodeSpec:

@@ -49,8 +49,9 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
     numbers = [number for number, photo in enumerate(index.photos) if photo.label and photo.split in ("train", "")]
     chosen = _spread(numbers, SIZES_READ)
     part = replace(index, photos=tuple(index.photos[number] for number in chosen))
-    facts = dict(zip(chosen, inspect(part, config.data, progress=progress), strict=True))
-    sizes = {number: (fact.width, fact.height) for number, fact in facts.items() if not fact.problem}
+    found, _ = inspect(part, config.data, progress=progress)
+    facts = zip(chosen, found, strict=True)
+    sizes = {number: (fact.width, fact.height) for number, fact in facts if not fact.problem}
     if not sizes:
         raise DataError(f"{index.root} holds no labeled photo that can be read: `fieldmark check` says why")
     num_train, num_val = len(numbers), sum(photo.split == "val" for photo in index.photos)
@@ -68,13 +69,14 @@ def _draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[in
     evaluation = build.build_eval_spec(config, given.weights)
     shown = _spread(list(sizes), SHOWN)
     size = build.train_size(config, given.weights)
-    prepare = build.build_train_photos(config, index, known_sizes(index, sizes), size=size, evaluation=evaluation)
+    reader = build.build_reader(config, index)
+    prepare = build.build_train_photos(config, reader, known_sizes(index, sizes), size=size, evaluation=evaluation)
     batches = [prepare(shown, epoch) for epoch in (0, 1)]
     # A row of photos is as high in every section, so that one method of mixing leaves no gap where another would be.
     heights = [1, 2, 1.1 * len(build.build_mix_spec(config).methods), 1.6]
     figure = plots.new_figure(14, 2.28 * sum(heights))
     whole, augmented, mixed, curves = list(figure.subfigures(4, 1, squeeze=False, height_ratios=heights).flat)
-    photos = [prepare.reader.read(number) for number in shown]
+    photos = [reader.read(number) for number in shown]
     _draw_row(whole, "photos", photos, [index.photos[number].label or "" for number in shown])
     seen = [_pixels(image, evaluation) for batch in batches for image in batch.images.numpy()]
     _draw_row(augmented, "as the model sees them, in two epochs", seen, [""] * len(seen), rows=2)
@@ -168,7 +170,6 @@ class LrSweep:
     losses: tuple[float, ...]  # before that update
     smoothed: tuple[float, ...]  # exponentially
     suggestion: float  # the rate to train with, half way down the longest fall of the smoothed loss
-    steepest: float  # rate at which the smoothed loss falls fastest over log rate
 
 
 def search_lr(config: Config, *, progress: Progress) -> LrSweep:
@@ -247,8 +248,7 @@ def find_lr(
         )
     # As fastai: the first tenth is noise of the start, the last few points are the explosion.
     window = slice(len(lrs) // 10, max(len(lrs) - 5, len(lrs) // 10 + 3))
-    found = valley_point(lrs[window], smoothed[window]), steepest_point(lrs[window], smoothed[window])
-    return LrSweep(tuple(lrs), tuple(losses), tuple(smoothed), *found)
+    return LrSweep(tuple(lrs), tuple(losses), tuple(smoothed), valley_point(lrs[window], smoothed[window]))
 
 
 def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
@@ -269,13 +269,6 @@ def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
                 start = end - lengths[end]
     section = (end - start) / 3
     return lrs[start + int(section) + int(section / 2)]
-
-
-def steepest_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
-    """Find the rate at which the loss falls fastest over the logarithm of the rate, by central differences."""
-    rates, values = np.log(lrs), np.asarray(losses)
-    slopes = (values[2:] - values[:-2]) / (rates[2:] - rates[:-2])
-    return lrs[1 + int(slopes.argmin())]
 
 
 def save_sweep(sweep: LrSweep, path: Path) -> None:

@@ -27,7 +27,16 @@ from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError, 
 from fieldmark.models.classifier import freeze_stages, train_only_head_and_norms
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
-from fieldmark.runs.dataset import SKIP_BROKEN, Dataset, EvalPhotos, inspect, list_broken, prepare_dataset
+from fieldmark.runs.dataset import (
+    SKIP_BROKEN,
+    Dataset,
+    EvalPhotos,
+    Fill,
+    PhotoReader,
+    inspect,
+    list_broken,
+    prepare_dataset,
+)
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.tracking import require_trackers
 from fieldmark.runs.writer import RunWriter, claim_folder
@@ -52,6 +61,7 @@ class Session:
     fabric: Fabric  # device, precision, processes
     progress: Progress  # on the first process it has a log behind it
     dataset: Dataset
+    reader: PhotoReader  # of the data set's photos; made once, as it takes seconds for a million
     built: build.BuiltModel
     evaluation: EvalSpec
     cache: PhotoCache | None
@@ -76,7 +86,7 @@ class Session:
         phase, device = build.build_phase(self.config, epoch, self.built, self.evaluation), self.fabric.device
         prepare = build.build_train_photos(
             self.config,
-            self.dataset.index,
+            self.reader,
             self.dataset.sizes,
             size=phase.size,
             evaluation=self.evaluation,
@@ -112,7 +122,7 @@ class Session:
 
     def eval_batches(self, numbers: NDArray[np.int64]) -> Iterator[Batch]:
         """Give this process's share of the evaluation pictures of some photos."""
-        prepare = EvalPhotos(build.build_reader(self.config, self.dataset.index), self.evaluation, keeps_broken=False)
+        prepare = EvalPhotos(self.reader, self.evaluation, keeps_broken=False)
         return self.loader.batches(prepare, self.plan.eval_share(numbers, self.fabric.global_rank), epoch=0)
 
     def validate(self, model: nn.Module, *, step: int) -> Validation:
@@ -169,10 +179,10 @@ def assemble(
 
     The session's loader is for the caller to close.
     """
-    # One process fills the cache; the others find it filled.
-    filled = build.fill_cache(config, dataset, progress=progress) if fabric.is_global_zero else None
-    fabric.barrier()
-    cache, cache_note = filled or build.fill_cache(config, dataset, progress=progress)
+    reader = build.build_reader(config, dataset.index)
+    cache, cache_note = dataset.cached or build.fill_cache(
+        config, dataset.index.files(), dataset.sizes, read=reader.read, progress=progress
+    )
     workers = build.choose_workers(config, is_cached=cache is not None, device=fabric.device)
     plan = build.build_plan(config, dataset.index, processes=fabric.world_size)
     counts = np.bincount(dataset.labels[plan.train_numbers], minlength=len(dataset.index.classes))
@@ -181,6 +191,7 @@ def assemble(
         fabric=fabric,
         progress=progress,
         dataset=dataset,
+        reader=reader,
         built=built,
         evaluation=build.build_eval_spec(config, built.data),
         cache=cache,
@@ -217,7 +228,10 @@ def open_session(
         skip = _skip_broken(config.data.path, path) if start == "again" else SKIP_BROKEN
         load = partial(prepare_dataset, config.data, skip=skip)
         load = load if start != "resumed" else partial(_reload_dataset, config, path, data)
-        dataset = _run_together(fabric, lambda: load(progress=progress))
+        load = partial(load, progress=progress, fill=partial(build.fill_cache, config))
+        # One process decodes; the others find the photos inspected and the cache filled.
+        first = _run_together(fabric, lambda: load() if fabric.is_global_zero else None)
+        dataset = _run_together(fabric, lambda: first or load())
         built = _run_together(fabric, lambda: build.build_model(config, num_classes=len(dataset.index.classes)))
         session, workers, cache_note = assemble(
             config, path, fabric, dataset, built, select=config.train.select, progress=progress
@@ -287,12 +301,12 @@ def _skip_broken(photos: str | Path, path: Path) -> str:
     return f"begin a new run without them: {command('train', photos, *again)}"
 
 
-def _reload_dataset(config: Config, path: Path, data: Path | None, *, progress: Progress) -> Dataset:
+def _reload_dataset(config: Config, path: Path, data: Path | None, *, progress: Progress, fill: Fill) -> Dataset:
     """Take the very photos of a run's own table, from where they are now."""
     run = folder.Run(path)
     index = run.split if data is None else replace(run.split, root=data)
     require_photos_of(path, index.root)
-    facts = inspect(index, config.data, progress=progress)
+    facts, cached = inspect(index, config.data, progress=progress, fill=fill)
     broken = [(photo.path, fact.problem) for photo, fact in zip(index.photos, facts, strict=True) if fact.problem]
     if broken:
         raise DataError(
@@ -304,7 +318,7 @@ def _reload_dataset(config: Config, path: Path, data: Path | None, *, progress: 
             f"the photos under {index.root} are not those that {path} began with (their fingerprint differs): "
             "bring them back, or begin a new run"
         )
-    return Dataset(index, tuple(facts), ())
+    return Dataset(index, tuple(facts), (), cached=cached)
 
 
 def _describe_start(session: Session, choices: dict[str, build.Choice[str] | build.Choice[int]]) -> list[str]:
