@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.errors import ExportError
 from fieldmark.export.formats import write_torch
-from fieldmark.inference.exported import ExportedModel, ModelMetadata
+from fieldmark.inference.exported import ExportedModel, ModelMetadata, _load_torch
 from fieldmark.inference.predictor import Predictor
 
 SPEC = EvalSpec("squash", 8, 1.0, "bicubic", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -241,3 +242,25 @@ def test_a_predictor_keeps_the_limit_of_the_export(program, tmp_path):
     first, second = predictor.predict([Image.fromarray(photo) for photo in (small, large)])
     assert (first.problem, first.label in ("a", "b")) == ("", True)
     assert "99" in second.problem
+
+
+class Part(nn.Module):
+    """Computes a part of itself in full precision, as EfficientViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 8 * 8, 2)
+
+    def forward(self, images):
+        with torch.autocast("cpu", enabled=False):
+            return self.linear(images.flatten(1)) * 2
+
+
+def test_a_graph_within_the_graph_is_read_where_it_only_says_how_to_compute(tmp_path):
+    model = Part().eval()
+    write_torch(model, tmp_path / "model.pt2", size=8, metadata="{}")
+    assert b"wrap_with_autocast" in (tmp_path / "model.pt2").read_bytes()
+    images = torch.randn(3, 3, 8, 8)
+    with torch.inference_mode():
+        expected = model(images).numpy()
+    np.testing.assert_allclose(_load_torch(tmp_path / "model.pt2")(images.numpy()), expected, atol=1e-5)

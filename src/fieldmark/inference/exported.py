@@ -251,6 +251,7 @@ _MEMBERS = re.compile(
 )
 _OPERATORS = re.compile(
     r"torch\.ops\.aten\.(?!from_file|save|load|warn|_print)\w+\.\w+|torch\.sym_\w+|math\.\w+"
+    r"|torch\.ops\.higher_order\.wrap_with_autocast"  # of a graph in the same file
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
 )
 _SIZES = re.compile(
