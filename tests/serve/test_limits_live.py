@@ -31,7 +31,8 @@ from fieldmark.serve.server import is_local, listen
 
 _PROGRAM = textwrap.dedent(
     """
-    import sys, time
+    import faulthandler, signal, sys, time
+    faulthandler.register(signal.SIGUSR1)  # so that a test can ask a server that stands still what it is at
     sys.path.insert(0, {root!r})
     from tests.serve.conftest import ColorModel, make_app
     from fieldmark.serve.server import run_server
@@ -75,6 +76,17 @@ def wait_until_answered(url, process):
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def stacks_of(process):
+    """Say in the error of a client that got no answer what each thread of the server was at."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        raise AssertionError(f"{error!r}: {log_of(process)}") from error
 
 
 def log_of(process):
@@ -216,7 +228,8 @@ def check_malformed(count, *, senders, slow_clients):
         try:
             while any(thread.is_alive() for thread in bad) or len(good) < 20 or not slow_statuses:
                 start = time.perf_counter()
-                answer = client.post("/predict", files=upload(make_photo((0, 255, 0))))
+                with stacks_of(process):
+                    answer = client.post("/predict", files=upload(make_photo((0, 255, 0))))
                 assert answer.status_code == 200, answer.text
                 assert answer.json()["photos"][0]["label"] == "green"
                 good.append(time.perf_counter() - start)
