@@ -15,7 +15,7 @@ RECIPES = sorted(Path(str(resources.files("fieldmark"))).rglob("recipes/**/*.tom
 
 def test_there_are_recipes_and_each_is_offered_by_name():
     assert {path.stem for path in RECIPES} == set(recipe_names())
-    assert {"competition", "strong", "laptop", "demo"} <= set(recipe_names())
+    assert {"competition", "strong", "laptop"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -34,16 +34,21 @@ Metric = Annotated[Literal["top1", "macro_recall", "prior_top1", "log_loss"], ty
 Split = Annotated[str, typer.Option("--split", help="val or test.")]
 
 
-def demo(out: NewRun = None, set_: Overrides = None) -> None:
+def demo(
+    out: NewRun = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time to train for.")] = 3.0,
+    set_: Overrides = None,
+) -> None:
     """Train on real photos in a few minutes.
 
-    Solar cells, functional or defective: probe, fine-tune, evaluate, predict.
+    Solar cells, functional or defective: the best model that the minutes can make, evaluated on photos kept apart.
     """
     from fieldmark.demo import run_demo
     from fieldmark.runs.train import free_folder
 
     with open_progress("demo") as progress:
-        typer.echo(run_demo(out or free_folder(Path("runs/demo")), overrides=set_ or (), progress=progress))
+        told = run_demo(out or free_folder(Path("runs/demo")), minutes=minutes, overrides=set_ or (), progress=progress)
+    typer.echo(told)
 
 
 def train(
