@@ -402,7 +402,7 @@ class TrainConfig(Section):
     """Running average of weights and buffers per update; 0 is off. The average is what is evaluated and kept."""
 
     metric: Metric = "top1"
-    """What "best" means. `prior_top1` weighs the classes of validation as training has them."""
+    """What "best" means; `--minutes` goes by log loss. `prior_top1` weighs classes as training has them."""
 
     select: Literal["best", "last"] = "best"
     """Which epoch's weights the run ends with. `last` is fixed-length training: validation chooses nothing."""

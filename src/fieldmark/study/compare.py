@@ -235,7 +235,8 @@ def _scores(run: Replicate, metric: Metric) -> Scores:
 def _photo_weights(run: Replicate, metric: Metric) -> Scores:
     """(N,) share of each photo in the metric; they sum to 1."""
     counts = np.bincount(run.labels, minlength=len(run.classes))
-    shares = {"top1": counts.astype(np.float64), "prior_top1": run.prior}.get(metric, np.ones(len(counts)))
+    by_class = {"top1": counts.astype(np.float64), "prior_top1": run.prior, "macro_recall": np.ones(len(counts))}
+    shares = by_class[metric]
     wanted = shares * (counts > 0)
     return (wanted / wanted.sum() / np.maximum(counts, 1))[run.labels]
 

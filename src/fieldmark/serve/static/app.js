@@ -201,7 +201,7 @@ function showList(isList) {
   byId("list").setAttribute("aria-pressed", String(isList));
 }
 
-// The columns of `fieldmark predict --out`.
+// Columns of its own, not those of `fieldmark predict --out`.
 function csv() {
   const cell = (value) => (/[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
   const heads = ["path", "label", "probability", "unknown", ...[1, 2, 3].flatMap((n) => [`top${n}`, `top${n}_probability`]), "problem"];
