@@ -423,11 +423,15 @@ class _Work:
             model = self._tuned_model(entry, name, tuned.config, weights, val)
             alone.append(Answer(f"{entry.candidate.key} fine-tuned ({name})", (model,)))
         self.choices = [probed, *alone]
-        if len(probed.members) < self._most_members() + 1:
-            self.choices += [
-                Answer(f"{probed.name}, averaged with {answer.name}", (*probed.members, *answer.members))
-                for answer in alone
-            ]
+        # Beside the fine-tuned network, heads on its own backbone before that add little to those on others.
+        others = tuple(one for one in probed.members if one.config.model.name != entry.candidate.backbone.name)
+        for members in dict.fromkeys((probed.members, others)):
+            if members and len(members) < self._most_members() + 1:
+                names = " and ".join(member.key for member in members)
+                self.choices += [
+                    Answer(f"{answer.name}, averaged with heads on {names}", (*members, *answer.members))
+                    for answer in alone
+                ]
         self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
         self._put(min(self.choices, key=self._loss))
 
