@@ -191,9 +191,7 @@ def _check(kind: str, out: Path, photos: Photos, *, is_int8: bool) -> None:
     if out.exists():
         raise ExportError(f"{out} exists already; give another --out, or remove it")
     if is_int8 and (len(photos.labels) < 4 or photos.labels.min() < 0):
-        raise ExportError(
-            f"int8 takes at least 4 labeled photos to calibrate and evaluate it; got {len(photos.labels)}"
-        )
+        raise ExportError(f"int8 takes at least 4 labeled photos to calibrate and evaluate; got {len(photos.labels)}")
 
 
 def _halves(photos: Photos) -> tuple[Sequence[int], Sequence[int]]:

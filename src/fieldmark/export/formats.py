@@ -52,7 +52,9 @@ def write_onnx(model: nn.Module, path: Path, *, size: int, metadata: str) -> Non
             verbose=False,
         )
     assert program is not None
-    _save_onnx(onnx, program.model_proto, path, metadata)
+    proto: Any = program.model_proto  # made anew each time
+    onnx.helper.set_model_props(proto, {KEY: metadata})
+    onnx.save_model(proto, path)
 
 
 def quantize_onnx(source: Path, path: Path, *, calibration: NDArray[np.float32], metadata: str) -> None:
@@ -90,12 +92,9 @@ def quantize_onnx(source: Path, path: Path, *, calibration: NDArray[np.float32],
             )
     finally:
         root.setLevel(level)
-    _save_onnx(onnx, onnx.load(path), path, metadata)
-
-
-def _save_onnx(onnx: Any, proto: Any, path: Path, metadata: str) -> None:
-    onnx.helper.set_model_props(proto, {KEY: metadata})
-    onnx.save_model(proto, path)
+    quantized = onnx.load(path)
+    onnx.helper.set_model_props(quantized, {KEY: metadata})
+    onnx.save_model(quantized, path)
 
 
 @contextmanager
@@ -124,10 +123,7 @@ def _one_error(way: str) -> Generator[None]:
 
 
 def write_openvino(source: Path, path: Path, *, metadata: str) -> None:
-    """Write an ONNX file as IR with float16 weights, the .xml file `path` and a .bin file beside it.
-
-    OpenVINO computes in what the processor does best.
-    """
+    """Write an ONNX file as IR with float16 weights, the .xml file `path` and a .bin file beside it."""
     ov = import_openvino()
     _save_openvino(ov, ov.convert_model(source), path, metadata, compress_to_fp16=True)
 
@@ -172,17 +168,13 @@ def write_torch(model: nn.Module, path: Path, *, size: int, metadata: str) -> No
 
 
 def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata, *, is_plain: bool) -> None:
-    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, and so for the Hub.
-
-    `model` has a `backbone` (timm, without its own head) and a `head`; `is_plain` says that the backbone is timm's.
-    """
+    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`; `is_plain` as in `export_model`."""
     import timm
     import torch
     from safetensors.torch import save_file
 
     parts: Any = model
-    linear = _only_linear(parts.head)
-    if linear is None:
+    if not isinstance(parts.head, torch.nn.Linear):
         raise ExportError(
             "the timm form holds a linear head only, and this run has another: export --to onnx or torch, or train "
             'with model.head = "linear"'
@@ -195,7 +187,7 @@ def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata, *, is_pl
     architecture = metadata.architecture.split(".")[0]
     whole: Any = timm.create_model(architecture, num_classes=len(metadata.classes))
     classifier = str(whole.pretrained_cfg["classifier"])
-    head = {f"{classifier}.{name}": value for name, value in linear.state_dict().items()}
+    head = {f"{classifier}.{name}": value for name, value in parts.head.state_dict().items()}
     weights: dict[str, torch.Tensor] = {**parts.backbone.state_dict(), **head}
     problem = set(weights) ^ set(whole.state_dict())
     if problem:
@@ -229,12 +221,3 @@ def _timm_config(architecture: str, metadata: ModelMetadata, whole: Any) -> dict
             "classifier": known["classifier"],
         },
     }
-
-
-def _only_linear(head: nn.Module) -> nn.Linear | None:
-    """The linear layer of a head that is nothing else in evaluation."""
-    from torch import nn
-
-    idle = nn.Dropout | nn.Identity | nn.Flatten
-    layers = [layer for layer in head.modules() if not list(layer.children()) and not isinstance(layer, idle)]
-    return layers[0] if len(layers) == 1 and isinstance(layers[0], nn.Linear) else None

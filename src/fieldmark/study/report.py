@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,10 +52,7 @@ class ShownPhoto:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Photos of one class that were taken for another, and one of that other class to compare with.
-
-    `count` and `out_of` are predictions: a photo counts once for each run.
-    """
+    """Photos of one class that were taken for another, and one of that; `count` and `out_of` are over all runs."""
 
     true: str
     predicted: str
@@ -104,6 +102,7 @@ def write_report(
     best = max(comparison.variants, key=lambda variant: variant.interval.estimate)
     charts = [*report_charts(comparison), _confusion_chart(best)]
     count = len(comparison.variants)
+    settings = tuple((key, format_value(value)) for key, value in flatten(best.runs[0].config).items())
     page: dict[str, Any] = {
         "title": title or (f"{count} variants compared" if count > 1 else comparison.variants[0].name),
         "comparison": comparison,
@@ -112,44 +111,43 @@ def write_report(
         "variants": _variants_table(comparison),
         "pairs": pairs_table(comparison),
         "classes": class_table(best),
-        "recipe": _full_recipe(best),
+        "recipe": Table(("Key", "Value"), settings, frozenset()),
         "charts": charts,
     }
     files: list[Path] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == ".md":
-            files = _save_pictures(charts, path.with_name(path.stem + "_files"))
+            folder = path.with_name(path.stem + "_files")
+            folder.mkdir(exist_ok=True)
+            files = [folder / f"{chart.key}.png" for chart in charts]
+            for file, chart in zip(files, charts, strict=True):
+                file.write_bytes(figure_png(chart.figure, dpi=160))
             page["pictures"] = {file.stem: quote(f"{file.parent.name}/{file.name}") for file in files}
         else:
             page |= _page_parts(comparison, best, charts, with_photos=with_photos)
         # A file name that is not UTF-8 comes as lone surrogates, which no page can hold.
-        path.write_text(_render(f"report{kind}", page), encoding="utf-8", errors="backslashreplace")
+        path.write_text(
+            render_template("fieldmark.study", f"report{kind}", page), encoding="utf-8", errors="backslashreplace"
+        )
     except OSError as error:
         raise ResourceError(f"{path} cannot be written: {error.strerror}") from None
     return [path, *files]
 
 
-def _render(template: str, page: dict[str, Any]) -> str:
+def render_template(package: str, template: str, page: dict[str, Any]) -> str:
+    """Fill in a Jinja template of a package's folder `templates`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
-        loader=PackageLoader("fieldmark.study", "templates"),
+        loader=PackageLoader(package, "templates"),
         autoescape=select_autoescape(("html",)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"text": markdown_text, "table": markdown_table}
+    environment.filters |= {"text": markdown_text, "table": markdown_table, "json": json.dumps}
     return environment.get_template(template).render(page) + "\n"
-
-
-def _save_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"{chart.key}.png" for chart in charts]
-    for file, chart in zip(files, charts, strict=True):
-        file.write_bytes(figure_png(chart.figure, dpi=160))
-    return files
 
 
 def _page_parts(comparison: Comparison, best: Variant, charts: Sequence[Chart], *, with_photos: bool) -> dict[str, Any]:
@@ -363,9 +361,3 @@ def _recipe_table(variants: Sequence[Variant]) -> Table:
     """Return where the variants differ, one column each."""
     rows = tuple((key, *(format_value(one.changes[key]) for one in variants)) for key in variants[0].changes)
     return Table(("Key", *map(str, range(1, len(variants) + 1))), rows, frozenset())
-
-
-def _full_recipe(variant: Variant) -> Table:
-    """All settings of a variant's first run."""
-    rows = tuple((key, format_value(value)) for key, value in flatten(variant.runs[0].config).items())
-    return Table(("Key", "Value"), rows, frozenset())
