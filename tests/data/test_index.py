@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmark.data import folders, index
-from fieldmark.data.index import Photo, PhotoIndex, list_photos, load_index, require_trainable
+from fieldmark.data.index import Photo, PhotoIndex, load_index, require_trainable
 from fieldmark.errors import DataError
 from fieldmark.plots import confusion_figure, figure_png
 
@@ -364,15 +364,6 @@ def test_absolute_paths_outside_the_tables_folder_move_the_root(tmp_path):
     assert found.root == tmp_path / "photos"
     assert [photo.path for photo in found.photos] == ["a/1.jpg", "b/1.jpg"]
     assert load(make_table(tmp_path, text)).root == tmp_path
-
-
-def test_list_photos_takes_every_photo_of_a_folder_or_one_file(tmp_path):
-    make_files(tmp_path, "10.jpg", "2.jpg", "sub/1.jpg", "notes.txt")
-    assert [photo.path for photo in list_photos(tmp_path).photos] == ["2.jpg", "10.jpg", "sub/1.jpg"]
-    assert rows(list_photos(tmp_path / "notes.txt")) == [("notes.txt", None, "", "")]
-    assert "does not exist" in error_of(list_photos, tmp_path / "3.jpg")
-    make_files(tmp_path, "empty/notes.txt")
-    assert "holds no photos" in error_of(list_photos, tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,14 @@ from PIL import Image
 
 from fieldmark.config import load_config
 from fieldmark.errors import DataError, PredictionError, RunError
-from fieldmark.inference.predict import PartWorker, model_fingerprint, predict_in_parts, predict_photos
+from fieldmark.inference import predict as predicting
+from fieldmark.inference.predict import (
+    make_part,
+    make_parts_on_ray,
+    model_fingerprint,
+    predict_in_parts,
+    predict_photos,
+)
 from fieldmark.inference.predictor import Prediction
 from fieldmark.inference.sources import open_source
 from fieldmark.inference.writers import load_part, part_rows, save_part
@@ -63,12 +72,11 @@ class Here:
         self.made = []
         self._dies_after = dies_after
 
-    def __call__(self, task, numbers):
-        worker = PartWorker(task)
-        for number in reversed(numbers):
+    def __call__(self, task, pieces):
+        for number, piece in reversed(list(pieces)):
             if len(self.made) == self._dies_after:
                 raise KeyboardInterrupt
-            done = worker({"number": number})
+            done = make_part(task, number, piece)
             self.made.append(number)
             yield done
 
@@ -165,8 +173,8 @@ def test_a_copy_of_the_model_elsewhere_is_the_same_model(model, photos, tmp_path
 
 def test_a_worker_with_another_model_or_without_the_folder_says_so(model, photos, tmp_path):
     class Elsewhere(Here):
-        def __call__(self, task, numbers):
-            yield from (PartWorker(type(task)(**{**vars(task), **self.seen}))({"number": number}) for number in numbers)
+        def __call__(self, task, pieces):
+            yield from (make_part(replace(task, **self.seen), *piece) for piece in pieces)
 
     for seen, message in (
         ({"fingerprint": "0" * 64}, r"part 0 cannot be made: .* is another model on this worker"),
@@ -178,29 +186,46 @@ def test_a_worker_with_another_model_or_without_the_folder_says_so(model, photos
             predict(model, photos, tmp_path / "out", executor)
 
 
+class Mortal:
+    """Stands for Ray: one worker at a time, which dies as often as it is told."""
+
+    exceptions = SimpleNamespace(RayError=OSError, RayTaskError=ArithmeticError)
+
+    def __init__(self, deaths):
+        self.deaths = deaths
+
+    def cluster_resources(self):
+        return {"CPU": 1.0}
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 1.0}}]
+
+    def remote(self, **options):
+        return lambda function: SimpleNamespace(remote=lambda *arguments: (function, arguments))
+
+    def wait(self, running):
+        return running[:1], running[1:]
+
+    def get(self, work):
+        if self.deaths:
+            self.deaths -= 1
+            raise OSError("killed")
+        return work[0](*work[1])
+
+
 def test_a_part_that_workers_die_of_is_given_up_and_tried_anew_by_the_next_call(model, photos, tmp_path, monkeypatch):
-    class Restarting(Here):
-        deaths = 0
+    def predict_with(ray):
+        monkeypatch.setattr(predicting, "open_cluster", lambda _: (ray, False))
+        monkeypatch.setattr(predicting.torch, "set_num_threads", lambda _: None)
+        options = {"form": "long", "flips": False, "piece_photos": 3, "progress": Quiet()}
+        made = partial(make_parts_on_ray, address="")
+        return predict_in_parts(model, open_source(str(photos)), tmp_path / "out", make_parts=made, **options)
 
-        def __call__(self, task, numbers):
-            for number in numbers:
-                while True:
-                    try:
-                        yield PartWorker(task)({"number": number})
-                        break
-                    except KeyboardInterrupt:  # what a killed worker looks like from outside
-                        self.deaths += 1
-
-    def die(*arguments):
-        raise KeyboardInterrupt
-
-    executor = Restarting()
-    with monkeypatch.context() as patch:
-        patch.setattr("fieldmark.inference.predict.load_piece", die)
-        with pytest.raises(DataError, match=r"part 0 cannot be made: 4 workers crashed on this part.*pieces/0.json"):
-            predict(model, photos, tmp_path / "out", executor)
-    assert executor.deaths == 4
-    assert predict(model, photos, tmp_path / "out")[0].count == 11
+    with pytest.raises(DataError, match=r"part 0 cannot be made: 4 workers crashed on this part \(killed\).*crashed.txt"):
+        predict_with(Mortal(deaths=4))
+    named = (tmp_path / "out" / ".predict" / "crashed.txt").read_text()
+    assert named == "".join(f"{number}.png\n" for number in range(4))
+    assert predict_with(Mortal(deaths=3)).count == 11
 
 
 def test_a_foreign_folder_is_not_written_to_and_two_calls_exclude_each_other(model, photos, tmp_path):

@@ -20,7 +20,7 @@ from fieldmark.inference.predict import make_parts_on_ray
 def test_missing_ray_is_answered_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"fieldmark\[ray\]"):
-        next(make_parts_on_ray(None, [0], address=""))
+        next(make_parts_on_ray(None, iter([]), address=""))
 
 
 def on_a_cluster(test):
@@ -48,24 +48,24 @@ class Watched:
     def __init__(self, address):
         self.address, self.made = address, []
 
-    def __call__(self, task, numbers):
-        for done in make_parts_on_ray(task, numbers, address=self.address):
+    def __call__(self, task, pieces):
+        for done in make_parts_on_ray(task, pieces, address=self.address):
             self.made.append(done["number"])
             yield done
 
 
 def workers():
-    """Processes of the actors that make parts."""
+    """Processes that make parts."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::") and ("PartActor" in title or "MapBatches" in title or "MapWorker" in title):
+        if title.startswith("ray::make_part"):
             found.append(process.pid)
     return found
 
 
 def kill_a_worker_when(is_time):
-    """SIGKILL to one of the actors as soon as `is_time`; gives the thread and whom it killed."""
+    """SIGKILL to one of the workers as soon as `is_time`; gives the thread and whom it killed."""
     killed = []
 
     def kill():
@@ -130,4 +130,4 @@ def test_a_killed_call_goes_on_with_the_parts_that_are_missing(model, photos, tm
 @on_a_cluster
 def test_a_worker_larger_than_any_machine_is_refused(cluster):
     with pytest.raises(ResourceError, match=r"needs 2 CPUs and 0 GPUs on one machine"):
-        next(make_parts_on_ray(None, [0], address=cluster.address, cpus=2))
+        next(make_parts_on_ray(None, iter([]), address=cluster.address, cpus=2))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fieldmark.data.index import list_photos
+from fieldmark.data.index import Photo, PhotoIndex
 from fieldmark.errors import DataError
 from fieldmark.inference.triage import (
     HeldOut,
@@ -77,5 +77,6 @@ def test_the_same_photo_in_another_size_is_a_near_duplicate(tmp_path):
     small.resize((150, 120)).save(tmp_path / "b.jpg", quality=60)
     Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).resize((200, 160)).save(tmp_path / "c.jpg")
     (tmp_path / "d.jpg").write_bytes(b"broken")
-    found = near_duplicates(list_photos(tmp_path), max_distance=6, threads=1, memory=tmp_path / "memory")
+    index = PhotoIndex(tmp_path, tuple(Photo(f"{name}.jpg", None, "", "") for name in "abcd"), (), {})
+    found = near_duplicates(index, max_distance=6, threads=1, memory=tmp_path / "memory")
     assert [pair[:2] for pair in found] == [(0, 1)]

@@ -18,16 +18,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fieldmark.data.folders import (
-    Photo,
-    find_photos,
-    natural_key,
-    photo_extensions,
-    quote,
-    read_folder,
-    require_photos,
-    split_of,
-)
+from fieldmark.data.folders import Photo, natural_key, photo_extensions, quote, read_folder, split_of
 from fieldmark.data.tables import Table, encoding_problem, read_table, write_csv
 from fieldmark.errors import DataError, did_you_mean
 from fieldmark.files import require_path
@@ -133,16 +124,6 @@ def load_index(
     return PhotoIndex(root, tuple(sorted(photos, key=lambda photo: key(photo.path))), classes, ignored, layout)
 
 
-def list_photos(path: Path) -> PhotoIndex:
-    """The photos of a folder and its sub-folders, or one file, without labels; DataError if there is none."""
-    path = require_path(Path(path))
-    if not path.is_dir():  # one photo by name, whatever its extension
-        return PhotoIndex(path.parent, (Photo(path.name, None, "", ""),), (), {})
-    names, ignored = find_photos(path)
-    require_photos(path, names, ignored)
-    return PhotoIndex(path, tuple(Photo(name, None, "", "") for name in names), (), dict(ignored))
-
-
 def require_trainable(index: PhotoIndex) -> None:
     """Refuse fewer than two classes, or a class without a photo in train."""
     if len(index.classes) < 2:
@@ -232,9 +213,7 @@ def _read_rows(
         first = photos.setdefault(name, photo)
         for what, one, other in zip(SPLIT_COLUMNS, astuple(first), astuple(photo), strict=True):
             if one != other:
-                raise DataError(
-                    f"{table.where(number)}: {name!r} has two {what}s, {one!r} and {other!r}. Keep one of the rows"
-                )
+                raise DataError(f"{table.where(number)}: {name!r} has two {what}s, {one!r} and {other!r}. Keep one row")
     num_repeated = table.num_rows - len(photos)
     return list(photos.values()), {"row that repeats another": num_repeated} if num_repeated else {}
 
@@ -265,9 +244,7 @@ class _Paths:
             try:
                 base = os.path.commonpath([os.path.dirname(path) for path in full])  # noqa: PTH120
             except ValueError:
-                raise DataError(
-                    f"{self._table.name}: the photos are on more than one drive. Bring them to one"
-                ) from None
+                raise DataError(f"{self._table.name}: photos are on more than one drive. Bring them to one") from None
             root = Path(base)
         return root, [os.path.relpath(path, base).replace(os.sep, "/") for path in full]
 
@@ -280,9 +257,7 @@ class _Paths:
             raise DataError(f"{where}: {path!r} holds a zero byte, which no path can. Correct the row")
         whole = os.path.normpath(os.path.join(self._base, path))  # noqa: PTH118, Path would tidy what is to be checked
         if not os.path.isabs(path) and not _is_inside(whole, self._base):  # noqa: PTH117
-            raise DataError(
-                f"{where}: {path!r} leads out of the table's folder. Write the absolute path, or move the table"
-            )
+            raise DataError(f"{where}: {path!r} leads out of the table's folder. Write an absolute path, or move it")
         return whole
 
     def _explain_missing(self, paths: Sequence[str], whole: Sequence[str], missing: Sequence[int]) -> str:

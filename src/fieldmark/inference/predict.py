@@ -7,7 +7,6 @@ prediction: as they are, in a folder, or merged into one file.
     OUT/ or OUT.csv.parts/
         part-00000000.parquet ...   one a piece
         .predict/plan.json          what is predicted with what; another call must agree
-        .predict/pieces/N.json      pieces whose part is missing; N.attempts has a byte for each attempt
         .predict/lock
 """
 
@@ -15,14 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -37,21 +35,21 @@ from fieldmark.errors import (
     ResourceError,
     RunError,
     command,
-    needs_extra,
+    first_line,
 )
-from fieldmark.files import exclusive_lock
+from fieldmark.files import exclusive_lock, write_whole
 from fieldmark.inference import calibration, sources, writers
 from fieldmark.inference.calibration import apply_prior, estimate_prior, load_calibration
 from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
-from fieldmark.inference.sources import PhotoSource, Piece
+from fieldmark.inference.sources import FileList, PhotoSource, Piece
 from fieldmark.inference.writers import Form, PredictedPhotos, save_predictions
 from fieldmark.progress import Progress
-from fieldmark.runs.environment import count_slots, open_cluster
-from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS, Run
+from fieldmark.runs.environment import open_cluster, require_slots
+from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS, Run, write_json
 
 PHOTOS_BETWEEN_LINES = 10_000
-FORMAT = 1
+FORMAT = 2
 PIECE_PHOTOS = 1024
 BOOKS = ".predict"
 MAX_ATTEMPTS = 4
@@ -89,9 +87,7 @@ def predict_photos(
         form = writers.choose_form(out, form, has_sample=sample is not None)
     prior = _training_prior(model) if estimates_prior else None
     if ray is not None and (out is None or sample_order or prior is not None):
-        raise PredictionError(
-            "--ray writes parts in the order of the photos: give --out, no --sample-order and no --prior"
-        )
+        raise PredictionError("--ray writes parts in order of the photos: give --out, no --sample-order, no --prior")
     if sample is not None and sample_order:
         source = _reorder(source, sample)
     _check_names(source, sample, has_ids=out is not None and form == "leaderboard")
@@ -99,7 +95,7 @@ def predict_photos(
         make = partial(make_parts_on_ray, address=ray)
         return predict_in_parts(model, source, out, form=form, flips=flips, make_parts=make, progress=progress)
     predictor = Predictor.load(model, flips=flips)
-    predictions = _report(_predict(predictor, source), source.count, progress)
+    predictions = _report(predictor.predict_source(source), source.count, progress)
     shares: dict[str, dict[str, float]] = {}
     if prior is not None:
         predictions, estimated = correct_prior(list(predictions), prior)
@@ -112,7 +108,7 @@ def predict_photos(
     has_groups = predictor.fallback is not None
     done = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     if shares:
-        writers.save_prior(out, shares)
+        write_json(out.with_name(f"{out.name}.prior.json"), {"method": "expectation-maximization", "shares": shares})
     return replace(done, prior=shares)
 
 
@@ -144,13 +140,6 @@ def _training_prior(model: Path) -> NDArray[np.float64]:
             "not assume the class shares of training, which --prior estimate starts from"
         )
     return run.prior
-
-
-def _predict(predictor: Predictor, source: PhotoSource) -> Iterator[Prediction]:
-    if source.root is None:
-        return predictor.predict_named(source.read(predictor.batch_size))
-    names = list(source.names())
-    return predictor.predict_files(names, [Path(source.root, name) for name in names])
 
 
 def _check_names(source: PhotoSource, sample: Path | None, *, has_ids: bool) -> None:
@@ -197,7 +186,7 @@ def predict_in_parts(
     """Predict photos part by part; called again, only those that are missing.
 
     `out` is a file, by its ending, or a folder, which then holds the parts. A list is cut into parts of `piece_photos`,
-    rounded up to whole batches. `make_parts` makes those of some numbers, in any order, if any is missing.
+    rounded up to whole batches. `make_parts` makes those of some pieces, in any order, if any is missing.
     """
     is_file = bool(out.suffix) and not out.is_dir()
     predictor = Predictor.load(model, flips=flips)
@@ -209,19 +198,18 @@ def predict_in_parts(
         plan = {"format": FORMAT, "model": fingerprint, "photos": _combine_digests(keys), "parts": len(keys)}
         _check_plan(folder, plan, out)
         rows = [writers.part_rows(part_path(folder, number), key=key) for number, key in enumerate(keys)]
-        missing = [number for number, count in enumerate(rows) if count is None]
+        missing = {number for number, count in enumerate(rows) if count is None}
         done = sum(count for count in rows if count is not None) if source.count else len(keys) - len(missing)
         progress.start(source.count or len(keys), done)
         if missing:
-            _save_pieces(folder, source.cut(size), set(missing))
             task = PartTask(str(model.absolute()), fingerprint, flips, str(folder))
-            with closing(make_parts(task, missing)) as made:
+            pieces = ((number, piece) for number, piece in enumerate(source.cut(size)) if number in missing)
+            with closing(make_parts(task, pieces)) as made:
                 for part in made:
                     if part["problem"]:
                         problem = f"part {part['number']} cannot be made: {part['problem']}"
                         raise DataError(f"{problem}. What is done is kept; call again")
                     progress.advance(part["rows"] if source.count else 1)
-            shutil.rmtree(folder / BOOKS / "pieces", ignore_errors=True)
         predictions = chain.from_iterable(writers.load_part(part_path(folder, n), predictor) for n in range(len(keys)))
         if not is_file:
             written = PredictedPhotos(out)
@@ -264,15 +252,6 @@ def _check_plan(folder: Path, plan: dict[str, Any], out: Path) -> None:
         raise PredictionError(f"{folder} was begun {changed}. Give another --out than {out}, or remove {folder}")
 
 
-def _save_pieces(folder: Path, pieces: Iterable[Piece], missing: set[int]) -> None:
-    waiting = _piece_path(folder, 0).parent
-    shutil.rmtree(waiting, ignore_errors=True)
-    waiting.mkdir()
-    for number, piece in enumerate(pieces):
-        if number in missing:
-            _piece_path(folder, number).write_text(sources.to_json(piece), encoding="ascii")
-
-
 @dataclass(frozen=True)
 class PartTask:
     """Holds what a worker must know; plain, so that it can be sent."""
@@ -292,42 +271,33 @@ class PartDone(TypedDict):
     problem: str
 
 
-MakeParts = Callable[[PartTask, Sequence[int]], Generator[PartDone]]
+MakeParts = Callable[[PartTask, Iterator[tuple[int, Piece]]], Generator[PartDone]]
 
 
-class PartWorker:
-    """Makes parts, one after another, with one model: a row of Ray Data, which has the part's `number`, each."""
-
-    def __init__(self, task: PartTask) -> None:
-        self._task = task
-        self._predictor: Predictor | None = None
-
-    def __call__(self, row: Mapping[str, int]) -> PartDone:
-        """Make one part; a worker that dies in the middle of it leaves nothing."""
-        number = int(row["number"])
-        try:
-            return PartDone(number=number, rows=self._make(number), problem="")
-        except FieldmarkError as error:
-            return PartDone(number=number, rows=0, problem=str(error))
-
-    def _make(self, number: int) -> int:
-        folder = Path(self._task.folder)
-        _count_attempt(folder, number)
-        predictor = self._predictor = self._predictor or self._load()
-        piece = load_piece(folder, number)
+def make_part(task: PartTask, number: int, piece: Piece) -> PartDone:
+    """Make one part; a worker that dies in the middle of it leaves nothing."""
+    folder = Path(task.folder)
+    try:
+        if not (folder / BOOKS).is_dir():
+            raise ResourceError(f"{folder} is not there on this worker: let all machines share the folder of --out")
+        predictor = _load_predictor(task)
         photos = sources.read_ahead(piece.read(), predictor.batch_size)
-        predictions = list(predictor.predict_named(photos, threads=self._task.threads or None))
-        key = _part_key(piece, self._task.fingerprint)
+        predictions = list(predictor.predict_named(photos, threads=task.threads or None))
+        key = _part_key(piece, task.fingerprint)
         writers.save_part(part_path(folder, number), predictions, classes=predictor.classes, key=key)
-        return len(predictions)
+    except FieldmarkError as error:
+        return PartDone(number=number, rows=0, problem=str(error))
+    return PartDone(number=number, rows=len(predictions), problem="")
 
-    def _load(self) -> Predictor:
-        task = self._task
-        if task.threads:
-            torch.set_num_threads(task.threads)
-        if model_fingerprint(Path(task.model), flips=task.flips) != task.fingerprint:
-            raise RunError(f"{task.model} is another model on this worker: let all machines see the same folder")
-        return Predictor.load(task.model, flips=task.flips)
+
+@lru_cache(maxsize=1)
+def _load_predictor(task: PartTask) -> Predictor:
+    """The model of a worker, once for all its parts."""
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    if model_fingerprint(Path(task.model), flips=task.flips) != task.fingerprint:
+        raise RunError(f"{task.model} is another model on this worker: let all machines see the same folder")
+    return Predictor.load(task.model, flips=task.flips)
 
 
 def model_fingerprint(model: Path, *, flips: bool) -> str:
@@ -349,40 +319,6 @@ def model_fingerprint(model: Path, *, flips: bool) -> str:
     return total.hexdigest()
 
 
-def load_piece(folder: Path, number: int) -> Piece:
-    """A piece whose part is missing."""
-    try:
-        return sources.from_json(_piece_path(folder, number).read_text(encoding="ascii"))
-    except OSError as error:
-        raise _not_shared(folder, "read", error) from None
-
-
-def _count_attempt(folder: Path, number: int) -> None:
-    """Refuse a part that crashes its workers, which Ray would start again forever."""
-    path = _piece_path(folder, number).with_suffix(".attempts")
-    try:
-        with path.open("ab") as file:
-            file.write(b".")
-            attempts = file.tell()
-    except OSError as error:
-        raise _not_shared(folder, "written", error) from None
-    if attempts > MAX_ATTEMPTS:
-        raise ResourceError(
-            f"{MAX_ATTEMPTS} workers crashed on this part, with the photos that {_piece_path(folder, number)} names. "
-            "Did they run out of memory? Take out the photo that is too large"
-        )
-
-
-def _not_shared(folder: Path, verb: str, error: OSError) -> ResourceError:
-    return ResourceError(
-        f"{folder} cannot be {verb} here ({error.strerror}): let all machines share the folder of --out"
-    )
-
-
-def _piece_path(folder: Path, number: int) -> Path:
-    return folder / BOOKS / "pieces" / f"{number}.json"
-
-
 def _combine_digests(texts: Iterable[str]) -> str:
     """64 hex digits over some that are such digests themselves, in their order."""
     return hashlib.sha256("\n".join(texts).encode("ascii")).hexdigest()
@@ -397,43 +333,55 @@ def part_path(folder: Path, number: int) -> Path:
     return folder / f"part-{number:08d}.parquet"
 
 
-def make_parts_on_ray(task: PartTask, numbers: Sequence[int], *, address: str, cpus: int = 1) -> Generator[PartDone]:
-    """Makes each part in one of as many actors as the cluster has room for, each with a predictor of its own.
+def make_parts_on_ray(
+    task: PartTask, pieces: Iterator[tuple[int, Piece]], *, address: str, cpus: int = 1
+) -> Generator[PartDone]:
+    """Makes parts on as many workers at a time as the cluster has room for, each with a predictor of its own.
 
-    Ray Data hands the numbers of missing parts to an actor pool and starts actors anew that died; the part of a dead
-    actor is made again from its piece, as often as `PartWorker` has it. Photos, pixels and predictions do not pass
-    through Ray: a piece is a list of names, or a shard, which the worker reads, and a part is a file, which it writes.
+    A part whose worker died is made again, up to `MAX_ATTEMPTS` times: Ray itself would try for ever where memory runs
+    out. Photos, pixels and predictions do not pass through Ray: a piece is a list of names, or a shard, which the
+    worker reads, and a part is a file, which it writes.
 
-    An actor has `cpus` cores where the cluster has no GPU; with GPUs each has one, and its share of the cores.
+    A worker has `cpus` cores where the cluster has no GPU; with GPUs each has one, and its share of the cores.
     """
     ray, owns = open_cluster(address)
+    running: dict[Any, tuple[int, Piece, int]] = {}  # number, piece and attempt of what Ray works on
     try:
         total = ray.cluster_resources()
         num_gpus = total.get("GPU", 0.0)
         needs = {"CPU": float(cpus), "GPU": 0.0}
         if num_gpus:
             needs = {"CPU": float(max(total.get("CPU", 0.0) // num_gpus, 1)), "GPU": 1.0}
-        num_slots = count_slots(ray, needs)
-        if not num_slots:
-            raise ResourceError(
-                f"a worker needs {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs on one machine, and no machine of the "
-                "Ray cluster has them"
-            )
-        with needs_extra("ray[data]", "ray"):
-            import ray.data as ray_data
-        ray_data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        # A block a part: what is done is reported at once, and a worker that dies loses no more than one.
-        waiting = ray_data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
-        worker: Any = PartWorker
-        made: Any = waiting.map(
-            worker,
-            fn_constructor_args=(replace(task, threads=int(needs["CPU"])),),
-            compute=ray_data.ActorPoolStrategy(size=min(num_slots, len(numbers))),
-            num_cpus=needs["CPU"],
-            num_gpus=needs["GPU"] or None,
-        )
-        yield from made.iter_rows()
+        num_slots = require_slots(ray, needs, "a worker")
+        # Without a limit of calls a process, and with it its model, serves one part after another.
+        options = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "max_retries": 0, "max_calls": 0}
+        work: Any = ray.remote(**options)(make_part)
+        task = replace(task, threads=int(needs["CPU"]))
+        waiting = ((number, piece, 1) for number, piece in pieces)
+        while True:
+            for number, piece, attempt in islice(waiting, num_slots - len(running)):
+                running[work.remote(task, number, piece)] = number, piece, attempt
+            if not running:
+                return
+            [ready], _ = ray.wait(list(running))
+            number, piece, attempt = running.pop(ready)
+            try:
+                yield ray.get(ready)
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:
+                if attempt < MAX_ATTEMPTS:
+                    waiting = chain([(number, piece, attempt + 1)], waiting)
+                    continue
+                listed = Path(task.folder) / BOOKS / "crashed.txt"
+                write_whole(listed, "\n".join(piece.paths if isinstance(piece, FileList) else [piece.location]) + "\n")
+                problem = (
+                    f"{MAX_ATTEMPTS} workers crashed on this part ({first_line(error)}), with the photos that {listed} "
+                    "names. Did they run out of memory? Take out the photo that is too large"
+                )
+                yield PartDone(number=number, rows=0, problem=problem)
     finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
         if owns:
             ray.shutdown()

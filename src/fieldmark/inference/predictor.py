@@ -21,11 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fieldmark.augment.reference import EvalSpec, Views, join_specs, split_views
 from fieldmark.data.decode import DecodeSpec, Source
-from fieldmark.data.index import PhotoIndex, list_photos
+from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan
 from fieldmark.errors import PhotoError, RunError, command, needs_extra
-from fieldmark.inference.calibration import apply_temperature, log_probabilities
+from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
+from fieldmark.inference.sources import PhotoSource, open_source
 from fieldmark.inference.taxonomy import Answer, Fallback
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
@@ -35,8 +37,6 @@ from fieldmark.training.evaluate import predict_batches, softmax
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from fieldmark.augment.reference import EvalSpec, Views
 
 Logits = Callable[[Tensor], NDArray[np.floating[Any]]]
 
@@ -134,7 +134,6 @@ class Predictor:
             RunError: The folder is neither, or the run has no weights yet.
             ExportError: The export is damaged.
         """
-        from fieldmark.inference.calibration import load_calibration
         from fieldmark.inference.exported import FILE, ExportedModel
 
         if not isinstance(model, Run) and (Path(model) / FILE).is_file():
@@ -184,15 +183,14 @@ class Predictor:
         A photo that cannot be read keeps its place, with the reason in `problem`.
 
         Args:
-            photos: A folder (all photos in it and under it, in natural order), one file, or an iterable of what
-                `__call__` takes, which is consumed as the predictions are.
+            photos: A folder (all photos in it and under it, in natural order), one file, a list or shards, as for
+                `fieldmark predict`; or an iterable of what `__call__` takes, which is consumed as the predictions are.
 
         Raises:
             DataError: The folder holds no photo.
         """
         if isinstance(photos, str | Path):
-            index = list_photos(Path(photos))
-            return self.predict_files([photo.path for photo in index.photos], index.files())
+            return self.predict_source(open_source(str(photos)))
         return self.predict_named((str(photo) if isinstance(photo, str | Path) else "", photo) for photo in photos)
 
     def predict_proba(self, photos: str | Path | Iterable[Source]) -> NDArray[np.float32]:
@@ -219,17 +217,20 @@ class Predictor:
         pairs = iter(photos)
         with Loader(workers=0, threads=threads or usable_cores()) as loader:
             while chunk := list(islice(pairs, self.batch_size)):
-                prepare = self._prepare([source for _, source in chunk])
+                prepare = _prepare_photos([source for _, source in chunk], self.decoding, self.spec, keeps_broken=True)
                 for batch in loader.batches(prepare, [range(len(chunk))], epoch=0):
                     yield from self._answers(batch, [name for name, _ in chunk])
 
-    def predict_files(self, names: Sequence[str], files: Sequence[Path]) -> Iterator[Prediction]:
-        """Ask about files of this machine, which other processes may read, one prediction each, in their order."""
-        for batch in _load_batches(self._prepare(files), range(len(files)), self.batch_size):
+    def predict_source(self, source: PhotoSource) -> Iterator[Prediction]:
+        """Ask about the photos of a source; files in a folder of this machine are read by other processes, too."""
+        if source.root is None:
+            yield from self.predict_named(source.read(self.batch_size))
+            return
+        names = list(source.names())
+        files = [Path(source.root, name) for name in names]
+        prepare = _prepare_photos(files, self.decoding, self.spec, keeps_broken=True)
+        for batch in _load_batches(prepare, range(len(files)), self.batch_size):
             yield from self._answers(batch, [names[int(number)] for number in batch.numbers])
-
-    def _prepare(self, sources: Sequence[Source | PhotoError]) -> EvalPhotos:
-        return EvalPhotos(_unlabeled(sources, self.decoding), self.spec, keeps_broken=True)
 
     def probabilities(self, images: NDArray[np.float32] | Tensor) -> NDArray[np.float32]:
         """(B, K) calibrated probabilities of pictures that `augment.reference.eval_picture` made by `spec`."""
@@ -267,7 +268,7 @@ def predict_split(
     A photo that cannot be read raises a PhotoError.
     """
     networks = Networks(run, flips=flips, model=model)
-    prepare = EvalPhotos(_unlabeled(index.files(), run.decode_spec()), networks.spec, keeps_broken=False)
+    prepare = _prepare_photos(index.files(), run.decode_spec(), networks.spec, keeps_broken=False)
     rows: list[NDArray[np.float32]] = []
     progress.start(len(numbers), 0)
     for batch in _load_batches(prepare, numbers.tolist(), run.config.eval.batch_size):
@@ -276,8 +277,10 @@ def predict_split(
     return np.concatenate(rows)
 
 
-def _unlabeled(sources: Sequence[Source | PhotoError], decoding: DecodeSpec) -> PhotoReader:
-    return PhotoReader(tuple(sources), np.full(len(sources), -1, np.int64), decoding)
+def _prepare_photos(
+    sources: Sequence[Source | PhotoError], decoding: DecodeSpec, spec: EvalSpec | Views, *, keeps_broken: bool
+) -> EvalPhotos:
+    return EvalPhotos(PhotoReader(sources, np.full(len(sources), -1, np.int64), decoding), spec, keeps_broken)
 
 
 def _load_batches(prepare: EvalPhotos, numbers: Sequence[int], batch_size: int) -> Iterator[Batch]:
@@ -322,29 +325,28 @@ class Networks:
     """The network of a run, or those of an ensemble's members, as one; `model` replaces a run's own."""
 
     def __init__(self, run: Run, *, flips: bool, model: nn.Module | None = None) -> None:
-        from fieldmark.augment.reference import join_specs
-
-        self._members = load_members(run) if run.is_ensemble else ()
-        runs = [member.run for member in self._members] or [run]
+        members: list[dict[str, Any]] = run.ensemble_info["members"] if run.is_ensemble else []
+        runs = [Run(run.path / MEMBERS / row["folder"]) for row in members] or [run]
+        for one in runs:
+            if set(one.classes) != set(run.classes):
+                raise RunError(f"{run.path / ENSEMBLE} names {one.path}, whose classes are not the ensemble's")
+        self._temperatures = [row["temperature"] for row in members]  # of members alone
+        self._orders = [class_order(one.classes, run.classes) for one in runs]
         self._specs = [one.eval_spec() for one in runs]
         self._networks = [_open_network(one, model, flips=flips) for one in runs]
         self.spec = join_specs(self._specs)
 
     def logits(self, images: Tensor) -> NDArray[np.floating[Any]]:
         """(B, K); of an ensemble the logarithms of its mean probabilities."""
-        return log_probabilities(self.probabilities(images)) if self._members else self._networks[0](images)
+        return log_probabilities(self.probabilities(images)) if self._temperatures else self._networks[0](images)
 
     def probabilities(self, images: Tensor) -> NDArray[np.float32]:
         """(B, K) at temperature 1."""
-        from fieldmark.augment.reference import split_views
-
-        if not self._members:
+        if not self._temperatures:
             return softmax(self._networks[0](images))
         views = split_views(images, self.spec)
         rows = [softmax(network(views[spec])) for network, spec in zip(self._networks, self._specs, strict=True)]
-        return mean_probabilities(
-            rows, [member.temperature for member in self._members], [member.order for member in self._members]
-        )
+        return mean_probabilities(rows, self._temperatures, self._orders)
 
 
 def _open_network(run: Run, model: nn.Module | None, *, flips: bool) -> Callable[[Tensor], NDArray[np.float32]]:
@@ -364,26 +366,6 @@ def _open_network(run: Run, model: nn.Module | None, *, flips: bool) -> Callable
         return predict_batches(where, network, [batch], flips=flips, channels_last=channels_last).logits
 
     return logits
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One model of an ensemble."""
-
-    run: Run
-    temperature: float  # divides its logits
-    order: NDArray[np.int64]  # (K,) as `class_order` of the member and the ensemble
-
-
-def load_members(run: Run) -> list[Member]:
-    """The members of an ensemble, in the order in which they were given."""
-    members: list[Member] = []
-    for row in run.ensemble_info["members"]:
-        member = Run(run.path / MEMBERS / row["folder"])
-        if set(member.classes) != set(run.classes):
-            raise RunError(f"{run.path / ENSEMBLE} names {member.path}, whose classes are not the ensemble's")
-        members.append(Member(member, row["temperature"], class_order(member.classes, run.classes)))
-    return members
 
 
 def class_order(own: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:

@@ -24,10 +24,11 @@ from functools import cache, partial
 from glob import glob
 from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 from fieldmark.data.folders import find_photos, is_photo_path, is_skipped, natural_key, require_photos
 from fieldmark.data.index import find_spelling, list_names, path_problem
+from fieldmark.data.inspection import map_in_threads
 from fieldmark.data.tables import TABLE_SUFFIXES, cell_text, read_csv
 from fieldmark.errors import DataError, PhotoError, did_you_mean, first_line
 from fieldmark.files import require_path
@@ -50,7 +51,6 @@ class TarShard:
     location: str  # path or URL
     name: str  # what the names of its photos begin with
     version: str  # as `storage.Found.version`
-    kind: ClassVar[str] = "tar"
 
     def read(self, *, contents: bool = True) -> Iterator[NamedPhoto]:
         """Names, and contents if asked for, in one pass from the beginning to the end."""
@@ -126,7 +126,6 @@ class RowShard:
     num_rows: int
     image: str  # column of contents: bytes, or `{bytes, path}` as Hugging Face stores images
     key: str | None  # column that names the photos; None names them by the row's number
-    kind: ClassVar[str] = "rows"
 
     def read(self, *, contents: bool = True) -> Iterator[NamedPhoto]:
         """Names, and contents if asked for."""
@@ -196,7 +195,6 @@ def _cell(value: Any, key: str) -> bytes | PhotoError:
 PATH_COLUMN = "path"
 # A request to an object store takes tens of milliseconds, of which most is waiting.
 FETCHES_AT_ONCE = 16
-_FETCHED_AHEAD = 64
 _LIST_ROWS_AT_ONCE = 4096
 
 
@@ -207,7 +205,6 @@ class FileList:
     root: str  # folder or URL that relative paths begin at
     paths: tuple[str, ...]  # as tables name them: relative to the root, absolute, or URLs; "" is a gap in a list
     versions: tuple[str, ...]  # `storage.Found.version` of each where a listing has it, else none at all
-    kind: ClassVar[str] = "files"
 
     def read(self, *, contents: bool = True) -> Iterator[NamedPhoto]:
         """Names, and files of this machine unread or what was fetched of others."""
@@ -215,10 +212,7 @@ class FileList:
             yield from zip(self.paths, repeat(b""))
             return
         fetch_one = partial(self._fetch, names_in=cache(list_names))
-        with ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-fetch") as pool:
-            for start in range(0, len(self.paths), _FETCHED_AHEAD):
-                part = self.paths[start : start + _FETCHED_AHEAD]
-                yield from zip(part, pool.map(fetch_one, part), strict=True)
+        yield from zip(self.paths, map_in_threads(fetch_one, self.paths, FETCHES_AT_ONCE), strict=True)
 
     def _fetch(self, path: str, *, names_in: Callable[[str], Mapping[str, str]]) -> Path | bytes | PhotoError:
         if not path:
@@ -261,10 +255,7 @@ def cut_list(
 
 
 def open_list(location: str, path_column: str) -> tuple[int, Callable[[], Iterator[str]]]:
-    """The number of rows of a CSV or Parquet table, and what yields the paths in its column from the beginning.
-
-    Of Parquet a part at a time is in memory.
-    """
+    """The number of rows of a CSV or Parquet table, and what yields the paths in its column, of Parquet bit by bit."""
     if location.lower().endswith(".parquet"):
         with open_parquet(location, location) as table:
             names, num_rows = table.schema_arrow.names, table.metadata.num_rows
@@ -294,7 +285,6 @@ def _parquet_paths(location: str, path_column: str) -> Iterator[str]:
 
 Piece = FileList | TarShard | RowShard
 
-_KINDS: dict[str, Callable[..., Piece]] = {kind.kind: kind for kind in (FileList, TarShard, RowShard)}
 _WILD = re.compile(r"[*?\[{]")
 _LISTED_AT_ONCE = 1024
 
@@ -360,19 +350,7 @@ def read_ahead(photos: Iterable[NamedPhoto], count: int) -> Iterator[NamedPhoto]
 
 def digest(piece: Piece) -> str:
     """64 hex digits over what a piece names and how its storage marks it."""
-    return hashlib.sha256(to_json(piece).encode("ascii")).hexdigest()
-
-
-def to_json(piece: Piece) -> str:
-    """A piece as text."""
-    return json.dumps({"kind": piece.kind, **asdict(piece)})
-
-
-def from_json(text: str) -> Piece:
-    """Return what `to_json` wrote."""
-    fields: dict[str, Any] = json.loads(text)
-    kind = _KINDS[fields.pop("kind")]
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return hashlib.sha256(json.dumps([type(piece).__name__, asdict(piece)]).encode("ascii")).hexdigest()
 
 
 def expand_braces(text: str) -> list[str]:

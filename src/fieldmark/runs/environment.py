@@ -113,10 +113,7 @@ def _git_commit() -> str | None:
 
 
 def open_cluster(address: str) -> tuple[Any, bool]:
-    """Join the Ray cluster at an address such as `auto` or `ray://host:10001`, or with "" start one on this machine.
-
-    Gives Ray itself, and whether this call joined, so that the caller should leave at the end.
-    """
+    """Join the Ray cluster at an address, or with "" start one here; also says whether the caller should leave it."""
     with needs_extra("ray", "ray"):
         import ray
     if ray.is_initialized():
@@ -129,6 +126,16 @@ def open_cluster(address: str) -> tuple[Any, bool]:
             f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or leave the address out"
         ) from None
     return ray, True
+
+
+def require_slots(ray: Any, needs: Mapping[str, float], what: str) -> int:
+    """`count_slots`, at least one; the ResourceError says that there is no room for `what`, such as "a worker"."""
+    if slots := count_slots(ray, needs):
+        return slots
+    raise ResourceError(
+        f"{what} needs {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs on one machine, and no machine of the Ray "
+        "cluster has them"
+    )
 
 
 def count_slots(ray: Any, needs: Mapping[str, float]) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 from fieldmark.config import Config
 from fieldmark.errors import ConfigError, ResourceError, first_line
 from fieldmark.files import exclusive_lock
-from fieldmark.runs.environment import count_slots, open_cluster
+from fieldmark.runs.environment import count_slots, open_cluster, require_slots
 from fieldmark.study.cell import (
     BOOKS,
     Cell,
@@ -368,11 +368,11 @@ class RayCells:
         self._needs = {"CPU": float(cpus), "GPU": float(gpus) if self._ray.cluster_resources().get("GPU") else 0.0}
         self._task: Any = self._ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
         self._running: dict[str, Any] = {}
-        if not self.num_slots:
+        try:
+            require_slots(self._ray, self._needs, "a cell")
+        except ResourceError:
             self.stop()
-            raise ResourceError(
-                f"a cell needs {cpus} CPUs and {gpus} GPUs on one machine, and no machine of the Ray cluster has them"
-            )
+            raise
 
     @property
     def num_slots(self) -> int:
