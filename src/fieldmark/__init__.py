@@ -3,19 +3,74 @@
 The public names are those in `__all__`. Each is imported when it is first asked for, so `import fieldmark` is fast.
 """
 
-import ast
+from __future__ import annotations
+
 import os
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fieldmark.config import Config, load_config
+    from fieldmark.errors import FieldmarkError
+    from fieldmark.estimator import Classifier, fit
+    from fieldmark.export.export import export_run
+    from fieldmark.inference.calibration import calibrate_run
+    from fieldmark.inference.combine import combine
+    from fieldmark.inference.evaluation import Evaluation, evaluate
+    from fieldmark.inference.predictor import Prediction, Predictor
+    from fieldmark.runs.folder import Run
+    from fieldmark.runs.train import resume, train
+    from fieldmark.study.compare import compare_runs
+    from fieldmark.study.grid import choice, log_uniform, uniform
+    from fieldmark.study.report import write_report
+    from fieldmark.study.sweep import run_sweep, sweep
 
 # Read once, when torch is loaded. By default threads of a network spin where they meet, which on a core that another
 # program uses too costs four fifths of the speed. A short spin loses little on a quiet machine (docs/performance.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text("utf-8"))  # names by module, as type checkers read them
-_HOMES = {one.name: str(node.module) for node in _STUB.body if isinstance(node, ast.ImportFrom) for one in node.names}
-__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+_NAMES = {
+    "config": ("Config", "load_config"),
+    "errors": ("FieldmarkError",),
+    "estimator": ("Classifier", "fit"),
+    "export.export": ("export_run",),
+    "inference.calibration": ("calibrate_run",),
+    "inference.combine": ("combine",),
+    "inference.evaluation": ("Evaluation", "evaluate"),
+    "inference.predictor": ("Prediction", "Predictor"),
+    "runs.folder": ("Run",),
+    "runs.train": ("resume", "train"),
+    "study.compare": ("compare_runs",),
+    "study.grid": ("choice", "log_uniform", "uniform"),
+    "study.report": ("write_report",),
+    "study.sweep": ("run_sweep", "sweep"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "Classifier",
+    "Config",
+    "Evaluation",
+    "FieldmarkError",
+    "Prediction",
+    "Predictor",
+    "Run",
+    "calibrate_run",
+    "choice",
+    "combine",
+    "compare_runs",
+    "evaluate",
+    "export_run",
+    "fit",
+    "load_config",
+    "log_uniform",
+    "resume",
+    "run_sweep",
+    "sweep",
+    "train",
+    "uniform",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,7 +80,7 @@ def __getattr__(name: str) -> Any:
         return version("fieldmark")
     if name not in _HOMES:
         raise AttributeError(f"module 'fieldmark' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"fieldmark.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -552,10 +552,7 @@ def parse_config(settings: Mapping[str, Any], name: str = "settings") -> Config:
 
 
 def dump_config(config: Config, *, with_comments: bool = False) -> str:
-    """The whole tree as TOML, every default filled in, with the meaning of each setting above it where asked for.
-
-    `load_config` reads it back to an equal Config.
-    """
+    """The whole tree as TOML, every default filled in, with the meaning of each setting above it where asked for."""
     import tomlkit
 
     return tomlkit.dumps(_fill_table(tomlkit.document(), config, with_comments=with_comments))

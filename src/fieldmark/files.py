@@ -25,10 +25,7 @@ Value = TypeVar("Value")
 
 
 def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary name beside `path`, then move the finished file into place.
-
-    After a ResourceError the temporary file is gone, and what was there before is intact.
-    """
+    """Call `write` with a name beside `path`, then move the file into place; an error leaves what was there before."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)

@@ -25,7 +25,6 @@ from fieldmark.inference.calibration import (
     fit_temperature,
     load_calibration,
     log_probabilities,
-    reliability_bins,
     save_calibration_figure,
     threshold_for_accuracy,
     threshold_for_coverage,
@@ -154,14 +153,6 @@ def test_without_a_wish_everything_is_answered():
     logits, labels = make_logits(n=100)
     found = calibrate(logits, labels, wanted="none", wanted_value=0.5, confidence_level=0, folds=5, seed=0)
     assert (found.threshold, found.coverage) == (0.0, 1.0)
-
-
-def test_bins_hold_every_photo_once_and_one_falls_in_the_last():
-    confidence = np.array([0.0, 0.1, 0.1001, 0.55, 1.0])
-    sure, right, counts = reliability_bins(confidence, np.array([0, 0, 0, 1, 1], bool), bins=10)
-    assert counts.tolist() == [2, 1, 1, 1]
-    assert right.tolist() == [0, 0, 1, 1]
-    assert sure == pytest.approx([0.05, 0.1001, 0.55, 1])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ NOT_FOR_USERS = ("test", "bench", "docs", "all")
 
 def check(
     data: Data,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Look at this recipe and its cost, too.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Look at this recipe and its cost, too.")] = None,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -54,7 +54,7 @@ def check(
 
 def split(
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="Table to write (CSV: path,label,split,group).")],
+    out: Annotated[Path, typer.Option(help="Table to write (CSV: path,label,split,group).")],
     recipe: Recipe = DEFAULT_RECIPE,
     set_: Overrides = None,
 ) -> None:
@@ -87,7 +87,7 @@ def cache(data: Data, recipe: Recipe = DEFAULT_RECIPE, set_: Overrides = None) -
 def preview(
     recipe: RecipeArgument,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="Picture to write (PNG).")] = Path("preview.png"),
+    out: Annotated[Path, typer.Option(help="Picture to write (PNG).")] = Path("preview.png"),
     set_: Overrides = None,
 ) -> None:
     """Draw what the model will be shown.
@@ -119,7 +119,7 @@ def models(
 
 def find_lr(
     data: Data,
-    out: Annotated[Path | None, typer.Option("--out", help="Picture of the sweep to write (PNG).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Picture of the sweep to write (PNG).")] = None,
     recipe: Recipe = DEFAULT_RECIPE,
     set_: Overrides = None,
     as_json: Json = False,

@@ -88,9 +88,7 @@ def train(
                            device=device, track=track)  # fmt: skip
     overrides = [*short, *(set_ or ())]
     if resume is not None and (data is not None or out is not None or overrides or recipe):
-        raise typer.BadParameter(
-            "--resume takes settings and folder from the run: give nothing else but --data or --minutes"
-        )
+        raise typer.BadParameter("--resume takes settings and folder from the run: give --data or --minutes alone")
     if moved is not None and resume is None:
         raise typer.BadParameter("--data goes with --resume: give the photos of a new run as DATA")
     run_training(data or moved, recipe, out, overrides, minutes=minutes, resume=resume, as_json=as_json)
@@ -140,13 +138,13 @@ def run_training(
 
 def sweep(
     grid: Annotated[str, typer.Argument(help="Grid file or name of a shipped one; a recipe with --vary or --seeds.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the runs (sweeps/NAME); again to go on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs (sweeps/NAME); again to go on.")] = None,
     vary: Annotated[
         list[str] | None,
-        typer.Option("--vary", metavar="KEY=VALUE,VALUE", help="Try each value; several: all combinations."),
+        typer.Option(metavar="KEY=VALUE,VALUE", help="Try each value; several: all combinations."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Train each combination this many times.", min=1)] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Photos of all cells.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Photos of all cells.")] = None,
     set_: Overrides = None,
     jobs: Annotated[int | None, typer.Option(help="Cells at a time; default: one per device.", min=1)] = None,
     ray: Ray = None,
@@ -201,9 +199,7 @@ def compare(
 
 def report(
     runs: RunFolders,
-    out: Annotated[Path, typer.Option("--out", help="Page to write: .html, or .md with PNG beside it.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[Path, typer.Option(help="Page to write: .html, or .md with PNG beside it.")] = Path("report.html"),
     metric: Metric = "top1",
     split: Split = "val",
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "",

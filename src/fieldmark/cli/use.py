@@ -15,9 +15,9 @@ from fieldmark.progress import open_progress
 
 def evaluate(
     run: RunFolder,
-    split: Annotated[str, typer.Option("--split", help="val, test or train.")] = "val",
-    data: Annotated[Path | None, typer.Option("--data", help="Where the photos are now, if they moved.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for tables and pictures.")] = None,
+    split: Annotated[str, typer.Option(help="val, test or train.")] = "val",
+    data: Annotated[Path | None, typer.Option(help="Where the photos are now, if they moved.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for tables and pictures.")] = None,
     flips: Annotated[bool, typer.Option("--flips", help="As predict --flips would, and what that changes.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -39,22 +39,21 @@ def evaluate(
 def predict(
     model: Model,
     photos: Annotated[str, typer.Argument(help="Folder of photos, one photo, a list or shards; path or URL.")],
-    out: Annotated[Path | None, typer.Option("--out", help="File to write: .csv, .zip, .json or .parquet.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write: .csv, .zip, .json or .parquet.")] = None,
     form: Annotated[
         Literal["short", "long", "leaderboard"] | None,
         typer.Option(
-            "--form",
             help="short: label and top 3; long: all probabilities; leaderboard: image_name,pred_label. "
             "Default: short; leaderboard with --sample or for .zip.",
         ),
     ] = None,
-    sample: Annotated[Path | None, typer.Option("--sample", help="Sample submission to hold the rows against.")] = None,
+    sample: Annotated[Path | None, typer.Option(help="Sample submission to hold the rows against.")] = None,
     sample_order: Annotated[bool, typer.Option("--sample-order", help="Write the rows in the sample's order.")] = False,
     flips: Annotated[bool, typer.Option("--flips", help="Average over each photo and its mirror image.")] = False,
-    path_column: Annotated[str, typer.Option("--path-column", help="Column of a list that holds the paths.")] = "path",
+    path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
     prior: Annotated[
         Literal["training", "estimate"],
-        typer.Option("--prior", help="estimate: correct for other class shares than in training."),
+        typer.Option(help="estimate: correct for other class shares than in training."),
     ] = "training",
     ray: Ray = None,
     as_json: Json = False,
@@ -91,7 +90,7 @@ def predict(
 
 def combine(
     runs: RunFolders,
-    out: Annotated[Path, typer.Option("--out", help="Folder to make; it predicts alone.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; it predicts alone.")],
     method: Annotated[
         Literal["ensemble", "soup"], typer.Option(help="Average the answers; or the weights, into one model.")
     ] = "ensemble",

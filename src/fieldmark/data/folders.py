@@ -121,9 +121,7 @@ def _walk(folder: Path, prefix: str, above: tuple[Node, ...]) -> Iterator[tuple[
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(
-            f"{folder} cannot be listed: {error.strerror}. Make it readable, or move it out of the data"
-        ) from None
+        raise DataError(f"{folder} cannot be listed: {error.strerror}. Make it readable, or move it away") from None
     inside = (*above, (info.st_dev, info.st_ino))
     names = frozenset(entry.name for entry in entries)
     is_run = "recipe.toml" in names and not names.isdisjoint(_RUN_FILES)

@@ -158,9 +158,7 @@ def _decode_text(path: str, data: bytes) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not a CSV table: it begins as UTF-16, but {error.reason}. Save it as UTF-8"
-        ) from None
+        raise DataError(f"{path} is not a CSV table: it begins as UTF-16; {error.reason}. Save it as UTF-8") from None
 
 
 def _read_parquet(path: Path) -> Table:

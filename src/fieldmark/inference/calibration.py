@@ -8,11 +8,10 @@ model's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +22,8 @@ from fieldmark.errors import DataError, RunError
 from fieldmark.files import Positive, Share, read_values, write_whole
 from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
 from fieldmark.plots import figure_png, new_figure
-from fieldmark.training.metrics import calibration_error, confidence_bins, log_loss
-
-if TYPE_CHECKING:
-    from fieldmark.runs.folder import Run
+from fieldmark.runs.folder import Run, write_json
+from fieldmark.training.metrics import calibration_error, log_loss
 
 FILE = "calibration.json"
 FloatArray = NDArray[np.floating[Any]]
@@ -62,8 +59,10 @@ class Calibration:
         return values | ({"back_off": self.fallback.to_dict()} if self.fallback else {})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, num_classes: int) -> Calibration:
+    def from_dict(cls, values: Any, *, num_classes: int) -> Calibration:
         """Read what `to_dict` wrote; a DataError names the key of a value that is missing or not what it should be."""
+        if not isinstance(values, dict):
+            raise DataError(f"the calibration is a {type(values).__name__}, not an object")
         known = {name: value for name, value in values.items() if name != "fallback"}
         if values.get("back_off"):
             known["fallback"] = Fallback.from_dict(values["back_off"], num_classes=num_classes)
@@ -115,7 +114,7 @@ def calibrate_run(
     found = calibrate(
         logits, labels, wanted, wanted_value, confidence_level=confidence_level, folds=folds, seed=seed, taxonomy=tree
     )
-    write_whole(run.path / FILE, json.dumps(found.to_dict(), indent=2) + "\n")
+    write_json(run.path / FILE, found.to_dict())
     return found
 
 
@@ -125,10 +124,7 @@ def load_calibration(run: Run) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise DataError(f"the calibration is a {type(values).__name__}, not an object")
-        return Calibration.from_dict(values, num_classes=len(run.classes))
+        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")), num_classes=len(run.classes))
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}; remove it and calibrate again") from None
     except DataError as error:
@@ -153,7 +149,13 @@ def calibrate(
     is_refused = loss_after > loss_before
     kept = before if is_refused else after
     is_right, confidence = kept.argmax(axis=1) == labels, kept.max(axis=1)
-    threshold = _choose_threshold(coverage_curve(confidence, is_right), wanted, wanted_value, confidence_level)
+    curve, threshold = coverage_curve(confidence, is_right), 0.0
+    if wanted == "accuracy":
+        threshold = threshold_for_accuracy(curve, wanted_value, confidence_level=confidence_level)
+    elif wanted == "coverage":
+        threshold = threshold_for_coverage(curve, wanted_value)
+    elif wanted != "none":
+        raise DataError(f'a threshold is wanted for "accuracy", "coverage" or "none"; got {wanted!r}')
     answered = confidence >= threshold
     accuracy = float(is_right[answered].mean())
     fallback = None
@@ -192,9 +194,7 @@ def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
 
     broken = int((~np.isfinite(logits)).any(axis=1).sum())
     if broken:
-        raise DataError(
-            f"{broken} of {len(logits)} photos have predictions that are not finite: evaluate the run again"
-        )
+        raise DataError(f"{broken} of {len(logits)} photos have predictions that are not finite: evaluate again")
     rows = np.arange(len(labels))
 
     def loss(inverse: float) -> float:
@@ -295,16 +295,6 @@ def _check_share(name: str, value: float) -> None:
         raise DataError(f"the wanted {name} is a share above 0 and at most 1; got {value}")
 
 
-def _choose_threshold(curve: CoverageCurve, wanted: str, value: float, confidence_level: float) -> float:
-    if wanted == "accuracy":
-        return threshold_for_accuracy(curve, value, confidence_level=confidence_level)
-    if wanted == "coverage":
-        return threshold_for_coverage(curve, value)
-    if wanted != "none":
-        raise DataError(f'a threshold is wanted for "accuracy", "coverage" or "none"; got {wanted!r}')
-    return 0.0
-
-
 def fit_fallback(
     probabilities: FloatArray,
     labels: IntArray,
@@ -361,21 +351,6 @@ def apply_prior(probabilities: FloatArray, prior: FloatArray, shares: FloatArray
     return np.where(total > 0, weighted / np.where(total > 0, total, 1), probabilities)
 
 
-def reliability_bins(
-    confidence: FloatArray, is_right: NDArray[np.bool_], *, bins: int
-) -> tuple[FloatArray, FloatArray, IntArray]:
-    """Mean confidence, accuracy and number of photos of each equally wide bin of confidence that holds a photo.
-
-    Source:
-        Guo et al., arXiv:1706.04599, section 2 (reliability diagrams).
-    """
-    index = confidence_bins(confidence, bins=bins)
-    counts = np.bincount(index, minlength=bins)
-    held = counts > 0
-    sure, right = (np.bincount(index, weights=values, minlength=bins)[held] for values in (confidence, is_right))
-    return sure / counts[held], right / counts[held], counts[held]
-
-
 def describe_calibration(found: Calibration) -> str:
     """A few lines for people."""
     lines = [f"temperature       {found.temperature:.3f}, from {found.num_photos} validation photos"]
@@ -401,6 +376,8 @@ def describe_calibration(found: Calibration) -> str:
 
 def save_calibration_figure(run: Run, found: Calibration) -> Path:
     """Draw the reliability diagram and the coverage-accuracy curve as RUN/calibration.png."""
+    from sklearn.calibration import calibration_curve
+
     stored = run.predictions("val")
     logits = log_probabilities(stored.probabilities)
     is_plain = found.refused_temperature is not None
@@ -409,8 +386,9 @@ def save_calibration_figure(run: Run, found: Calibration) -> Path:
     figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    sure, share, counts = reliability_bins(confidence, is_right, bins=15)
-    left.scatter(sure, share, s=20 + 300 * counts / len(confidence))
+    share, sure = calibration_curve(is_right, confidence, n_bins=15)
+    counts = np.bincount(np.searchsorted(np.linspace(0, 1, 16)[1:-1], confidence))  # in the same bins
+    left.scatter(sure, share, s=20 + 300 * counts[counts > 0] / len(confidence))
     left.set(xlabel="mean probability of the answer", ylabel="share of right answers")
     left.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), title="Reliability (area: number of photos)")
     curve = coverage_curve(confidence, is_right)

@@ -24,7 +24,7 @@ from fieldmark.models.classifier import check_parameter_budget
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.environment import describe_environment
-from fieldmark.runs.folder import WEIGHTS, PhotoPredictions, Run, find_runs
+from fieldmark.runs.folder import WEIGHTS, Run, find_runs
 from fieldmark.runs.train import format_accuracy
 from fieldmark.training.checkpoint import greedy_soup, load_saved_weights, save_weights
 
@@ -236,7 +236,11 @@ def _copy_description(run: Run, part: Path, runs: Sequence[Run], info: dict[str,
 
 def _write_ensemble(runs: Sequence[Run], part: Path) -> dict[str, Any]:
     first = runs[0]
-    stored = [_stored_rows(run, first.predictions("val").paths) for run in runs]
+    stored = [run.predictions("val") for run in runs]
+    for run, rows in zip(runs, stored, strict=True):
+        if set(rows.paths) != set(stored[0].paths):
+            raise RunError(f"{run.path} stored predictions of other photos than it validates on: evaluate it again")
+    stored = [align_rows(rows, stored[0].paths) for rows in stored]
     listed: list[dict[str, Any]] = []
     described: dict[str, Any] = {}
     for number, (name, run, rows) in enumerate(zip(_name_runs(runs), runs, stored, strict=True)):
@@ -258,13 +262,6 @@ def _write_ensemble(runs: Sequence[Run], part: Path) -> dict[str, Any]:
         path, paths=rows.paths, labels=rows.labels, probabilities=probabilities, classes=first.classes
     )
     return described
-
-
-def _stored_rows(run: Run, paths: Sequence[str]) -> PhotoPredictions:
-    stored = run.predictions("val")
-    if set(stored.paths) != set(paths):
-        raise RunError(f"{run.path} stored predictions of other photos than it validates on: evaluate it again")
-    return align_rows(stored, paths)
 
 
 def _copy_member(run: Run, path: Path) -> None:

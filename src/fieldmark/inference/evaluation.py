@@ -5,7 +5,6 @@ Shape letters: N photos, K classes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -81,7 +80,24 @@ class Evaluation:
 
     def score_classes(self) -> list[ClassScore]:
         """One row per class, in order of class index."""
-        return [self._score_class(number) for number in range(len(self.classes))]
+        scores: list[ClassScore] = []
+        for number, row in enumerate(self.confusion.copy()):
+            photos, right, named = int(row.sum()), int(row[number]), int(self.confusion[:, number].sum())
+            row[number] = 0
+            low, high = wilson_interval(right, photos)
+            score = ClassScore(
+                name=self.classes[number],
+                photos=photos,
+                right=right,
+                recall=right / photos if photos else math.nan,
+                recall_low=low,
+                recall_high=high,
+                precision=right / named if named else math.nan,
+                taken_for=self.classes[int(row.argmax())] if row.any() else "",
+                taken_for_photos=int(row.max()),
+            )
+            scores.append(score)
+        return scores
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; undefined metrics are None."""
@@ -94,23 +110,6 @@ class Evaluation:
             "classes": rows,
             "confusion": self.confusion.tolist(),
         } | ({} if self.flips is None else {"flips": asdict(self.flips)})
-
-    def _score_class(self, number: int) -> ClassScore:
-        row, classes = self.confusion[number].copy(), self.classes
-        photos, right, named = int(row.sum()), int(row[number]), int(self.confusion[:, number].sum())
-        row[number] = 0
-        low, high = wilson_interval(right, photos)
-        return ClassScore(
-            name=classes[number],
-            photos=photos,
-            right=right,
-            recall=right / photos if photos else math.nan,
-            recall_low=low,
-            recall_high=high,
-            precision=right / named if named else math.nan,
-            taken_for=classes[int(row.argmax())] if row.any() else "",
-            taken_for_photos=int(row.max()),
-        )
 
 
 def evaluate(
@@ -176,11 +175,7 @@ def labeled_photos(run: Run, index: PhotoIndex, split: str) -> NDArray[np.int64]
 
 
 def evaluate_run(path: Path, *, split: str, data: Path | None, flips: bool, progress: Progress) -> Evaluation:
-    """Evaluate one split of a run, from its stored predictions where there are some.
-
-    `data` says where the photos are now, and predicts them anew. `flips` evaluates with test-time augmentation, and
-    says what that changes.
-    """
+    """Evaluate a split, by its stored predictions if `data` is None and there are some; with `flips` also by those."""
     run = Run(path)
     if data is None and (path / "predictions" / f"{split}.parquet").is_file():
         found = score_predictions(run, run.predictions(split), split)
@@ -261,7 +256,7 @@ def save_evaluation(found: Evaluation, path: Path) -> list[Path]:
     names, content, rows = found.classes, found.as_dict(), found.confusion.tolist()
     files = [path / name for name in ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")]
     make_output_folder(path)
-    write_whole(files[0], json.dumps(content, indent=2) + "\n")
+    folder.write_json(files[0], content)
     write_csv(files[1], list(content["classes"][0]), [list(row.values()) for row in content["classes"]])
     write_csv(files[2], ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, rows, strict=True)])
     write_whole(files[3], figure_png(confusion_figure(found.confusion, names)))

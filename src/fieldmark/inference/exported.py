@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -157,7 +158,9 @@ class ExportedModel:
             "onnx": lambda: _load_onnx(path, threads),
             "openvino": lambda: _load_openvino(path, threads, precision),
             "torch": lambda: _load_torch(path),
-            "timm": lambda: _load_timm(folder),
+            "timm": lambda: _compute_with(
+                import_module("timm").create_model(f"local-dir:{folder}", pretrained=True).eval()
+            ),
         }
         if metadata.kind not in loaders:
             raise ExportError(f"{folder} holds the unknown form {metadata.kind!r}; known are {', '.join(loaders)}")
@@ -226,12 +229,6 @@ def _load_torch(path: Path) -> Compute:
     _require_harmless_program(path)
     # Not torch.export.load: what this cannot read, that unpickles as an older format.
     return _compute_with(load_pt2(path).exported_programs["model"].module())
-
-
-def _load_timm(folder: Path) -> Compute:
-    import timm
-
-    return _compute_with(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
 
 def _compute_with(model: Any) -> Compute:

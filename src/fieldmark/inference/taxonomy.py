@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data.tables import read_table
 from fieldmark.errors import DataError
-
-if TYPE_CHECKING:
-    from fieldmark.runs.folder import Run
+from fieldmark.runs.folder import Run
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,7 @@ class Answer(NamedTuple):
 
 
 def load_taxonomy(path: Path, classes: Sequence[str]) -> Taxonomy:
-    """Read a table: a header, then one row per class, its name first and then its groups from fine to coarse.
-
-    Rows of other classes than those of the model are skipped.
-    """
+    """Read a table: a header, then a row per class, its name and its groups from fine to coarse; others are skipped."""
     table = read_table(path)
     levels = tuple(table.values)
     if len(levels) < 2:

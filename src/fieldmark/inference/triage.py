@@ -49,10 +49,7 @@ class HeldOut(PhotoPredictions):
 
 
 def join_held_out(runs: Sequence[Run]) -> HeldOut:
-    """Join the validation predictions of one run, or of the folds of one data set: each photo is predicted out of fold.
-
-    Probabilities are calibrated where the run is.
-    """
+    """Join the validation predictions of a run, or of the folds of one data set, calibrated where the run is."""
     classes = runs[0].classes
     for run in runs:
         if run.classes != classes:

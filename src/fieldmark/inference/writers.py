@@ -23,7 +23,7 @@ import numpy as np
 from fieldmark.data.folders import quote
 from fieldmark.data.tables import read_table, write_rows
 from fieldmark.errors import DataError, PredictionError, first_line
-from fieldmark.files import whole_or_absent, write_whole
+from fieldmark.files import whole_or_absent
 from fieldmark.inference.predictor import Prediction, Predictor
 
 Form = Literal["short", "long", "leaderboard"]
@@ -86,7 +86,12 @@ class PredictedPhotos:
             [only] = self.shown
             lines = [f"{probability:7.2%}  {name}" for name, probability in only.top(3)]
             return "\n".join([*lines, *_describe_doubt(only)])
-        return "\n".join(_format_line(prediction) for prediction in self.shown)
+        return "\n".join(
+            f"{one.path}\t(could not be read: {one.problem})"
+            if one.problem
+            else "\t".join([one.path, one.label, f"{one.probability:.4f}", *_describe_doubt(one)])
+            for one in self.shown
+        )
 
     def prior_message(self) -> str:
         """That the answers were corrected for other class shares than in training, and the largest changes."""
@@ -107,25 +112,12 @@ class PredictedPhotos:
         return "\n".join([head, *lines, *more])
 
 
-def _format_line(prediction: Prediction) -> str:
-    if prediction.problem:
-        return f"{prediction.path}\t(could not be read: {prediction.problem})"
-    notes = [prediction.path, prediction.label, f"{prediction.probability:.4f}", *_describe_doubt(prediction)]
-    return "\t".join(notes)
-
-
 def _describe_doubt(prediction: Prediction) -> list[str]:
     """That the model is not sure enough of the class, and which group it is sure of; nothing where it is sure."""
     if prediction.problem or not prediction.is_unknown:
         return []
     answer = prediction.answer
     return [f"unknown, but {answer.level} {answer.name} {answer.probability:.4f}" if answer.level else "unknown"]
-
-
-def save_prior(path: Path, prior: Mapping[str, dict[str, float]]) -> None:
-    """Write beside a prediction file that its answers were corrected, and for which class shares."""
-    text = json.dumps({"method": "expectation-maximization", "shares": prior}, indent=2) + "\n"
-    write_whole(path.with_name(f"{path.name}.prior.json"), text)
 
 
 def save_predictions(

@@ -49,7 +49,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of normalized images (B, 3, H, W)."""
-        return self.classify(self.features(images))
+        return self.head(self.feature_dropout(self.features(images)))
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, F) of normalized images (B, 3, H, W), before any dropout."""
@@ -222,10 +222,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def check_parameter_budget(counts: Sequence[tuple[str, int]], *, max_millions: float) -> None:
-    """Raise ConfigError if the parameters of one model, or of all members of an ensemble, exceed the budget.
-
-    `counts` are (name, parameters) of each model.
-    """
+    """Raise ConfigError if the parameters of one model, or of an ensemble's (name, count) together, are too many."""
     total = sum(count for _, count in counts)
     if total <= max_millions * 1e6:
         return

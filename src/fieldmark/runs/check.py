@@ -228,7 +228,12 @@ def format_checkup(checkup: Checkup) -> str:
     if checkup.crop_fallback_rate is not None:
         lines.append(f"random crops that are one fixed center crop in fact: {checkup.crop_fallback_rate:.1%}")
     if checkup.preflight is not None:
-        lines.append(_cost(checkup.preflight))
+        cost = checkup.preflight
+        whole, epoch = (format_seconds(seconds) for seconds in (cost.run_hours * 3600, cost.epoch_seconds))
+        lines.append(
+            f"cost: about {whole} in all, {epoch} an epoch, {cost.memory_gigabytes:.1f} GB of memory, "
+            f"{cost.parameters_millions:.1f} M parameters; most of the time goes into {cost.bottleneck}"
+        )
     lines += [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN]]
     if len(found.broken) > MOST_BROKEN:
         lines.append(f"broken: ... and {len(found.broken) - MOST_BROKEN} more (--json lists all)")
@@ -252,14 +257,6 @@ def _class_table(counts: dict[str, dict[str, int]]) -> list[str]:
         *more,
         f"{'all':{width}}" + "".join(f"{total:8d}" for total in totals.values()),
     ]
-
-
-def _cost(preflight: Preflight) -> str:
-    whole, epoch = (format_seconds(seconds) for seconds in (preflight.run_hours * 3600, preflight.epoch_seconds))
-    return (
-        f"cost: about {whole} in all, {epoch} an epoch, {preflight.memory_gigabytes:.1f} GB of memory, "
-        f"{preflight.parameters_millions:.1f} M parameters; most of the time goes into {preflight.bottleneck}"
-    )
 
 
 CROPS_DRAWN = 20_000

@@ -21,13 +21,13 @@ from pydantic import Field, FiniteFloat, InstanceOf, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
 
 from fieldmark.config import Config, load_config
+from fieldmark.data.decode import DecodeSpec
+from fieldmark.data.index import PhotoIndex, load_split_table
 from fieldmark.errors import RunError
 from fieldmark.files import Positive, Share, read_values, whole_or_absent, write_whole
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
-    from fieldmark.data.decode import DecodeSpec
-    from fieldmark.data.index import PhotoIndex
     from fieldmark.models.classifier import Classifier
 
 
@@ -174,8 +174,6 @@ class Run:
     @cached_property
     def split(self) -> PhotoIndex:
         """Every photo of the run with its label and split."""
-        from fieldmark.data.index import load_split_table
-
         index = load_split_table(self._file(SPLIT), Path(self.data_info["root"]))
         # The classes of the model, in its order, whatever the photos in the table would say.
         return replace(index, classes=self.classes)
@@ -256,9 +254,7 @@ class Run:
 
     def decode_spec(self) -> DecodeSpec:
         """Say how files become the pixels that the model was trained on."""
-        from fieldmark.runs.dataset import decode_spec
-
-        return decode_spec(self.config.data)
+        return DecodeSpec(self.config.data.background, self.config.data.max_pixels)
 
     def load_model(self) -> Classifier:
         """Load the model with the kept weights, on the CPU, in evaluation mode."""

@@ -251,7 +251,8 @@ def open_session(
             if data is not None:
                 folder.write_json(path / folder.DATA, {**folder.Run(path).data_info, "root": str(data.resolve())})
             if start == "again":
-                session.writer.remove_metrics()
+                for name in (folder.METRICS, folder.EPOCHS):
+                    (path / name).unlink(missing_ok=True)
             if start != "resumed":
                 precision, layout = str(choices["precision"].value), build.is_channels_last(config)
                 model = build.describe_model(built, session.evaluation, precision=precision, channels_last=layout)

@@ -144,11 +144,6 @@ class RunWriter:
             write_csv(path / folder.BROKEN, ("path", "reason"), dataset.broken)
         write_whole(path / folder.RECIPE, recipe)
 
-    def remove_metrics(self) -> None:
-        """Remove the epochs of a run that begins again."""
-        for name in (folder.METRICS, folder.EPOCHS):
-            (self.path / name).unlink(missing_ok=True)
-
     def record_epoch(self, row: dict[str, Any], report: EpochReport, model: nn.Module) -> dict[str, Any]:
         """Store an epoch: its weights and predictions if they are to be kept, and its row; give it with `is_best`."""
         history, predictions = self.history, report.predictions

@@ -89,9 +89,7 @@ class Corrections:
     def _read(self) -> dict[str, Decision]:
         table = read_table(self.file)
         if not set(COLUMNS) <= table.values.keys() or not set(ACTIONS) >= set(table.values["action"]):
-            raise DataError(
-                f"{self.file} is not a table of corrections (path,action,label): give another --out, or fix it"
-            )
+            raise DataError(f"{self.file} is not a table of corrections (path,action,label): give another --out")
         rows = zip(*(table.column(name, is_text=name != "path") for name in COLUMNS), strict=True)
         return {path: Decision(action, label) for path, action, label in rows}
 
@@ -252,9 +250,7 @@ def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int
     """
     index = runs[0].split
     if not any(file.is_file() for file in index.files()[:100]):
-        raise DataError(
-            f"the photos of {runs[0].path} are not under {index.root} any more: put them back to review them"
-        )
+        raise DataError(f"the photos of {runs[0].path} are not under {index.root} any more: put them back")
     views = ReviewViews(
         index,
         triage.join_held_out(runs),

@@ -21,10 +21,7 @@ OpenApp = Callable[[int], "FastAPI"]
 
 
 def run_server(app: FastAPI, *, host: str, port: int, drain_seconds: int, max_connections: int) -> None:
-    """Serve until SIGINT or SIGTERM; then take no more requests, answer those in hand within the time, and return.
-
-    Port 0 takes a free one. More connections at once are answered with 503 by uvicorn itself.
-    """
+    """Serve until SIGINT or SIGTERM, then answer what is in hand; connections beyond the limit get 503 from uvicorn."""
     import uvicorn
 
     config = uvicorn.Config(

@@ -164,10 +164,7 @@ def parse_grid(content: Mapping[str, Any], name: str) -> Grid:
 
 
 def base_settings(grid: Grid, overrides: Iterable[str]) -> dict[str, Any]:
-    """The settings that all cells start from: recipe, then the grid's `set`, then overrides.
-
-    Paths are made absolute, since a cell may be trained by a process with another working directory.
-    """
+    """The settings that all cells start from: recipe, the grid's `set`, overrides; paths absolute, for any process."""
     settings = load_config(grid.recipe).model_dump(mode="json")
     apply_overrides(settings, flatten(grid.set))
     apply_overrides(settings, overrides)

@@ -55,9 +55,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "again, to the same result"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RunError(
-            f"{path} has another format than this version's ({FORMAT}): resume with the version that made it"
-        )
+        raise RunError(f"{path} has another format than this version's ({FORMAT}): resume with the one that made it")
     return content
 
 

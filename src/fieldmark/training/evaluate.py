@@ -77,10 +77,7 @@ def softmax(logits: NDArray[np.floating[Any]], *, temperature: float = 1.0) -> N
 def predict_batches(
     fabric: _Compute, model: Callable[[Tensor], Tensor], batches: Iterable[Batch], *, flips: bool, channels_last: bool
 ) -> Predictions:
-    """Run a model in evaluation mode over this process's share of batches, and give each process all predictions.
-
-    With `flips` the (B, K) logits of each photo and its mirror image are averaged.
-    """
+    """Predict this process's share of batches, with `flips` also mirrored and averaged; give each process them all."""
     numbers: list[Tensor] = []
     logits: list[Tensor] = []
     problems: dict[int, str] = {}
@@ -121,10 +118,7 @@ def _gather(
 def compute_features(
     fabric: _Compute, model: Classifier, batches: Iterable[Batch], *, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the pooled features of photos on all processes, so that each can fit the same head to them.
-
-    Gives (N, F) float32 and the photos' numbers (N,) int64, both on the CPU, by rising number.
-    """
+    """Give each process the features (N, F) float32 and numbers (N,) int64 of all photos, on the CPU, by number."""
     model.eval()
     found = predict_batches(fabric, model.features, batches, flips=False, channels_last=channels_last)
     return torch.from_numpy(found.logits), torch.from_numpy(found.numbers)

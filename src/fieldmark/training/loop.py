@@ -202,12 +202,8 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | 
 def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: UpdateOptions) -> tuple[Tensor, Tensor]:
     """Update the weights once, in micro-batches of `state.micro_batch_size` that add up to the whole batch's gradient.
 
-    Returns:
-        Summed loss of this process's photos (0-d) and logits (B, K), left on the device.
-
-    Raises:
-        NonFiniteError: Loss or gradient is not finite; on the CPU the weights are still those before the update.
-        MemoryExhaustedError: The device's memory ran out; the weights are still those before the update.
+    Gives the summed loss of this process's photos (0-d) and logits (B, K), left on the device. After a
+    MemoryExhaustedError, and on the CPU after a NonFiniteError, the weights are still those before the update.
     """
     # Gradients are averaged over processes, so each contributes its photos' sum times the number of processes.
     scale = fabric.world_size / batch.global_size
@@ -304,20 +300,9 @@ def train_epochs(
 ) -> Iterator[EpochReport]:
     """Train from where `state` is, also in the middle of an epoch, until `epochs` epochs are complete.
 
-    Yields a report after each epoch; between two reports the caller may change the model.
-
-    Args:
-        fabric: Device, precision and the other processes.
-        state: Changed in place.
-        epochs: Of the whole run.
-        steps_per_epoch: Updates of one epoch.
-        batches: (epoch, first step in it) to this process's batches from there on. To stop, it ends early.
-        evaluate: Model in evaluation mode to its validation; called after each complete epoch.
-        options: How each update is done.
-
-    Raises:
-        NonFiniteError: A loss, a gradient or a weight is not finite.
-        MemoryExhaustedError: Memory ran out, and `fit_memory` is off or one photo is too many.
+    Yields a report after each epoch; between two reports the caller may change the model. `batches` gives this
+    process's batches of an epoch from a step on, and ends early to stop; `evaluate` takes the model in evaluation mode,
+    after each complete epoch. Raises NonFiniteError, and MemoryExhaustedError where memory cannot be fitted.
     """
     while state.epoch < epochs:
         state.model.train()

@@ -116,10 +116,7 @@ def calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) ->
 
 
 def confidence_bins(confidence: Floats, *, bins: int) -> NDArray[np.int64]:
-    """Assign each confidence to a bin: bin m holds (m / bins, (m + 1) / bins], the first also 0 and NaN.
-
-    The edges are those of Guo et al. and of scikit-learn's `calibration_curve`.
-    """
+    """Assign each confidence to a bin: m holds (m / bins, (m + 1) / bins], as in Guo et al.; the first also 0, NaN."""
     edges = np.nan_to_num(np.ceil(np.asarray(confidence, np.float64) * bins), posinf=bins)
     return np.clip(edges.astype(np.int64) - 1, 0, bins - 1)
 
