@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from fieldmark.config import Section, apply_overrides, load_config, parse_config, read_toml, recipe_names
 from fieldmark.errors import ConfigError, needs_extra
-from fieldmark.overrides import parse_value
+from fieldmark.overrides import OLD_KEYS, parse_value
 from fieldmark.runs.folder import flatten, format_value
 from fieldmark.study.cell import Cell, load_drawn, read_rows, settled_state
 from fieldmark.training.metrics import best_value
@@ -45,12 +45,6 @@ class Range(Section):
             if self.log and self.low <= 0:
                 raise ValueError(f"log needs low > 0; got {self.low:g}")
         return self
-
-    def scaled(self, factor: float) -> Range:
-        """The same distribution of values `factor` times as large."""
-        choices = tuple(value * factor for value in self.choices)
-        limits = {"low": self.low and self.low * factor, "high": self.high and self.high * factor}
-        return self.model_copy(update={"choices": choices, **limits})
 
 
 def uniform(low: float, high: float) -> Range:
@@ -88,6 +82,12 @@ class Search(Section):
     trials: PositiveInt  # how many combinations to try
     seed: NonNegativeInt = 0  # seed of the draws
     space: dict[str, Range]  # dotted key to distribution
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if old := set(OLD_KEYS).intersection(self.space):
+            raise ValueError(f"{min(old)} is of earlier versions: draw mix.share, the share of batches that are mixed")
+        return self
 
 
 class Halving(Section):
@@ -224,7 +224,6 @@ def search_cells(grid: Grid, search: Search, base: Mapping[str, Any], out: Path)
 
     What earlier trials drew is read from their job files, so that a search that was interrupted goes on with the same.
     """
-    search = search.model_copy(update={"space": _with_new_names(search.space, base)})
     past: list[tuple[dict[str, Any], list[Cell]]] = []
     for number in range(search.trials):
         name = f"trial-{number:03d}"
@@ -242,15 +241,6 @@ def _mean_value(out: Path, cells: Sequence[Cell]) -> float | None:
     values = [best_value(read_rows(out / cell.name), cell.config.train.metric) for cell in settled]
     seen = [value for value in values if value is not None]
     return sum(seen) / len(seen) if seen else None
-
-
-def _with_new_names(space: Mapping[str, Range], base: Mapping[str, Any]) -> dict[str, Range]:
-    """`mix.prob`, of each method in earlier versions, as the share of all batches that it is."""
-    methods = 1 if base["mix"]["cutmix_share"] in (0, 1) else 2
-    return {
-        "mix.share" if key == "mix.prob" else key: values.scaled(methods) if key == "mix.prob" else values
-        for key, values in space.items()
-    }
 
 
 def propose(search: Search, past: Sequence[tuple[Mapping[str, Any], float | None]]) -> dict[str, Any]:
