@@ -88,7 +88,9 @@ def train(
                            device=device, track=track)  # fmt: skip
     overrides = [*short, *(set_ or ())]
     if resume is not None and (data is not None or out is not None or overrides or recipe):
-        raise typer.BadParameter("--resume takes settings and folder from the run: give --data or --minutes alone")
+        raise typer.BadParameter(
+            "--resume takes settings and folder from the run: give nothing else but --data or --minutes"
+        )
     if moved is not None and resume is None:
         raise typer.BadParameter("--data goes with --resume: give the photos of a new run as DATA")
     run_training(data or moved, recipe, out, overrides, minutes=minutes, resume=resume, as_json=as_json)

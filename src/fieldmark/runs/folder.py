@@ -217,8 +217,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """One object per completed epoch, in order."""
-        path = self.path / METRICS
-        return read_json_lines(path) if path.is_file() else []
+        return read_metrics(self.path)
 
     @cached_property
     def prior(self) -> NDArray[np.float64]:
@@ -357,8 +356,11 @@ def write_json(path: Path, content: object) -> None:
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=True) + "\n")
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the epochs of metrics.jsonl; a torn last line, as a kill leaves it, is left out."""
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read the epochs that a run folder reports, if any; a torn last line, as a kill leaves it, is left out."""
+    path = run / METRICS
+    if not path.is_file():
+        return []
     with _named(path):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
         read_values(list[_Epoch], rows)

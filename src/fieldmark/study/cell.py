@@ -21,7 +21,7 @@ from typing import Any, Literal
 from fieldmark.config import Config, load_config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError
 from fieldmark.files import exclusive_lock
-from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_json_lines, run_status, write_json
+from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_metrics, run_status, write_json
 from fieldmark.training.metrics import best_value
 
 BOOKS = ".sweep"  # folder inside a sweep's for job files, logs, locks and outcomes
@@ -102,11 +102,6 @@ def load_drawn(sweep: Path, name: str, keys: Iterable[str]) -> dict[str, Any] | 
         return None
     settings = flatten(parse_config(job["settings"], name))
     return {key: settings[key] for key in keys}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of the epochs that a run folder reports."""
-    return read_json_lines(path / METRICS) if (path / METRICS).is_file() else []
 
 
 def settled_state(out: Path, cell: Cell) -> Literal["finished", "stopped"] | None:
@@ -223,7 +218,7 @@ def _values_at(sweep: Path, metric: str, epoch: int) -> dict[str, float]:
     """Best value up to an epoch of every cell that got as far."""
     values: dict[str, float] = {}
     for path in sweep.glob(f"*/{METRICS}"):
-        rows = read_json_lines(path)
+        rows = read_metrics(path.parent)
         best = best_value((row for row in rows if row["epoch"] <= epoch), metric)
         if best is not None and rows[-1]["epoch"] >= epoch:
             values[path.parent.name] = best

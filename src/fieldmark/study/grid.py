@@ -15,8 +15,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 from fieldmark.config import Section, apply_overrides, load_config, parse_config, read_toml, recipe_names
 from fieldmark.errors import ConfigError, needs_extra
 from fieldmark.overrides import OLD_KEYS, parse_value
-from fieldmark.runs.folder import flatten, format_value
-from fieldmark.study.cell import Cell, load_drawn, read_rows, settled_state
+from fieldmark.runs.folder import flatten, format_value, read_metrics
+from fieldmark.study.cell import Cell, load_drawn, settled_state
 from fieldmark.training.metrics import best_value
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def search_cells(grid: Grid, search: Search, base: Mapping[str, Any], out: Path)
 def _mean_value(out: Path, cells: Sequence[Cell]) -> float | None:
     """Mean over a trial's cells that ended well, higher is better; None if none did."""
     settled = [cell for cell in cells if settled_state(out, cell)]
-    values = [best_value(read_rows(out / cell.name), cell.config.train.metric) for cell in settled]
+    values = [best_value(read_metrics(out / cell.name), cell.config.train.metric) for cell in settled]
     seen = [value for value in values if value is not None]
     return sum(seen) / len(seen) if seen else None
 

@@ -22,6 +22,7 @@ from fieldmark.config import Config
 from fieldmark.errors import ConfigError, ResourceError, first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster, require_slots
+from fieldmark.runs.folder import read_metrics
 from fieldmark.study.cell import (
     BOOKS,
     Cell,
@@ -31,7 +32,6 @@ from fieldmark.study.cell import (
     book,
     clear_broken,
     load_outcome,
-    read_rows,
     refuse_other_recipe,
     run_job,
     settled_state,
@@ -256,7 +256,7 @@ class _Work:
 
     def note(self, cell: Cell, state: State, error: str = "") -> None:
         """Keep the status of one cell, with the epochs that its folder reports now."""
-        rows = read_rows(self.out / cell.name)
+        rows = read_metrics(self.out / cell.name)
         epoch = int(rows[-1]["epoch"]) if rows else 0
         self.epochs_before[cell.name] = min(epoch, self.epochs_before.get(cell.name, epoch))
         self.statuses[cell.name] = CellStatus(cell.name, state, epoch, cell.config.train.epochs, error)
