@@ -11,19 +11,18 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
+from fieldmark.config import apply_overrides, parse_config, read_recipe
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import DataError, PhotoError
-
-if TYPE_CHECKING:
-    from fieldmark.progress import Progress
-    from fieldmark.runs.folder import Run
+from fieldmark.progress import Progress, open_progress
+from fieldmark.runs.folder import Run, flatten
 
 
 def fit(
@@ -57,9 +56,6 @@ def fit(
         ('jay', 'robin', 'wren')
     """
     from fieldmark.budget.run import machine_minutes, train_within
-    from fieldmark.config import apply_overrides, parse_config, read_recipe
-    from fieldmark.progress import open_progress
-    from fieldmark.runs.folder import Run, flatten
     from fieldmark.runs.train import new_run_folder, train
 
     name, tree = read_recipe(recipe)

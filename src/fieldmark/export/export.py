@@ -10,12 +10,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fieldmark.augment.reference import eval_reference
 from fieldmark.errors import ExportError
+from fieldmark.export import formats
+from fieldmark.export.model_card import model_card
 from fieldmark.files import whole_folder
 from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata, digest_file
 
@@ -74,8 +77,6 @@ def export_run(
         >>> fieldmark.export_run(run, out, to="timm", is_int8=False, max_accuracy_loss=0.01, max_photos=50).classes
         ('jay', 'robin', 'wren')
     """
-    from fieldmark.export.model_card import model_card
-
     if run.is_ensemble:
         raise ExportError(
             f"{run.path} is an ensemble, and an export is one model: export one of its runs, or make one model of them "
@@ -132,8 +133,6 @@ def export_model(
 
 def describe_run(run: Run, to: str) -> ModelMetadata:
     """The metadata of a run's model before it is exported to the form `to`."""
-    from fieldmark.inference.calibration import load_calibration
-
     calibration = load_calibration(run)
     groups = calibration.fallback if calibration else None
     info = run.model_info
@@ -161,8 +160,6 @@ def describe_run(run: Run, to: str) -> ModelMetadata:
 
 def validation_photos(run: Run, *, max_photos: int) -> Photos:
     """Up to `max_photos` validation photos of a run, spread evenly over its classes."""
-    from fieldmark.augment.reference import eval_reference
-
     index = run.split.of("val")
     files = index.files()
     if not files:
@@ -202,8 +199,6 @@ def _halves(photos: Photos) -> tuple[Sequence[int], Sequence[int]]:
 
 def _write(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Photos, *, is_plain: bool) -> None:
     """Write the model file; the metadata inside it lacks the evidence, which is measured on the file."""
-    from fieldmark.export import formats
-
     size, text, path = metadata.eval_spec().size, metadata.to_json(), folder / metadata.file
     if metadata.kind == "torch":
         formats.write_torch(model, path, size=size, metadata=text)
@@ -244,8 +239,6 @@ def _prove(
 
 def compare_answers(run: Run, folder: Path, photos: Photos) -> dict[str, Any] | None:
     """Return how far `predict` of the export is from `predict` of the run; None where the run too answers in 32 bit."""
-    from fieldmark.inference.predictor import Device, Predictor
-
     precision = Device.choose(str(run.model_info["precision"])).precision
     if precision == "32-true":
         return None

@@ -16,20 +16,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fieldmark.augment.reference import EvalSpec
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.errors import DataError, ExportError, MissingExtraError, first_line, needs_extra
 from fieldmark.files import Positive, Share, read_values
 from fieldmark.inference.taxonomy import Fallback
-
-if TYPE_CHECKING:
-    from fieldmark.augment.reference import EvalSpec
-
 
 Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -67,8 +64,6 @@ class ModelMetadata:
 
     def eval_spec(self) -> EvalSpec:
         """Return how a decoded photo becomes an input."""
-        from fieldmark.augment.reference import EvalSpec
-
         return EvalSpec(**self.preprocessing)
 
     def decode_spec(self) -> DecodeSpec:
@@ -86,8 +81,6 @@ class ModelMetadata:
     @classmethod
     def from_json(cls, text: str, where: str) -> ModelMetadata:
         """Read what `to_json` wrote; of text from elsewhere every value is checked, by its key."""
-        from fieldmark.augment.reference import EvalSpec
-
         try:
             content = json.loads(text)
         except ValueError as error:

@@ -27,6 +27,7 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan
 from fieldmark.errors import PhotoError, RunError, command, needs_extra
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
+from fieldmark.inference.exported import FILE, ExportedModel
 from fieldmark.inference.sources import PhotoSource, open_source
 from fieldmark.inference.taxonomy import Answer, Fallback
 from fieldmark.progress import Progress
@@ -134,8 +135,6 @@ class Predictor:
             RunError: The folder is neither, or the run has no weights yet.
             ExportError: The export is damaged.
         """
-        from fieldmark.inference.exported import FILE, ExportedModel
-
         if not isinstance(model, Run) and (Path(model) / FILE).is_file():
             exported = ExportedModel.load(model, threads=0)
             about = exported.metadata

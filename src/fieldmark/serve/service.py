@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,13 @@ from pydantic import BaseModel
 from fieldmark.augment.reference import EvalSpec, Views, eval_picture
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.errors import FieldmarkError, PhotoError
+from fieldmark.inference.calibration import load_calibration
+from fieldmark.inference.exported import FILE, ModelMetadata
 from fieldmark.inference.predictor import Prediction, Predictor
+from fieldmark.inference.triage import AttentionMaps
 from fieldmark.plots import thumbnail
+from fieldmark.runs.folder import Run
 from fieldmark.serve.limits import Limits, busy
-
-if TYPE_CHECKING:
-    from fieldmark.inference.triage import AttentionMaps
-    from fieldmark.runs.folder import Run
 
 # Of the many formats that Pillow reads, those that cameras, phones and browsers write: each decoder is a risk.
 _FORMATS = re.compile(
@@ -293,11 +293,6 @@ class ServedModel:
 
     def __init__(self, path: Path) -> None:
         """Load a run (with attention maps, for convolutional models), an ensemble or an export (without)."""
-        from fieldmark.inference.calibration import load_calibration
-        from fieldmark.inference.exported import FILE, ModelMetadata
-        from fieldmark.inference.triage import AttentionMaps
-        from fieldmark.runs.folder import Run
-
         self._predictor = Predictor.load(path)
         self.classes = self._predictor.classes
         self.threshold = self._predictor.threshold

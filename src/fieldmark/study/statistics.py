@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fieldmark.training.metrics import wilson_interval
+
 Scores = NDArray[np.float64]
 
 MOST_FLIPPED = 14
@@ -92,8 +94,6 @@ def widen_to_wilson(interval: Interval, num_photos: float, *, level: float) -> I
 
     A bootstrap sees no spread where all photos have one score; nine photos without an error are [0.70, 1], not [1, 1].
     """
-    from fieldmark.training.metrics import wilson_interval
-
     low, high = wilson_interval(interval.estimate * num_photos, num_photos, confidence=level)
     return Interval(interval.estimate, min(low, interval.low), max(high, interval.high))
 
