@@ -221,7 +221,7 @@ def test_int8_that_loses_too_much_is_refused_with_both_accuracies():
     [
         ({"kind": "torch", "is_int8": True}, "int8 is made for onnx and openvino, not for torch"),
         ({"kind": "timm", "head": "mlp"}, "timm form holds a linear head only.*export --to onnx or torch"),
-        ({"kind": "timm", "is_plain": False}, "cannot say that strides moved"),
+        ({"kind": "timm", "is_plain": False}, "cannot say that strides were moved"),
         ({"kind": "onnx", "is_int8": True, "count": 3}, "at least 4 labeled photos"),
     ],
 )

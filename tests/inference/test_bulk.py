@@ -221,7 +221,9 @@ def test_a_part_that_workers_die_of_is_given_up_and_tried_anew_by_the_next_call(
         made = partial(make_parts_on_ray, address="")
         return predict_in_parts(model, open_source(str(photos)), tmp_path / "out", make_parts=made, **options)
 
-    with pytest.raises(DataError, match=r"part 0 cannot be made: 4 workers crashed on this part \(killed\).*crashed.txt"):
+    with pytest.raises(
+        DataError, match=r"part 0 cannot be made: 4 workers crashed on this part \(killed\).*crashed.txt"
+    ):
         predict_with(Mortal(deaths=4))
     named = (tmp_path / "out" / ".predict" / "crashed.txt").read_text()
     assert named == "".join(f"{number}.png\n" for number in range(4))

@@ -86,13 +86,11 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
     )
 
 
-def epoch_order(num_photos: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
+def epoch_order(num_photos: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """(N,) numbers of the photos in the order of an epoch: a pure function of its arguments.
 
     Sorts the raw output of Philox, which NumPy promises never to change (NEP 19), unlike `Generator.permutation`.
     """
-    if not shuffle:
-        return np.arange(num_photos, dtype=np.int64)
     keys = np.random.Philox(np.random.SeedSequence([seed, epoch, _ORDER_STREAM])).random_raw(num_photos)
     return np.argsort(keys, kind="stable").astype(np.int64)
 

@@ -20,12 +20,11 @@ from fieldmark.errors import ExportError
 from fieldmark.export import formats
 from fieldmark.export.model_card import model_card
 from fieldmark.files import whole_folder
+from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata, digest_file
-
-if TYPE_CHECKING:
-    from fieldmark.models.classifier import Classifier
-    from fieldmark.runs.folder import Run
-
+from fieldmark.inference.predictor import Device, Predictor
+from fieldmark.models.classifier import Classifier
+from fieldmark.runs.folder import Run
 
 KINDS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "model.safetensors"}
 INT8_KINDS = ("onnx", "openvino")

@@ -69,10 +69,6 @@ class Classifier(nn.Module):
         """Feature map (B, C, H, W) of normalized images, before any pooling, of backbones that have one."""
         return cast(Any, self.backbone).forward_features(images)
 
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits (B, K) of pooled features (B, F)."""
-        return self.head(self.feature_dropout(features))
-
     def count_stages(self) -> int:
         """Stages of the backbone, the stem included."""
         return max(_number_stages(self.backbone).values()) + 1

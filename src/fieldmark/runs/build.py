@@ -368,7 +368,7 @@ class TrainPlan:
 
     def updates(self, epoch: int) -> list[Sequence[int]]:
         """Shuffle an epoch and cut it into updates of photo numbers, over all processes."""
-        order = epoch_order(len(self.train_numbers), seed=self.seed, epoch=epoch, shuffle=True)
+        order = epoch_order(len(self.train_numbers), seed=self.seed, epoch=epoch)
         return cut_updates(self.train_numbers[order], self.batch_size, processes=self.processes)  # type: ignore[arg-type]
 
     def eval_share(self, numbers: NDArray[np.int64], rank: int) -> list[Sequence[int]]:
