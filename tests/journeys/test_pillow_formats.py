@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fieldmark.data.decode import decode
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.folders import photo_extensions
 from fieldmark.errors import PhotoError
 from fieldmark.inference.predictor import Predictor
@@ -183,7 +183,7 @@ def test_enough_is_written_to_say_something():
 @pytest.mark.parametrize(("kind", "mode"), [pair for pair in FILES if not reason_of(*pair)])
 def test_the_pixels_are_those_of_the_formula(kind, mode):
     data = FILES[kind, mode]
-    pixels = decode(data, background=BACKGROUND, max_pixels=10**7)
+    pixels = DecodeSpec(BACKGROUND, 10**7).read(data)
     expected, tolerance = reference(Image.open(io.BytesIO(data)))
     assert pixels.shape == expected.shape
     assert np.abs(pixels - expected).max() <= tolerance
@@ -192,7 +192,7 @@ def test_the_pixels_are_those_of_the_formula(kind, mode):
 @pytest.mark.parametrize(("kind", "mode"), [pair for pair in FILES if reason_of(*pair)])
 def test_what_is_no_photo_says_so(kind, mode):
     with pytest.raises(PhotoError) as told:
-        decode(FILES[kind, mode], background=BACKGROUND, max_pixels=10**7)
+        DecodeSpec(BACKGROUND, 10**7).read(FILES[kind, mode])
     assert reason_of(kind, mode) in told.value.reason
 
 
