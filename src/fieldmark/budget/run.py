@@ -55,7 +55,7 @@ the race ends where fine-tuning follows, and by which it ends where none does.""
 TUNE_SHARE = 0.5
 """Of the budget, for fine-tuning."""
 
-SHOWN = 8
+SHOWN, SHOWN_CHOICES = 8, 4
 
 SEARCH_SIZE = 1.3e8
 """Photos x features x classes of a head of which the products take as long as the search around them (measured)."""
@@ -256,7 +256,7 @@ class _Work:
         """Candidates on growing shares of the photos; then the best, and their average, on all."""
         course, plan = self.course, self.course.plan
         end = share_of_time * plan.seconds
-        running = list_candidates(self.course.config, self.backbones)
+        running = everything = list_candidates(self.course.config, self.backbones)
         counts = rungs(len(course.order), course.num_classes)
         if not plan.decide("compare on a share of the photos", lambda: self._fits(running[:2], end)):
             # All photos of the floor's first, then of what else there is time for.
@@ -268,7 +268,9 @@ class _Work:
             deadline = plan.decide(f"round of {count}", lambda share=share: plan.elapsed + share * (end - plan.elapsed))
             entries = self._round(running, count, deadline)
             running = self._survivors(entries, most=max(2, -(-len(running) // 3)))
-        for number, candidate in enumerate(running):
+        # What was not compared for lack of time may still fit into what is left.
+        untried = sorted((one for one in everything if one.key not in self.entries), key=lambda one: -one.size)
+        for number, candidate in enumerate(dict.fromkeys([*running, *untried])):
             deadline = end
             if not plan.decide(f"all photos of {candidate.key}", lambda one=candidate: self._fits([one], end)):
                 if number:
@@ -561,8 +563,11 @@ def format_result(run: Run) -> str:
     for row in summary["tried"]:
         if "updates" in row:
             lines.append(f"  {row['what']}: {row['updates']} updates in {row['seconds']:.0f} s")
-        elif "top1" in row and "photos" not in row:
-            lines.append(f"  {row['what']}: validation top-1 {row['top1']:.4f}, log loss {row['log_loss']:.3f}")
+    chosen_from = [row for row in summary["tried"] if "top1" in row and "photos" not in row]
+    lines += [
+        f"  {row['what']}: validation top-1 {row['top1']:.4f}, log loss {row['log_loss']:.3f}"
+        for row in sorted(chosen_from, key=lambda row: row["log_loss"])[:SHOWN_CHOICES]
+    ]
     if "val" in summary:
         val = summary["val"]
         lines.append(f"validation: {format_accuracy(val)}")
