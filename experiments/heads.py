@@ -32,7 +32,7 @@ BEFORE = "average"
 POOLS = (BEFORE, "covariance")
 
 
-def out_of_fold(data: Path, pool: str, folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def out_of_fold(data: Path, pool: str, folder: Path, names: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return each backbone's (N, K) probabilities of the photos that are not of the test set, and their labels."""
     config = load_config(None, [f'data.path="{data.resolve().as_posix()}"', f'model.pool="{pool}"'])
     fabric, _ = setup_fabric(config)
@@ -48,17 +48,18 @@ def out_of_fold(data: Path, pool: str, folder: Path) -> tuple[dict[str, np.ndarr
     groups = [dataset.index.photos[number].group for number in numbers]
     folds = make_folds(labels, groups, folds=FOLDS, seed=0)
     found: dict[str, np.ndarray] = {}
-    for backbone in find_backbones(config):
+    for backbone in (one for one in find_backbones(config) if not names or one.name in names):
         candidate = Candidate(backbone, backbone.picture.test_size, "whole")
         features = course.collect_features(candidate, numbers).select(numbers)
         found[candidate.key] = fit_head(features, labels, folds, num_classes=course.num_classes).out_of_fold
-    found["the average of all"] = np.mean(list(found.values()), axis=0)
+    if len(found) > 1:
+        found["the average of all"] = np.mean(list(found.values()), axis=0)
     return found, labels
 
 
-def compare(data: Path, folder: Path) -> list[dict[str, object]]:
+def compare(data: Path, folder: Path, names: list[str]) -> list[dict[str, object]]:
     """Return a row for each network: accuracy with both poolings, and the difference with its interval."""
-    by_pool = {pool: out_of_fold(data, pool, folder) for pool in POOLS}
+    by_pool = {pool: out_of_fold(data, pool, folder, names) for pool in POOLS}
     rows: list[dict[str, object]] = []
     for name, before in by_pool[BEFORE][0].items():
         labels = by_pool[BEFORE][1]
@@ -102,8 +103,9 @@ def main() -> None:
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the page; the rows go beside it as JSON")
     parser.add_argument("--features", type=Path, required=True, help="folder for what was computed")
+    parser.add_argument("--network", action="append", default=[], help="only these, by timm's names; may be repeated")
     settings = parser.parse_args()
-    rows = [row for data in settings.data for row in compare(data, settings.features)]
+    rows = [row for data in settings.data for row in compare(data, settings.features, settings.network)]
     settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     settings.out.write_text(write_page(rows), encoding="utf-8")
 

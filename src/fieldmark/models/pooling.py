@@ -61,7 +61,7 @@ class CovariancePool(nn.Module):
     @torch.no_grad()
     def fit(self, maps: Tensor) -> None:
         """Choose the directions in which the places of some photos' feature maps (B, C, H, W) vary most."""
-        places = maps.float().transpose(0, 1).flatten(1)
+        places = maps.float().cpu().transpose(0, 1).flatten(1)  # not every device has eigenvectors
         _, vectors = torch.linalg.eigh(torch.cov(places))
         self.projection.copy_(vectors[:, -self.projection.shape[1] :])
 
