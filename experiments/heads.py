@@ -64,11 +64,11 @@ def compare(data: Path, folder: Path, names: list[str]) -> list[dict[str, object
     for name, before in by_pool[BEFORE][0].items():
         labels = by_pool[BEFORE][1]
         after = by_pool[POOLS[1]][0][name]
-        hits = [(found.argmax(1) == labels).astype(np.float64)[None] for found in (after, before)]
+        hits = [(found.argmax(1) == labels).astype(np.float64)[None] for found in (before, after)]
         gain = paired_difference(*hits, level=0.95, draws=2000, rng=np.random.default_rng(0)).interval
         rows.append(
             {"data": data.stem, "photos": len(labels), "network": name}
-            | {f"top1_{pool}": float(hit.mean()) for pool, hit in zip(reversed(POOLS), hits, strict=True)}
+            | {f"top1_{pool}": float(hit.mean()) for pool, hit in zip(POOLS, hits, strict=True)}
             | {f"log_loss_{pool}": log_loss(found, labels) for pool, found in zip(POOLS, (before, after), strict=True)}
             | {"gain": gain.estimate, "low": gain.low, "high": gain.high}
         )
@@ -80,8 +80,9 @@ def write_page(rows: list[dict[str, object]]) -> str:
     lines = [
         "# What pooling earns",
         "",
-        f"Converged heads on frozen features of whole photos at each network's test size, {FOLDS}-fold "
-        f"cross-validation on photos that are not of the test set. {usable_cores()} cores of an {processor_name()}. "
+        "Converged heads on frozen features of whole photos at each network's test size, cross-validated in "
+        f"{FOLDS} folds of",
+        f"the photos that are not of the test set. {usable_cores()} cores of an {processor_name()}, one seed. "
         "`python -m experiments.heads` writes this page.",
         "",
         "| Data | Photos | Network | Top-1, mean pooling | Top-1, covariance pooling | Gain in points, 95 % interval |",

@@ -37,3 +37,17 @@ def test_each_network_has_a_row_with_both_poolings_and_the_gain_is_their_differe
     assert heads.compare(photos, tmp_path / "features", ["resnet50"]) == []
     page = heads.write_page([row])
     assert page.count("| photos | 24 | test_resnet") == 1
+
+
+def test_a_gain_is_what_covariance_pooling_has_more(tmp_path, monkeypatch):
+    labels = np.zeros(4, np.int64)
+    right, wrong = [0.9, 0.1], [0.1, 0.9]
+    answers = {"average": [right, wrong, wrong, wrong], "covariance": [right, right, right, wrong]}
+
+    def answer(data, pool, folder, names):
+        return {"network": np.asarray(answers[pool], np.float32)}, labels
+
+    monkeypatch.setattr(heads, "out_of_fold", answer)
+    (row,) = heads.compare(tmp_path / "photos", tmp_path, [])
+    assert (row["top1_average"], row["top1_covariance"], row["gain"]) == (0.25, 0.75, 0.5)
+    assert "| 0.250 | 0.750 | +50.0 (" in heads.write_page([row])

@@ -36,6 +36,7 @@ from fieldmark.budget.tune import (
 )
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import FieldmarkError, InterruptedRunError, RunError, command
+from fieldmark.inference.calibration import apply_temperature, log_probabilities
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import prepare_dataset
@@ -47,6 +48,7 @@ from fieldmark.runs.writer import claim_folder
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import EpochReport
+from fieldmark.training.metrics import log_loss
 
 FLOOR_SHARE, FEATURE_SHARE, RACE_SHARE, PROBE_SHARE = 0.15, 0.75, 0.40, 0.93
 """Shares of the budget by which the floor stands, by which all photos' features of its picture could be had, by which
@@ -438,7 +440,10 @@ class _Work:
         self._put(min(self.choices, key=self._loss))
 
     def _loss(self, answer: Answer) -> float:
-        return float(self.shelf.score(answer)["log_loss"])
+        """Validation log loss at the temperature that fits best: an average of sure answers is less sure than it is."""
+        labels = self.course.dataset.labels[self.course.val]
+        temperature = choose_temperature(answer.val, labels)
+        return log_loss(apply_temperature(log_probabilities(answer.val), temperature), labels)
 
     def _tuned_model(self, entry: Entry, name: str, config: Config, weights: Weights, val: Floats) -> Model:
         key = f"{entry.candidate.key}-tuned-{name.replace(' ', '-').replace('%', '')}"
