@@ -42,6 +42,7 @@ def _check_range(values: tuple[float, float]) -> tuple[float, float]:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
+Pool = Literal["average", "covariance"]
 Metric = Literal["top1", "macro_recall", "prior_top1", "log_loss"]
 
 
@@ -280,7 +281,7 @@ class ModelConfig(Section):
     weights: str = "pretrained"
     """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0` (to lite2)."""
 
-    pool: Literal["average", "covariance"] = "average"
+    pool: Pool = "average"
     """How a feature map becomes features: `covariance` also tells what appears together (`models.pooling`)."""
 
     head: Literal["linear", "mlp"] = "linear"

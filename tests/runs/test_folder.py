@@ -103,6 +103,13 @@ def test_no_value_of_any_file_ends_in_anything_but_one_sentence(make_run, name):
     assert all(name in refusal or (name == "classes.json" and "val.parquet" in refusal) for refusal in refusals)
 
 
+def test_a_pooling_that_no_version_has_is_named(make_run):
+    path = make_run("run")
+    (path / "model.json").write_text(json.dumps({**MODEL, "create": {**MODEL["create"], "pool": "maximum"}}))
+    with pytest.raises(RunError, match=r"model.json has create.pool = 'maximum': Input should be 'average' or 'cov"):
+        _ = Run(path).model_info
+
+
 @pytest.mark.parametrize(("key", "value"), [("status", "done"), ("epochs", "many"), ("val", [])])
 def test_a_value_of_another_kind_is_named_with_its_key_and_what_was_expected(make_run, key, value):
     path = make_run("run")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fieldmark.config import Config, parse_config
+from fieldmark.config import Config, Pool, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, WeightsError
 from fieldmark.models.catalog import PACKAGES, WEIGHT_FILES, InputConfig, package_file, resolve_name
 from fieldmark.models.classifier import count_parameters, create_classifier, has_positive_map
@@ -28,7 +28,7 @@ class Backbone:
     name: str
     weights: str
     stride_in_1x1: bool
-    pool: Literal["average", "covariance"]
+    pool: Pool
     parameters: int  # without a head
     picture: InputConfig
 

@@ -270,9 +270,8 @@ class Memory:
                 return
             try:
                 self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", entry)
-                if (
-                    self._database.total_changes % ENTRIES_PER_COMMIT == 0
-                ):  # so that an interrupted inspection goes on from here
+                # So that an interrupted inspection goes on from here.
+                if self._database.total_changes % ENTRIES_PER_COMMIT == 0:
                     self._database.commit()
             except sqlite3.Error:  # the disk is full, or another command writes
                 self.close()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 DIRECTIONS = 32
-"""Directions of the channels whose covariance is taken: 16, 24, 48 and 64 were no better on two of three data sets."""
+"""Directions of the channels whose covariance is taken. On birds100, 24, 48 and 64 gave the same within 0.3 points; on
+signs10, 64 gave 0.8 more at twice the features (cross-validated heads on EfficientNet-Lite0)."""
 
 POWER = 3.0
 """Exponent of the generalized mean: 1 is the mean, infinity the maximum."""

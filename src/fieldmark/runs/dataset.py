@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from fieldmark.data.cache import PhotoCache
 
 Cached = tuple[Union["PhotoCache", None], str]  # the cache of some photos, if there is one, and what was done about it
-Fill = Callable[
-    ..., Cached
-]  # of (files, their (N, 2) sizes); what is missing comes by `read=`, and `progress=` is told
+# Of (files, their (N, 2) sizes); what is missing comes by `read=`, and `progress=` is told.
+Fill = Callable[..., Cached]
 
 
 @dataclass(frozen=True)

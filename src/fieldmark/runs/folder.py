@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, InstanceOf, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
 
-from fieldmark.config import Config, load_config
+from fieldmark.config import Config, Pool, load_config
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex, load_split_table
 from fieldmark.errors import RunError
@@ -61,6 +61,7 @@ class _Create(TypedDict, total=False):
     feature_dropout: Share
     drop_path: Share
     stride_in_1x1: bool
+    pool: Pool
 
 
 class _Model(TypedDict, total=False):
@@ -253,7 +254,9 @@ class Run:
 
     def decode_spec(self) -> DecodeSpec:
         """Say how files become the pixels that the model was trained on."""
-        return DecodeSpec(self.config.data.background, self.config.data.max_pixels)
+        from fieldmark.runs.dataset import decode_spec
+
+        return decode_spec(self.config.data)
 
     def load_model(self) -> Classifier:
         """Load the model with the kept weights, on the CPU, in evaluation mode."""

@@ -238,8 +238,7 @@ def open_session(
         )
         stack.enter_context(session.loader)
         if start != "resumed":
-            reader = build.build_reader(config, dataset.index)
-            pictures = EvalPhotos(reader, session.evaluation, keeps_broken=False)
+            pictures = EvalPhotos(session.reader, session.evaluation, keeps_broken=False)
             build.fit_pool(built.model, pictures, session.plan.train_numbers)
         if fabric.device.type == "cpu":
             choices["threads"] = threads = build.choose_threads(config, workers=workers.value)
