@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fieldmark.config import dump_config, load_config
 from fieldmark.runs.folder import write_predictions
@@ -32,6 +33,23 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_addoption(parser):
     parser.addoption("--malformed-uploads", type=int, default=6000, help="how many the slow test of the server sends")
     parser.addoption("--families", type=int, default=6, help="how many of timm's families the slow test trains")
+
+
+def write_photos(
+    folder: Path, names: Sequence[str], *, count: int = 10, step: float = 60, noise: float = 40, width: int = 48
+) -> None:
+    """Write `count` photos of each class, noise around a gray that is `step` brighter from class to class."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for place in range(count):
+            pixels = rng.normal(60 + step * number, noise, (40, width, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{place}.png")
+
+
+@pytest.fixture(scope="session", name="write_photos")
+def _write_photos() -> Callable[..., None]:
+    return write_photos
 
 
 def make_synthetic_run(

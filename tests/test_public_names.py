@@ -12,9 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import fieldmark
 
@@ -70,16 +68,10 @@ class InProcess:
 
 
 @pytest.fixture(scope="module")
-def folder(synthetic_run, tmp_path_factory) -> Path:
+def folder(synthetic_run, tmp_path_factory, write_photos) -> Path:
     """photos/, recipe.toml, grid.toml, two trained runs and two runs of invented numbers: what the examples name."""
     root = tmp_path_factory.mktemp("examples")
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(("jay", "robin", "wren")):
-        for place in range(10):
-            path = root / "photos" / name / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = rng.normal(60 + 60 * number, 40, (40, 48, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(path)
+    write_photos(root / "photos", ("jay", "robin", "wren"))
     (root / "recipe.toml").write_text(RECIPE)
     (root / "grid.toml").write_text(GRID)
     synthetic_run(root / "runs/plain")

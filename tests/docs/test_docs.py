@@ -8,9 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs/reference"
@@ -52,16 +50,10 @@ def run(command: str, patch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, write_photos) -> Path:
     """photos/, new-photos/, sample.csv and the run runs/mine that the README's three commands make."""
     root = tmp_path_factory.mktemp("docs")
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(("jay", "robin", "wren")):
-        for place in range(10):
-            path = root / "photos" / name / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = rng.normal(60 + 60 * number, 40, (40, 48, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(path)
+    write_photos(root / "photos", ("jay", "robin", "wren"))
     shutil.copytree(root / "photos" / "jay", root / "new-photos")
     (root / "sample.csv").write_text("image_name,pred_label\n" + "".join(f"{n},jay\n" for n in range(10)))
     with pytest.MonkeyPatch.context() as patch:

@@ -31,15 +31,9 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, write_photos):
     root = tmp_path_factory.mktemp("combine")
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(("a", "b", "c")):
-        for place in range(10):
-            path = root / "photos" / name / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = rng.normal(60 + 40 * number, 60, (40, 60, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(path)
+    write_photos(root / "photos", ("a", "b", "c"), step=40, noise=60, width=60)
     return root
 
 

@@ -30,15 +30,9 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def run(tmp_path_factory, write_photos) -> Run:
     root = tmp_path_factory.mktemp("predictor")
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(("a", "b", "c")):
-        for place in range(8):
-            path = root / "photos" / name / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = rng.normal(60 + 60 * number, 40, (40, 60, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(path)
+    write_photos(root / "photos", ("a", "b", "c"), count=8, width=60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         list(train(load_config(None, [*SETTINGS, f'data.path="{root / "photos"}"']), root / "run"))

@@ -16,12 +16,10 @@ import venv
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -128,14 +126,8 @@ def test_an_installed_wheel_shows_the_demo(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_trains_reports_and_serves(installed, tmp_path):
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(("jay", "robin", "wren")):
-        for place in range(10):
-            path = tmp_path / "photos" / name / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = rng.normal(60 + 60 * number, 40, (40, 48, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(path)
+def test_an_installed_wheel_trains_reports_and_serves(installed, tmp_path, write_photos):
+    write_photos(tmp_path / "photos", ("jay", "robin", "wren"))
     code = "import fieldmark, sys; print(fieldmark.__file__)"
     python = installed / "python"
     where = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path, env=_environment(tmp_path))
