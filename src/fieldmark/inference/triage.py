@@ -5,13 +5,10 @@ Letters: N photos with a prediction, K classes.
 
 from __future__ import annotations
 
-import copy
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +21,7 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import Inspection
 from fieldmark.errors import DataError, needs_extra
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
+from fieldmark.models.classifier import Classifier
 from fieldmark.progress import Quiet
 from fieldmark.runs.folder import PhotoPredictions, Run
 from fieldmark.training import metrics
@@ -121,66 +119,28 @@ def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memor
 
 
 class AttentionMaps:
-    """Grad-CAM of a convolutional classifier in eval mode. Calls from several threads are safe: they take turns.
+    """Grad-CAM of a classifier in eval mode whose backbone gives a map of features.
 
     Source:
         Selvaraju et al., "Grad-CAM", arXiv:1610.02391, section 3.
     """
 
-    def __init__(self, model: nn.Module, *, size: int) -> None:
-        self._model = copy.deepcopy(model).eval()  # the hooks of the library must not slow down the one that predicts
-        self._lock = threading.Lock()
-        layer = last_spatial_layer(self._model, size=size)
-        self._cam: Any = None
-        if layer is not None:
-            with needs_extra("grad-cam", "review"):
-                from pytorch_grad_cam import GradCAM
-            self._cam = GradCAM(self._model, [layer])
-
-    @property
-    def is_available(self) -> bool:
-        """Whether the model has a layer with a map; vision transformers have none."""
-        return self._cam is not None
+    def __init__(self, model: Classifier, *, size: int) -> None:
+        self._model = model
+        with torch.inference_mode():
+            shape = model.feature_map(torch.zeros(1, 3, size, size)).shape
+        # What transformers hand on is a list of patches, or a map with the channels last.
+        self.is_available = len(shape) == 4 and shape[1] == model.backbone.num_features and min(shape[2:]) > 1
 
     def __call__(self, images: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np.float32]:
         """(B, 28, 28) maps in [0, 1] for one class of each normalized image (B, 3, S, S); only where available."""
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-        targets = [ClassifierOutputTarget(number) for number in classes]
-        with self._lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            maps = np.asarray(self._cam(input_tensor=torch.from_numpy(images), targets=targets), np.float32)
-        # The library enlarges the map to the input; a page needs no more than this and draws it smoothly.
-        small = nn.functional.interpolate(torch.from_numpy(maps)[:, None], (MAP_SIDE, MAP_SIDE), mode="area")
-        return np.clip(np.nan_to_num(small[:, 0].numpy()), 0, 1)
-
-
-def last_spatial_layer(model: nn.Module, *, size: int) -> nn.Module | None:
-    """The last module whose output still is a map, (B, C, h, w) with h and w above 1; None if there is none.
-
-    `size` is the side of the model's input, in pixels.
-
-    Of timm's backbones those have one whose features are such a map: what transformers hand on is a list of patches, or
-    a map with the channels last, and an earlier convolution would only show where the photo has edges.
-    """
-    backbone: Any = getattr(model, "backbone", model)
-    found: list[nn.Module] = []
-
-    def remember(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
-            found.append(module)
-
-    # Not activations in place: a backward hook on them would see a changed tensor.
-    kinds = nn.Conv2d | nn.BatchNorm2d | nn.Sequential
-    hooks = [module.register_forward_hook(remember) for module in model.modules() if isinstance(module, kinds)]
-    images = torch.zeros(1, 3, size, size)
-    try:
         with torch.no_grad():
-            model(images)
-            features = backbone.forward_features(images) if hasattr(backbone, "forward_features") else None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if features is not None and (features.ndim != 4 or features.shape[1] != backbone.num_features):
-        return None
-    return found[-1] if found else None
+            features = self._model.feature_map(torch.from_numpy(images))
+        with torch.enable_grad():
+            logits = self._model.classify_map(features.requires_grad_())
+            wanted = logits[range(len(classes)), list(classes)].sum()
+            (gradients,) = torch.autograd.grad(wanted, features)
+        maps = (gradients.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).detach().relu()
+        maps = nn.functional.interpolate(maps, (MAP_SIDE, MAP_SIDE), mode="bilinear")
+        least, most = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+        return ((maps - least) / (most - least).clamp_min(1e-7))[:, 0].nan_to_num().numpy()

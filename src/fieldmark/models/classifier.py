@@ -69,6 +69,10 @@ class Classifier(nn.Module):
         """Feature map (B, C, H, W) of normalized images, before any pooling, of backbones that have one."""
         return cast(Any, self.backbone).forward_features(images)
 
+    def classify_map(self, features: Tensor) -> Tensor:
+        """Logits (B, K) of such a feature map, in evaluation."""
+        return self.head(cast(Any, self.backbone).forward_head(features) if self.pool is None else self.pool(features))
+
     def count_stages(self) -> int:
         """Stages of the backbone, the stem included."""
         return max(_number_stages(self.backbone).values()) + 1
