@@ -7,11 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-    from rich.progress import TaskID
+from typing import Protocol, Self, TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -56,96 +52,62 @@ class Logged(Progress):
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
-def open_progress(title: str, *, stream: TextIO | None = None) -> TerminalProgress | PlainProgress:
+def open_progress(title: str, *, stream: TextIO | None = None) -> StreamProgress:
     """Progress for a terminal or a file, under a title such as "train"; on stderr unless told otherwise."""
     # Windows programs without a console have no stderr at all.
-    target = stream or sys.stderr or io.StringIO()
-    return TerminalProgress(title, stream=target) if target.isatty() else PlainProgress(title, stream=target)
+    return StreamProgress(title, stream=stream or sys.stderr or io.StringIO())
 
 
-class TerminalProgress(Progress):
-    """A bar with share, count and time to finish, that messages scroll above."""
+class StreamProgress(Progress):
+    """On a terminal a bar with count and time to finish; in log files and pipes a line at most each ten seconds."""
 
-    def __init__(self, title: str, *, stream: TextIO) -> None:
-        self._title = title
-        self._stream = stream
-        self._bar: Bar | None = None
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def start(self, total: int, done: int) -> None:
-        """Show the bar; a second call starts anew."""
+    def __init__(self, title: str, *, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        if self._bar is None:
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("to finish"),
-                console=Console(file=self._stream),
-                transient=True,
-                redirect_stdout=False,  # results may be piped elsewhere
-            )
-            self._bar.start()
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(self._title, total=total, completed=done)
-
-    def advance(self, n: int) -> None:  # noqa: D102
-        if self._bar is not None and self._task is not None:
-            self._bar.advance(self._task, n)
-
-    def message(self, text: str) -> None:  # noqa: D102
-        if self._bar is None:
-            self._stream.write(text + "\n")
-        else:
-            # Not rich's print: a class name in brackets is not markup, and colors would differ from plain lines.
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class PlainProgress(Progress):
-    """A line at most each ten seconds, for log files and pipes."""
-
-    def __init__(self, title: str, *, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._title = title
-        self._stream = stream
         self._clock = clock  # an argument so that tests need not wait
-        self.start(0, 0)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("to finish"),
+            console=Console(file=stream),
+            transient=True,
+            redirect_stdout=False,  # results may be piped elsewhere
+            get_time=clock,
+            disable=not stream.isatty(),
+        )
+        self._task = self._bar.add_task(title, total=0, visible=False)
+        self._done_at_start, self._last_line = 0, clock()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.flush()
+        self._bar.stop()
 
-    def start(self, total: int, done: int) -> None:  # noqa: D102
-        self._total = total
-        self._done = self._done_at_start = done
-        self._started = self._last_line = self._clock()
+    def start(self, total: int, done: int) -> None:
+        """Show how far the work is; a second call starts anew."""
+        self._done_at_start, self._last_line = done, self._clock()
+        self._bar.reset(self._task, total=total, completed=done, visible=True)
+        self._bar.start()
 
     def advance(self, n: int) -> None:  # noqa: D102
-        self._done += n
-        now = self._clock()
-        if now - self._last_line < SECONDS_BETWEEN_LINES:
+        self._bar.advance(self._task, n)
+        if not self._bar.disable or self._clock() - self._last_line < SECONDS_BETWEEN_LINES:
             return
-        self._last_line = now
-        per_second = (self._done - self._done_at_start) / max(now - self._started, 1e-9)
-        left = format_seconds((self._total - self._done) / per_second) if per_second > 0 else "unknown time"
-        self.message(f"{self._title}: {self._done}/{self._total}, {left} to finish")
+        self._last_line = self._clock()
+        task = self._bar.tasks[0]
+        done = task.completed - self._done_at_start
+        left = format_seconds((task.elapsed or 0) * (task.remaining or 0) / done) if done else "unknown time"
+        self.message(f"{task.description}: {task.completed:.0f}/{task.total:.0f}, {left} to finish")
 
     def message(self, text: str) -> None:  # noqa: D102
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        from rich.text import Text
+
+        self._bar.console.print(Text(text), soft_wrap=True)  # a class name in brackets is no markup
 
 
 def format_seconds(seconds: float) -> str:
