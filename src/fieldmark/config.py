@@ -305,6 +305,9 @@ class ModelConfig(Section):
     max_parameters_millions: PositiveFloat | None = None
     """Refuse to train a larger model."""
 
+    min_photos_per_second: PositiveFloat | None = None
+    """Within a time budget: how many photos the model, or all networks that answer together, must answer here."""
+
     freeze: NonNegativeInt | Literal["all"] = 0
     """Frozen stages, counted from the input; `all` freezes the backbone. BatchNorm of a frozen stage stays frozen."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,8 +15,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fieldmark.budget import run as budget
-from fieldmark.budget.candidates import Candidate, find_backbones
+from fieldmark.budget.candidates import Candidate, find_backbones, list_candidates
 from fieldmark.budget.plan import Plan
+from fieldmark.budget.race import Features, best_average
 from fieldmark.budget.tune import MICRO_BATCH, Option, tuning_config
 from fieldmark.config import Config, load_config
 from fieldmark.errors import ConfigError, InterruptedRunError, RunError
@@ -246,11 +248,38 @@ def test_a_budget_takes_a_linear_head_and_a_model_within_the_limit(photos, tmp_p
     cases: list[tuple[list[str], str]] = [
         (["model.head=mlp"], "fits a linear head; got model.head = 'mlp'"),
         (["model.max_parameters_millions=0.1"], r"the limit is 0.1 M; test_resnet has .* Raise it"),
+        (["model.min_photos_per_second=1e9"], r"1e\+09 are wanted; test_resnet, the smallest .* Lower it"),
     ]
     for overrides, message in cases:
         with pytest.raises(ConfigError, match=message):
             budget.train_within(load_config(None, [path, *TINY, *overrides]), tmp_path / "no", minutes=1)
         assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("pace", "number"), [(None, 2), (50, 2), (60, 1), (101, 0)])
+def test_networks_answer_together_only_as_fast_as_is_asked_for(pace, number, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(Features, "seconds_per_photo", 0.01)
+    model = settings.model.model_copy(update={"min_photos_per_second": pace})
+    plan = Plan(tmp_path / "plan.jsonl", 60)
+    work = budget._prepare(settings.model_copy(update={"model": model}), tmp_path, plan, None, StopRequest())
+    course = work.course
+    candidates = list_candidates(settings, work.backbones)
+    entries = [course.score(candidate, course.order) for candidate in candidates[:2]]
+    # Each is sure of one half of the photos and undecided about the rest, so that their average is better than either.
+    is_first = np.arange(len(course.order)) % 2 == 0
+    sure = np.eye(3, dtype=np.float32)[course.dataset.labels[course.order]]
+    answers = [np.where(half[:, None], sure, 1 / 3) for half in (is_first, ~is_first)]
+    entries = [
+        replace(entry, head=replace(entry.head, out_of_fold=answer))
+        for entry, answer in zip(entries, answers, strict=True)
+    ]
+    labels = course.dataset.labels[course.order]
+    assert len(best_average(entries, labels, is_allowed=work._may_answer)) == number
+
+
+def test_check_tells_what_a_head_and_an_epoch_would_cost(settings):
+    said = budget.describe_plan(settings)
+    assert re.search(r"test_resnet-32-whole: a head on all photos takes \d+ s, an epoch of fine-tuning \d+ s", said)
 
 
 def test_decisions_are_plain_json_lines_with_the_time_spent(finished):

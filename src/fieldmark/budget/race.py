@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +112,11 @@ class Entry:
     top1: float
     seconds_per_photo: float
     fit_seconds: float
+
+    @property
+    def parameters(self) -> int:
+        """Of backbone and head."""
+        return self.candidate.backbone.parameters + self.head.weight.numel() + self.head.bias.numel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +271,8 @@ class Course:
         seconds = time.perf_counter() - began
         top1 = float((head.out_of_fold.argmax(1) == labels).mean())
         loss = log_loss(head.out_of_fold, labels)
-        return Entry(candidate, numbers, head, loss, top1, features.seconds_per_photo, seconds)
+        pace = self.plan.decide(f"seconds a photo of {candidate.key}", lambda: features.seconds_per_photo)
+        return Entry(candidate, numbers, head, loss, top1, pace, seconds)
 
 
 def rungs(num_photos: int, num_classes: int) -> list[int]:
@@ -275,12 +281,17 @@ def rungs(num_photos: int, num_classes: int) -> list[int]:
     return [count for count in (num_photos // 9, num_photos // 3) if count >= least] + [num_photos]
 
 
-def best_average(entries: Sequence[Entry], labels: Numbers, *, most: int) -> list[Entry]:
+def best_average(
+    entries: Sequence[Entry], labels: Numbers, *, is_allowed: Callable[[Sequence[Entry]], bool]
+) -> list[Entry]:
     """The entries whose mean out-of-fold probabilities lose least, added one by one, best first."""
     chosen: list[Entry] = []
     best = np.inf
-    while len(chosen) < min(most, len(entries)):
+    while True:
         averages = [[*chosen, entry] for entry in entries if entry not in chosen]
+        averages = [each for each in averages if is_allowed(each)]
+        if not averages:
+            break
         losses = [log_loss(np.mean([one.head.out_of_fold for one in each], axis=0), labels) for each in averages]
         if min(losses) >= best:
             break

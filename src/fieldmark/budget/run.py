@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from fieldmark.budget.tune import (
     tune,
 )
 from fieldmark.config import Config, parse_config
-from fieldmark.errors import FieldmarkError, InterruptedRunError, RunError, command
+from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError, command
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
@@ -63,7 +64,7 @@ SEARCH_SIZE = 1.3e8
 """Photos x features x classes of a head of which the products take as long as the search around them (measured)."""
 
 MEMBERS = 4
-"""The most networks that answer together."""
+"""The most networks with fitted heads that answer together; a fine-tuned one may join them."""
 
 
 class _StoppedError(Exception):
@@ -76,12 +77,23 @@ def machine_minutes(config: Config) -> float:
 
 
 def describe_plan(config: Config) -> str:
-    """Return what a training without a recipe would choose from, and how long it takes by default."""
+    """Return what a training without a recipe would choose from, and what it would cost; nothing is trained."""
     try:
-        weights = ", ".join(found.name for found in find_backbones(config))
+        with TemporaryDirectory() as path:
+            work = _prepare(config, Path(path), Plan(Path(path) / PLAN, math.inf), None, StopRequest())
+            count = len(work.course.order) + len(work.course.val)
+            firsts = [list_candidates(config, [backbone])[0] for backbone in work.backbones]
+            costs = [(candidate, count * work.time_photos(candidate)) for candidate in firsts]
     except FieldmarkError as error:
         return f"train without a recipe is not possible here: {error}"
-    return f"train without a recipe: {machine_minutes(config):g} minutes on this machine, choosing among {weights}"
+    lines = [
+        f"train without a recipe: {machine_minutes(config):g} minutes on this machine; by a trial of a second each,"
+    ]
+    lines += [
+        f"  {candidate.key}: a head on all photos takes {seconds:.0f} s, an epoch of fine-tuning {3 * seconds:.0f} s"
+        for candidate, seconds in costs
+    ]
+    return "\n".join(lines)
 
 
 def train_within(
@@ -106,6 +118,7 @@ def train_within(
     plan = Plan(path / PLAN, 60 * minutes, clock, spent_seconds)
     with claim_folder(path, is_new=True), stop_requests() as stop:
         work = _prepare(config, path, plan, progress, stop)
+        work.require_pace()
         plan.begin()
         plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
         return work.run()
@@ -190,11 +203,25 @@ class _Work:
         self.end("finished")
         return Run(course.path)
 
+    def require_pace(self) -> None:
+        """Raise ConfigError where the smallest network does not answer as many photos a second as are asked for."""
+        pace = self.course.config.model.min_photos_per_second
+        if not pace:
+            return
+        smallest = min(list_candidates(self.course.config, self.backbones[:1]), key=lambda one: one.size)
+        with TemporaryDirectory() as path:
+            seconds = replace(self, course=replace(self.course, path=Path(path), kept={})).time_photos(smallest)
+        if seconds * pace > 1:
+            raise ConfigError(
+                f"model.min_photos_per_second: {pace:g} are wanted; {smallest.backbone.name}, the smallest backbone at "
+                f"hand, answers {1 / seconds:.0f} photos a second here, at {smallest.size} pixels. Lower it"
+            )
+
     def floor(self) -> None:
         """The cheapest backbone's features and a head: from here on the folder answers."""
         course, plan = self.course, self.course.plan
         own = list_candidates(self.course.config, self.backbones[:1])
-        seconds = self._time_photos(own[0])  # computed also where the choice is on record: batches must be the same
+        seconds = self.time_photos(own[0])  # computed also where the choice is on record: batches must be the same
         size = plan.decide("size of the floor", lambda: self._choose_floor(own, seconds))
         candidate = replace(own[0], size=size)
         least = min(len(course.order), max(2 * course.num_classes, 20))
@@ -210,7 +237,7 @@ class _Work:
                 f"this took {plan.elapsed:.0f} s"
             )
 
-    def _time_photos(self, candidate: Candidate) -> float:
+    def time_photos(self, candidate: Candidate) -> float:
         """Seconds per photo of a few; those before them warm up."""
         sample = self.course.order[:64]
         self.course.collect_features(candidate, sample[:16])
@@ -227,9 +254,10 @@ class _Work:
         count = len(course.order) + len(course.val)
         left = FEATURE_SHARE * course.plan.seconds - course.plan.elapsed
         smallest = min(one.size for one in own)
-        sizes = range(first.size, smallest, -SIZE_STEP)
-        fitting = (size for size in sizes if count * seconds * (size / first.size) ** 2 <= left)
-        return next(fitting, smallest)
+        needed = {size: seconds * (size / first.size) ** 2 for size in range(first.size, smallest - 1, -SIZE_STEP)}
+        pace = course.config.model.min_photos_per_second or 0
+        fast = {size: each for size, each in needed.items() if each * pace <= 1}
+        return next((size for size, each in fast.items() if count * each <= left), smallest)
 
     def may_tune(self) -> bool:
         """Measure an update of the cheapest backbone: without time for some epochs, the race has all of it."""
@@ -258,7 +286,12 @@ class _Work:
         """Candidates on growing shares of the photos; then the best, and their average, on all."""
         course, plan = self.course, self.course.plan
         end = share_of_time * plan.seconds
-        running = everything = list_candidates(self.course.config, self.backbones)
+        everything = list_candidates(course.config, self.backbones)
+        pace = course.config.model.min_photos_per_second or 0
+        fast = plan.decide(
+            "fast enough", lambda: [one.key for one in everything if self._guess_seconds(one) * pace <= 1]
+        )
+        running = everything = [one for one in everything if one.key in fast]
         counts = rungs(len(course.order), course.num_classes)
         if not plan.decide("compare on a share of the photos", lambda: self._fits(running[:2], end)):
             # All photos of the floor's first, then of what else there is time for.
@@ -336,14 +369,21 @@ class _Work:
         """Promote the average of the best entries on the most photos."""
         most = max(len(entry.numbers) for entry in self.entries.values())
         alike = [entry for entry in self.entries.values() if len(entry.numbers) == most]
-        chosen = best_average(alike, self.course.dataset.labels[self.course.order[:most]], most=self._most_members())
+        labels = self.course.dataset.labels[self.course.order[:most]]
+        chosen = best_average(alike, labels, is_allowed=self._may_answer)
+        if not chosen:
+            return
         names = " and ".join(entry.candidate.key for entry in chosen)
         what = f"a linear head on {names}" if len(chosen) == 1 else f"the average of linear heads on {names}"
         self._put(Answer(what, tuple(map(self._probed_model, chosen))))
 
-    def _most_members(self) -> int:
-        limit = 1e6 * (self.course.config.model.max_parameters_millions or math.inf)
-        return max(1, int(min(MEMBERS, limit / max(backbone.parameters for backbone in self.backbones))))
+    def _may_answer(self, members: Sequence[Entry | Model], most: int = MEMBERS) -> bool:
+        """Whether these networks may answer together, by their number, their parameters and their pace."""
+        settings = self.course.config.model
+        parameters = sum(member.parameters for member in members)
+        seconds = sum(member.seconds_per_photo for member in members)
+        is_small = parameters <= 1e6 * (settings.max_parameters_millions or math.inf)
+        return len(members) <= most and is_small and seconds * (settings.min_photos_per_second or 0) <= 1
 
     def _note(self, entry: Entry) -> None:
         known = self.entries.get(entry.candidate.key)
@@ -399,7 +439,7 @@ class _Work:
     def _choose_tuning(self, ranked: Sequence[Entry], reserve: float) -> list[Any]:
         """Key and option of the best entry whose network can be fine-tuned for long enough; [] for none."""
         fallback: list[Any] = []
-        for entry in _firsts(ranked):
+        for entry in _firsts([entry for entry in ranked if self._may_answer([entry])]):
             option = choose_option(list_options(self.course, entry.candidate, seconds=self.course.plan.left - reserve))
             if option is None:
                 continue
@@ -430,12 +470,12 @@ class _Work:
         # Beside the fine-tuned network, heads on its own backbone before that add little to those on others.
         others = tuple(one for one in probed.members if one.config.model.name != entry.candidate.backbone.name)
         for members in dict.fromkeys((probed.members, others)):
-            if members and len(members) < self._most_members() + 1:
-                names = " and ".join(member.key for member in members)
-                self.choices += [
-                    Answer(f"{answer.name}, averaged with heads on {names}", (*members, *answer.members))
-                    for answer in alone
-                ]
+            names = " and ".join(member.key for member in members)
+            self.choices += [
+                Answer(f"{answer.name}, averaged with heads on {names}", (*members, *answer.members))
+                for answer in alone
+                if members and self._may_answer([*members, *answer.members], MEMBERS + 1)
+            ]
         self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
         self._put(min(self.choices, key=self._loss))
 
@@ -448,7 +488,8 @@ class _Work:
     def _tuned_model(self, entry: Entry, name: str, config: Config, weights: Weights, val: Floats) -> Model:
         key = f"{entry.candidate.key}-tuned-{name.replace(' ', '-').replace('%', '')}"
         temperature = choose_temperature(val, self.course.dataset.labels[self.course.val])
-        return Model(key, config, self._describe(entry, config), dict(weights), val, temperature)
+        pace = entry.seconds_per_photo
+        return Model(key, config, self._describe(entry, config), dict(weights), val, temperature, pace)
 
     def _probed_model(self, entry: Entry) -> Model:
         """The network of an entry, with its answers on the validation photos."""
@@ -466,7 +507,8 @@ class _Work:
             if not name.startswith("head.")
         } | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         temperature = choose_temperature(entry.head.out_of_fold, course.dataset.labels[entry.numbers])
-        return Model(_key(entry), config, self._describe(entry, config), weights, softmax(logits), temperature)
+        pace = entry.seconds_per_photo
+        return Model(_key(entry), config, self._describe(entry, config), weights, softmax(logits), temperature, pace)
 
     def _describe(self, entry: Entry, config: Config) -> dict[str, Any]:
         """Return the model.json of an entry's network."""

@@ -40,6 +40,12 @@ class Model:
     weights: Mapping[str, Tensor]
     val: Floats  # (M, K) probabilities of the validation photos at temperature 1
     temperature: float
+    seconds_per_photo: float
+
+    @property
+    def parameters(self) -> int:
+        """Of backbone and head."""
+        return int(self.description["parameters"])
 
 
 @dataclass(frozen=True, eq=False)
