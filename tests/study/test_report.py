@@ -12,7 +12,7 @@ from PIL import Image
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import Run
-from fieldmark.study.charts import LAMBDA_DRAWS, Curves, Line, curve_chart, mean_line, report_charts, training_figure
+from fieldmark.study.charts import LAMBDA_DRAWS, Curves, Line, curve_chart, list_curves, mean_line, report_charts
 from fieldmark.study.compare import compare_runs
 from fieldmark.study.report import class_table, markdown_text, most_confused, pooled_confusion, write_report
 
@@ -95,8 +95,8 @@ def test_the_page_asks_no_network_for_anything(page):
 def test_the_page_holds_every_figure_that_was_promised(page):
     charts = [attrs["id"].removeprefix("figure-") for tag, attrs in page.tags if tag == "figure"]
     assert charts == [
-        "accuracy", "differences", "val-top1", "train-loss", "train-top1-clean", "train-top1-mixed", "lr", "cost-time",
-        "lambda-mixup", "lambda-cutmix", "confusion",
+        "accuracy", "differences", "val-top1", "train_top1_clean", "train_top1_mixed", "val-log_loss", "train_loss",
+        "lr", "cost-time", "lambda-mixup", "lambda-cutmix", "confusion",
     ]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_the_page_is_small_and_has_no_script(sweep, page):
 
 
 def test_every_chart_is_a_drawing_with_text_and_tooltips(page):
-    assert sum(tag == "svg" for tag, _ in page.tags) == 11
+    assert sum(tag == "svg" for tag, _ in page.tags) == 12
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     for tip in ("mix.share=0.4: 8", "epoch 8\nmix.share=0: ", "bee-eater → crane: "):
@@ -173,7 +173,7 @@ def _accuracy_chart(line):
 
 
 def test_a_chart_of_one_epoch_shows_no_half_epochs_and_no_share_above_one():
-    axes = _accuracy_chart(Line("run", x=[0], y=[1.0], low=[1.0], high=[1.0], trend=None)).figure.axes[0]
+    axes = _accuracy_chart(Line("run", x=[0], y=[1.0], low=[1.0], high=[1.0])).figure.axes[0]
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0]
     assert axes.get_ylim()[1] < 1.02
@@ -181,7 +181,7 @@ def test_a_chart_of_one_epoch_shows_no_half_epochs_and_no_share_above_one():
 
 def test_ticks_of_shares_say_where_they_are():
     values = [0.50, 0.53]
-    figure = _accuracy_chart(Line("run", x=[1, 2], y=values, low=values, high=values, trend=None)).figure
+    figure = _accuracy_chart(Line("run", x=[1, 2], y=values, low=values, high=values)).figure
     figure.canvas.draw()
     axes = figure.axes[0]
     for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
@@ -223,13 +223,12 @@ def test_a_line_is_the_mean_over_seeds_with_a_band(sweep):
     assert line.y == pytest.approx(np.mean(runs, axis=0))
     assert line.low == pytest.approx(np.min(runs, axis=0))
     assert line.high == pytest.approx(np.max(runs, axis=0))
-    assert line.trend is None
 
 
-def test_a_long_run_has_a_running_mean(make_run):
-    variant = compare_runs([make_run("long", epochs=20)]).variants[0]
-    line = mean_line("", "val.top1", [run.metrics for run in variant.runs])
-    assert line.trend[4] == pytest.approx(np.mean(line.y[2:7]))
+def _lines(rows, number):
+    curves = list_curves([rows])[number]
+    axes = curve_chart(curves, [mean_line(*line, [rows]) for line in curves.lines.items()]).figure.axes[0]
+    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
 
 
 def test_missing_figures_of_an_epoch_leave_a_gap_not_a_zero():
@@ -237,9 +236,7 @@ def test_missing_figures_of_an_epoch_leave_a_gap_not_a_zero():
         {"epoch": 1, "lr": 1e-3, "train_loss": 2.0, "train_top1_clean": None, "train_top1_mixed": 0.3, "val": {}},
         {"epoch": 2, "lr": 1e-4, "train_top1_clean": 0.5, "train_top1_mixed": 0.4, "val": {"top1": 0.6}},
     ]
-    accuracy = training_figure(rows).axes[0]
-    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in accuracy.lines}
-    assert lines == {
+    assert _lines(rows, 0) == {
         "training, clean batches": [(2, 0.5)],
         "training, mixed batches": [(1, 0.3), (2, 0.4)],
         "validation": [(2, 0.6)],
@@ -251,12 +248,11 @@ def test_the_probes_rate_is_not_drawn_among_the_schedules():
         {"epoch": 0, "lr": 3e-3, "is_probe": True, "val": {}},
         {"epoch": 1, "lr": 1e-4, "is_probe": False, "val": {}},
     ]
-    (line,) = training_figure(rows).axes[2].lines
-    assert list(zip(*line.get_data(), strict=True)) == [(1, 1e-4)]
+    assert _lines(rows, 2) == {"head": [(1, 1e-4)]}
 
 
 def test_accuracy_under_mixing_has_no_line_where_nothing_was_mixed(sweep):
-    mixed = next(chart for chart in report_charts(compare_runs([sweep])) if chart.key == "train-top1-mixed")
+    mixed = next(chart for chart in report_charts(compare_runs([sweep])) if chart.key == "train_top1_mixed")
     assert [line.get_label() for line in mixed.figure.axes[0].lines] == ["mix.share=0.4"]
     assert "ceiling" in mixed.note
 

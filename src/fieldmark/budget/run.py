@@ -569,7 +569,7 @@ class _Work:
         if len(self.choices) < 2:
             return 0.0
         correct = np.stack(list(map(self._hits, self.choices)))
-        return optimism_from_photos(correct, draws=2000, rng=np.random.default_rng(0)).points
+        return optimism_from_photos(correct, draws=2000, rng=np.random.default_rng(0))
 
     def _more_time(self) -> dict[str, float]:
         """Return what the second half of the time earned in accuracy, with its 95 % interval: more would earn less."""

@@ -14,17 +14,14 @@ import numpy as np
 from fieldmark.plots import COLORS, INK, LONGEST_NAME, Tip, draw_lambda, dress, new_figure, plain_text
 from fieldmark.runs.folder import RunResults, flatten
 from fieldmark.study.compare import Comparison, Variant
-from fieldmark.study.statistics import Interval, smooth
+from fieldmark.study.statistics import Interval
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 5.2  # inches: letters stay legible when a phone shows the chart at 4.3
 MOST_LINES = 10
 DASHES = ("-", "--", ":", "-.")  # of lines that have one color
-TREND_EPOCHS = 5
-MIN_TREND = 15  # epochs from which on a running mean helps the eye
 LAMBDA_DRAWS = 4000
 
 History = Sequence[Mapping[str, Any]]
@@ -43,14 +40,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """One line over E epochs: mean of a variant's runs, lowest and highest run, running mean if epochs are enough."""
+    """One line over E epochs: mean of a variant's runs, lowest and highest run."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-    trend: Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -69,29 +65,8 @@ class Curves:
     lines: Mapping[str, str]
 
 
-_BAND = "Band: lowest to highest run of a variant. Bold, in long runs: running mean over five epochs."
-_MIXED = "Accuracy on mixed batches is λ-weighted; its ceiling is the mean of max(λ, 1 − λ), well below 100 %."
-_FLOOR = (
-    "Against the targets that were trained on: mixed and smoothed targets have a floor above 0, so that losses of "
-    "different mixing say nothing about which model is better."
-)
-_CLEAN = "On the batches that were not mixed, with augmentation, while training."
-_RATE = Curves("lr", "Learning rate", "After the last update of each epoch.", "learning rate of the head", False,
-               {"head": "lr"})  # fmt: skip
-# The charts of several variants, with one line for each.
-OF_SEVERAL = (
-    Curves("val-top1", "Validation accuracy", _BAND, "top-1 accuracy", True, {"": "val.top1"}),
-    Curves("train-loss", "Training loss", f"{_FLOOR} {_BAND}", "cross-entropy in nats", False, {"": "train_loss"}),
-    Curves("train-top1-clean", "Training accuracy on clean batches", f"{_CLEAN} {_BAND}", "top-1 accuracy", True,
-           {"": "train_top1_clean"}),
-    Curves("train-top1-mixed", "Training accuracy on mixed batches", f"{_MIXED} {_BAND}", "λ-weighted top-1 accuracy",
-           True, {"": "train_top1_mixed"}),
-    _RATE,
-)  # fmt: skip
-
-
-def curves_of_one(histories: Sequence[History]) -> list[Curves]:
-    """The charts of one variant's runs: training and validation in one picture."""
+def list_curves(histories: Sequence[History]) -> list[Curves]:
+    """The charts over epochs of these runs: training and validation in one picture."""
     mixes = any(row.get("train_top1_mixed") is not None for rows in histories for row in rows)
     accuracies = {
         "validation": "val.top1",
@@ -101,12 +76,16 @@ def curves_of_one(histories: Sequence[History]) -> list[Curves]:
     }
     losses = {"validation": "val.log_loss", "training": "train_loss",
               "probe (head alone), validation": "probe.val.log_loss"}  # fmt: skip
-    hint = f"Training accuracy is measured with augmentation.{' ' + _MIXED if mixes else ''}"
-    floor = "Training loss has a floor above 0 where targets are mixed or smoothed."
+    hint = "Training accuracy is measured with augmentation."
+    if mixes:
+        hint += " On mixed batches it is λ-weighted; its ceiling is the mean of max(λ, 1 − λ), well below 100 %."
+    floor = "Training loss has a floor above 0 where targets are mixed or smoothed, so that losses of different mixing "
+    floor += "say nothing about which model is better."
+    rate = "After the last update of each epoch."
     return [
         Curves("accuracy", "Accuracy", hint, "top-1 accuracy", True, accuracies),
         Curves("loss", "Loss", floor, "cross-entropy in nats", False, losses),
-        _RATE,
+        Curves("lr", "Learning rate", rate, "learning rate of the head", False, {"head": "lr"}),
     ]
 
 
@@ -114,29 +93,22 @@ def report_charts(comparison: Comparison) -> list[Chart]:
     """All charts for which the runs have numbers, in the order of the page; of one variant, those that are about it."""
     variants = comparison.variants
     charts: list[Chart | None]
+    shown = _most_accurate(variants, MOST_LINES)
+    histories = {one.name: [run.metrics for run in one.runs] for one in shown}
+    every = list_curves([rows for several in histories.values() for rows in several])
     if len(variants) == 1:
-        histories = _histories(variants[0])
-        charts = [curve_chart(curves, _mean_lines(curves, histories)) for curves in curves_of_one(histories)]
+        [(_, own)] = histories.items()
+        charts = [curve_chart(one, [mean_line(*named, own) for named in one.lines.items()]) for one in every]
     else:
-        shown = _most_accurate(variants, MOST_LINES)
         few = f" The {len(shown)} most accurate of {len(variants)} variants." if len(shown) < len(variants) else ""
         charts = [accuracy_chart(comparison), difference_chart(comparison)]
-        for curves in OF_SEVERAL:
-            lines = [replace(line, name=one.name) for one in shown for line in _mean_lines(curves, _histories(one))]
-            charts.append(curve_chart(replace(curves, note=curves.note + few), lines))
+        for whole, name, key in ((one, *line) for one in every for line in one.lines.items()):
+            if not key.startswith("probe."):
+                title, note = f"{whole.title}, {name}", f"{whole.note} Band: lowest to highest run of a variant.{few}"
+                curves = replace(whole, key=key.replace(".", "-"), title=title, note=note)
+                charts.append(curve_chart(curves, [mean_line(one, key, rows) for one, rows in histories.items()]))
         charts += cost_charts(comparison)
     return [chart for chart in charts if chart] + lambda_charts(variants)
-
-
-def training_figure(metrics: History) -> Figure:
-    """Accuracy, loss and learning rate of one run, side by side."""
-    figure = new_figure(11, 3.4)
-    for axes, curves in zip(figure.subplots(1, 3), curves_of_one([metrics]), strict=True):
-        _draw_lines(axes, curves, _mean_lines(curves, [metrics]))
-        axes.set_title(curves.title, fontsize=10, loc="left")
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def _most_accurate(variants: Sequence[Variant], count: int) -> list[Variant]:
@@ -217,39 +189,21 @@ def _set_percent(axis: Any, symbol: str = "%") -> None:
     axis.set_major_formatter(PercentFormatter(1.0, symbol=symbol))
 
 
-def curve_chart(curves: Curves, lines: Sequence[Line]) -> Chart | None:
+def curve_chart(curves: Curves, named: Sequence[Line | None]) -> Chart | None:
     """Lines over the epochs, with one tooltip for each epoch; None without lines."""
+    from matplotlib.ticker import MaxNLocator
+
+    lines = [line for line in named if line]
     if not lines:
         return None
     figure = new_figure(WIDTH, 3.1 + (0.19 * len(lines) if len(lines) > 1 else 0))
     axes = figure.subplots()
-    _draw_lines(axes, curves, lines)
-    if len(lines) > 1:
-        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
-    shown = [(line.name, dict(zip(line.x, line.y, strict=True))) for line in lines]
-    epochs = sorted({x for line in lines for x in line.x})
-    tips: list[Tip] = []
-    for epoch in epochs[:: 1 + len(epochs) // 60]:
-        found = {name: values[epoch] for name, values in shown if epoch in values}
-        words = [f"{name}: {100 * y:.1f} %" if curves.is_share else f"{name}: {y:.4g}" for name, y in found.items()]
-        text = "\n".join([f"epoch {epoch:g}", *words])
-        tips.append(Tip(axes, (epoch - 0.5, epoch + 0.5), axes.get_ylim(), text))
-    return Chart(curves.key, curves.title, curves.note, figure, tuple(tips))
-
-
-def _draw_lines(axes: Axes, curves: Curves, lines: Sequence[Line]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     for index, line in enumerate(lines):
         color, dash = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
-        label = plain_text(line.name)
         if line.low != line.high:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
-        if line.trend is None:
-            axes.plot(line.x, line.y, dash, color=color, marker="o", markersize=3, linewidth=1.6, label=label)
-        else:
-            axes.plot(line.x, line.y, dash, color=color, linewidth=0.8, alpha=0.6)
-            axes.plot(line.x, line.trend, dash, color=color, linewidth=2, label=label)
+        label = plain_text(line.name)
+        axes.plot(line.x, line.y, dash, color=color, marker="o", markersize=3, linewidth=1.6, label=label)
     dress(axes, "", "epoch", curves.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     low, high = axes.get_xlim()
@@ -258,20 +212,20 @@ def _draw_lines(axes: Axes, curves: Curves, lines: Sequence[Line]) -> None:
     if curves.is_share:
         _set_percent(axes.yaxis)
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
-
-
-def _histories(variant: Variant) -> list[History]:
-    return [run.metrics for run in variant.runs]
-
-
-def _mean_lines(curves: Curves, histories: Sequence[History]) -> list[Line]:
-    """The lines of a chart that have numbers."""
-    lines = [mean_line(name, key, histories) for name, key in curves.lines.items()]
-    return [line for line in lines if line]
+    if len(lines) > 1:
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
+    texts: dict[float, list[str]] = {}
+    for line in lines:
+        for epoch, y in zip(line.x, line.y, strict=True):
+            value = f"{100 * y:.1f} %" if curves.is_share else f"{y:.4g}"
+            texts.setdefault(epoch, [f"epoch {epoch:g}"]).append(f"{line.name}: {value}")
+    span = axes.get_ylim()
+    tips = [Tip(axes, (epoch - 0.5, epoch + 0.5), span, "\n".join(texts[epoch])) for epoch in sorted(texts)]
+    return Chart(curves.key, curves.title, curves.note, figure, tuple(tips[:: 1 + len(tips) // 60]))
 
 
 def mean_line(name: str, key: str, histories: Sequence[History]) -> Line | None:
-    """Mean over runs per epoch, the lowest and highest run, and a running mean; None without numbers."""
+    """Mean over runs per epoch, the lowest and highest run; None without numbers."""
     found: dict[int, list[float]] = {}
     for row in (row for rows in histories for row in rows):
         if (value := flatten(row, "probe." if row.get("is_probe") else "").get(key)) is not None:
@@ -280,9 +234,8 @@ def mean_line(name: str, key: str, histories: Sequence[History]) -> Line | None:
         return None
     epochs = sorted(found)
     means = [sum(found[epoch]) / len(found[epoch]) for epoch in epochs]
-    trend = smooth(np.array(means), width=TREND_EPOCHS).tolist() if len(means) >= MIN_TREND else None
     low, high = ([pick(found[epoch]) for epoch in epochs] for pick in (min, max))
-    return Line(name, epochs, means, low, high, trend)
+    return Line(name, epochs, means, low, high)
 
 
 def cost_charts(comparison: Comparison) -> list[Chart]:
@@ -311,8 +264,7 @@ def _cost_chart(
         axes.plot([cost, cost], [value.low, value.high], color=color, linewidth=2)
         axes.plot([cost], [value.estimate], "o", color=color, markersize=7, label=plain_text(one.name))
     spent = [costs[one.name] for one in variants]
-    is_log = max(spent) > 20 * min(spent)
-    if is_log:
+    if max(spent) > 20 * min(spent):
         axes.set_xscale("log")
     elif len(spent) > 1:
         axes.set_xlim(left=0)
@@ -320,14 +272,16 @@ def _cost_chart(
     if comparison.metric != "log_loss":
         _set_percent(axes.yaxis)
     figure.legend(loc="outside lower left", frameon=False, fontsize=8)
-    low, high = axes.get_xlim()
-    near = (high / low) ** 0.02 if is_log else 0.02 * (high - low)
     what, unit = label.split(" in ")
-    tips: list[Tip] = []
-    for one, cost in zip(variants, spent, strict=True):
-        span = (cost / near, cost * near) if is_log else (cost - near, cost + near)
-        text = f"{_describe(one, comparison)}, {cost:.3g} {unit}"
-        tips.append(Tip(axes, span, (one.interval.low, one.interval.high), text))
+    tips = (
+        Tip(
+            axes,
+            (0.95 * cost, 1.05 * cost),
+            (one.interval.low, one.interval.high),
+            f"{_describe(one, comparison)}, {cost:.3g} {unit}",
+        )
+        for one, cost in zip(variants, spent, strict=True)
+    )
     return Chart(key, f"{title} against {what}", note, figure, tuple(tips))
 
 

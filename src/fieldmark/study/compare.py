@@ -18,7 +18,7 @@ from fieldmark.config import Metric
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, find_runs
 from fieldmark.study import statistics
-from fieldmark.study.statistics import Difference, Interval, Optimism, Scores
+from fieldmark.study.statistics import Difference, Interval, Scores
 from fieldmark.study.variants import Group, Replicate, check_same_photos, group_runs, join_folds, name_against
 from fieldmark.training.metrics import compare_with_probe
 
@@ -71,7 +71,7 @@ class Variant(Group):
     seeds: tuple[int, ...]  # one for each row of `scores`
     scores: Scores  # (S, N) of each photo by each run, in order of path; higher is better
     interval: Interval  # of the mean over photos and runs
-    optimism: Optimism  # what choosing the best epoch adds, on average over the runs
+    optimism: float | None  # what choosing the best epoch adds, on average over the runs; None: not known, or nothing
 
     @property
     def seed_means(self) -> list[float]:
@@ -120,7 +120,10 @@ class Comparison:
                 "seeds": list(variant.seeds),
                 self.metric: asdict(variant.interval),
                 "by_seed": variant.seed_means,
-                "optimism": asdict(variant.optimism),
+                "optimism": {
+                    "points": variant.optimism or 0.0,
+                    "source": "none" if variant.optimism is None else "photos",
+                },
             }
             for variant in self.variants
         ]
@@ -218,7 +221,8 @@ def _measure(
             effective = float(1 / np.sum(_photo_weights(runs[0], metric) ** 2))
             interval = statistics.widen_to_wilson(interval, effective, level=level)
     optimisms = [_run_optimism(run, draws=min(draws, 2000), rng=rng) for run in group.runs]
-    optimism = Optimism(float(np.mean([found.points for found in optimisms])), optimisms[0].source)
+    known = [found for found in optimisms if found is not None]
+    optimism = sum(known) / len(optimisms) if known else None
     seeds = tuple(run.seed for run in runs)
     return Variant(group.name, group.changes, group.runs, seeds, scores, interval, optimism)
 
@@ -250,11 +254,11 @@ def _open_log_loss(interval: Interval, num_photos: int, num_classes: int) -> Int
     return Interval(estimate, float(estimate - room), float(min(0.0, estimate + room)))
 
 
-def _run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> Optimism:
-    """What choosing the best epoch by top-1 adds to one run's accuracy; nothing where the last epoch was kept."""
+def _run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> float | None:
+    """What choosing the best epoch by top-1 adds to one run's accuracy; None where the last epoch was kept."""
     is_chosen = run.config.train.select == "best" and run.config.train.metric != "log_loss"
     if not is_chosen or run.epoch_predictions is None:
-        return Optimism(0.0, "none")
+        return None
     return statistics.optimism_from_photos(run.epoch_predictions == run.labels, draws=draws, rng=rng)
 
 
@@ -317,12 +321,12 @@ def _notes(variants: Sequence[Variant]) -> tuple[str, ...]:
             f"{names if len(variants) > 1 else 'One'} run only. Intervals cover the choice of photos, not the chance "
             "of training; train with more seeds (sweep --seeds 3) to include it."
         )
-    worst = max(variants, key=lambda variant: variant.optimism.points)
-    if worst.optimism.points >= 0.0005:
+    worst = max(variants, key=lambda variant: variant.optimism or 0.0)
+    if worst.optimism and worst.optimism >= 0.0005:
         largest = f" (largest: {worst.name})" if len(variants) > 1 else ""
         notes.append(
             "The best epoch was chosen on these photos: an optimistic bias of about "
-            f"{100 * worst.optimism.points:.1f} points of accuracy{largest}."
+            f"{100 * worst.optimism:.1f} points of accuracy{largest}."
         )
     return (*notes, *filter(None, (_probe_note(run) for variant in variants for run in variant.runs)))
 

@@ -228,8 +228,8 @@ def _each_seed(variant: Variant, shown: Shown) -> str:
 
 def _costs(variant: Variant) -> dict[str, str]:
     """Return what a variant cost and what its score is worth; "–" is not known."""
-    run, optimism = variant.runs[0], variant.optimism
-    bias = "–" if optimism.source == "none" else f"{100 * optimism.points:.1f} points"
+    run = variant.runs[0]
+    bias = "–" if variant.optimism is None else f"{100 * variant.optimism:.1f} points"
     speeds = [row["images_per_second"] for run in variant.runs for row in run.metrics if row.get("images_per_second")]
     weights = run.model_info.get("weights", {})
     tag = str(weights.get("pretraining") or "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -264,19 +263,10 @@ def _resample_means(values: Scores, draws: int, rng: np.random.Generator, *, pad
     return np.concatenate(parts) / len(values)
 
 
-@dataclass(frozen=True, slots=True)
-class Optimism:
-    """Expected excess of the best epoch's accuracy over the same epoch's accuracy on new photos, as a fraction.
+def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.random.Generator) -> float:
+    """Expected excess of the best epoch's accuracy over the same epoch's on new photos, as a fraction.
 
-    From `photos`, the predictions of every epoch; `none` where nothing was selected, or they are not there.
-    """
-
-    points: float
-    source: Literal["photos", "none"]
-
-
-def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.random.Generator) -> Optimism:
-    """Bootstrap of the choice: pick the best epoch on resampled photos, score it on all (E, N).
+    Bootstrap of the choice: pick the best epoch on resampled photos, score it on all (E, N).
 
     Source:
         Efron, "Estimating the error rate of a prediction rule", JASA 78 (1983): the optimism of a rule that was tuned
@@ -285,7 +275,7 @@ def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.rand
     """
     num_epochs, num_photos = correct.shape
     if num_epochs < 2:
-        return Optimism(0.0, "none")
+        return 0.0
     right = correct.astype(np.float64)
     truth = right.mean(axis=1)
     excess: list[float] = []
@@ -294,11 +284,4 @@ def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.rand
         weights = rng.multinomial(num_photos, np.full(num_photos, 1 / num_photos), size=min(rows, draws - start))
         drawn = weights @ right.T / num_photos
         excess.extend(drawn.max(axis=1) - truth[drawn.argmax(axis=1)])
-    return Optimism(max(0.0, float(np.mean(excess))), "photos")
-
-
-def smooth(values: NDArray[np.float64], *, width: int) -> NDArray[np.float64]:
-    """Running mean over `width` values; nearer to the ends, over as many on each side as there are."""
-    last = len(values) - 1
-    reach = [min(width // 2, index, last - index) for index in range(len(values))]
-    return np.array([values[index - r : index + r + 1].mean() for index, r in enumerate(reach)])
+    return max(0.0, float(np.mean(excess)))
