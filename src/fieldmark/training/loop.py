@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,37 +30,31 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+READ_TOGETHER = 32  # numbers of a GPU that are read at once: it waits for the host so much more seldom
+
+
 class FiniteWatch:
     """Raises `NonFiniteError` when a watched number is not finite.
 
-    On the CPU at once, before the weights move. On a GPU reading a number would stall it, so the number is copied to
-    the host behind the work and looked at some updates later, at the latest by `drain`: which is called before anything
-    is evaluated or saved, so no bad weights reach the disk.
+    On the CPU at once, before the weights move. On a GPU reading a number would stall it, so some are read together, at
+    the latest by `drain`: which is called before anything is evaluated or saved, so no bad weights reach the disk.
     """
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[int, Tensor, Tensor, torch.cuda.Event]] = deque()
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
 
     def check_finite(self, value: Tensor, *, step: int, numbers: Tensor) -> None:
         """Check a 0-d number of an update with these photos, now or a little later."""
-        if value.device.type != "cuda":
-            if not torch.isfinite(value):
-                raise NonFiniteError(step, numbers.tolist())
-            return
-        copy = torch.empty((), dtype=value.dtype, pin_memory=True)
-        copy.copy_(value.detach(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending.append((step, numbers, copy, event))
-        self.drain(only_ready=True)
+        self._pending.append((step, numbers, value.detach().isfinite()))
+        if value.device.type != "cuda" or len(self._pending) == READ_TOGETHER:
+            self.drain()
 
-    def drain(self, *, only_ready: bool = False) -> None:
-        """Check all numbers that are still on their way, or only those that have arrived."""
-        while self._pending and not (only_ready and not self._pending[0][3].query()):
-            step, numbers, copy, event = self._pending.popleft()
-            event.synchronize()
-            if not torch.isfinite(copy):
-                self._pending.clear()
+    def drain(self) -> None:
+        """Check all numbers that were not read yet."""
+        pending, self._pending = self._pending, []
+        are_finite = torch.stack([is_finite for *_, is_finite in pending]).tolist() if pending else []
+        for (step, numbers, _), is_finite in zip(pending, are_finite, strict=True):
+            if not is_finite:
                 raise NonFiniteError(step, numbers.tolist())
 
 

@@ -151,24 +151,16 @@ class ScheduleSpec:
                 f"warm_restarts never restarts: {total} epochs are no more than the first cycle "
                 f"(restart_epochs, T_0) of {first}"
             )
-        ends = self.cycle_ends()
-        if total not in ends:
-            position, length = self._find_cycle(total - 1)
+        position, length = self._find_cycle(total - 1)
+        begun = total - 1 - position
+        if total < begun + length:
+            ends = [begun, begun + length] if begun else [length]
             warnings.append(
                 f"warm_restarts ends within a cycle: the last of {total} epochs is epoch {position + 1} of a cycle "
                 f"of {length}, at {self._fall(position / length):.0%} of the peak rate; cycles end at "
-                f"train.epochs = {' or '.join(map(str, ends[-2:]))}"
+                f"train.epochs = {' or '.join(map(str, ends))}"
             )
         return warnings
-
-    def cycle_ends(self) -> list[int]:
-        """List the epochs after which a cycle of warm restarts is complete, up to the first not before the end."""
-        length = self.restart_epochs or max(self.total_epochs, 1)
-        ends = [length]
-        while ends[-1] < self.total_epochs:
-            length *= self.restart_factor
-            ends.append(ends[-1] + length)
-        return ends
 
     def _find_cycle(self, epoch: int) -> tuple[int, int]:
         """(epochs into its cycle, length of that cycle) of an epoch; whole numbers, so no rounding at a boundary."""
