@@ -232,38 +232,33 @@ def test_broken_photos_are_not_cached(tmp_path: Path) -> None:
     assert [cache.get(number) is None for number in range(4)] == [False, True, True, False]
 
 
-def one_pack(folder: Path) -> Path:
-    (pack,) = folder.rglob("*.pack")
-    return pack
+def stored_file(files: list[Path], folder: Path, number: int = 0) -> Path:
+    (path,) = folder.rglob(cache_module._name(files[number].absolute()))
+    return path
 
 
-def test_a_damaged_photo_is_absent_and_the_others_are_there(tmp_path: Path) -> None:
+def test_a_damaged_photo_is_absent_and_written_again(tmp_path: Path) -> None:
     files = make_photos(tmp_path / "data", 3)
-    opened(files, tmp_path / "cache")
-    pack = one_pack(tmp_path / "cache")
-    content = bytearray(pack.read_bytes())
-    content[len(content) // 2] ^= 1
-    pack.write_bytes(bytes(content))
     cache = filled(files, tmp_path / "cache")
+    path = stored_file(files, tmp_path / "cache", 1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
     assert [cache.get(number) is None for number in range(3)] == [False, True, False]
-    assert cache.get(1) is None
+    _, report = opened(files, tmp_path / "cache")
+    assert (report.hits, report.photos) == (2, 3)
+    assert np.array_equal(cache.get(1), expected(files[1]))
 
 
 def test_a_flipped_byte_anywhere_is_noticed(tmp_path: Path) -> None:
     files = make_photos(tmp_path / "data", 1, size=(8, 6))
     opened(files, tmp_path / "cache")
-    pack = one_pack(tmp_path / "cache")
-    whole = pack.read_bytes()
-    assert cache_module.load_packs(pack.parent)
+    path = stored_file(files, tmp_path / "cache")
+    whole = path.read_bytes()
     for place in range(len(whole)):
-        pack.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        is_in_photo = place < 8 * 6 * 3
-        assert bool(cache_module.load_packs(pack.parent)) is is_in_photo  # a photo has a checksum of its own
-        cache, report = opened(files, tmp_path / "cache")
-        assert report.hits == is_in_photo
-        assert cache is not None
-        assert np.array_equal(cache.get(0), expected(files[0])) is not is_in_photo
-        pack = one_pack(tmp_path / "cache")
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert filled(files, tmp_path / "cache").get(0) is None
+        assert np.array_equal(filled(files, tmp_path / "cache").get(0), expected(files[0]))
 
 
 def test_the_checksum_is_computed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,42 +274,24 @@ def test_the_checksum_is_computed_once_in_a_process(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty", "foreign"])
-def test_a_pack_that_is_not_whole_is_left_out_and_written_again(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["uint8", "jpeg"])
+def test_a_photo_that_is_not_whole_is_absent_and_written_again(damage: str, mode: str, tmp_path: Path) -> None:
     files = make_photos(tmp_path / "data", 3)
-    opened(files, tmp_path / "cache")
-    pack = one_pack(tmp_path / "cache")
-    if damage == "cut":
-        os.truncate(pack, pack.stat().st_size - 1)
-    elif damage == "gone":
-        pack.unlink()
-    else:
-        pack.write_bytes(b"" if damage == "empty" else bytes(1000))
-    cache, report = opened(files, tmp_path / "cache")
-    assert (report.hits, report.photos) == (0, 3)
-    assert cache is not None
-    assert all(np.array_equal(cache.get(number), expected(file)) for number, file in enumerate(files))
-    assert one_pack(tmp_path / "cache") != pack  # the damaged one is gone
-
-
-def test_a_pack_that_is_cut_or_deleted_under_a_reader_is_a_miss(tmp_path: Path) -> None:
-    files = make_photos(tmp_path / "data", 2)
-    cache, other = filled(files, tmp_path / "cache"), filled(files, tmp_path / "cache")
-    assert cache.get(0) is not None
-    assert cache.get(1) is not None  # its checksum is not looked at again
-    pack = one_pack(tmp_path / "cache")
-    os.truncate(pack, pack.stat().st_size // 2)
-    assert cache.get(0) is not None
-    assert cache.get(1) is None
-    pack.unlink()
-    assert other.get(0) is None
-
-
-def test_packs_are_sealed_as_they_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = make_photos(tmp_path / "data", 9)
-    monkeypatch.setattr(cache_module, "_PACK_BYTES", 2 * 32 * 43 * 3)
-    cache = filled(files, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").rglob("*.pack"))) == 5
-    assert all(np.array_equal(cache.get(number), expected(file)) for number, file in enumerate(files))
+    cache = filled(files, tmp_path / "cache", mode=mode)
+    assert cache.get(0) is not None  # its checksum is not looked at again
+    for number in (0, 1):
+        path = stored_file(files, tmp_path / "cache", number)
+        if damage == "cut":
+            os.truncate(path, path.stat().st_size // 2)
+        elif damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(b"" if damage == "empty" else bytes(1000))
+    assert [cache.get(number) is None for number in range(3)] == [True, True, False]
+    again, report = opened(files, tmp_path / "cache", mode=mode)
+    assert (report.hits, report.photos) == (1, 3)
+    assert again is not None
+    assert all(again.get(number) is not None for number in range(3))
 
 
 def test_many_threads_read_at_once(tmp_path: Path) -> None:
@@ -354,8 +331,7 @@ class Tell:
     def advance(self, n): pass
     def message(self, text): print("message", text, flush=True)
 
-delay, folder, pack_bytes = float(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-cache_module._PACK_BYTES = pack_bytes
+delay, folder = float(sys.argv[1]), Path(sys.argv[2])
 make = cache_module.Preset.make
 def slowly(self, photo):
     time.sleep(delay)
@@ -374,23 +350,20 @@ print("sum", sum(int(cache.get(n).sum()) for n in range(len(files)) if cache.get
 """
 
 
-def start_script(tmp_path: Path, delay: float, pack_bytes: int, **options: Any) -> subprocess.Popen[str]:
+def start_script(tmp_path: Path, delay: float, **options: Any) -> subprocess.Popen[str]:
     script = tmp_path / "fill.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, str(script), str(delay), str(tmp_path), str(pack_bytes)]
+    command = [sys.executable, str(script), str(delay), str(tmp_path)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_two_trainings_that_start_at_once_write_every_photo_once(tmp_path: Path) -> None:
     files = make_photos(tmp_path / "data", 30)
-    first, second = (start_script(tmp_path, 0.01, 40000) for _ in range(2))
+    first, second = (start_script(tmp_path, 0.01) for _ in range(2))
     outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
     truth = f"sum {sum(int(expected(file, 64).sum()) for file in files)}"
     assert all("30 uint8" in output and truth in output for output in outputs), outputs
-    stored = sum(
-        len(rows) for folder in (tmp_path / "cache").glob("*/*/*") for rows in cache_module.load_packs(folder).values()
-    )
-    assert stored == 30
+    assert len([path for path in (tmp_path / "cache").rglob("*/uint8-*/*") if path.is_file()]) == 30
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 
@@ -427,12 +400,13 @@ def test_a_lock_that_is_never_released_costs_only_the_new_photos(
 
 def test_a_kill_while_writing_leaves_a_sound_cache_and_nothing_else(tmp_path: Path) -> None:
     files = make_photos(tmp_path / "data", 40)
-    process = start_script(tmp_path, 0.02, 3 * 60 * 45 * 3)
+    process = start_script(tmp_path, 0.02)
     folder = tmp_path / "cache"
-    assert wait_until(lambda: len(list(folder.rglob("*.pack"))) >= 2 and bool(list(folder.rglob("*.pack.part"))))
+    assert wait_until(lambda: len(list(folder.rglob("*/uint8-*/*"))) >= 6)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list(folder.rglob("*.part"))
+    (place,) = folder.rglob("uint8-*")
+    (place / "half.part").write_bytes(b"half")
     cache, report = opened(files, folder, short_side=64)
     assert cache is not None
     assert 6 <= report.hits < 40
@@ -457,17 +431,16 @@ def test_ctrl_c_while_writing_keeps_what_is_done(tmp_path: Path) -> None:
 
 
 def limit_file_size() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
 
 
-def test_a_real_write_that_fails_leaves_what_was_sealed(tmp_path: Path) -> None:
+def test_a_real_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     make_photos(tmp_path / "data", 9)
-    # Two photos to a pack are below the limit of the system for a file, five are above it.
-    process = start_script(tmp_path, 0, 5 * 60 * 45 * 3, preexec_fn=limit_file_size)
+    process = start_script(tmp_path, 0, preexec_fn=limit_file_size)  # a photo takes 8,116 bytes
     output, errors = process.communicate(timeout=60)
     assert "report 0 0 off" in output, (output, errors)
     assert "reason the disk is full" in output
-    assert not list((tmp_path / "cache").rglob("*.pack*"))
+    assert not list((tmp_path / "cache").rglob("*/uint8-*/*"))
 
 
 @pytest.mark.parametrize("at", [1, 5])
@@ -475,17 +448,15 @@ def test_a_full_disk_means_a_part_of_the_cache_or_none(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = make_photos(tmp_path / "data", 9)
-    monkeypatch.setattr(cache_module, "_PACK_BYTES", 2 * 32 * 43 * 3)
-    add = cache_module.PackWriter.add
-    calls = []
+    replace, calls = Path.replace, list[Path]()
 
-    def add_until_full(self: cache_module.PackWriter, *photo: Any) -> None:
-        calls.append(photo)
+    def replace_until_full(self: Path, target: Path) -> Path:
+        calls.append(target)
         if len(calls) == at:
             raise OSError(errno.ENOSPC, "No space left on device")
-        add(self, *photo)
+        return replace(self, target)
 
-    monkeypatch.setattr(cache_module.PackWriter, "add", add_until_full)
+    monkeypatch.setattr(Path, "replace", replace_until_full)
     cache, report = opened(files, tmp_path / "cache")
     assert report.reason == "the disk is full"
     if at == 1:
@@ -496,19 +467,6 @@ def test_a_full_disk_means_a_part_of_the_cache_or_none(
         assert [cache.get(number) is not None for number in range(9)] == [True] * 4 + [False] * 5
         assert "4 of 9 photos" in str(report)
     assert not list((tmp_path / "cache").rglob("*.part"))
-
-
-def test_a_disk_that_fills_while_a_pack_is_sealed_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = make_photos(tmp_path / "data", 2)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    cache, report = opened(files, tmp_path / "cache")
-    assert cache is None
-    assert report.reason == "the disk is full"
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix in {".pack", ".part"}]
 
 
 def test_a_folder_that_cannot_be_written_turns_the_cache_off(tmp_path: Path) -> None:
@@ -528,14 +486,14 @@ def test_the_budget_ends_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "is used up" in report.reason
 
 
-def test_packs_of_photos_that_are_gone_make_room(tmp_path: Path) -> None:
+def test_photos_that_are_gone_make_room(tmp_path: Path) -> None:
     files = make_photos(tmp_path / "data", 8)
     budget = {"disk_gigabytes": 10.5 * 32 * 43 * 3 / 1e9}
     opened(files, tmp_path / "cache", **budget)
     for file in files:
         os.utime(file, ns=(5, 5))
     _, report = opened(files, tmp_path / "cache", **budget)
-    assert (report.photos, len(list((tmp_path / "cache").rglob("*.pack")))) == (8, 1)
+    assert (report.photos, len(list((tmp_path / "cache").rglob("*/uint8-*/*")))) == (8, 8)
 
 
 def test_off_is_off(tmp_path: Path) -> None:
@@ -591,7 +549,7 @@ def test_the_mode_follows_disk_and_memory(
 def test_the_estimate_for_pixels_is_what_they_take(tmp_path: Path) -> None:
     files = make_photos(tmp_path / "data", 5)
     _, report = opened(files, tmp_path / "cache")
-    assert report.bytes == pytest.approx(one_pack(tmp_path / "cache").stat().st_size, rel=0.02)
+    assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*/uint8-*/*"))
     assert report.bytes == pytest.approx(
         Preset("uint8", 32, DecodeSpec(WHITE, 10**9)).num_bytes(np.array([(60, 45)] * 5)), rel=0.02
     )

@@ -25,7 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fieldmark.data.cache import load_packs
+from fieldmark.data.cache import list_stored
 from fieldmark.runs.folder import Run
 from fieldmark.training.checkpoint import load_checkpoint, load_saved_weights
 
@@ -254,8 +254,8 @@ def test_killed_at_every_stage_a_run_ends_as_the_unbroken_one(forker, unbroken, 
                 assert len(trainings) == 2, told
                 assert "being trained by another process" in told or "exists and is not empty" in told, told
         hit[stage] += 1
-        for packs in cache.rglob("*-16*"):
-            load_packs(packs)
+        for place in cache.rglob("*-16*"):
+            list_stored(place)
     while not is_finished(out):
         training = forker.start(out, cache)
         assert training.wait() == 0, training.told()
