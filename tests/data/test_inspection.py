@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import closing
 from pathlib import Path
 
 import imagehash
@@ -14,7 +13,7 @@ from PIL import Image, ImageCms
 
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import Photo, PhotoIndex
-from fieldmark.data.inspection import Inspection, Memory, PhotoFacts, capture_time, perceptual_hash
+from fieldmark.data.inspection import Inspection, PhotoFacts, capture_time, perceptual_hash
 from fieldmark.progress import Progress, Quiet
 
 
@@ -155,26 +154,37 @@ def test_a_damaged_or_unusable_memory_only_forgets(tmp_path):
     make_photo(tmp_path / "a.png")
     index = make_index(tmp_path, "a.png")
     expected = inspect(index)
-    (tmp_path / "photos.sqlite").write_bytes(b"not a database at all" * 100)
-    assert inspect(index, cache_folder=tmp_path) == expected
+    assert inspect(index, cache_folder=tmp_path / "memory") == expected
+    (file,) = (tmp_path / "memory").iterdir()
+    for content in (b"not lines of facts at all" * 100, file.read_bytes()[:-9], file.read_bytes()[:-9] + b"\n0 [1]"):
+        file.write_bytes(content)
+        assert inspect(index, cache_folder=tmp_path / "memory") == expected
     assert inspect(index, cache_folder=tmp_path / "a.png" / "below a file") == expected
-    with closing(Memory(tmp_path, "settings")) as memory:
-        memory.put(Path("p\udcff"), "1 2", expected[0])
-    with closing(Memory(tmp_path, "settings")) as memory:
-        assert memory.get(Path("p\udcff"), "1 2") == expected[0]
-        assert memory.get(Path("p\udcff"), "1 3") is None
-        assert memory.get(Path("q"), "1 2") is None
+
+
+def test_a_line_that_was_torn_costs_no_other(tmp_path, count_decodes):
+    make_photo(tmp_path / "a.png")
+    make_photo(tmp_path / "b.png", seed=1)
+    memory = tmp_path / "memory"
+    inspect(make_index(tmp_path, "a.png"), cache_folder=memory)
+    (file,) = memory.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[: len(whole) // 2])
+    expected = inspect(make_index(tmp_path, "a.png", "b.png"), cache_folder=memory)
+    count_decodes.clear()
+    assert inspect(make_index(tmp_path, "a.png", "b.png"), cache_folder=memory) == expected
+    assert count_decodes == []
 
 
 def test_a_flipped_bit_in_the_memory_is_never_a_fact(tmp_path, count_decodes):
     make_photo(tmp_path / "a.png")
     index = make_index(tmp_path, "a.png")
-    expected = inspect(index, cache_folder=tmp_path)
-    file = tmp_path / "photos.sqlite"
+    expected = inspect(index, cache_folder=tmp_path / "memory")
+    (file,) = (tmp_path / "memory").iterdir()
     whole = file.read_bytes()
     place = whole.index(b'"width": 40') + len('"width": ')
     file.write_bytes(whole[:place] + b"5" + whole[place + 1 :])
-    assert inspect(index, cache_folder=tmp_path) == expected
+    assert inspect(index, cache_folder=tmp_path / "memory") == expected
     assert len(count_decodes) == 2
 
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
-import re
 import shutil
 import struct
 import time
@@ -33,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec, Pixels
-from fieldmark.data.inspection import map_in_threads
+from fieldmark.data.inspection import map_in_threads, name_folder, name_photo
 from fieldmark.errors import PhotoError, RunError
 from fieldmark.files import exclusive_lock
 from fieldmark.progress import Progress
@@ -148,7 +146,7 @@ def open_cache(
     absolute = [Path(os.path.abspath(file)) for file in files]  # noqa: PTH100  # Path.resolve would follow links
     preset: Preset | None = None
     reason = "as asked" if absolute else "no photos"
-    home = folder / f"v{FORMAT}" / _name_folder(absolute) if absolute else folder
+    home = folder / f"v{FORMAT}" / name_folder(_common_folder(absolute))
     if mode != "off" and absolute:
         presets = [Preset(one, short_side, decoding) for one in (("uint8", "jpeg") if mode == "auto" else (mode,))]
         preset, reason = choose_mode(mode, presets, sizes, folder=home, disk_gigabytes=disk_gigabytes)
@@ -168,14 +166,11 @@ def open_cache(
     return None, CacheReport("off", 0, len(files), 0, time.perf_counter() - started, 0, reason)
 
 
-def _name_folder(files: Sequence[Path]) -> str:
-    """Of the data set: readable, and its own for each common folder of the photos."""
+def _common_folder(files: Sequence[Path]) -> str:
     try:
-        root = os.path.commonpath([file.parent for file in files])
-    except ValueError:  # several drives of Windows
-        root = str(files[0].parent)
-    readable = re.sub(r"[^A-Za-z0-9_-]", "_", Path(root).name)[:40]
-    return f"{readable}-{hashlib.blake2b(root.encode(errors='surrogateescape'), digest_size=6).hexdigest()}"
+        return os.path.commonpath({os.path.dirname(file) for file in files})  # noqa: PTH120
+    except ValueError:  # several drives of Windows, or no files
+        return str(files[0].parent) if files else ""
 
 
 @dataclass(frozen=True)
@@ -320,11 +315,9 @@ def _make_room(place: Path, names: Sequence[str], room_bytes: int) -> dict[str, 
 def _name(file: Path) -> str:
     """Return what a photo as it is now is called in the cache; "" if it is gone."""
     try:
-        status = os.stat(file)  # noqa: PTH116  # half the time of Path.stat, for every photo
+        return name_photo(file, os.stat(file))  # noqa: PTH116  # half the time of Path.stat, for every photo
     except (OSError, ValueError):
         return ""
-    text = f"{file}\0{(status.st_size, status.st_mtime_ns)}".encode(errors="surrogateescape")
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def _checksum(data: Any, height: int, width: int) -> int:

@@ -10,9 +10,7 @@ import io
 import json
 import os
 import re
-import sqlite3
 import stat
-import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +27,7 @@ from fieldmark.data.decode import DecodeSpec, Pixels, explain_reading, read_byte
 from fieldmark.errors import PhotoError
 from fieldmark.progress import Progress
 
-FORMAT = 2  # raised when the meaning of an entry changes; older entries are then not found
-ENTRIES_PER_COMMIT = 500
+FORMAT = 3  # raised when the meaning of a fact changes; older ones are then not found
 SAMPLED_HEADERS = 256  # of new photos, from which the sizes of all are estimated before they are decoded
 HASH_SIDE_PIXELS = 128  # four times the 32 that the hash itself resizes to, so that what it sees is the same
 EXIF_IFD, TIME_ORIGINAL, TIME_DIGITIZED = 0x8769, 0x9003, 0x9004
@@ -63,8 +60,8 @@ class Inspection:
     """The facts of N photos, noted when somebody reads their pixels: so what needs these decodes each photo only once.
 
     Any number of threads may read. A photo that was inspected before is not opened for its facts while its path, size
-    and modification time are the same: they are remembered in `cache_folder`, unless it is None, from the end of the
-    `with` on. What cannot be remembered is no error. The hash takes about 2 ms a photo more.
+    and modification time are the same: they are remembered in `cache_folder`, unless it is None. What cannot be
+    remembered is no error. The hash takes about 2 ms a photo more.
     """
 
     def __init__(
@@ -73,16 +70,16 @@ class Inspection:
         import PIL
 
         # Another limit, or another Pillow, may accept what this one refuses.
-        settings = f"{PIL.__version__} {decoding.background} {decoding.max_pixels}"
+        settings = f"{FORMAT} {PIL.__version__} {decoding.background} {decoding.max_pixels}"
         self.files = files
         self._decoding, self._with_hash = decoding, with_hash
-        self._memory = Memory(cache_folder, settings)
-        self._stamps: list[str] = []
+        self._memory, remembered = _open_memory(cache_folder, settings)
+        self._names: list[str] = []
         self._facts: dict[int, PhotoFacts] = {}
         for number, file in enumerate(files):
-            stamp, problem = _look(file)
-            self._stamps.append(stamp)
-            known = self._memory.get(file, stamp)
+            name, problem = _look(file)
+            self._names.append(name)
+            known = remembered.get(name)
             if problem:
                 self._facts[number] = dataclasses.replace(_UNKNOWN, problem=problem)
             elif known is not None and (known.perceptual_hash or not with_hash):
@@ -128,7 +125,10 @@ class Inspection:
             raise
         facts = dataclasses.replace(facts, width=width, height=height, perceptual_hash=hashed, **_read_header(data))
         self._facts[number] = facts
-        self._memory.put(file, self._stamps[number], facts)
+        if self._memory is not None:
+            text = json.dumps([self._names[number], dataclasses.asdict(facts)]).encode()
+            with contextlib.suppress(OSError):  # forgotten
+                self._memory.write(b"\n%d %s" % (zlib.crc32(text), text))
         return photo
 
     def finish(self, *, threads: int, progress: Progress) -> list[PhotoFacts]:
@@ -147,7 +147,8 @@ class Inspection:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._memory.close()
+        if self._memory is not None:
+            self._memory.close()
 
 
 def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
@@ -200,13 +201,26 @@ def capture_time(exif: Any) -> float | None:
 
 
 def _look(file: Path) -> tuple[str, str]:
-    """The stamp of a file, by which a change is seen, and what is wrong with it before it is opened."""
+    """The name of a photo in caches, and what is wrong with it before it is opened."""
     try:
         info = file.stat()
     except (OSError, ValueError) as error:
         return "", explain_reading(error)
     # To open a pipe would be to wait for ever.
-    return f"{info.st_size} {info.st_mtime_ns}", "" if stat.S_ISREG(info.st_mode) else "is not a regular file"
+    return name_photo(file.absolute(), info), "" if stat.S_ISREG(info.st_mode) else "is not a regular file"
+
+
+def name_photo(file: Path, info: os.stat_result) -> str:
+    """Return what a photo, by its absolute path, is called in caches: another name as soon as it changes."""
+    text = f"{file}\0{(info.st_size, info.st_mtime_ns)}".encode(errors="surrogateescape")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def name_folder(root: str | Path) -> str:
+    """Return what a data set below this folder is called in caches: readable, and its own."""
+    path = os.path.abspath(root)  # noqa: PTH100  # Path.resolve would follow links
+    readable = re.sub(r"[^A-Za-z0-9_-]", "_", Path(path).name)[:40]
+    return f"{readable}-{hashlib.blake2b(path.encode(errors='surrogateescape'), digest_size=6).hexdigest()}"
 
 
 def _read_header(data: bytes) -> dict[str, Any]:
@@ -237,77 +251,25 @@ def _name_profile(profile: bytes) -> str:
     return "" if "srgb" in name.lower() else name[:80] or "unnamed"
 
 
-class Memory:
-    """What is known of files by path, size and modification time. A failure to read or write only makes it forget.
+def _open_memory(folder: Path | None, settings: str) -> tuple[BinaryIO | None, dict[str, PhotoFacts]]:
+    """Open the file that remembers facts under these settings, and read them, by the photos' names.
 
-    The folder is made if absent; None remembers nothing. Facts are not found under other settings than their own.
+    A line is a checksum, then the JSON of a name and its facts. Lines are only ever added, each in one piece, so that
+    several processes may at once; one that is torn or damaged is passed over. A failure only makes it forget.
     """
-
-    def __init__(self, folder: Path | None, settings: str) -> None:
-        self._database = _open_database(folder) if folder else None
-        self._settings = f"{FORMAT} {settings}".encode()
-        self._lock = threading.Lock()
-
-    def get(self, file: Path, stamp: str) -> PhotoFacts | None:
-        """Return what `put` was given for a file of the same path and stamp, under the same settings."""
-        if self._database is None:
-            return None
-        try:
-            query = "SELECT stamp, facts FROM files WHERE name = ?"
-            found = self._database.execute(query, (self._name(file),)).fetchone()
-            if found is None or found[0] != _seal(stamp, str(found[1])):
-                return None
-            return PhotoFacts(**json.loads(found[1]))
-        except (sqlite3.Error, ValueError):
-            return None
-
-    def put(self, file: Path, stamp: str, facts: PhotoFacts) -> None:
-        """Keep facts, in place of what was kept for the same path and settings; in any thread."""
-        text = json.dumps(dataclasses.asdict(facts))
-        entry = (self._name(file), _seal(stamp, text), text)
-        with self._lock:
-            if self._database is None:
-                return
-            try:
-                self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", entry)
-                # So that an interrupted inspection goes on from here.
-                if self._database.total_changes % ENTRIES_PER_COMMIT == 0:
-                    self._database.commit()
-            except sqlite3.Error:  # the disk is full, or another command writes
-                self.close()
-
-    def close(self) -> None:
-        """Keep what was put and let go of the database."""
-        if self._database is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.commit()
-            with contextlib.suppress(sqlite3.Error):
-                self._database.close()
-            self._database = None
-
-    def _name(self, file: Path) -> bytes:
-        return hashlib.sha256(self._settings + b"\0" + os.fsencode(file.absolute())).digest()
-
-
-def _seal(stamp: str, facts: str) -> str:
-    """The stamp of a file, and a checksum, as SQLite has none: a flipped bit is another stamp."""
-    return f"{stamp} {zlib.crc32(facts.encode())}"
-
-
-def _open_database(folder: Path) -> sqlite3.Connection | None:
-    file = folder / "photos.sqlite"
-    for _ in range(2):
-        database = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(file, timeout=5, check_same_thread=False)
-            database.execute("CREATE TABLE IF NOT EXISTS files (name BLOB PRIMARY KEY, stamp TEXT, facts TEXT)")
-            return database
-        except (sqlite3.Error, OSError) as error:
-            if database is not None:
-                database.close()
-            if isinstance(error, sqlite3.OperationalError):  # busy, read-only or full: not ours to delete
-                return None
-            with contextlib.suppress(OSError):  # not a database, or half of one: it only saved time
-                file.unlink()
-    return None
+    known: dict[str, PhotoFacts] = {}
+    if folder is None:
+        return None, known
+    path = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        memory = path.open("ab", buffering=0)
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return None, known
+    for checksum, _, text in (line.partition(b" ") for line in lines):
+        with contextlib.suppress(ValueError, TypeError):
+            if zlib.crc32(text) == int(checksum):
+                name, facts = json.loads(text)
+                known[name] = PhotoFacts(**facts)
+    return memory, known

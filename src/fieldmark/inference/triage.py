@@ -18,7 +18,7 @@ from torch import nn
 from fieldmark.data.audit import near_pairs
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
-from fieldmark.data.inspection import Inspection
+from fieldmark.data.inspection import Inspection, name_folder
 from fieldmark.errors import DataError, needs_extra
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
 from fieldmark.models.classifier import Classifier
@@ -110,7 +110,9 @@ def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memor
     seen of the photos is remembered. Photos that cannot be read are skipped.
     """
     decoding = DecodeSpec((255, 255, 255), 178_956_970)
-    with Inspection(index.files(), decoding=decoding, with_hash=True, cache_folder=memory) as inspection:
+    with Inspection(
+        index.files(), decoding=decoding, with_hash=True, cache_folder=memory / name_folder(index.root)
+    ) as inspection:
         facts = inspection.finish(threads=threads, progress=Quiet())
     numbers = [number for number, fact in enumerate(facts) if fact.perceptual_hash]
     hashes = np.array([int(facts[number].perceptual_hash, 16) for number in numbers], np.uint64)

@@ -20,7 +20,7 @@ from fieldmark.data import splits
 from fieldmark.data.audit import find_doubts
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, apply_corrections, load_index, require_trainable
-from fieldmark.data.inspection import Inspection, PhotoFacts
+from fieldmark.data.inspection import Inspection, PhotoFacts, name_folder
 from fieldmark.data.loader import Batch
 from fieldmark.errors import ConfigError, DataError, PhotoError
 from fieldmark.progress import Progress
@@ -114,7 +114,7 @@ def inspect(
 
     Also gives the cache of the usable photos, where `fill` opens one.
     """
-    decoding, folder, cached = decode_spec(config), user_folder("inspections"), None
+    decoding, folder, cached = decode_spec(config), user_folder("inspections") / name_folder(index.root), None
     with Inspection(index.files(), decoding=decoding, with_hash=with_hash, cache_folder=folder) as inspection:
         if fill is not None:
             cached = fill(inspection.files, inspection.estimate_sizes(), read=inspection.read, progress=progress)
