@@ -65,7 +65,7 @@ def compare(data: Path, folder: Path, names: list[str]) -> list[dict[str, object
         labels = by_pool[BEFORE][1]
         after = by_pool[POOLS[1]][0][name]
         hits = [(found.argmax(1) == labels).astype(np.float64)[None] for found in (before, after)]
-        gain = paired_difference(*hits, level=0.95, draws=2000, rng=np.random.default_rng(0)).interval
+        gain = paired_difference(*hits, level=0.95).interval
         rows.append(
             {"data": data.stem, "photos": len(labels), "network": name}
             | {f"top1_{pool}": float(hit.mean()) for pool, hit in zip(POOLS, hits, strict=True)}

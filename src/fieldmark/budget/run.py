@@ -576,7 +576,7 @@ class _Work:
         half = self.course.plan.elapsed / 2
         before = next((answer for at, answer in reversed(self.history) if at <= half), self.history[0][1])
         hits = [self._hits(answer).astype(np.float64)[None] for answer in (before, self.best)]
-        found = paired_difference(*hits, level=0.95, draws=2000, rng=np.random.default_rng(0)).interval
+        found = paired_difference(*hits, level=0.95).interval
         return {"second_half_earned": found.estimate, "low": found.low, "high": found.high}
 
     def _hits(self, answer: Answer) -> NDArray[np.bool_]:

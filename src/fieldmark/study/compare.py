@@ -158,7 +158,7 @@ def compare_runs(
         against: A run among them: its variant is the baseline that every other is compared with, and no others are,
             so that the p-values are corrected for fewer comparisons (fix it before you look). None compares every two.
         level: Coverage of the intervals, in (0, 1).
-        draws: Bootstrap draws.
+        draws: Bootstrap draws for the bias of the best epoch.
         seed: Seed of the draws.
 
     Raises:
@@ -188,10 +188,7 @@ def compare_runs(
     both = list(itertools.combinations(variants, 2))
     if against is not None:
         both = both[: len(variants) - 1]  # those of the first variant, the baseline
-    differences = [
-        (a.name, b.name, statistics.paired_difference(a.scores, b.scores, level=level, draws=draws, rng=rng))
-        for a, b in both
-    ]
+    differences = [(a.name, b.name, statistics.paired_difference(a.scores, b.scores, level=level)) for a, b in both]
     return Comparison(
         metric=metric,
         level=level,
@@ -211,7 +208,7 @@ def _measure(
     if len(runs) == 1 and metric == "top1":
         interval = statistics.widen_to_wilson(Interval(*[float(scores.mean())] * 3), num_photos, level=level)
     else:
-        interval = statistics.mean_interval(scores, level=level, draws=draws, rng=rng)
+        interval = statistics.mean_interval(scores, level=level)
         if metric == "log_loss":
             interval = _open_log_loss(interval, num_photos, len(runs[0].classes))
         else:
@@ -228,7 +225,7 @@ def _measure(
 
 
 def _scores(run: Replicate, metric: Metric) -> Scores:
-    """(N,) whose mean is the metric: each photo's share is scaled by N, so that one bootstrap serves all metrics."""
+    """(N,) whose mean is the metric: each photo's share is scaled by N, so that one interval serves all metrics."""
     if metric == "log_loss":
         own = run.probabilities[np.arange(len(run.labels)), run.labels].astype(np.float64)
         return np.log(np.clip(own, 1e-12, 1.0))
@@ -247,11 +244,10 @@ def _photo_weights(run: Replicate, metric: Metric) -> Scores:
 
 def _open_log_loss(interval: Interval, num_photos: int, num_classes: int) -> Interval:
     """Equal losses of all photos are no proof either: the interval reaches to one more photo that is a mere guess."""
-    if interval.low < interval.high:
-        return interval
-    estimate = interval.estimate
-    room = abs(estimate + np.log(num_classes)) / (num_photos + 1)
-    return Interval(estimate, float(estimate - room), float(min(0.0, estimate + room)))
+    estimate, room = interval.estimate, interval.half_width
+    if not room:
+        room = float(abs(estimate + np.log(num_classes))) / (num_photos + 1)
+    return Interval(estimate, estimate - room, min(0.0, estimate + room))
 
 
 def _run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> float | None:

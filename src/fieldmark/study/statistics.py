@@ -2,7 +2,7 @@
 
 Pure functions over arrays. Shape letters: S runs of one variant (seeds), N photos, E epochs. A score is per photo and
 in [0, 1] where it is correctness; differences are `second - first`, so a positive one favors the second. `level` is the
-coverage of an interval, `draws` the number of bootstrap draws.
+coverage of an interval.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Difference:
 
     @property
     def photo_variance(self) -> float:
-        """Variance between photos; with the pseudo-photos', or variants that always agree would need no photos."""
-        return max(self.variance.photos, 1 / (self.num_photos + 2))
+        """Variance between photos, pseudo-photos included."""
+        return _add_pseudo_photos(self.variance, self.num_photos)
 
 
 def mcnemar_exact(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
@@ -91,44 +91,41 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def widen_to_wilson(interval: Interval, num_photos: float, *, level: float) -> Interval:
     """The interval of an accuracy, at least as wide as Wilson's: photos without an error are no proof of perfection.
 
-    A bootstrap sees no spread where all photos have one score; nine photos without an error are [0.70, 1], not [1, 1].
+    There is no spread where all photos have one score; nine photos without an error are [0.70, 1], not [1, 1].
     """
     low, high = wilson_interval(interval.estimate * num_photos, num_photos, confidence=level)
     return Interval(interval.estimate, min(low, interval.low), max(high, interval.high))
 
 
-def mean_interval(scores: Scores, *, level: float, draws: int, rng: np.random.Generator) -> Interval:
+def mean_interval(scores: Scores, *, level: float) -> Interval:
     """Interval of the mean of one variant's (S, N) scores, over photos and, where there are several runs, over runs."""
     means = scores.mean(axis=0)
-    drawn = _draw_means(means, _compare_within([scores]), 1 / len(scores), draws, rng, pad=False)
-    return _interval(float(means.mean()), drawn, level)
+    variance, freedom = _find_variance(means, [scores])
+    error = _mean_error(variance.photos, variance, len(means), freedom, 1 / len(scores))
+    return _interval(float(means.mean()), *error, level=level)
 
 
-def paired_difference(
-    first: Scores, second: Scores, *, level: float, draws: int, rng: np.random.Generator
-) -> Difference:
-    """Bootstrap of the difference of two variants' mean scores, (S1, N) and (S2, N), with a two-sided p-value.
+def paired_difference(first: Scores, second: Scores, *, level: float) -> Difference:
+    """The difference of two variants' mean scores, (S1, N) and (S2, N) on the same photos, by Student's t.
 
-    Photos are resampled in pairs. Where a variant has several runs, the chance of training is added: the variance of a
-    run's mean between runs is pooled over both variants and enters through Student's t, because resampling two or
-    three seeds understates their variance by a half or a third. The photos' part is then shrunk to what differs between
-    photos in truth, so that nothing counts twice. Two pseudo-photos, one in favor of each side, keep the interval open
-    where the two hardly ever disagree.
+    Its variance is that of the photos' true differences and, where a variant has several runs, that of a run's mean
+    between runs, pooled over both variants. Two pseudo-photos, one in favor of each side, keep the interval open where
+    the two hardly ever disagree.
 
     Source:
-        Efron and Tibshirani, "An introduction to the bootstrap" (1993), section 8. Photos and seeds as crossed random
-        effects: Owen, "The pigeonhole bootstrap", arXiv:0712.1111; why seeds count: Bouthillier et al., "Accounting for
-        variance in machine learning benchmarks", arXiv:2103.03098. Pseudo-photos: Agresti and Min, "Simple improved
-        confidence intervals for comparing matched proportions", Statistics in Medicine 24 (2005).
+        Photos and seeds as crossed random effects: Owen, "The pigeonhole bootstrap", arXiv:0712.1111; why seeds count:
+        Bouthillier et al., "Accounting for variance in machine learning benchmarks", arXiv:2103.03098. Pseudo-photos:
+        Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", Statistics in
+        Medicine 24 (2005).
     """
     change = second.mean(axis=0) - first.mean(axis=0)
-    within = _compare_within([first, second])
+    estimate, num_photos = float(change.mean()), len(change)
+    variance, freedom = _find_variance(change, [first, second])
     share = 1 / len(first) + 1 / len(second)
-    drawn = _draw_means(change, within, share, draws, rng, pad=True)
-    variance = Variance(_between_photos(change, within, share), within.interaction, within.seeds(len(change)))
-    interval = _interval(float(change.mean()), drawn, level)
-    p_value = _p_value(first, second, change, drawn)
-    return Difference(interval, p_value, variance, len(change), (len(first), len(second)))
+    error, freedom = _mean_error(_add_pseudo_photos(variance, num_photos), variance, num_photos, freedom, share)
+    p_value = _p_value(first, second, estimate / error, freedom)
+    interval = _interval(estimate, error, freedom, level=level)
+    return Difference(interval, p_value, variance, num_photos, (len(first), len(second)))
 
 
 def photos_needed(difference: Difference, *, effect: float, level: float, power: float) -> int | None:
@@ -163,24 +160,27 @@ def _variance_allowed(effect: float, level: float, power: float) -> float:
     return float((effect / (norm.ppf((1 + level) / 2) + norm.ppf(power))) ** 2)
 
 
-def _interval(estimate: float, drawn: Scores, level: float) -> Interval:
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, min(float(low), estimate), max(float(high), estimate))
+def _interval(estimate: float, error: float, freedom: float, *, level: float) -> Interval:
+    from scipy.stats import t as student
+
+    half = float(student.ppf((1 + level) / 2, freedom)) * error
+    return Interval(estimate, estimate - half, estimate + half)
 
 
-def _p_value(first: Scores, second: Scores, change: Scores, drawn: Scores) -> float:
-    """McNemar's exact one where each variant has one run and scores are 0 or 1; from the draws otherwise."""
+def _p_value(first: Scores, second: Scores, t_value: float, freedom: float) -> float:
+    """McNemar's exact one where each variant has one run and scores are 0 or 1; Student's otherwise."""
+    from scipy.stats import t as student
+
     scores = np.concatenate([first, second])
     if len(first) == len(second) == 1 and bool(np.isin(scores, (0.0, 1.0)).all()):
         return mcnemar_exact(first[0] > 0, second[0] > 0)
-    tail = min(int(np.sum(drawn <= 0)), int(np.sum(drawn >= 0)))
-    return max(min(1.0, 2 * (tail + 1) / (len(drawn) + 1)), _sign_flip_p(change))
+    return max(float(2 * student.sf(abs(t_value), freedom)), _sign_flip_p(second.mean(axis=0) - first.mean(axis=0)))
 
 
 def _sign_flip_p(change: Scores) -> float:
     """Two-sided p-value that photos changed for better and for worse alike; 0 where too many changed to enumerate.
 
-    A bootstrap of four photos that all improved never sees a loss, but chance does so once in eight times.
+    Four photos that all improved by as much have no spread, but chance does so once in eight times.
 
     Source:
         Pitman, "Significance tests which may be applied to samples from any populations", Supplement to the Journal of
@@ -193,74 +193,41 @@ def _sign_flip_p(change: Scores) -> float:
     return float(np.mean(np.abs(signs @ changed) >= abs(changed.sum()) - 1e-12))
 
 
-@dataclass(frozen=True, slots=True)
-class _Within:
-    """Variances within variants, over `freedom` degrees: of the runs' means, and of a photo's score between runs."""
+def _find_variance(values: Scores, variants: Sequence[Scores]) -> tuple[Variance, int]:
+    """Variance of (N,) means over runs, or of their differences, and the degrees of freedom of what runs differ in.
 
-    freedom: int
-    spread: float
-    interaction: float
-
-    def seeds(self, num_photos: int) -> float | None:
-        """Variance of a run's true mean: the spread that is left when photos' own ups and downs are taken off."""
-        return max(0.0, self.spread - self.interaction / num_photos) if self.freedom else None
-
-
-def _compare_within(variants: Sequence[Scores]) -> _Within:
-    """Crossed analysis of variance within each variant, pooled over the variants."""
-    freedom = sum(len(scores) - 1 for scores in variants)
-    if freedom == 0:
-        return _Within(0, 0.0, 0.0)
-    spread = sum(float(scores.mean(axis=1).var()) * len(scores) for scores in variants) / freedom
-    rest = 0.0
-    for scores in variants:
-        residual = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
-        rest += float(np.sum(residual**2))
-    return _Within(freedom, spread, rest / (freedom * max(variants[0].shape[1] - 1, 1)))
-
-
-def _between_photos(values: Scores, within: _Within, share: float) -> float:
-    """Variance between photos of their true values, (N,) means over runs being what was seen."""
-    return max(0.0, float(values.var(ddof=1)) - within.interaction * share) if len(values) > 1 else 0.0
-
-
-def _draw_means(
-    values: Scores, within: _Within, share: float, draws: int, rng: np.random.Generator, *, pad: bool
-) -> Scores:
-    """(draws,) means as other photos and other runs would have given them.
-
-    Resampling understates the spread of few photos: draws are stretched as in the expanded percentile interval
-    (Hesterberg, arXiv:1411.5279, section 3.2), by 30 % for 9 photos and half a percent for 300.
+    It is a crossed analysis of variance within each variant, pooled over the variants.
     """
-    from scipy.stats import t as student
-
-    drawn = _resample_means(values, draws, rng, pad=pad)
-    freedom = max(len(values) - 1, 1)
-    stretch = float(student.ppf(0.975, freedom)) / 1.95996 * math.sqrt((freedom + 1) / freedom)
-    drawn = float(drawn.mean()) + stretch * (drawn - float(drawn.mean()))
-    if not within.freedom:
-        return drawn
+    freedom, num_photos = sum(len(scores) - 1 for scores in variants), len(values)
+    spread = interaction = 0.0
+    for scores in variants if freedom else ():
+        means = scores.mean(axis=1, keepdims=True)
+        spread += float(means.var()) * len(scores) / freedom
+        rest = scores - scores.mean(axis=0) - means + scores.mean()
+        interaction += float(np.sum(rest**2)) / (freedom * max(num_photos - 1, 1))
+    seen = float(values.var(ddof=1)) if num_photos > 1 else 0.0
+    photos = max(0.0, seen - interaction * sum(1 / len(scores) for scores in variants))
     # The spread between runs holds the photos' ups and downs from run to run; they must not count twice.
-    seen = float(values.var(ddof=1)) if len(values) > 1 else 0.0
-    kept = math.sqrt(_between_photos(values, within, share) / seen) if seen > 0 else 1.0
-    center = float(values.mean())
-    of_runs = rng.standard_t(within.freedom, size=draws) * math.sqrt(within.spread * share)
-    return center + kept * (drawn - center) + of_runs
+    seeds = max(0.0, spread - interaction / num_photos) if freedom else None
+    return Variance(photos, interaction, seeds), freedom
 
 
-def _resample_means(values: Scores, draws: int, rng: np.random.Generator, *, pad: bool) -> Scores:
-    """(draws,) means of as many photos, drawn with replacement."""
-    if pad:
-        # Squares summing to 1, as half a photo in each of the four cells of the two-by-two table has.
-        values = np.append(values, (math.sqrt(0.5), -math.sqrt(0.5)))
-    # Resampling counts of equal values is the same draw as resampling photos, and far smaller.
-    kinds, counts = np.unique(values, return_counts=True)
-    rows = max(1, 4_000_000 // len(kinds))
-    parts = [
-        rng.multinomial(len(values), counts / len(values), size=min(rows, draws - start)) @ kinds
-        for start in range(0, draws, rows)
-    ]
-    return np.concatenate(parts) / len(values)
+def _add_pseudo_photos(variance: Variance, num_photos: int) -> float:
+    """Variance between photos with the pseudo-photos', or variants that always agree would need no photos."""
+    return variance.photos + 1 / (num_photos + 2)
+
+
+def _mean_error(photos: float, variance: Variance, num_photos: int, freedom: int, share: float) -> tuple[float, float]:
+    """Standard error of a mean, and its degrees of freedom; `photos` is the variance between photos.
+
+    Source:
+        Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 2 (1946).
+    """
+    of_photos = photos / num_photos
+    of_runs = ((variance.seeds or 0.0) + variance.interaction / num_photos) * share
+    total = of_photos + of_runs
+    squares = of_photos**2 / max(num_photos - 1, 1) + of_runs**2 / max(freedom, 1)
+    return math.sqrt(total), total**2 / squares if squares else 1.0
 
 
 def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.random.Generator) -> float:
