@@ -321,20 +321,25 @@ def test_the_evidence_reads_as_what_was_found(evidence, words):
     assert words in evidence_text(rows)
 
 
-def test_an_export_carries_the_groups_and_one_from_before_there_were_any_is_read():
+def _read(text, folder):
+    (folder / "fieldmark.json").write_text(text)
+    return ModelMetadata.load(folder)
+
+
+def test_an_export_carries_the_groups_and_one_from_before_there_were_any_is_read(tmp_path):
     tree = build_taxonomy(("class", "kind"), [[name, "bird"] for name in CLASSES])
     groups = Fallback(tree, (0.4, 0.9), (LevelScore("class", 0.5, 1.0), LevelScore("kind", 0.5, None)))
     metadata = replace(make_metadata("onnx"), back_off=groups.to_dict())
-    again = ModelMetadata.from_json(metadata.to_json(), "x").groups()
+    again = _read(metadata.to_json(), tmp_path).groups()
     assert again.to_dict() == groups.to_dict()
     card = write_card(metadata, data={}, summary={}, calibration=None, recipe="")
     assert "then the finest of kind that is sure" in card
     old = json.loads(make_metadata("onnx").to_json())
     del old["back_off"]
-    assert ModelMetadata.from_json(json.dumps(old), "x").groups() is None
+    assert _read(json.dumps(old), tmp_path).groups() is None
 
 
-def test_an_export_from_before_licenses_were_spelled_so_is_read():
+def test_an_export_from_before_licenses_were_spelled_so_is_read(tmp_path):
     old = json.loads(make_metadata("onnx").to_json())
     old["licence"] = old.pop("license")
-    assert ModelMetadata.from_json(json.dumps(old), "x").license == "cc-by-nc-4.0"
+    assert _read(json.dumps(old), tmp_path).license == "cc-by-nc-4.0"

@@ -190,12 +190,6 @@ def _check(kind: str, out: Path, photos: Photos, *, is_int8: bool) -> None:
         raise ExportError(f"int8 takes at least 4 labeled photos to calibrate and evaluate; got {len(photos.labels)}")
 
 
-def _halves(photos: Photos) -> tuple[Sequence[int], Sequence[int]]:
-    """Every other photo calibrates int8, the rest evaluate it: no photo does both."""
-    numbers = range(len(photos.labels))
-    return numbers[::2], numbers[1::2]
-
-
 def _write(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Photos, *, is_plain: bool) -> None:
     """Write the model file; the metadata inside it lacks the evidence, which is measured on the file."""
     size, text, path = metadata.eval_spec().size, metadata.to_json(), folder / metadata.file
@@ -209,7 +203,7 @@ def _write(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Pho
             formats.write_onnx(model, plain, size=size, metadata=text)
             if metadata.precision == "int8":
                 quantize = formats.quantize_onnx if metadata.kind == "onnx" else formats.quantize_openvino
-                quantize(plain, path, calibration=photos.load(_halves(photos)[0]), metadata=text)
+                quantize(plain, path, calibration=photos.load(range(0, len(photos.labels), 2)), metadata=text)
             elif metadata.kind == "openvino":
                 formats.write_openvino(plain, path, metadata=text)
             else:
@@ -230,10 +224,10 @@ def _prove(
     if metadata.precision != "int8":
         reference, measured = photos.ask(range(len(photos.labels)), ask_original, exported.logits)
         return {"parity": require_parity(reference, measured, limit=LIMITS[metadata.precision])}
-    calibration, others = _halves(photos)
+    others = range(1, len(photos.labels), 2)  # the rest calibrated it: no photo does both
     reference, quantized = photos.ask(others, ask_original, exported.logits)
     loss = require_small_loss(reference, quantized, photos.labels[others], limit=max_accuracy_loss)
-    return {"int8": {**loss, "calibration_photos": len(calibration)}}
+    return {"int8": {**loss, "calibration_photos": len(photos.labels) - len(others)}}
 
 
 def compare_answers(run: Run, folder: Path, photos: Photos) -> dict[str, Any] | None:

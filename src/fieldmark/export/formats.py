@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import logging
 import tempfile
 from collections.abc import Generator
@@ -171,7 +170,7 @@ def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata, *, is_pl
     """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`; `is_plain` as in `export_model`."""
     import timm
     import torch
-    from safetensors.torch import save_file
+    from timm.models import save_for_hf
 
     parts: Any = model
     if not isinstance(parts.head, torch.nn.Linear):
@@ -184,40 +183,21 @@ def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata, *, is_pl
             "the timm form cannot say that strides were moved (model.stride_in_1x1) or features pooled otherwise "
             "(model.pool): export --to onnx or torch, or train with model.pool=average"
         )
-    architecture = metadata.architecture.split(".")[0]
+    architecture, spec = metadata.architecture.split(".")[0], metadata.eval_spec()
     whole: Any = timm.create_model(architecture, num_classes=len(metadata.classes))
-    classifier = str(whole.pretrained_cfg["classifier"])
-    head = {f"{classifier}.{name}": value for name, value in parts.head.state_dict().items()}
-    weights: dict[str, torch.Tensor] = {**parts.backbone.state_dict(), **head}
-    problem = set(weights) ^ set(whole.state_dict())
-    if problem:
-        raise ExportError(f"timm's {architecture} has other weights than this run: {', '.join(sorted(problem)[:5])}")
-    save_file({name: torch.clone(value).contiguous() for name, value in weights.items()}, folder / metadata.file)
-    config = _timm_config(architecture, metadata, whole)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _timm_config(architecture: str, metadata: ModelMetadata, whole: Any) -> dict[str, Any]:
-    """The config.json of timm's Hub models (timm/models/_hub.py, save_config_for_hf)."""
-    spec, known = metadata.eval_spec(), whole.pretrained_cfg
+    known: dict[str, Any] = whole.pretrained_cfg
+    head = {f"{known['classifier']}.{name}": value for name, value in parts.head.state_dict().items()}
+    with _one_error("for timm"):
+        whole.load_state_dict({**parts.backbone.state_dict(), **head})
     is_cropped = spec.transform == "weights"
-    return {
-        "architecture": architecture,
-        "num_classes": len(metadata.classes),
-        "num_features": whole.num_features,
-        "label_names": list(metadata.classes),
-        "pretrained_cfg": {
-            "custom_load": False,
-            "input_size": [3, spec.size, spec.size],
-            "fixed_input_size": bool(known.get("fixed_input_size", False)),
-            "interpolation": spec.interpolation,
-            "crop_pct": spec.crop_fraction if is_cropped else 1.0,
-            "crop_mode": "center" if is_cropped else "squash",
-            "mean": list(spec.mean),
-            "std": list(spec.std),
-            "num_classes": len(metadata.classes),
-            "pool_size": known.get("pool_size"),
-            "first_conv": known.get("first_conv"),
-            "classifier": known["classifier"],
-        },
+    for key in ("test_input_size", "test_crop_pct"):
+        known.pop(key, None)
+    known |= {
+        "input_size": (3, spec.size, spec.size),
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.crop_fraction if is_cropped else 1.0,
+        "crop_mode": "center" if is_cropped else "squash",
+        "mean": spec.mean,
+        "std": spec.std,
     }
+    save_for_hf(whole, str(folder), {"label_names": list(metadata.classes)}, safe_serialization=True)

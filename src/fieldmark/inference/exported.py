@@ -79,10 +79,15 @@ class ModelMetadata:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=True)
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> ModelMetadata:
-        """Read what `to_json` wrote; of text from elsewhere every value is checked, by its key."""
+    def load(cls, folder: Path) -> ModelMetadata:
+        """Read what `to_json` wrote into an exported model's folder; every value is checked, by its key."""
+        where = folder / FILE
+        if not where.is_file():
+            raise ExportError(f"{folder} is not an exported model: it has no {FILE}; make one with fieldmark export")
         try:
-            content = json.loads(text)
+            content = json.loads(where.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ExportError(f"{where} cannot be read: {error}") from None
         except ValueError as error:
             raise ExportError(f"{where} is not JSON: {error}; export the run again") from None
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -102,18 +107,6 @@ class ModelMetadata:
         if twice:
             raise ExportError(f"{where}, key 'classes': {twice[0]!r} is there twice. Export the run again")
         return replace(metadata, preprocessing=asdict(spec))  # JSON has lists where the values were tuples
-
-    @classmethod
-    def load(cls, folder: Path) -> ModelMetadata:
-        """Read the metadata of an exported model's folder."""
-        path = folder / FILE
-        if not path.is_file():
-            raise ExportError(f"{folder} is not an exported model: it has no {FILE}; make one with fieldmark export")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ExportError(f"{path} cannot be read: {error}") from None
-        return cls.from_json(text, str(path))
 
 
 def digest_file(path: Path) -> str:
@@ -260,6 +253,7 @@ _STRINGS = {
 
 def _require_harmless_program(path: Path) -> None:
     """Refuse a .pt2 that could run code: torch unpickles some of its members, evaluates its sizes, calls by name."""
+    import torch
     from torch.export.pt2_archive._package import PT2ArchiveReader
 
     with PT2ArchiveReader(str(path)) as archive:
@@ -268,8 +262,10 @@ def _require_harmless_program(path: Path) -> None:
         for name in names:
             if name.endswith(".json") and not name.startswith("extra/"):
                 problem = problem or _find_code(json.loads(archive.read_bytes(name)))
-        if not problem and not _is_plain(archive.read_bytes("data/sample_inputs/model.pt")):
-            problem = "pickled objects"
+        try:
+            torch.load(io.BytesIO(archive.read_bytes("data/sample_inputs/model.pt")), weights_only=True)
+        except pickle.UnpicklingError:
+            problem = problem or "pickled objects"
     if problem:
         raise ExportError(
             f"{path} is refused, since opening it could run code: it holds {problem}, which `fieldmark export` never "
@@ -301,13 +297,3 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(json.loads(value), "")
     else:
         yield key, value
-
-
-def _is_plain(data: bytes) -> bool:
-    import torch
-
-    try:
-        torch.load(io.BytesIO(data), weights_only=True)
-    except pickle.UnpicklingError:
-        return False
-    return True
