@@ -145,7 +145,7 @@ def test_a_part_that_is_not_whole_and_its_own_is_made_again(model, photos, tmp_p
 def test_other_photos_another_model_and_flips_are_refused(model, photos, tmp_path):
     out = tmp_path / "out"
     predict(model, photos, out)
-    with pytest.raises(PredictionError, match=r"out was begun with another model \(or other --flips\)"):
+    with pytest.raises(PredictionError, match=r"out was begun with other photos .*another model, other --flips"):
         predict(model, photos, out, flips=True)
     other = tmp_path / "other"
     shutil.copytree(model, other)
@@ -154,12 +154,12 @@ def test_other_photos_another_model_and_flips_are_refused(model, photos, tmp_pat
     with pytest.raises(PredictionError, match=r"another model.*Give another --out"):
         predict(other, photos, out)
     save_photo(photos / "11.png", 11)
-    with pytest.raises(PredictionError, match=r"of other photos \(3 parts then, 3 now; files may have changed\)"):
+    with pytest.raises(PredictionError, match=r"files may have changed"):
         predict(model, photos, out)
     (photos / "11.png").unlink()
     assert predict(model, photos, out)[1] == []
     save_photo(photos / "3.png", 99)
-    with pytest.raises(PredictionError, match=r"of other photos"):
+    with pytest.raises(PredictionError, match="was begun with other photos"):
         predict(model, photos, out)
 
 

@@ -208,7 +208,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 def test_two_photos_with_one_name_are_refused_by_both_paths():
     with pytest.raises(PredictionError, match=r"a/1.jpg and b/1.png would both be '1'.*long form"):
-        leaderboard_names(["a/1.jpg", "b/1.png"])
+        list(leaderboard_names(["a/1.jpg", "b/1.png"]))
 
 
 def make_sample(path, names, header="image_name,pred_label"):
@@ -252,4 +252,4 @@ def test_rows_can_follow_the_sample(tmp_path):
     sample = make_sample(tmp_path / "s.csv", ["10", "2"])
     paths = in_sample_order(["t/2.jpg", "t/10.jpg"], sample)
     assert paths == ["t/10.jpg", "t/2.jpg"]
-    check_sample(leaderboard_names(paths), sample)
+    check_sample(list(leaderboard_names(paths)), sample)

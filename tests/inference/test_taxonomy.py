@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmark.errors import DataError
-from fieldmark.inference.taxonomy import Answer, build_taxonomy, find_answers, hierarchical_accuracy, load_taxonomy
+from fieldmark.inference.taxonomy import Answer, build_taxonomy, find_answers, load_taxonomy, taxonomy_scores
+from fieldmark.runs.folder import PhotoPredictions
 
 LEVELS = ("class", "genus", "family")
 ROWS = [["tit", "Parus", "Paridae"], ["blue tit", "Cyanistes", "Paridae"], ["gull", "Larus", "Laridae"]]
@@ -36,14 +39,15 @@ def test_the_answer_is_the_finest_level_that_is_sure():
     assert answers[2] == Answer("", "", pytest.approx(0.5))
 
 
-def test_accuracy_rises_with_the_level_and_mistakes_know_their_height():
+def test_accuracy_rises_with_the_level(tmp_path):
+    (tmp_path / "t.csv").write_text("class,genus,family\n" + "".join(",".join(row) + "\n" for row in ROWS))
     probabilities = np.array([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.8, 0.1, 0.1]])
-    found = hierarchical_accuracy(probabilities, np.array([0, 1, 2]), TREE)
+    stored = PhotoPredictions(("a", "b", "c"), np.array([0, 1, 2]), probabilities)
+    run = SimpleNamespace(predictions=lambda split: stored, classes=[row[0] for row in ROWS])
+    found = taxonomy_scores(run, tmp_path / "t.csv")
     assert found["class"] == pytest.approx(1 / 3)
     assert found["genus"] == pytest.approx(1 / 3)
     assert found["family"] == pytest.approx(2 / 3)
-    assert found["mistake_height"] == pytest.approx((2 + 3) / 2)
-    assert hierarchical_accuracy(probabilities[:1], np.array([0]), TREE)["mistake_height"] == 0
 
 
 def test_a_table_is_read_by_name_whatever_its_order(tmp_path):

@@ -79,8 +79,7 @@ def predict(
             path_column=path_column,
             estimates_prior=prior == "estimate",
         )
-    content = done.rows() if out is None else done.as_dict()
-    print_result(content, done.table() if out is None else f"wrote {done.count} rows to {out}", as_json=as_json)
+    print_result(done.content(), done.table(), as_json=as_json)
     if done.prior:
         typer.echo(done.prior_message(), err=True)
     if done.failed:
@@ -129,7 +128,7 @@ def calibrate(
     and export use it from then on.
     """
     from fieldmark.inference.calibration import calibrate_run, describe_calibration, save_calibration_figure
-    from fieldmark.inference.taxonomy import describe_fallback, describe_scores, taxonomy_scores
+    from fieldmark.inference.taxonomy import describe_fallback, taxonomy_scores
     from fieldmark.runs.folder import Run
 
     if accuracy is not None and coverage is not None:
@@ -141,7 +140,8 @@ def calibrate(
         opened, wanted=wanted, wanted_value=value, confidence_level=confidence_level, folds=5, seed=0, taxonomy=taxonomy
     )
     levels = taxonomy_scores(opened, taxonomy) if taxonomy else {}
-    parts = [describe_calibration(found), describe_scores(levels) if levels else ""]
+    shown = [f"right at the level of {level}: {share:.1%}" for level, share in levels.items()]
+    parts = [describe_calibration(found), "\n".join(shown)]
     parts.append(describe_fallback(found.fallback) if found.fallback else "")
     content = found.to_dict() | ({"levels": levels} if levels else {})
     print_result(content, "\n\n".join(filter(None, parts)), as_json=as_json)

@@ -58,19 +58,6 @@ class Calibration:
         values = {name: value for name, value in vars(self).items() if name != "fallback"}
         return values | ({"back_off": self.fallback.to_dict()} if self.fallback else {})
 
-    @classmethod
-    def from_dict(cls, values: Any, *, num_classes: int) -> Calibration:
-        """Read what `to_dict` wrote; a DataError names the key of a value that is missing or not what it should be."""
-        if not isinstance(values, dict):
-            raise DataError(f"the calibration is a {type(values).__name__}, not an object")
-        known = {name: value for name, value in values.items() if name != "fallback"}
-        if values.get("back_off"):
-            known["fallback"] = Fallback.from_dict(values["back_off"], num_classes=num_classes)
-        try:
-            return read_values(cls, known)
-        except ValueError as error:
-            raise DataError(f"the calibration {error}; make it again with fieldmark calibrate") from None
-
 
 def calibrate_run(
     run: Run,
@@ -124,11 +111,14 @@ def load_calibration(run: Run) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")), num_classes=len(run.classes))
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON: {error}; remove it and calibrate again") from None
-    except DataError as error:
-        raise RunError(f"{path}: {error}; or remove the file") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"is a {type(values).__name__}, not an object")
+        if values.get("back_off"):
+            values["fallback"] = Fallback.from_dict(values["back_off"], num_classes=len(run.classes))
+        return read_values(Calibration, values)
+    except (ValueError, DataError) as error:
+        raise RunError(f"{path}: {error}. Make it again with `fieldmark calibrate`, or remove the file") from None
 
 
 def calibrate(

@@ -5,7 +5,6 @@ Either is a run folder that predicts alone. Shape letters: N photos, K classes.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -124,8 +123,7 @@ def format_combined(run: Run) -> str:
         temperature = f"  temperature {row['temperature']:.3f}" if "temperature" in row else ""
         lines.append(f"  {name:{width}}  top-1 {row['top1']:.4f}{temperature}{kept}")
     lines.append(f"validation: {format_accuracy(val)}")
-    temperatures = {name: row.get("temperature", 1.0) for name, row in members.items()}
-    as_they_are = [name for name, temperature in temperatures.items() if temperature == 1]
+    as_they_are = [name for name, row in members.items() if row.get("temperature", 1.0) == 1]
     if 0 < len(as_they_are) < len(members):
         lines.append(
             f"warning: {', '.join(as_they_are)} not calibrated, but the others are: the surest outvote the rest. "
@@ -163,22 +161,17 @@ def open_combinable(paths: Sequence[str | Path]) -> list[Run]:
 
 def _refuse_different_photos(first: Run, other: Run) -> None:
     own, others = _validation_labels(first), _validation_labels(other)
-    if first.data_info.get("fingerprint") == other.data_info.get("fingerprint") and own == others:
-        return
-    way_out = "Combine runs on the same split: same data, data.split_seed and fold"
-    if own.keys() != others.keys():
-        odd = min(own.keys() ^ others.keys())
+    way_out = "Combine runs on the same split: same data, data.split_seed, fold and corrections"
+    if odd := own.items() ^ others.items():
+        path, label = min(odd, key=lambda photo: photo[0])
         raise RunError(
             f"{first.path} and {other.path} have different validation photos ({len(own)} and {len(others)}, "
-            f"{len(own.keys() & others.keys())} in common; {odd!r} is in one alone), so no accuracy of the combination "
-            f"would be honest: one was trained on what evaluates the other. {way_out}"
+            f"{len(own.items() & others.items())} in common; {path!r} as {label!r} is in one alone), so no accuracy of "
+            f"the combination would be honest: one was trained on what evaluates the other. {way_out}"
         )
-    for path, label in own.items():
-        if others[path] != label:
-            raise RunError(
-                f"{first.path} and {other.path} disagree on the label of {path!r} ({label!r} and {others[path]!r}). "
-                f"{way_out}, and the same corrections"
-            )
+    if first.data_info.get("fingerprint") == other.data_info.get("fingerprint"):
+        return
+    for path in own:
         files = [run.split.root / path for run in (first, other)]
         if all(file.is_file() for file in files) and files[0].stat().st_size != files[1].stat().st_size:
             raise RunError(f"{path!r} is another file for {other.path} than for {first.path}. {way_out}")
@@ -244,7 +237,10 @@ def _write_ensemble(runs: Sequence[Run], part: Path) -> dict[str, Any]:
     listed: list[dict[str, Any]] = []
     described: dict[str, Any] = {}
     for number, (name, run, rows) in enumerate(zip(_name_runs(runs), runs, stored, strict=True)):
-        _copy_member(run, part / folder.MEMBERS / str(number))
+        member = part / folder.MEMBERS / str(number)
+        member.mkdir(parents=True)
+        for file in (folder.RECIPE, folder.CLASSES, folder.MODEL, WEIGHTS):  # all that it needs to predict
+            shutil.copyfile(run.path / file, member / file)
         calibration, parameters = load_calibration(run), int(run.model_info["parameters"])
         temperature = calibration.temperature if calibration else 1.0
         listed.append({"folder": str(number), "name": name, "temperature": temperature})
@@ -262,18 +258,6 @@ def _write_ensemble(runs: Sequence[Run], part: Path) -> dict[str, Any]:
         path, paths=rows.paths, labels=rows.labels, probabilities=probabilities, classes=first.classes
     )
     return described
-
-
-def _copy_member(run: Run, path: Path) -> None:
-    """Make a folder of all that a run needs to predict."""
-    path.mkdir(parents=True)
-    for name in (folder.RECIPE, folder.CLASSES, folder.MODEL):
-        shutil.copyfile(run.path / name, path / name)
-    try:
-        # Not a second gigabyte: a run's weights are replaced by a new file, never changed.
-        os.link(run.path / WEIGHTS, path / WEIGHTS)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(run.path / WEIGHTS, path / WEIGHTS)
 
 
 def _write_soup(runs: Sequence[Run], part: Path, progress: Progress) -> dict[str, Any]:

@@ -6,14 +6,13 @@ prediction: as they are, in a folder, or merged into one file.
 
     OUT/ or OUT.csv.parts/
         part-00000000.parquet ...   one a piece
-        .predict/plan.json          what is predicted with what; another call must agree
+        .predict/plan               of which photos and which model; another call must agree
         .predict/lock
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -40,7 +39,7 @@ from fieldmark.errors import (
 from fieldmark.files import exclusive_lock, write_whole
 from fieldmark.inference import calibration, sources, writers
 from fieldmark.inference.calibration import apply_prior, estimate_prior, load_calibration
-from fieldmark.inference.exported import FILE
+from fieldmark.inference.exported import FILE, digest_file
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.inference.sources import FileList, PhotoSource, Piece
 from fieldmark.inference.writers import Form, PredictedPhotos, save_predictions
@@ -49,7 +48,7 @@ from fieldmark.runs.environment import open_cluster, require_slots
 from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS, Run, write_json
 
 PHOTOS_BETWEEN_LINES = 10_000
-FORMAT = 2
+FORMAT = 3
 PIECE_PHOTOS = 1024
 BOOKS = ".predict"
 MAX_ATTEMPTS = 4
@@ -145,7 +144,7 @@ def _training_prior(model: Path) -> NDArray[np.float64]:
 def _check_names(source: PhotoSource, sample: Path | None, *, has_ids: bool) -> None:
     """Check the names that a file would have; of tar files only against a sample: to learn them is to read them."""
     if sample is not None or (has_ids and source.count is not None):
-        names = writers.leaderboard_names(source.names())
+        names = list(writers.leaderboard_names(source.names()))
         if sample is not None:
             writers.check_sample(names, sample)
 
@@ -195,8 +194,14 @@ def predict_in_parts(
         size = -(-(piece_photos or PIECE_PHOTOS) // predictor.batch_size) * predictor.batch_size
         fingerprint = model_fingerprint(model, flips=flips)
         keys = [_part_key(piece, fingerprint) for piece in source.cut(size)]
-        plan = {"format": FORMAT, "model": fingerprint, "photos": _combine_digests(keys), "parts": len(keys)}
-        _check_plan(folder, plan, out)
+        plan = folder / BOOKS / "plan"
+        wanted = _combine_digests([str(FORMAT), *keys])
+        if plan.is_file() and plan.read_text(encoding="ascii") != wanted:
+            raise PredictionError(
+                f"{folder} was begun with other photos (files may have changed), another model, other --flips, or by "
+                f"another version. Give another --out than {out}, or remove {folder}"
+            )
+        plan.write_text(wanted, encoding="ascii")
         rows = [writers.part_rows(part_path(folder, number), key=key) for number, key in enumerate(keys)]
         missing = {number for number, count in enumerate(rows) if count is None}
         done = sum(count for count in rows if count is not None) if source.count else len(keys) - len(missing)
@@ -234,22 +239,6 @@ def _lock(folder: Path) -> Generator[None]:
         folder / BOOKS / "lock", busy=f"another predict is at work in {folder}: wait for it, or give another --out"
     ):
         yield
-
-
-def _check_plan(folder: Path, plan: dict[str, Any], out: Path) -> None:
-    """Write the plan, or compare it with the one that is there."""
-    path = folder / BOOKS / "plan.json"
-    if not path.is_file():
-        path.write_text(json.dumps(plan, indent=2), encoding="ascii")
-        return
-    before: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
-    # Parts' keys hold the model too, so the digest of the photos means something only beside the same model.
-    reasons = {"format": "by another version", "model": "with another model (or other --flips)"}
-    changed = next((reason for name, reason in reasons.items() if before.get(name) != plan[name]), "")
-    if not changed and before != plan:
-        changed = f"of other photos ({before['parts']} parts then, {plan['parts']} now; files may have changed)"
-    if changed:
-        raise PredictionError(f"{folder} was begun {changed}. Give another --out than {out}, or remove {folder}")
 
 
 @dataclass(frozen=True)
@@ -311,9 +300,7 @@ def model_fingerprint(model: Path, *, flips: bool) -> str:
     total = hashlib.sha256(f"flips={flips}".encode())
     try:
         for path in files:
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"\0{path.relative_to(model).as_posix()}\0{content}".encode())
+            total.update(f"\0{path.relative_to(model).as_posix()}\0{digest_file(path)}".encode())
     except OSError as error:
         raise RunError(f"{model} cannot be read: {error.strerror}") from None
     return total.hexdigest()

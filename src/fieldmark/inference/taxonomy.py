@@ -186,38 +186,9 @@ def describe_fallback(found: Fallback) -> str:
     return "\n".join([*lines, f"unknown remain {unknown:.1%} of the photos"])
 
 
-def hierarchical_accuracy(
-    probabilities: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]], taxonomy: Taxonomy
-) -> dict[str, float]:
-    """Accuracy at each level, each by its own summed probabilities, and how far mistakes miss.
-
-    "mistake_height" is the mean number of levels up to the lowest common group, over the photos whose class is wrong:
-    from 1 (same genus) to L (nothing in common); 0 without mistakes.
-
-    Source:
-        Bertinetto et al., "Making Better Mistakes", arXiv:1912.09393, section 3 (height of the lowest common ancestor
-        of mistakes).
-    """
-    levels = [taxonomy.at_level(probabilities, level).argmax(axis=1) for level in range(len(taxonomy.levels))]
-    hits = np.array(levels) == taxonomy.members[:, labels]
-    guessed = probabilities.argmax(axis=1)
-    shared = taxonomy.members[:, guessed] == taxonomy.members[:, labels]
-    # In a tree a shared level implies that all above are shared, so the unshared ones count the height.
-    heights = (~shared).sum(axis=0)[guessed != labels]
-    accuracies = dict(zip(taxonomy.levels, hits.mean(axis=1).tolist(), strict=True))
-    return {**accuracies, "mistake_height": float(heights.mean()) if len(heights) else 0.0}
-
-
 def taxonomy_scores(run: Run, table: Path) -> dict[str, float]:
-    """`hierarchical_accuracy` of a run's stored validation predictions."""
-    stored = run.predictions("val")
-    return hierarchical_accuracy(stored.probabilities, stored.labels, load_taxonomy(table, run.classes))
-
-
-def describe_scores(scores: dict[str, float]) -> str:
-    """A line for each of `hierarchical_accuracy`, for people."""
-    height = scores["mistake_height"]
-    lines = [
-        f"right at the level of {level}: {score:.1%}" for level, score in scores.items() if level != "mistake_height"
-    ]
-    return "\n".join([*lines, f"mistakes are {height:.2f} levels off on average (1: the group above is still right)"])
+    """Accuracy of a run's stored validation predictions at each level, each by its own summed probabilities."""
+    stored, tree = run.predictions("val"), load_taxonomy(table, run.classes)
+    guesses = [tree.at_level(stored.probabilities, level).argmax(axis=1) for level in range(len(tree.levels))]
+    hits = np.array(guesses) == tree.members[:, stored.labels]
+    return dict(zip(tree.levels, hits.mean(axis=1).tolist(), strict=True))

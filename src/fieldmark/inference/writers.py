@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
@@ -70,18 +70,18 @@ class PredictedPhotos:
                 self.failed.append(prediction)
             yield prediction
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The shown predictions as plain data."""
-        return [json_row(prediction) for prediction in self.shown]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what was written, for machines."""
+    def content(self) -> Any:
+        """The shown predictions for machines, or what was written."""
+        if self.out is None:
+            return [json_row(prediction) for prediction in self.shown]
         failed = [{"path": prediction.path, "problem": prediction.problem} for prediction in self.failed]
         prior = {"prior": self.prior} if self.prior else {}
         return {"out": str(self.out), "rows": self.count, "failed": failed, **prior}
 
     def table(self) -> str:
-        """What the terminal shows where no file is written: one line each, up to three classes for a single photo."""
+        """What the terminal shows: without a file one line each, up to three classes for a single photo."""
+        if self.out is not None:
+            return f"wrote {self.count} rows to {self.out}"
         if len(self.shown) == 1 and not self.shown[0].problem:
             [only] = self.shown
             lines = [f"{probability:7.2%}  {name}" for name, probability in only.top(3)]
@@ -153,26 +153,22 @@ def save_predictions(
     return done
 
 
-def _leaderboard_name(path: str, seen: dict[str, str]) -> str:
-    """A file's name without folder and extension, which no path before it has; `seen` is their paths by name."""
-    name = PurePosixPath(path).stem
-    if name in seen:
-        raise PredictionError(
-            f"{seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder "
-            "and extension. Rename one, or write --form short or the long form, which keep the whole path"
-        )
-    seen[name] = path
-    return name
-
-
-def leaderboard_names(paths: Iterable[str]) -> list[str]:
+def leaderboard_names(paths: Iterable[str]) -> Iterator[str]:
     """File names without folder and extension: the ids of the leaderboard form, each of which must be one photo's.
 
-    >>> leaderboard_names(["test/10.jpg", "test/a.b.jpeg"])
+    >>> list(leaderboard_names(["test/10.jpg", "test/a.b.jpeg"]))
     ['10', 'a.b']
     """
     seen: dict[str, str] = {}
-    return [_leaderboard_name(path, seen) for path in paths]
+    for path in paths:
+        name = PurePosixPath(path).stem
+        if name in seen:
+            raise PredictionError(
+                f"{seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder "
+                "and extension. Rename one, or write --form short or the long form, which keep the whole path"
+            )
+        seen[name] = path
+        yield name
 
 
 def check_sample(names: Sequence[str], sample: Path) -> None:
@@ -237,9 +233,9 @@ def _text_rows(
     predictions: Iterable[Prediction], classes: Sequence[str], form: Form, *, has_groups: bool
 ) -> Iterator[Sequence[str]]:
     if form == "leaderboard":
-        seen: dict[str, str] = {}
         yield LEADERBOARD_HEADER
-        yield from ((_leaderboard_name(prediction.path, seen), prediction.label) for prediction in predictions)
+        named, labeled = tee(predictions)
+        yield from zip(leaderboard_names(one.path for one in named), (one.label for one in labeled), strict=True)
     elif form == "long":
         yield _long_columns(classes, has_groups=has_groups)
         yield from (list(map(_as_text, _long_values(one, has_groups=has_groups))) for one in predictions)

@@ -63,10 +63,6 @@ class Job:
         """The job file."""
         return book(self.sweep, self.name, "job.json")
 
-    def save(self) -> None:
-        """Write the job file."""
-        write_json(self.path, asdict(self))
-
 
 @dataclass(frozen=True)
 class Outcome:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fieldmark.config import Config
 from fieldmark.errors import ConfigError, ResourceError, first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster, require_slots
-from fieldmark.runs.folder import read_metrics
+from fieldmark.runs.folder import read_metrics, write_json
 from fieldmark.study.cell import (
     BOOKS,
     Cell,
@@ -235,7 +235,7 @@ class _Work:
         min_epochs, factor = (halving.min_epochs, halving.factor) if halving else (0, 2)
         settings = cell.config.model_dump(mode="json")
         job = Job(str(self.out), cell.name, settings, self.trainer, min_epochs, factor, parent=os.getpid())
-        job.save()
+        write_json(job.path, asdict(job))
         self.executor.start(job)
         self.running[cell.name] = cell
 
@@ -331,22 +331,14 @@ class LocalCells:
 
 def _find_gpus(devices_per_cell: int) -> list[tuple[str, ...]]:
     """Groups of GPUs for cells to run on at a time; one group without a name where there are too few."""
+    import torch
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = (
-        _gpu_numbers() if visible is None else [name for name in visible.split(",") if name.strip() not in ("", "-1")]
-    )
+    names = list(map(str, range(torch.cuda.device_count())))
+    if visible is not None:
+        names = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     groups = [tuple(names[start : start + devices_per_cell]) for start in range(0, len(names), devices_per_cell)]
     return [group for group in groups if len(group) == devices_per_cell] or [()]
-
-
-def _gpu_numbers() -> list[str]:
-    # Asked of the driver's tool: importing torch for the count takes seconds and a context on the GPU.
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return listed.stdout.split()
 
 
 def _describe_exit(code: int) -> str:
@@ -368,11 +360,7 @@ class RayCells:
         self._needs = {"CPU": float(cpus), "GPU": float(gpus) if self._ray.cluster_resources().get("GPU") else 0.0}
         self._task: Any = self._ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
         self._running: dict[str, Any] = {}
-        try:
-            require_slots(self._ray, self._needs, "a cell")
-        except ResourceError:
-            self.stop()
-            raise
+        require_slots(self._ray, self._needs, "a cell")
 
     @property
     def num_slots(self) -> int:
