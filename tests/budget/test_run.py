@@ -249,6 +249,7 @@ def test_a_budget_takes_a_linear_head_and_a_model_within_the_limit(photos, tmp_p
         (["model.head=mlp"], "fits a linear head; got model.head = 'mlp'"),
         (["model.max_parameters_millions=0.1"], r"the limit is 0.1 M; test_resnet has .* Raise it"),
         (["model.min_photos_per_second=1e9"], r"1e\+09 are wanted; test_resnet, the smallest .* Lower it"),
+        (["train.devices=2"], "is spent by one process; train.devices and train.nodes ask for 2. Leave both at 1"),
     ]
     for overrides, message in cases:
         with pytest.raises(ConfigError, match=message):

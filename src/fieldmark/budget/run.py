@@ -114,6 +114,11 @@ def train_within(
         FieldmarkError: Settings, data, weights or machine do not allow it.
         InterruptedRunError: Ctrl-C or SIGTERM came; the folder holds the best model so far.
     """
+    if (processes := config.train.devices * config.train.nodes) > 1:
+        raise ConfigError(
+            f"a time budget is spent by one process; train.devices and train.nodes ask for {processes}. Leave both at "
+            "1, or train on all of them by a recipe without --minutes"
+        )
     path = Path(out)
     plan = Plan(path / PLAN, 60 * minutes, clock, spent_seconds)
     with claim_folder(path, is_new=True), stop_requests() as stop:
