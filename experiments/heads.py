@@ -1,26 +1,34 @@
-"""Converged heads on frozen features, cross-validated: what pooling earns on several data sets.
+"""Converged heads on frozen features, cross-validated: what each ingredient of a head earns on several data sets.
 
-    python -m experiments.heads birds100 signs10 elpv.csv --out docs/pooling.md --features features
+    python -m experiments.heads birds100 signs10 elpv.csv --out docs/heads.md --features features
 
 Each data set is a folder of photos or a table. Test photos are left out. What was computed before is kept in the folder
 given by --features, so that an interrupted run goes on.
+
+Shape letters: N photos, F features, K classes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fieldmark.budget.candidates import Candidate, find_backbones
-from fieldmark.budget.heads import fit_head
+from fieldmark.budget.candidates import Candidate, View, find_backbones
+from fieldmark.budget.heads import fit_head, refit_head
 from fieldmark.budget.plan import Plan
 from fieldmark.budget.race import Course, make_folds, stratified_order
-from fieldmark.config import load_config
+from fieldmark.config import Config, load_config
+from fieldmark.data.loader import Batch
+from fieldmark.models.classifier import Classifier
 from fieldmark.progress import Quiet
-from fieldmark.runs.dataset import prepare_dataset
+from fieldmark.runs.dataset import Dataset, prepare_dataset
 from fieldmark.runs.environment import processor_name, usable_cores
 from fieldmark.runs.session import setup_fabric
 from fieldmark.runs.train import StopRequest
@@ -28,87 +36,202 @@ from fieldmark.study.statistics import paired_difference
 from fieldmark.training.metrics import log_loss
 
 FOLDS = 3
-BEFORE = "average"
-POOLS = (BEFORE, "covariance")
+PLAIN, POOLED, MIRRORED, CENTERED = "mean", "covariance", "mirror", "center"
+
+Floats = NDArray[np.float32]
 
 
-def out_of_fold(data: Path, pool: str, folder: Path, names: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return each backbone's (N, K) probabilities of the photos that are not of the test set, and their labels."""
-    config = load_config(None, [f'data.path="{data.resolve().as_posix()}"', f'model.pool="{pool}"'])
-    fabric, _ = setup_fabric(config)
-    dataset = prepare_dataset(config.data, progress=Quiet())
-    split = np.asarray([photo.split for photo in dataset.index.photos])
-    numbers = np.flatnonzero((split != "test") & (dataset.labels >= 0))
-    labels = dataset.labels[numbers]
-    course_folder = folder / f"{data.stem}-{pool}"
-    course_folder.mkdir(parents=True, exist_ok=True)
-    plan = Plan(course_folder / "plan.jsonl", 1e9)
-    order = numbers[stratified_order(labels, seed=0)]
-    course = Course(config, course_folder, plan, Quiet(), StopRequest(), dataset, fabric, order, numbers[:0])
-    groups = [dataset.index.photos[number].group for number in numbers]
-    folds = make_folds(labels, groups, folds=FOLDS, seed=0)
-    found: dict[str, np.ndarray] = {}
-    for backbone in (one for one in find_backbones(config) if not names or one.name in names):
-        candidate = Candidate(backbone, backbone.picture.test_size, "whole")
-        features = course.collect_features(candidate, numbers).select(numbers)
-        found[candidate.key] = fit_head(features, labels, folds, num_classes=course.num_classes).out_of_fold
-    if len(found) > 1:
-        found["the average of all"] = np.mean(list(found.values()), axis=0)
-    return found, labels
+class Mirrored(Course):
+    """Sees each picture's mirror image."""
+
+    def _compute(self, model: Classifier, batch: Batch) -> Batch:
+        return super()._compute(model, replace(batch, images=batch.images.flip(-1)))
 
 
-def compare(data: Path, folder: Path, names: list[str]) -> list[dict[str, object]]:
-    """Return a row for each network: accuracy with both poolings, and the difference with its interval."""
-    by_pool = {pool: out_of_fold(data, pool, folder, names) for pool in POOLS}
-    rows: list[dict[str, object]] = []
-    for name, before in by_pool[BEFORE][0].items():
-        labels = by_pool[BEFORE][1]
-        after = by_pool[POOLS[1]][0][name]
-        hits = [(found.argmax(1) == labels).astype(np.float64)[None] for found in (before, after)]
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One data set, with the features of its photos that are not of the test set."""
+
+    data: Path
+    folder: Path  # for what was computed
+
+    @cached_property
+    def config(self) -> Config:
+        """Settings of everything but the pooling."""
+        return load_config(None, [f'data.path="{self.data.resolve().as_posix()}"'])
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """All photos."""
+        return prepare_dataset(self.config.data, progress=Quiet())
+
+    @cached_property
+    def numbers(self) -> NDArray[np.int64]:
+        """(N,) photos that take part."""
+        split = np.asarray([photo.split for photo in self.dataset.index.photos])
+        return np.flatnonzero((split != "test") & (self.dataset.labels >= 0))
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) class indices."""
+        return self.dataset.labels[self.numbers]
+
+    @cached_property
+    def folds(self) -> NDArray[np.int64]:
+        """(N,) fold of each photo."""
+        groups = [self.dataset.index.photos[number].group for number in self.numbers]
+        return make_folds(self.labels, groups, folds=FOLDS, seed=0)
+
+    @cached_property
+    def courses(self) -> dict[str, Course]:
+        """Where features are computed, by their kind."""
+        return {kind: self._open(kind) for kind in (PLAIN, POOLED, MIRRORED)}
+
+    def _open(self, kind: str) -> Course:
+        pool = "average" if kind == PLAIN else "covariance"
+        config = load_config(None, [f'data.path="{self.data.resolve().as_posix()}"', f'model.pool="{pool}"'])
+        fabric, _ = setup_fabric(config)
+        folder = self.folder / f"{self.data.stem}-{MIRRORED if kind == MIRRORED else pool}"
+        folder.mkdir(parents=True, exist_ok=True)
+        order = self.numbers[stratified_order(self.labels, seed=0)]
+        plan = Plan(folder / "plan.jsonl", 1e9)
+        make = Mirrored if kind == MIRRORED else Course
+        return make(config, folder, plan, Quiet(), StopRequest(), self.dataset, fabric, order, self.numbers[:0])
+
+    def features(self, kind: str, name: str, view: View = "whole") -> Floats:
+        """(N, F) features of a backbone at its own size."""
+        course = self.courses[kind]
+        (backbone,) = [one for one in find_backbones(course.config) if one.name == name]
+        candidate = Candidate(backbone, backbone.picture.test_size, view)
+        return course.collect_features(candidate, self.numbers).select(self.numbers)
+
+    def answer(self, features: Floats) -> Floats:
+        """(N, K) probabilities out of fold."""
+        num_classes = len(self.dataset.index.classes)
+        return fit_head(features, self.labels, self.folds, num_classes=num_classes).out_of_fold
+
+
+def list_answers(trial: Trial, names: list[str]) -> dict[str, Floats]:
+    """Out-of-fold probabilities by ingredient, on the first of these backbones where it takes but one."""
+    first, *others = names
+    pooled = trial.features(POOLED, first)
+    answers = {
+        PLAIN: trial.answer(trial.features(PLAIN, first)),
+        POOLED: trial.answer(pooled),
+        MIRRORED: trial.answer((pooled + trial.features(MIRRORED, first)) / 2),
+        CENTERED: trial.answer(trial.features(POOLED, first, "center")),
+    }
+    answers["both views"] = average([answers[POOLED], answers[CENTERED]])
+    if others:
+        everything = [pooled, *(trial.features(POOLED, name) for name in others)]
+        answers["average"] = average([answers[POOLED], *map(trial.answer, everything[1:])])
+        answers["one head"] = trial.answer(np.concatenate(everything, axis=1))
+        answers["from the average"] = learn_unlabeled(trial, pooled, answers["average"])
+    answers["from itself"] = learn_unlabeled(trial, pooled, answers[POOLED])
+    return answers
+
+
+def average(answers: list[Floats]) -> Floats:
+    """The mean of some probabilities."""
+    return np.mean(answers, axis=0, dtype=np.float32)
+
+
+def learn_unlabeled(trial: Trial, features: Floats, teacher: Floats) -> Floats:
+    """(N, K) probabilities where each fold's photos are there without labels, named by the teacher, and learned from.
+
+    The teacher's answers are out of fold, so that no photo's own label takes part in its answer. Each photo is learned
+    as the class of which the teacher is surest.
+    """
+    num_classes = len(trial.dataset.index.classes)
+    head = fit_head(features, trial.labels, trial.folds, num_classes=num_classes)
+    found = np.empty_like(teacher)
+    for fold in range(FOLDS):
+        is_held = trial.folds == fold
+        labels = np.where(is_held, teacher.argmax(1), trial.labels)
+        learned = refit_head(features, labels, head).as_linear()
+        logits = features[is_held] @ learned.weight.detach().numpy().T + learned.bias.detach().numpy()
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        found[is_held] = odds / odds.sum(1, keepdims=True)
+    return found.astype(np.float32)
+
+
+QUESTIONS = (
+    ("covariance pooling in place of the mean", PLAIN, POOLED),
+    ("mean of the features of a photo and its mirror image", POOLED, MIRRORED),
+    ("the middle of the photo in place of all of it", POOLED, CENTERED),
+    ("average of heads on all of the photo and on its middle", POOLED, "both views"),
+    ("average of heads on three backbones", POOLED, "average"),
+    ("one head on the features of three backbones, beside the average of three", "average", "one head"),
+    ("unlabeled photos, named by the head itself", POOLED, "from itself"),
+    ("unlabeled photos, named by the average of three", POOLED, "from the average"),
+)
+
+
+def compare(trial: Trial, names: list[str]) -> list[dict[str, Any]]:
+    """Return a row for each question: accuracy with and without, and the difference with its interval."""
+    answers, labels = list_answers(trial, names), trial.labels
+    rows: list[dict[str, Any]] = []
+    for question, before, after in QUESTIONS:
+        if before not in answers or after not in answers:
+            continue
+        hits = [(answers[name].argmax(1) == labels).astype(np.float64)[None] for name in (before, after)]
         gain = paired_difference(*hits, level=0.95).interval
         rows.append(
-            {"data": data.stem, "photos": len(labels), "network": name}
-            | {f"top1_{pool}": float(hit.mean()) for pool, hit in zip(POOLS, hits, strict=True)}
-            | {f"log_loss_{pool}": log_loss(found, labels) for pool, found in zip(POOLS, (before, after), strict=True)}
+            {"question": question, "data": trial.data.stem, "photos": len(labels)}
+            | {"before": float(hits[0].mean()), "after": float(hits[1].mean())}
+            | {"log_loss_before": log_loss(answers[before], labels), "log_loss_after": log_loss(answers[after], labels)}
             | {"gain": gain.estimate, "low": gain.low, "high": gain.high}
         )
     return rows
 
 
-def write_page(rows: list[dict[str, object]]) -> str:
-    """Return the rows as a page."""
+def write_page(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """Return the rows as a page, a table for each question."""
     lines = [
-        "# What pooling earns",
+        "# What each ingredient of a head earns",
         "",
-        "Converged heads on frozen features of whole photos at each network's test size, cross-validated in "
-        f"{FOLDS} folds of",
-        f"the photos that are not of the test set. {usable_cores()} cores of an {processor_name()}, one seed. "
-        "`python -m experiments.heads` writes this page.",
-        "",
-        "| Data | Photos | Network | Top-1, mean pooling | Top-1, covariance pooling | Gain in points, 95 % interval |",
-        "| --- | ---: | --- | ---: | ---: | --- |",
+        f"Converged heads on frozen features of {names[0]} at its test size, or of {len(names)} backbones "
+        f"({', '.join(names)}) where the",
+        f"question says so, cross-validated in {FOLDS} folds of the photos that are not of the test set. "
+        f"{usable_cores()} cores of an {processor_name()}, one seed.",
+        "`python -m experiments.heads` writes this page. A gain whose interval holds 0 may be none.",
     ]
-    for row in rows:
-        gain, low, high = (100 * float(str(row[name])) for name in ("gain", "low", "high"))
-        before, after = (float(str(row[f"top1_{pool}"])) for pool in POOLS)
-        lines.append(
-            f"| {row['data']} | {row['photos']} | {row['network']} | {before:.3f} | {after:.3f} | "
-            f"{gain:+.1f} ({low:+.1f} to {high:+.1f}) |"
-        )
+    for question, _, _ in QUESTIONS:
+        found = [row for row in rows if row["question"] == question]
+        if not found:
+            continue
+        lines += [
+            "",
+            f"## {question[0].upper()}{question[1:]}",
+            "",
+            "| Data | Photos | Top-1 without | Top-1 with | Gain in points, 95 % interval | Log loss without | with |",
+            "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
+        ]
+        for row in found:
+            gain, low, high = (100 * row[name] for name in ("gain", "low", "high"))
+            before, after, loss, lower = (
+                f"{row[name]:.3f}" for name in ("before", "after", "log_loss_before", "log_loss_after")
+            )
+            lines.append(
+                f"| {row['data']} | {row['photos']} | {before} | {after} | {gain:+.1f} ({low:+.1f} to {high:+.1f}) | "
+                f"{loss} | {lower} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Compare, and write the page and its rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the page; the rows go beside it as JSON")
     parser.add_argument("--features", type=Path, required=True, help="folder for what was computed")
-    parser.add_argument("--network", action="append", default=[], help="only these, by timm's names; may be repeated")
     settings = parser.parse_args()
-    rows = [row for data in settings.data for row in compare(data, settings.features, settings.network)]
-    settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    settings.out.write_text(write_page(rows), encoding="utf-8")
+    names = [one.name for one in find_backbones(load_config(None, []))]
+    rows: list[dict[str, Any]] = []
+    for data in settings.data:
+        rows += compare(Trial(data, settings.features), names)
+        settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        settings.out.write_text(write_page(rows, names), encoding="utf-8")
 
 
 if __name__ == "__main__":
