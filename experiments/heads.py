@@ -133,7 +133,7 @@ def list_answers(trial: Trial, names: list[str]) -> dict[str, Floats]:
 
 def average(answers: list[Floats]) -> Floats:
     """The mean of some probabilities."""
-    return np.mean(answers, axis=0, dtype=np.float32)
+    return np.asarray(np.mean(answers, axis=0), np.float32)
 
 
 def learn_unlabeled(trial: Trial, features: Floats, teacher: Floats) -> Floats:
