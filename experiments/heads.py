@@ -125,7 +125,7 @@ def list_answers(trial: Trial, names: list[str]) -> dict[str, Floats]:
     if others:
         everything = [pooled, *(trial.features(POOLED, name) for name in others)]
         answers["average"] = average([answers[POOLED], *map(trial.answer, everything[1:])])
-        answers["one head"] = trial.answer(np.concatenate(everything, axis=1))
+        answers["one head"] = trial.answer(np.hstack(everything))
         answers["from the average"] = learn_unlabeled(trial, pooled, answers["average"])
     answers["from itself"] = learn_unlabeled(trial, pooled, answers[POOLED])
     return answers
