@@ -11,6 +11,7 @@ Shape letters: N photos, F features, K classes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fieldmark.budget.candidates import Candidate, View, find_backbones
@@ -125,7 +127,7 @@ def list_answers(trial: Trial, names: list[str]) -> dict[str, Floats]:
     if others:
         everything = [pooled, *(trial.features(POOLED, name) for name in others)]
         answers["average"] = average([answers[POOLED], *map(trial.answer, everything[1:])])
-        answers["one head"] = trial.answer(np.hstack(everything))
+        answers["one head"] = trial.answer(np.hstack(everything).astype(np.float32))
         answers["from the average"] = learn_unlabeled(trial, pooled, answers["average"])
     answers["from itself"] = learn_unlabeled(trial, pooled, answers[POOLED])
     return answers
@@ -137,22 +139,22 @@ def average(answers: list[Floats]) -> Floats:
 
 
 def learn_unlabeled(trial: Trial, features: Floats, teacher: Floats) -> Floats:
-    """(N, K) probabilities where each fold's photos are there without labels, named by the teacher, and learned from.
+    """(N, K) probabilities after learning from unlabeled photos too, each as the class of which the teacher is surest.
 
-    The teacher's answers are out of fold, so that no photo's own label takes part in its answer. Each photo is learned
-    as the class of which the teacher is surest.
+    The teacher's answers are out of fold: no photo's own label takes part in its answer. One half of each fold is
+    there without labels, and the other half is answered.
     """
     num_classes = len(trial.dataset.index.classes)
     head = fit_head(features, trial.labels, trial.folds, num_classes=num_classes)
+    half = make_folds(trial.labels, [""] * len(trial.labels), folds=2, seed=1)
     found = np.empty_like(teacher)
-    for fold in range(FOLDS):
-        is_held = trial.folds == fold
-        labels = np.where(is_held, teacher.argmax(1), trial.labels)
-        learned = refit_head(features, labels, head).as_linear()
-        logits = features[is_held] @ learned.weight.detach().numpy().T + learned.bias.detach().numpy()
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        found[is_held] = odds / odds.sum(1, keepdims=True)
-    return found.astype(np.float32)
+    for fold, side in itertools.product(range(FOLDS), range(2)):
+        is_tested = (trial.folds == fold) & (half == side)
+        labels = np.where(trial.folds == fold, teacher.argmax(1), trial.labels)
+        learned = refit_head(features[~is_tested], labels[~is_tested], head).as_linear()
+        with torch.inference_mode():
+            found[is_tested] = learned(torch.from_numpy(features[is_tested])).softmax(1).numpy()
+    return found
 
 
 QUESTIONS = (
@@ -162,8 +164,8 @@ QUESTIONS = (
     ("average of heads on all of the photo and on its middle", POOLED, "both views"),
     ("average of heads on three backbones", POOLED, "average"),
     ("one head on the features of three backbones, beside the average of three", "average", "one head"),
-    ("unlabeled photos, named by the head itself", POOLED, "from itself"),
-    ("unlabeled photos, named by the average of three", POOLED, "from the average"),
+    ("a quarter as many unlabeled photos, named by the head itself", POOLED, "from itself"),
+    ("a quarter as many unlabeled photos, named by the average of three", POOLED, "from the average"),
 )
 
 
