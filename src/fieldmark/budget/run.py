@@ -182,6 +182,7 @@ class _Work:
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])  # by candidate, the one on most photos
     tried: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # as summary.json says it
     history: list[tuple[float, Answer]] = field(default_factory=list[tuple[float, Answer]])  # the best from a second on
+    curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # the same, as summary.json says it
     choices: list[Answer] = field(default_factory=list[Answer])  # what the validation photos chose from
 
     @property
@@ -414,7 +415,9 @@ class _Work:
         self.course.log.message(
             f"{max(self.course.plan.left, 0):.0f} s left; kept if it ended now: {answer.name}{shown}"
         )
-        folder.write_json(self.course.path / folder.SUMMARY, {"status": "running", "kept": answer.name})
+        self.curve.append({"seconds": self.course.plan.elapsed, "kept": answer.name, "top1": figures.get("top1")})
+        summary = {"status": "running", "kept": answer.name, "history": self.curve}
+        folder.write_json(self.course.path / folder.SUMMARY, summary)
 
     def tune(self) -> None:
         """Fine-tune the best backbone that the time left allows, and choose among all that answers."""
@@ -545,7 +548,8 @@ class _Work:
             figures |= {"optimistic_bias": self._optimistic_bias(), "more_time": self._more_time()}
         spent = {"seconds": self.course.plan.elapsed, "budget_seconds": self.course.plan.seconds}
         selection = {"epochs": 0, "select": "best", "metric": "log_loss", "best_epoch": 0}
-        summary = {"status": status, "kept": answer.name, **spent, "tried": self.tried, **selection}
+        found = {"kept": answer.name, "tried": self.tried, "history": self.curve}
+        summary = {"status": status, **found, **spent, **selection}
         folder.write_json(self.course.path / folder.SUMMARY, summary | ({"val": figures} if figures else {}))
 
     def _refit(self, answer: Answer) -> Answer:
