@@ -29,9 +29,9 @@ def invoke(*words: str):
     return CliRunner().invoke(app, list(words))
 
 
-def test_the_help_lists_at_most_16_verbs_in_groups_and_names_the_others():
+def test_the_help_is_a_page_of_verbs_in_groups_and_names_the_others():
     commands = get_command(app).commands
-    assert len(commands.keys() - HIDDEN) <= 16
+    assert len(invoke("-h").output.splitlines()) <= 42
     assert {name for name, command in commands.items() if command.hidden} == HIDDEN
     text = invoke("-h").output
     positions = [text.index(f"\n{title}:\n") for title in ("Prepare", "Train", "Use a model", "Compare and improve")]

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser")
 
 
 @contextlib.contextmanager
-def served(model):
-    """The URL of the page over a model."""
+def run_server(app):
+    """The URL of an app while the block runs."""
     import uvicorn
 
-    config = uvicorn.Config(make_app(model), port=0, log_level="error", ws="none")
+    config = uvicorn.Config(app, port=0, log_level="error", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -33,7 +33,7 @@ def served(model):
 
 @pytest.fixture(scope="module")
 def url():
-    with served(ColorModel()) as url:
+    with run_server(make_app(ColorModel())) as url:
         yield url
 
 
@@ -198,7 +198,7 @@ def test_the_answer_is_on_the_screen_without_scrolling(browser, url, size):
 def test_doubt_is_shown_by_a_model_without_calibration_or_threshold(browser):
     model = ColorModel()
     model.threshold = 0.0
-    with served(model) as url:
+    with run_server(make_app(model)) as url:
         page = browser.new_page()
         page.goto(url)
         page.get_by_text("not calibrated: they may claim too much").wait_for()

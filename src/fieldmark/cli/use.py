@@ -1,4 +1,4 @@
-"""The verbs that put a trained model to use: evaluate, predict, calibrate, combine, export, serve, review."""
+"""The verbs that put a trained model to use: evaluate, predict, calibrate, combine, export, serve, review, app."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fieldmark.cli.options import Json, Model, Ray, RunFolder, RunFolders, print_result
+from fieldmark.cli.options import Json, Model, Overrides, Ray, RunFolder, RunFolders, print_result
 from fieldmark.progress import open_progress
 
 
@@ -261,3 +261,24 @@ def review(
     )
     typer.echo(f"review at http://127.0.0.1:{port}, decisions go to {table} (stop with Ctrl-C)", err=True)
     run_server(app, host="127.0.0.1", port=port, drain_seconds=5, max_connections=200)
+
+
+def app(
+    root: Annotated[Path | None, typer.Option(help="Folder with the photos; default: the home folder.")] = None,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8002,
+    set_: Overrides = None,
+) -> None:
+    """Do all of it in a local web page.
+
+    Choose photos, look at them, train, try the model, mend labels, export. Trainings go on without the page: they are
+    run folders in ROOT/fieldmark-runs, where it finds them again. Nothing outside ROOT is read or written.
+    """
+    from fieldmark.serve.server import run_server
+    from fieldmark.serve.studio import create_studio_app
+
+    root = root or Path.home()
+    pages = create_studio_app(root, set_ or ())
+    typer.echo(
+        f"open http://127.0.0.1:{port} in a browser; photos are looked for in {root} (stop with Ctrl-C)", err=True
+    )
+    run_server(pages, host="127.0.0.1", port=port, drain_seconds=5, max_connections=200)

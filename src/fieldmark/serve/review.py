@@ -234,7 +234,8 @@ async def _find_views(request: Request) -> ReviewViews:
     return request.app.state.views
 
 
-async def _require_json(request: Request) -> None:
+async def require_json(request: Request) -> None:
+    """Refuse what a page of another site could send without asking."""
     # A form of another site cannot send JSON without asking first, and is never told yes.
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise HTTPException(415, "send JSON")
@@ -300,7 +301,7 @@ def photos(
     return views.page(view, which=which, offset=offset, limit=limit)
 
 
-@_router.post("/api/decide", dependencies=[Depends(_require_json)])
+@_router.post("/api/decide", dependencies=[Depends(require_json)])
 def decide(views: Views, request: DecisionRequest) -> dict[str, Any]:
     """Take a decision; the photo afterwards."""
     _require_photo(views, request.number)
@@ -310,7 +311,7 @@ def decide(views: Views, request: DecisionRequest) -> dict[str, Any]:
     return views.photo(request.number)
 
 
-@_router.post("/api/undo", dependencies=[Depends(_require_json)])
+@_router.post("/api/undo", dependencies=[Depends(require_json)])
 def undo(views: Views) -> dict[str, Any]:
     """Take back the latest decision; the photo afterwards, or null."""
     number = views.number_of.get(views.corrections.undo() or "")
