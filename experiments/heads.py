@@ -120,7 +120,7 @@ def list_answers(trial: Trial, names: list[str]) -> dict[str, Floats]:
     answers = {
         PLAIN: trial.answer(trial.features(PLAIN, first)),
         POOLED: trial.answer(pooled),
-        MIRRORED: trial.answer((pooled + trial.features(MIRRORED, first)) / 2),
+        MIRRORED: trial.answer(np.float32(0.5) * (pooled + trial.features(MIRRORED, first))),
         CENTERED: trial.answer(trial.features(POOLED, first, "center")),
     }
     answers["both views"] = average([answers[POOLED], answers[CENTERED]])

@@ -28,10 +28,12 @@ def test_every_recipe_loads_alike_by_name_by_path_and_from_its_own_dump(path, tm
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_states_result_command_and_hardware(path):
-    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    for word in ("# Expected result:", "# Command:", "# Hardware:"):
-        assert any(line.startswith(word) for line in header), word
+def test_every_recipe_states_its_results_as_a_table(path):
+    rows = [line for line in path.read_text().splitlines() if line.startswith("# |")]
+    cells = [[cell.strip() for cell in row.removeprefix("# |").removesuffix("|").split(" | ")] for row in rows]
+    assert cells[0][:5] == ["Data", "Backbone", "Size", "Epochs", "Seeds"]
+    assert {len(row) for row in cells} == {8}
+    assert len(cells) > 2
 
 
 def test_the_competition_recipe_is_the_competitions_term_by_term():
