@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fieldmark.runs.folder import Run
     from fieldmark.runs.train import resume, train
     from fieldmark.study.compare import compare_runs
-    from fieldmark.study.grid import choice, log_uniform, uniform
     from fieldmark.study.report import write_report
     from fieldmark.study.sweep import run_sweep, sweep
 
@@ -41,7 +40,6 @@ _NAMES = {
     "runs.folder": ("Run",),
     "runs.train": ("resume", "train"),
     "study.compare": ("compare_runs",),
-    "study.grid": ("choice", "log_uniform", "uniform"),
     "study.report": ("write_report",),
     "study.sweep": ("run_sweep", "sweep"),
 }
@@ -56,19 +54,16 @@ __all__ = [
     "Predictor",
     "Run",
     "calibrate_run",
-    "choice",
     "combine",
     "compare_runs",
     "evaluate",
     "export_run",
     "fit",
     "load_config",
-    "log_uniform",
     "resume",
     "run_sweep",
     "sweep",
     "train",
-    "uniform",
     "write_report",
 ]
 

@@ -149,6 +149,16 @@ def test_the_python_of_the_readme_runs(workplace, capsys):
     assert capsys.readouterr().out.count("robin") == 10
 
 
+def test_the_python_of_the_page_on_sweeps_runs(workplace):
+    codes = blocks(ROOT / "docs/verbs/sweep.md", "python")
+    assert len(codes) == 2
+    tiny = ", ".join(map(repr, TINY))
+    for code in codes:
+        code = code.replace('"data.path=photos"', f'"data.path=photos", {tiny}').replace("n_trials=20", "n_trials=2")
+        exec(compile(code, "sweep.md", "exec"), {})
+    assert {path.name for path in Path("sweeps/lr").iterdir() if path.name[0].isdigit()} == {"0", "1"}
+
+
 def test_every_link_between_pages_leads_somewhere():
     links = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())]
     assert links

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fieldmark.config import load_config
-from fieldmark.errors import ConfigError, RunError
-from fieldmark.study.cell import BOOKS, is_poor, is_rung, load_outcome, run_job
-from fieldmark.study.grid import choice, parse_grid, uniform
+from fieldmark.errors import RunError
+from fieldmark.study.cell import BOOKS, load_outcome, run_job
+from fieldmark.study.grid import base_settings, grid_cells, parse_grid
 from fieldmark.study.sweep import run_sweep, sweep
 
 HERE = Path(__file__).parent
@@ -215,64 +215,14 @@ def test_two_cells_run_at_a_time_when_asked(tmp_path):
     assert max(status.num("running") for status in seen) == 2
 
 
-def test_poor_cells_are_stopped_early_and_stay_stopped(tmp_path):
-    grid = _grid((0.3, 0.25, 0.2, 0.0, 0.5), halving={"min_epochs": 1, "factor": 3}, set={"train.epochs": 6})
-    status = _run(grid, tmp_path)
-    states = _states(status)
-    assert states["mix.share=0.3"] == "finished"
-    assert states["mix.share=0"] == states["mix.share=0.5"] == "stopped"
-    assert next(cell for cell in status.cells if cell.name == "mix.share=0").epoch == 1
-    calls = _calls(tmp_path)
-    assert _states(_run(grid, tmp_path)) == states
-    assert _calls(tmp_path) == calls
-
-
-@pytest.mark.parametrize(("epoch", "expected"), [(1, False), (2, True), (3, False), (6, True), (12, False), (18, True)])
-def test_rungs_are_at_powers_of_the_factor(epoch, expected):
-    assert is_rung(epoch, min_epochs=2, factor=3) == expected
-
-
-def test_a_rung_keeps_the_best_one_in_so_many():
-    values = {f"cell{n}": float(n) for n in range(9)}
-    assert [name for name in values if not is_poor(values, name, factor=3)] == ["cell6", "cell7", "cell8"]
-    assert not is_poor({"a": 0.0, "b": 1.0}, "a", factor=3)
-
-
-@pytest.mark.parametrize("method", ["random", "bayesian"])
-def test_a_search_goes_on_with_the_same_trials_after_an_interruption(tmp_path, method):
-    def grid(trials):
-        space = {"mix.share": {"low": 0.0, "high": 0.5}, "train.batch_size": {"choices": [16, 32]}}
-        search = {"method": method, "trials": trials, "seed": 3, "space": space}
-        return parse_grid({"set": {"train.epochs": 2}, "search": search}, "grid")
-
-    def drawn(out):
-        recipes = sorted(out.glob("*/recipe.toml"))
-        return [(load_config(path).mix.share, load_config(path).train.batch_size) for path in recipes]
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    _run(grid(6), whole)
-    _run(grid(3), parts)
-    _run(grid(6), parts)
-    assert drawn(whole) == drawn(parts)
-    assert len(set(drawn(whole))) == 6
-    assert len(_calls(parts)) == 6
-
-
-def test_a_bayesian_search_comes_nearer_to_the_best_than_its_first_draws(tmp_path):
-    from fieldmark.study.grid import propose
-
-    search = parse_grid({"search": {"trials": 40, "space": {"mix.share": {"low": 0.0, "high": 0.5}}}}, "g").search
-    past = []
-    for _ in range(40):
-        changes = propose(search, past)
-        past.append((changes, 1 - abs(changes["mix.share"] - 0.3)))
-    distances = [abs(changes["mix.share"] - 0.3) for changes, _ in past]
-    assert sum(distances[-10:]) < 0.5 * sum(distances[:10])
-
-
-def test_the_python_call_takes_lists_or_distributions_but_no_mixture(tmp_path, monkeypatch):
-    config = load_config(None, ["train.epochs=1"])
-    with pytest.raises(ConfigError, match=r"mix\.share is drawn from a distribution: say how often"):
-        sweep(config, {"mix.share": uniform(0, 0.5)}, out=tmp_path)
-    with pytest.raises(ConfigError, match=r"optim\.lr is a list of values.*choice"):
-        sweep(config, {"optim.lr": [1e-3], "mix.share": choice(0.1, 0.2)}, trials=3, out=tmp_path)
+def test_the_python_call_trains_all_combinations_of_lists(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("fieldmark.study.sweep.run_sweep", lambda grid, out, **_: asked.update(grid=grid, out=out))
+    sweep(
+        load_config(None, ["train.epochs=1"]), {"mix.share": (0.1, 0.2), "optim.lr": [1e-3]}, out=tmp_path, seeds=(1, 2)
+    )
+    cells = grid_cells(asked["grid"], base_settings(asked["grid"], []))
+    assert [(cell.config.mix.share, cell.config.optim.lr, cell.config.train.seed) for cell in cells] == [
+        (0.1, 1e-3, 1), (0.1, 1e-3, 2), (0.2, 1e-3, 1), (0.2, 1e-3, 2)
+    ]  # fmt: skip
+    assert {cell.config.train.epochs for cell in cells} == {1}

@@ -173,7 +173,7 @@ def sweep(
     for cell in status.cells:
         typer.echo(f"{cell.state:9} {cell.name}" + (f": {cell.error}" if cell.error else ""))
     if status.failed:
-        raise RunError(f"{len(status.failed)} of {status.total} cells failed; their output is in {out}/.sweep")
+        raise RunError(f"{len(status.failed)} of {len(status.cells)} cells failed; their output is in {out}/.sweep")
     typer.echo(f"next: {command('report', out, '--out', 'report.html')}")
 
 
@@ -231,4 +231,4 @@ def _progress_line(status: SweepStatus) -> str:
     running = ", ".join(f"{cell.name} {cell.epoch}/{cell.epochs}" for cell in status.cells if cell.state == "running")
     left = f", {format_seconds(status.seconds_left)} to finish" if status.seconds_left is not None else ""
     failed = f", {len(status.failed)} failed" if status.failed else ""
-    return f"{status.num('finished')}/{status.total} cells{failed}{left}" + (f" | {running}" if running else "")
+    return f"{status.num('finished')}/{len(status.cells)} cells{failed}{left}" + (f" | {running}" if running else "")

@@ -13,7 +13,6 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +20,7 @@ from typing import Any, Literal
 from fieldmark.config import Config, load_config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError
 from fieldmark.files import exclusive_lock
-from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, read_metrics, run_status, write_json
-from fieldmark.training.metrics import best_value
+from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, run_status, write_json
 
 BOOKS = ".sweep"  # folder inside a sweep's for job files, logs, locks and outcomes
 # Keys that change how fast a run is, or how it is described, but not what it learns.
@@ -30,7 +28,7 @@ NO_EFFECT = {"description", "loader.workers", "cache.folder", "cache.disk_gigaby
              "train.save_minutes", "train.trackers"}  # fmt: skip
 SECONDS_TO_WAIT = 3600.0
 
-State = Literal["waiting", "running", "finished", "stopped", "failed", "interrupted"]  # successive halving stops
+State = Literal["waiting", "running", "finished", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class Job:
     name: str
     settings: dict[str, Any]
     trainer: str  # module with `train(config, out)` and `resume(out)`
-    min_epochs: int  # first rung of successive halving; 0 is off
-    factor: int
     parent: int  # process without which to stop after the epoch under way; 0 for none
 
     @property
@@ -90,26 +86,13 @@ def load_outcome(sweep: Path, name: str) -> Outcome | None:
         return None
 
 
-def load_drawn(sweep: Path, name: str, keys: Iterable[str]) -> dict[str, Any] | None:
-    """The values that a cell's job file has for these keys; None without such a file."""
-    try:
-        job = json.loads(book(sweep, name, "job.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    settings = flatten(parse_config(job["settings"], name))
-    return {key: settings[key] for key in keys}
-
-
-def settled_state(out: Path, cell: Cell) -> Literal["finished", "stopped"] | None:
-    """Return how a cell ended, by its folder, if nothing is left to do for it."""
+def is_settled(out: Path, cell: Cell) -> bool:
+    """Whether nothing is left to do for a cell, by its folder."""
     path = out / cell.name
-    if not (path / RECIPE).is_file() or _other_settings(path, cell):
-        return None
-    if run_status(path) == "finished":
-        is_scored = cell.config.data.train_on == "train+val" or (path / "predictions" / "val.parquet").is_file()
-        return "finished" if is_scored and (path / METRICS).is_file() else None
-    outcome = load_outcome(out, cell.name)
-    return "stopped" if outcome and outcome.state == "stopped" else None
+    if not (path / RECIPE).is_file() or _other_settings(path, cell) or run_status(path) != "finished":
+        return False
+    is_scored = cell.config.data.train_on == "train+val" or (path / "predictions" / "val.parquet").is_file()
+    return is_scored and (path / METRICS).is_file()
 
 
 def _other_settings(path: Path, cell: Cell) -> list[str]:
@@ -178,47 +161,9 @@ def _train(job: Job) -> State:
     for report in reports:
         if report.epoch >= config.train.epochs:
             continue
-        if job.min_epochs and is_rung(report.epoch, min_epochs=job.min_epochs, factor=job.factor):
-            values = _values_at(Path(job.sweep), config.train.metric, report.epoch)
-            if is_poor(values, job.name, factor=job.factor):
-                return "stopped"
         if job.parent and os.getppid() != job.parent:
             return "interrupted"
     return "finished"
-
-
-def is_rung(epoch: int, *, min_epochs: int, factor: int) -> bool:
-    """Whether cells are compared after this epoch: at min_epochs · factor^k."""
-    rung = min_epochs
-    while rung < epoch:
-        rung *= factor
-    return rung == epoch
-
-
-def is_poor(values: Mapping[str, float], name: str, *, factor: int) -> bool:
-    """Whether a cell is not among the best one in `factor` of those that got as far; never of fewer than `factor`.
-
-    `values` are those of all cells at the rung, higher is better.
-
-    Source:
-        Li et al., "A System for Massively Parallel Hyperparameter Tuning", arXiv:1810.05934, section 3, in the form
-        that stops at a rung instead of pausing (as in Ray Tune's AsyncHyperBandScheduler).
-    """
-    if len(values) < factor or name not in values:
-        return False
-    num_better = sum(value > values[name] for value in values.values())
-    return num_better >= len(values) // factor
-
-
-def _values_at(sweep: Path, metric: str, epoch: int) -> dict[str, float]:
-    """Best value up to an epoch of every cell that got as far."""
-    values: dict[str, float] = {}
-    for path in sweep.glob(f"*/{METRICS}"):
-        rows = read_metrics(path.parent)
-        best = best_value((row for row in rows if row["epoch"] <= epoch), metric)
-        if best is not None and rows[-1]["epoch"] >= epoch:
-            values[path.parent.name] = best
-    return values
 
 
 def main(path: str) -> int:

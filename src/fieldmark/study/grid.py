@@ -5,101 +5,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from fieldmark.config import Section, apply_overrides, load_config, parse_config, read_toml, recipe_names
-from fieldmark.errors import ConfigError, needs_extra
-from fieldmark.overrides import OLD_KEYS, parse_value
-from fieldmark.runs.folder import flatten, format_value, read_metrics
-from fieldmark.study.cell import Cell, load_drawn, settled_state
-from fieldmark.training.metrics import best_value
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+from fieldmark.errors import ConfigError
+from fieldmark.overrides import parse_value
+from fieldmark.runs.folder import flatten, format_value
+from fieldmark.study.cell import Cell
 
 MAX_NAME = 120
 SHIPPED = resources.files("fieldmark") / "study" / "grids"
 
 
-class Range(Section):
-    """A distribution to draw a setting's value from."""
-
-    choices: tuple[Any, ...] = ()  # values to choose from; then `low` and `high` are not given
-    low: float | None = None  # smallest value
-    high: float | None = None  # largest value
-    log: bool = False  # draw evenly on a logarithmic scale
-    integer: bool = False  # draw whole numbers
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if bool(self.choices) == (self.low is not None and self.high is not None):
-            raise ValueError("give either choices = [...], or low and high")
-        if self.low is not None and self.high is not None:
-            if self.low >= self.high:
-                raise ValueError(f"low must be below high; got {self.low:g} and {self.high:g}")
-            if self.log and self.low <= 0:
-                raise ValueError(f"log needs low > 0; got {self.low:g}")
-        return self
-
-
-def uniform(low: float, high: float) -> Range:
-    """Draw evenly between two numbers.
-
-    Examples:
-        >>> space = {"model.drop_path": fieldmark.uniform(0.0, 0.3)}  # for fieldmark.sweep
-    """
-    return Range(low=low, high=high)
-
-
-def log_uniform(low: float, high: float) -> Range:
-    """Draw evenly between two numbers > 0 on a logarithmic scale.
-
-    Examples:
-        >>> space = {"optim.lr": fieldmark.log_uniform(1e-5, 1e-2)}  # for fieldmark.sweep
-    """
-    return Range(low=low, high=high, log=True)
-
-
-def choice(*values: Any) -> Range:
-    """Draw one of the values.
-
-    Examples:
-        >>> space = {"optim.name": fieldmark.choice("adamw", "sgd")}  # for fieldmark.sweep
-    """
-    return Range(choices=values)
-
-
-class Search(Section):
-    """Settings drawn one after another instead of listed."""
-
-    # `random`, or the tree-structured Parzen estimator, which learns from the trials before (arXiv:2304.11127).
-    method: Literal["random", "bayesian"] = "bayesian"
-    trials: PositiveInt  # how many combinations to try
-    seed: NonNegativeInt = 0  # seed of the draws
-    space: dict[str, Range]  # dotted key to distribution
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if old := set(OLD_KEYS).intersection(self.space):
-            raise ValueError(f"{min(old)} is of earlier versions: draw mix.share, the share of batches that are mixed")
-        return self
-
-
-class Halving(Section):
-    """Stop poor cells early: asynchronous successive halving in its stopping form (ASHA, arXiv:1810.05934)."""
-
-    min_epochs: PositiveInt = 1  # no cell is stopped before; the first rung
-    # Each rung is this many times later than the one before, and keeps the best one in so many.
-    factor: Annotated[int, Field(ge=2)] = 3
-
-
 class Grid(Section):
-    """A sweep's file: a base recipe and one of `grid`, `cells` and `search`."""
+    """A sweep's file: a base recipe and one of `grid` and `cells`."""
 
     description: str = ""  # what the sweep is to find out
     # Name of a shipped recipe or path of a TOML file, relative to the grid's; none is the defaults.
@@ -109,13 +33,11 @@ class Grid(Section):
     grid: dict[str, Any] = Field(default_factory=dict[str, Any])  # dotted key to list of values; all combinations
     # Combinations one by one: dotted key to value, and `name` if the cell is to have one.
     cells: tuple[dict[str, Any], ...] = ()
-    search: Search | None = None  # combinations drawn from distributions
-    halving: Halving | None = None  # stop poor cells early
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if sum(map(bool, (self.grid, self.cells, self.search))) != 1:
-            raise ValueError("give exactly one of [grid], [[cells]] and [search]")
+        if bool(self.grid) == bool(self.cells):
+            raise ValueError("give either [grid] or [[cells]]")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers, at least one; got {list(self.seeds)}")
         for key, values in flatten(self.grid).items():
@@ -197,17 +119,13 @@ def grid_cells(grid: Grid, base: Mapping[str, Any]) -> list[Cell]:
 def _make_cell(grid: Grid, base: Mapping[str, Any], name: str, changes: Mapping[str, Any], seed: int) -> Cell:
     """One cell; without a name of its own it is named by its changes."""
     changed = ",".join(f"{key}={format_value(value)}" for key, value in changes.items())
-    name = _add_seed(name or changed or "base", grid, seed)
+    name = (name or changed or "base") + (f",seed={seed}" if len(grid.seeds) > 1 else "")
     settings = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
     try:
         apply_overrides(settings, {**changes, "train.seed": seed})
     except ConfigError as error:
         raise ConfigError(f"cell {name}: {error}") from None
     return Cell(safe_name(name), parse_config(settings, f"cell {name}"))
-
-
-def _add_seed(name: str, grid: Grid, seed: int) -> str:
-    return f"{name},seed={seed}" if len(grid.seeds) > 1 else name
 
 
 def safe_name(text: str) -> str:
@@ -217,65 +135,3 @@ def safe_name(text: str) -> str:
         return safe
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{safe[: MAX_NAME - 9]}-{digest}"
-
-
-def search_cells(grid: Grid, search: Search, base: Mapping[str, Any], out: Path) -> Iterator[Cell]:
-    """The trials of a search, each as many cells as there are seeds; a trial is drawn when its first cell is asked for.
-
-    What earlier trials drew is read from their job files, so that a search that was interrupted goes on with the same.
-    """
-    past: list[tuple[dict[str, Any], list[Cell]]] = []
-    for number in range(search.trials):
-        name = f"trial-{number:03d}"
-        changes = load_drawn(out, safe_name(_add_seed(name, grid, grid.seeds[0])), search.space)
-        if changes is None:
-            changes = propose(search, [(drawn, _mean_value(out, cells)) for drawn, cells in past])
-        cells = [_make_cell(grid, base, name, changes, seed) for seed in grid.seeds]
-        past.append((changes, cells))
-        yield from cells
-
-
-def _mean_value(out: Path, cells: Sequence[Cell]) -> float | None:
-    """Mean over a trial's cells that ended well, higher is better; None if none did."""
-    settled = [cell for cell in cells if settled_state(out, cell)]
-    values = [best_value(read_metrics(out / cell.name), cell.config.train.metric) for cell in settled]
-    seen = [value for value in values if value is not None]
-    return sum(seen) / len(seen) if seen else None
-
-
-def propose(search: Search, past: Sequence[tuple[Mapping[str, Any], float | None]]) -> dict[str, Any]:
-    """The next combination, from those before with their values; higher is better, None is failed or not done.
-
-    Nothing is kept between calls: a study is made anew from `past`, seeded by its length, so that a sweep that was
-    interrupted goes on as it would have.
-    """
-    with needs_extra("optuna", "sweep"):
-        import optuna
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    seed = search.seed * 100_003 + len(past)
-    samplers = {"random": optuna.samplers.RandomSampler, "bayesian": optuna.samplers.TPESampler}
-    study = optuna.create_study(direction="maximize", sampler=samplers[search.method](seed=seed))
-    space = {key: _distribution(values) for key, values in search.space.items()}
-    # Choices go by their number: Optuna knows no lists as categories.
-    choices = {key: [_plain(item) for item in values.choices] for key, values in search.space.items()}
-    for changes, value in past:
-        if value is not None:
-            params = {key: choices[key].index(_plain(at)) if choices[key] else at for key, at in changes.items()}
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=value))
-    return {
-        key: search.space[key].choices[drawn] if choices[key] else drawn
-        for key, drawn in study.ask(space).params.items()
-    }
-
-
-def _distribution(values: Range) -> BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if values.choices:
-        return CategoricalDistribution(list(range(len(values.choices))))
-    kind = IntDistribution if values.integer else FloatDistribution
-    return kind(**values.model_dump(include={"low", "high", "log"}))
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark.config import Config
-from fieldmark.errors import ConfigError, ResourceError, first_line
+from fieldmark.errors import ResourceError, first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster, require_slots
 from fieldmark.runs.folder import read_metrics, write_json
@@ -31,12 +31,12 @@ from fieldmark.study.cell import (
     State,
     book,
     clear_broken,
+    is_settled,
     load_outcome,
     refuse_other_recipe,
     run_job,
-    settled_state,
 )
-from fieldmark.study.grid import Grid, Range, base_settings, grid_cells, load_grid, parse_grid, search_cells
+from fieldmark.study.grid import Grid, base_settings, grid_cells, load_grid, parse_grid
 
 MAX_INTERRUPTIONS = 3
 MAX_RETRIES = 3
@@ -59,8 +59,7 @@ class SweepStatus:
     """Says how far a sweep is."""
 
     out: Path
-    cells: tuple[CellStatus, ...]  # all that are known so far, in order
-    total: int  # cells in all; a search finds its cells as it goes
+    cells: tuple[CellStatus, ...]  # in order
     seconds_left: float | None  # at the speed so far; None while that is not known
 
     def num(self, state: State) -> int:
@@ -80,42 +79,32 @@ class SweepStatus:
 
 def sweep(
     config: Config,
-    space: Mapping[str, Any],
+    space: Mapping[str, Sequence[Any]],
     *,
     out: str | Path,
-    trials: int | None = None,
     seeds: Sequence[int] = (0,),
     on_status: Callable[[SweepStatus], None] | None = None,
 ) -> SweepStatus:
-    """Train variations of a recipe: all combinations of lists of values, or `trials` draws from distributions.
+    """Train variations of a recipe: all combinations of lists of values.
 
     Args:
         config: The base.
-        space: Dotted key to a list of values, or to `uniform`, `log_uniform` or `choice`.
+        space: Dotted key to a list of values.
         out: Folder of the run folders.
-        trials: Draws, for distributions; None for lists.
         seeds: Each combination is trained with each.
         on_status: Called whenever something changed.
 
     Raises:
-        ConfigError: `space` mixes lists and distributions, or `trials` does not fit it.
+        ConfigError: A key or a value is not one of a recipe.
 
     Examples:
         >>> config = fieldmark.load_config("recipe.toml", ["data.path=photos"])
-        >>> status = fieldmark.sweep(config, {"optim.lr": fieldmark.log_uniform(1e-4, 1e-2)}, trials=1, out="sweeps/lr")
+        >>> status = fieldmark.sweep(config, {"optim.lr": [1e-3]}, out="sweeps/lr")
         >>> len(status.runs)
         1
     """
-    content: dict[str, Any] = {"set": config.model_dump(mode="json"), "seeds": list(seeds)}
-    odd = next((key for key, values in space.items() if isinstance(values, Range) == (trials is None)), None)
-    if trials is None:
-        if odd:
-            raise ConfigError(f"{odd} is drawn from a distribution: say how often with trials=20, say")
-        content["grid"] = {key: list(values) for key, values in space.items()}
-    else:
-        if odd:
-            raise ConfigError(f"{odd} is a list of values: with trials, use fieldmark.choice(...) for it")
-        content["search"] = {"trials": trials, "space": dict(space)}
+    grid = {key: list(values) for key, values in space.items()}
+    content = {"set": config.model_dump(mode="json"), "seeds": list(seeds), "grid": grid}
     return run_sweep(parse_grid(content, "sweep"), out, on_status=on_status)
 
 
@@ -163,8 +152,8 @@ def run_sweep(
     if data is not None:
         base["data"]["path"] = str(Path(data).resolve())
     out = Path(out).resolve()
-    known = [] if grid.search else grid_cells(grid, base)
-    for cell in known:
+    cells = grid_cells(grid, base)
+    for cell in cells:
         refuse_other_recipe(out, cell)
     try:
         (out / BOOKS).mkdir(parents=True, exist_ok=True)
@@ -173,11 +162,9 @@ def run_sweep(
     busy = f"another sweep is at work in {out}: wait for it, or give another folder"
     with exclusive_lock(out / BOOKS / "sweep.lock", busy=busy):
         executor = _open_executor(base["train"]["devices"], jobs=jobs, ray=ray, ray_cpus=ray_cpus)
-        cells = search_cells(grid, grid.search, base, out) if grid.search else iter(known)
-        total = grid.search.trials * len(grid.seeds) if grid.search else len(known)
-        work = _Work(grid, out, cells, total, executor, trainer, on_status or (lambda _: None))
+        work = _Work(out, iter(cells), executor, trainer, on_status or (lambda _: None))
         try:
-            return work.run(known, poll_seconds)
+            return work.run(cells, poll_seconds)
         finally:
             executor.stop()
 
@@ -186,10 +173,8 @@ def run_sweep(
 class _Work:
     """A sweep under way."""
 
-    grid: Grid
     out: Path
     cells: Iterator[Cell]
-    total: int
     executor: LocalCells | RayCells
     trainer: str
     on_status: Callable[[SweepStatus], None]
@@ -221,8 +206,8 @@ class _Work:
     def start_cells(self) -> None:
         """Fill the slots that are free; cells that are done take none."""
         while len(self.running) < max(self.executor.num_slots, 1) and (cell := next(self.cells, None)):
-            if done := settled_state(self.out, cell):
-                self.note(cell, done)
+            if is_settled(self.out, cell):
+                self.note(cell, "finished")
             else:
                 self.start(cell)
 
@@ -231,10 +216,8 @@ class _Work:
         refuse_other_recipe(self.out, cell)
         clear_broken(self.out, cell)
         self.note(cell, "running")
-        halving = self.grid.halving
-        min_epochs, factor = (halving.min_epochs, halving.factor) if halving else (0, 2)
         settings = cell.config.model_dump(mode="json")
-        job = Job(str(self.out), cell.name, settings, self.trainer, min_epochs, factor, parent=os.getpid())
+        job = Job(str(self.out), cell.name, settings, self.trainer, parent=os.getpid())
         write_json(job.path, asdict(job))
         self.executor.start(job)
         self.running[cell.name] = cell
@@ -266,10 +249,8 @@ class _Work:
         cells = tuple(self.statuses.values())
         done = sum(cell.epoch for cell in cells) - sum(self.epochs_before.values())
         left = sum(cell.epochs - cell.epoch for cell in cells if cell.state in ("waiting", "running"))
-        mean_epochs = sum(cell.epochs for cell in cells) / max(len(cells), 1)
-        left += mean_epochs * (self.total - len(cells))
         seconds = (time.monotonic() - self.started) * left / done if done else None
-        return SweepStatus(self.out, cells, self.total, seconds)
+        return SweepStatus(self.out, cells, seconds)
 
 
 def _open_executor(devices: int, *, jobs: int | None, ray: str | None, ray_cpus: int) -> LocalCells | RayCells:
