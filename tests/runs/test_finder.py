@@ -1,98 +1,72 @@
+"""The learning-rate sweep: what its losses say, and that it trains as a training does."""
+
 from __future__ import annotations
 
-import math
+import itertools
 
 import pytest
 import torch
-from torch import nn
 
+from fieldmark.config import load_config
 from fieldmark.errors import TrainingError
-from fieldmark.runs.preview import find_lr, valley_point
+from fieldmark.progress import Quiet
+from fieldmark.runs import preview
+from fieldmark.runs.preview import read_sweep, search_lr, valley_point
+
+RATES = [1e-6 * 10 ** (6 * k / 99) for k in range(100)]
+# A loss as networks show it: level, then falling, then exploding from a rate of about 0.1.
+CURVE = [2.0 - min(rate / 1e-2, 1.0) + (rate / 0.1) ** 3 for rate in RATES]
 
 
-def make_task(seed=0, count=200):
-    generator = torch.Generator().manual_seed(seed)
-    truth = torch.randn(8, 3, generator=generator)
-    batches = []
-    for _ in range(count):
-        inputs = torch.randn(16, 8, generator=generator)
-        batches.append((inputs, inputs @ truth))
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 3))
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3), batches
-
-
-def sweep(model, optimizer, batches, **changes):
-    settings = {"highest": 10.0}
-    backward = changes.pop("backward", torch.Tensor.backward)
-    loss_fn = nn.functional.mse_loss
-    return find_lr(model, optimizer, batches, loss_fn, backward=backward, **{**settings, **changes})
-
-
-def test_the_sweep_rises_exponentially_and_the_suggestion_lies_before_the_explosion():
-    found = sweep(*make_task())
-    ratios = [b / a for a, b in zip(found.lrs, found.lrs[1:], strict=False)]
-    assert found.lrs[0] == pytest.approx(1e-6)
-    assert ratios == pytest.approx([ratios[0]] * len(ratios))
-    assert len(found.lrs) == len(found.losses) == len(found.smoothed)
+def test_the_suggestion_lies_in_the_fall_before_the_explosion():
+    found = read_sweep(RATES, CURVE)
+    assert len(found.lrs) == len(found.losses) == len(found.smoothed) < 100
     best = found.lrs[found.smoothed.index(min(found.smoothed))]
-    assert 1e-4 < found.suggestion < best
-
-
-def test_the_suggested_rate_learns_faster_than_the_ends_of_the_sweep():
-    def loss_after(lr):
-        model, _, batches = make_task()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-        for inputs, targets in batches[:60]:
-            optimizer.zero_grad()
-            loss = nn.functional.mse_loss(model(inputs), targets)
-            loss.backward()
-            optimizer.step()
-        return loss.item()
-
-    suggestion = sweep(*make_task()).suggestion
-    assert loss_after(suggestion) < 0.5 * min(loss_after(1e-6), loss_after(10.0))
-
-
-def test_groups_keep_the_ratio_of_their_rates():
-    model, _, batches = make_task()
-    groups = [
-        {"params": model[0].parameters(), "lr": 1.0, "base_lr": 1e-3},
-        {"params": model[4].parameters(), "lr": 1.0, "base_lr": 1e-2},
-    ]
-    optimizer = torch.optim.SGD(groups)
-    seen = []
-
-    def backward(loss):
-        seen.append([group["lr"] for group in optimizer.param_groups])
-        loss.backward()
-
-    found = sweep(model, optimizer, batches, num_steps=10, highest=1e-3, backward=backward)
-    assert [high for _, high in seen] == pytest.approx(list(found.lrs))
-    assert [low / high for low, high in seen] == pytest.approx([0.1] * 10)
+    assert 1e-5 < found.suggestion < best
 
 
 def test_a_sweep_that_explodes_stops_early_and_one_that_does_not_reads_no_more_than_it_needs():
-    model, _, batches = make_task()
-    assert len(sweep(model, torch.optim.SGD(model.parameters()), batches, highest=1e6).lrs) < 100
-    rest = iter(batches)
-    assert len(sweep(*make_task()[:2], rest, highest=1e-5, num_steps=20).lrs) == 20
-    assert len(list(rest)) == len(batches) - 20
+    read = []
+    read_sweep(RATES, (read.append(value) or value for value in CURVE))
+    assert len(read) < 100
+    rest = iter([1.0] * 130)
+    assert len(read_sweep(RATES[:20], rest).lrs) == 20
+    assert len(list(rest)) in (109, 110)
 
 
 def test_smoothing_is_corrected_for_its_start():
-    found = sweep(*make_task(), highest=1e-5)
+    found = read_sweep(RATES, CURVE)
     weights = [0.9 ** (4 - i) for i in range(5)]
     by_hand = sum(w * loss for w, loss in zip(weights, found.losses, strict=False)) / sum(weights)
     assert found.smoothed[4] == pytest.approx(by_hand)
 
 
 def test_a_sweep_without_anything_to_see_is_refused():
-    model, optimizer, batches = make_task()
     with pytest.raises(TrainingError, match="only 4 finite losses from 1e-06 on"):
-        sweep(model, optimizer, batches[:4])
-    with pytest.raises(TrainingError, match="only 0 finite losses"):
-        sweep(model, optimizer, [(torch.full((16, 8), math.nan), batches[0][1])])
+        read_sweep(RATES, CURVE[:4])
+
+
+def test_the_sweep_rises_exponentially_in_all_groups_and_ends_where_a_loss_is_not_finite(
+    tmp_path, write_photos, monkeypatch
+):
+    write_photos(tmp_path, ["a", "b"])
+    overrides = [f"data.path={tmp_path}", "data.val_fraction=0.25", "model.name=test_resnet", "model.weights=random",
+                 "augment.size=32", "eval.size=32", "train.batch_size=8", "train.precision=32-true", "cache.mode=off",
+                 "loader.workers=0"]  # fmt: skip
+    seen, whole = [], preview.update
+
+    def watch(fabric, state, batch, options):
+        seen.append([group["lr"] for group in state.optimizer.param_groups])
+        if len(seen) == 21:
+            batch.images[0] = torch.nan
+        return whole(fabric, state, batch, options)
+
+    monkeypatch.setattr(preview, "update", watch)
+    found = search_lr(load_config(None, overrides), progress=Quiet())
+    assert list(found.lrs) == pytest.approx(RATES[:20])
+    assert [max(rates) for rates in seen[:20]] == pytest.approx(RATES[:20])
+    assert [min(rates) / max(rates) for rates in seen] == pytest.approx([0.1] * 21)
+    assert all(a > 0 for a, _ in itertools.pairwise(found.losses))
 
 
 def test_the_valley_of_a_curve_known_by_hand():

@@ -5,18 +5,15 @@ Shape letters: B photos, K classes, H, W and S pixels.
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fieldmark import plots
 from fieldmark.augment.mixing import Method, apply_mix, draw_mix, lambda_draws, one_hot
@@ -24,14 +21,15 @@ from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch
-from fieldmark.errors import DataError, TrainingError
+from fieldmark.errors import DataError, NonFiniteError, TrainingError
 from fieldmark.files import write_whole
 from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.check import LintInput, lint_recipe
 from fieldmark.runs.dataset import find_photos, inspect, known_sizes
 from fieldmark.runs.session import Session, open_session
-from fieldmark.training.loop import soft_cross_entropy
+from fieldmark.training.loop import TrainState, UpdateOptions, update
+from fieldmark.training.optim import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,77 +176,58 @@ def search_lr(config: Config, *, progress: Progress) -> LrSweep:
     The other groups' rates rise in proportion. The head starts untrained: a recipe that probes first bears the
     suggested rate as well, and often a higher one.
     """
+    rates = [LOWEST * (HIGHEST / LOWEST) ** (number / (UPDATES - 1)) for number in range(UPDATES)]
     with (
         tempfile.TemporaryDirectory(prefix="fieldmark-") as scratch,
         open_session(config, Path(scratch) / "run", start="new", progress=progress) as session,
     ):
         state = session.start_training()
+        optimizer = state.schedule.optimizer
+        highest = max(group["base_lr"] for group in optimizer.param_groups)
+        state.schedule = Schedule(optimizer, lambda step: rates[min(step, UPDATES - 1)] / highest)
         progress.start(UPDATES, 0)
-        return find_lr(
-            state.network.train(),
-            state.optimizer,
-            _batches(session, progress),
-            lambda logits, targets: soft_cross_entropy(logits, targets, None) / len(targets),
-            backward=session.fabric.backward,
-        )
+        return read_sweep(rates, _losses(session, state, progress))
 
 
-def _batches(session: Session, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+def _losses(session: Session, state: TrainState, progress: Progress) -> Iterator[float]:
+    """Yield the mean loss before each update, until it is not finite."""
+    state.model.train()
     for epoch in cycle(range(max(session.plan.epochs, 1))):
         for batch in session.train_batches(epoch, 0):
-            yield batch.images, batch.targets
+            try:
+                loss, _ = update(session.fabric, state, batch, UpdateOptions())
+                state.watch.drain()
+            except NonFiniteError:
+                return
+            yield loss.item() / len(batch.labels)
             progress.advance(1)
 
 
-def find_lr(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    *,
-    backward: Callable[[Tensor], Any],
-    highest: float = HIGHEST,
-    num_steps: int = UPDATES,
-) -> LrSweep:
-    """Train with rising rates, and note the losses until they explode.
-
-    Groups keep the ratios of their `base_lr` (or `lr`); the highest of them goes through the sweep. At most
-    `num_steps` batches (inputs, targets) are read; a source that is shorter ends the sweep.
+def read_sweep(rates: Sequence[float], losses: Iterable[float]) -> LrSweep:
+    """Suggest a rate by the losses of updates with rising rates; no more are read once they explode.
 
     Source:
         Smith, "Cyclical Learning Rates", arXiv:1506.01186, section 3.3; the valley rule is fastai's
         (fastai/callback/schedule.py, `valley`).
     """
-    rates = [LOWEST * (highest / LOWEST) ** (number / (num_steps - 1)) for number in range(num_steps)]
-    base = [float(group.get("base_lr", group["lr"])) for group in optimizer.param_groups]
-    lrs: list[float] = []
-    losses: list[float] = []
+    seen: list[float] = []
     smoothed: list[float] = []
     average = 0.0
-    for rate, (inputs, targets) in zip(rates, batches, strict=False):
-        for group, its_base in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * its_base / max(base)
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_fn(model(inputs), targets)
-        value = float(loss.item())
-        if not math.isfinite(value):
-            break
+    for _, value in zip(rates, losses, strict=False):
         average = SMOOTHING * average + (1 - SMOOTHING) * value
-        lrs.append(rate)
-        losses.append(value)
-        smoothed.append(average / (1 - SMOOTHING ** len(lrs)))  # corrected for its start at zero
+        seen.append(value)
+        smoothed.append(average / (1 - SMOOTHING ** len(seen)))  # corrected for its start at zero
         if smoothed[-1] > EXPLOSION * min(smoothed):
             break
-        backward(loss)
-        optimizer.step()
-    if len(lrs) < LEAST_POINTS:
+    if len(seen) < LEAST_POINTS:
         raise TrainingError(
-            f"the learning-rate sweep saw only {len(lrs)} finite losses from {LOWEST:g} on: give at least "
-            f"{LEAST_POINTS} batches, or start lower"
+            f"the learning-rate sweep saw only {len(seen)} finite losses from {LOWEST:g} on and needs {LEAST_POINTS}. "
+            "Look at the photos (`fieldmark check`), or set train.precision=32-true"
         )
+    lrs = rates[: len(seen)]
     # As fastai: the first tenth is noise of the start, the last few points are the explosion.
     window = slice(len(lrs) // 10, max(len(lrs) - 5, len(lrs) // 10 + 3))
-    return LrSweep(tuple(lrs), tuple(losses), tuple(smoothed), valley_point(lrs[window], smoothed[window]))
+    return LrSweep(tuple(lrs), tuple(seen), tuple(smoothed), valley_point(lrs[window], smoothed[window]))
 
 
 def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
