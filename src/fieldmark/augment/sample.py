@@ -27,7 +27,6 @@ NOISE_SIZE = 1 << 20  # length of the noise bank
 # Streams: each part draws from its own, so switching one off leaves the others' numbers alone.
 CROP, FLIP, AFFINE, COLOR, POLICY, ERASE, MIX = range(7)
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop and RandomErasing give up after as many
-_CHUNK = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +117,11 @@ def crop_fallback_rate(spec: AugmentSpec, sizes: ArrayLike, *, draws: int) -> fl
 
     `sizes` are (N, 2) widths and heights; the share is 0 unless `crop` is `random_resized`.
     """
-    sizes = np.asarray(sizes, dtype=np.float64)
-    total = len(sizes) * draws
-    if spec.crop != "random_resized" or not total:
+    repeated = np.repeat(np.asarray(sizes, dtype=np.float64), draws, axis=0)
+    if spec.crop != "random_resized" or not len(repeated):
         return 0.0
-    failed = 0
-    for start in range(0, total, _CHUNK):
-        numbers = np.arange(start, min(start + _CHUNK, total))
-        chances = uniforms(0, 0, numbers, stream=CROP, count=4 * _ATTEMPTS)
-        failed += int(_crop_boxes(spec, sizes[numbers // draws], chances)[1].sum())
-    return failed / total
+    chances = uniforms(0, 0, np.arange(len(repeated)), stream=CROP, count=4 * _ATTEMPTS)
+    return float(_crop_boxes(spec, repeated, chances)[1].mean())
 
 
 def _crop_boxes(spec: AugmentSpec, sizes: Floats, chances: Floats) -> tuple[Floats, NDArray[np.bool_]]:

@@ -25,7 +25,7 @@ from fieldmark.models.catalog import InputConfig, pretrained_file, resolve_name,
 from fieldmark.models.classifier import count_parameters, create_classifier
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs import build
-from fieldmark.runs.dataset import divide, find_photos, inspect, known_sizes
+from fieldmark.runs.dataset import divide, find_photos, inspect
 from fieldmark.runs.environment import usable_cores
 
 PHOTOS_PREPARED = 32
@@ -52,8 +52,8 @@ class Preflight:
         return "preparing photos" if one_photo > 1 / self.trained_per_second else "training"
 
 
-def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Preflight:
-    """Prepare and train on a few of the training photos whose upright width and height are known, by number."""
+def measure(config: Config, index: PhotoIndex, sizes: NDArray[np.int64]) -> Preflight:
+    """Prepare and train on a few of the photos whose (N, 2) upright width and height are known; 0 stands for others."""
     config, _ = build.guard_computation(config)
     fabric, _ = build.build_fabric(config)
     if fabric.device.type == "cpu":
@@ -61,9 +61,9 @@ def measure(config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]]
     weights = build.build_input_config(config)
     build.require_sizes(config, weights)
     size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
-    reader, known = build.build_reader(config, index), known_sizes(index, sizes)
-    prepare = build.build_train_photos(config, reader, known, size=size, evaluation=evaluation)
-    numbers = list(sizes)[:PHOTOS_PREPARED]
+    reader = build.build_reader(config, index)
+    prepare = build.build_train_photos(config, reader, sizes, size=size, evaluation=evaluation)
+    numbers = np.flatnonzero(sizes[:, 0])[:PHOTOS_PREPARED].tolist()
     prepared = _rate(lambda: len(prepare(numbers, 0).numbers))
     model = create_classifier(**build.create_arguments(config, num_classes=len(index.classes))).train()
     if build.is_channels_last(config):
@@ -160,16 +160,14 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
     found = find_photos(config.data)
     facts, _ = inspect(found, config.data, progress=progress, with_hash=True)
     index, problem = _divide_usable(found, facts, config)
-    sizes = {
-        number: (fact.width, fact.height)
-        for number, (photo, fact) in enumerate(zip(index.photos, facts, strict=True))
-        if photo.split == "train" and photo.label is not None and not fact.problem
-    }
+    is_trained = [photo.split == "train" and photo.label is not None for photo in index.photos]
+    sizes = np.asarray([(fact.width, fact.height) for fact in facts], np.int64).reshape(-1, 2)
+    sizes[np.logical_not(is_trained)] = 0
     counts = Counter(photo.split for photo in index.photos)
     given = LintInput.of(config, index, sizes, num_train=counts["train"], num_val=counts["val"])
     no_weights = _why_no_weights(config) if with_recipe else ""
     preflight = None
-    if with_recipe and not no_weights and sizes and len(index.classes) > 1:
+    if with_recipe and not no_weights and sizes.any() and len(index.classes) > 1:
         progress.message("measuring a few photos and updates")
         preflight = measure(config, index, sizes)
     audited = audit(
@@ -182,7 +180,7 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
     must_fix = [problem] if problem else list(audited.must_fix)
     must_fix += [no_weights] if no_weights else []
     warnings = tuple(lint_recipe(given)) if with_recipe else ()
-    rate = fallback_rate(config, given.weights, given.sizes) if sizes and with_recipe else None
+    rate = fallback_rate(config, given.weights, given.sizes) if sizes.any() and with_recipe else None
     return Checkup(audited, tuple(must_fix), warnings, preflight, rate)
 
 
@@ -277,10 +275,10 @@ class LintInput:
 
     @classmethod
     def of(
-        cls, config: Config, index: PhotoIndex, sizes: dict[int, tuple[int, int]], *, num_train: int, num_val: int
+        cls, config: Config, index: PhotoIndex, sizes: NDArray[np.int64], *, num_train: int, num_val: int
     ) -> LintInput:
-        """Gather it for a data set with the sizes of some of its photos."""
-        known = np.asarray(list(sizes.values()), np.int64).reshape(-1, 2)
+        """Gather it for a data set with the (N, 2) sizes of its photos, 0 where they are not known."""
+        known = sizes[sizes[:, 0] > 0]
         steps = max(-(-num_train // config.train.batch_size), 1)
         return cls(config, build.build_input_config(config), known, index.classes, steps, num_val)
 
@@ -296,7 +294,8 @@ def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]
         return 0.0
     size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
     spec = build.build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=False)
-    return crop_fallback_rate(spec, sizes, draws=max(CROPS_DRAWN // len(sizes), 1))
+    some = sizes[:: len(sizes) // CROPS_DRAWN + 1]
+    return crop_fallback_rate(spec, some, draws=CROPS_DRAWN // len(some))
 
 
 def _crop(given: LintInput) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,13 +53,6 @@ class Dataset:
     def sizes(self) -> NDArray[np.int64]:
         """(N, 2) upright width and height in pixels."""
         return np.asarray([(fact.width, fact.height) for fact in self.facts], np.int64).reshape(-1, 2)
-
-
-def known_sizes(index: PhotoIndex, sizes: Mapping[int, tuple[int, int]]) -> NDArray[np.int64]:
-    """(N, 2) upright width and height of an index's photos of which some were measured; 1 x 1 for the others."""
-    table = np.ones((len(index.photos), 2), np.int64)
-    table[list(sizes)] = list(sizes.values())
-    return table
 
 
 def user_folder(name: str) -> Path:

@@ -26,7 +26,7 @@ from fieldmark.files import write_whole
 from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.check import LintInput, lint_recipe
-from fieldmark.runs.dataset import find_photos, inspect, known_sizes
+from fieldmark.runs.dataset import find_photos, inspect
 from fieldmark.runs.session import Session, open_session
 from fieldmark.training.loop import TrainState, UpdateOptions, update
 from fieldmark.training.optim import Schedule
@@ -48,9 +48,9 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
     chosen = _spread(numbers, SIZES_READ)
     part = replace(index, photos=tuple(index.photos[number] for number in chosen))
     found, _ = inspect(part, config.data, progress=progress)
-    facts = zip(chosen, found, strict=True)
-    sizes = {number: (fact.width, fact.height) for number, fact in facts if not fact.problem}
-    if not sizes:
+    sizes = np.zeros((len(index.photos), 2), np.int64)
+    sizes[chosen] = [(fact.width, fact.height) for fact in found]
+    if not sizes.any():
         raise DataError(f"{index.root} holds no labeled photo that can be read: `fieldmark check` says why")
     num_train, num_val = len(numbers), sum(photo.split == "val" for photo in index.photos)
     if not num_val:  # its share will be taken out of training
@@ -61,14 +61,14 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
     return lint_recipe(given)
 
 
-def _draw_preview(given: LintInput, index: PhotoIndex, sizes: dict[int, tuple[int, int]]) -> Figure:
-    """Photos (whose upright sizes are known) before and after augmentation, mixed, λ and learning rate."""
+def _draw_preview(given: LintInput, index: PhotoIndex, sizes: NDArray[np.int64]) -> Figure:
+    """Photos (whose (N, 2) sizes are known, not 0) before and after augmentation, mixed, λ and learning rate."""
     config = given.config
     evaluation = build.build_eval_spec(config, given.weights)
-    shown = _spread(list(sizes), SHOWN)
+    shown = _spread(np.flatnonzero(sizes[:, 0]).tolist(), SHOWN)
     size = build.train_size(config, given.weights)
     reader = build.build_reader(config, index)
-    prepare = build.build_train_photos(config, reader, known_sizes(index, sizes), size=size, evaluation=evaluation)
+    prepare = build.build_train_photos(config, reader, sizes, size=size, evaluation=evaluation)
     batches = [prepare(shown, epoch) for epoch in (0, 1)]
     # A row of photos is as high in every section, so that one method of mixing leaves no gap where another would be.
     heights = [1, 2, 1.1 * len(build.build_mix_spec(config).methods), 1.6]
