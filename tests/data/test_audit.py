@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fieldmark.data.audit import MOST_NEAR_DUPLICATES, Audit, audit, find_doubts
+from fieldmark.data.audit import MOST_NEAR_DUPLICATES, Audit, audit, find_doubts, find_gaps_in_training
 from fieldmark.data.index import Photo, PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 
@@ -237,3 +237,18 @@ def test_the_dict_is_json_and_holds_every_field():
     assert plain["broken"] == [{"path": photos[3].path, "reason": "is truncated"}]
     assert plain["near_duplicates"][0]["other_path"] == "val/a/0.jpg"
     assert plain["sizes"]["max_short_side"] == 480
+
+
+@pytest.mark.parametrize(
+    ("num_train", "expected"),
+    [
+        ({"a": 1}, ["needs at least 2 classes; there is only 'a'"]),
+        ({}, ["needs at least 2 classes; there is none"]),
+        ({"a": 1, "b": 2, "c": 0}, ["1 class has no photo in train: 'c'"]),
+        ({"a": 1, "b": 1}, []),
+    ],
+)
+def test_what_a_classifier_lacks_to_learn_is_named(num_train, expected):
+    found = list(find_gaps_in_training(num_train))
+    assert len(found) == len(expected)
+    assert all(words in gap for words, gap in zip(expected, found, strict=True))

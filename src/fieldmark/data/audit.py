@@ -152,6 +152,15 @@ def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
     return [*map(_similar_text, _find_similar_names(index.classes)), *_conflict_text(conflicts)]
 
 
+def find_gaps_in_training(num_train: Mapping[str, int]) -> Iterator[str]:
+    """Say what a classifier lacks to learn, by the number of training photos of each class."""
+    if len(num_train) < 2:
+        only = f"there is only {quote(list(num_train))}" if num_train else "there is none"
+        yield f"A classifier needs at least 2 classes; {only}. Add a class folder with photos"
+    if untrained := [name for name, count in num_train.items() if not count]:
+        yield f"{_classes(untrained)} no photo in train: {quote(untrained)}. Add some, or leave the class out"
+
+
 def near_pairs(first: Hashes, second: Hashes, *, max_distance: int) -> tuple[Numbers, Numbers, Numbers]:
     """Every pair of one 64-bit hash of `first` and one of `second` that differ in few bits.
 
@@ -238,11 +247,7 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
 
 def _list_faults(found: Audit, skip_broken: bool) -> Iterator[str]:
     """List what must be fixed before training."""
-    if len(found.num_train) < 2:
-        only = f"there is only {quote(list(found.num_train))}" if found.num_train else "there is none"
-        yield f"A classifier needs at least 2 classes; {only}. Add a class folder with photos"
-    if untrained := [name for name, count in found.num_train.items() if not count]:
-        yield f"{_classes(untrained)} no photo in train: {quote(untrained)}. Add some, or leave the class out"
+    yield from find_gaps_in_training(found.num_train)
     if found.crossing_groups:
         name, splits = next(iter(found.crossing_groups.items()))
         yield (

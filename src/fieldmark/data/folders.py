@@ -28,7 +28,6 @@ RAW_EXTENSIONS = frozenset(f".{name}" for name in _RAW.split())
 _OTHER_EXTENSIONS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl"})
 _RUN_FILES = frozenset({"split.csv", "environment.json", "metrics.jsonl", "summary.json", "last.pt"})
 _OUTPUT_MARKS = frozenset({"fieldmark.json", "ensemble.json", "evaluation.json", "CACHEDIR.TAG"})
-_OUTPUT_PICTURES = frozenset({"preview.png", "confusion.png", "calibration.png", "training.png", "predictions.png"})
 _OUTPUT_FOLDER = "folder written by Fieldmark"
 _SPELLINGS = {"train": "train training", "val": "val valid validation validate dev", "test": "test testing"}
 _SPLIT_WORDS = {word: split for split, words in _SPELLINGS.items() for word in words.split()}
@@ -157,8 +156,6 @@ def _reason_to_skip(entry: os.DirEntry[str], inside: tuple[Node, ...], names: fr
         return "not a regular file"
     if not _is_photo_name(entry.name):
         return "not a photo"
-    if entry.name in _OUTPUT_PICTURES and _is_chart(entry.path):
-        return "picture written by Fieldmark"
     stem, extension = os.path.splitext(entry.name)  # noqa: PTH122
     if extension.lower() in RAW_EXTENSIONS and not names.isdisjoint(
         {stem + e for e in (".jpg", ".JPG", ".jpeg", ".JPEG")}
@@ -169,14 +166,6 @@ def _reason_to_skip(entry: os.DirEntry[str], inside: tuple[Node, ...], names: fr
 
 def _is_photo_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in photo_extensions()  # noqa: PTH122, 4 times faster than Path
-
-
-def _is_chart(path: str) -> bool:
-    try:
-        with Path(path).open("rb") as file:
-            return b"Software\0Matplotlib" in file.read(200)
-    except OSError:
-        return False
 
 
 def split_of(name: str) -> str:

@@ -124,20 +124,6 @@ def load_index(
     return PhotoIndex(root, tuple(sorted(photos, key=lambda photo: key(photo.path))), classes, ignored, layout)
 
 
-def require_trainable(index: PhotoIndex) -> None:
-    """Refuse fewer than two classes, or a class without a photo in train."""
-    if len(index.classes) < 2:
-        only = f"only {index.classes[0]!r}" if index.classes else "none"
-        raise DataError(f"{index.root}: a classifier needs at least 2 classes, there is {only}. Add a second class")
-    trained = {photo.label for photo in index.photos if photo.split == "train"}
-    missing = [name for name in index.classes if name not in trained]
-    if missing:
-        raise DataError(
-            f"{index.root}: {len(missing)} of {len(index.classes)} classes have no photo in train: {quote(missing)}. "
-            "Add photos to train, or take the class out of the other splits"
-        )
-
-
 def save_split_table(index: PhotoIndex, path: Path) -> None:
     """Write path, label, split and group of every photo as CSV, in index order, whole or not at all."""
     rows = [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]

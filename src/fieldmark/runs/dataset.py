@@ -17,9 +17,9 @@ from fieldmark.augment.reference import EvalSpec, Views, augment_reference, eval
 from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.config import DataConfig
 from fieldmark.data import splits
-from fieldmark.data.audit import find_doubts
+from fieldmark.data.audit import find_doubts, find_gaps_in_training
 from fieldmark.data.decode import DecodeSpec, Source
-from fieldmark.data.index import PhotoIndex, apply_corrections, load_index, require_trainable
+from fieldmark.data.index import PhotoIndex, apply_corrections, load_index
 from fieldmark.data.inspection import Inspection, PhotoFacts, name_folder
 from fieldmark.data.loader import Batch
 from fieldmark.errors import ConfigError, DataError, PhotoError
@@ -96,7 +96,8 @@ def prepare_dataset(
     if broken:
         notes.append(f"{len(broken)} photos cannot be used and are skipped, such as {broken[0][0]!r}: {broken[0][1]}")
     index = divide(index, kept, config)
-    require_trainable(index)
+    for gap in find_gaps_in_training({name: count.get("train", 0) for name, count in index.counts().items()}):
+        raise DataError(f"{index.root}: {gap}")
     return Dataset(index, tuple(kept), tuple(broken), tuple(f"data: {note}" for note in notes), cached)
 
 
