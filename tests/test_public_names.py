@@ -72,6 +72,7 @@ def folder(synthetic_run, tmp_path_factory, write_photos) -> Path:
     """photos/, recipe.toml, grid.toml, two trained runs and two runs of invented numbers: what the examples name."""
     root = tmp_path_factory.mktemp("examples")
     write_photos(root / "photos", ("jay", "robin", "wren"))
+    write_photos(root / "more-photos", ("owl", "robin"))
     (root / "recipe.toml").write_text(RECIPE)
     (root / "grid.toml").write_text(GRID)
     synthetic_run(root / "runs/plain")

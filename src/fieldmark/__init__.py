@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fieldmark.budget.extend import extend
     from fieldmark.config import Config, load_config
     from fieldmark.errors import FieldmarkError
     from fieldmark.estimator import Classifier, fit
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _NAMES = {
+    "budget.extend": ("extend",),
     "config": ("Config", "load_config"),
     "errors": ("FieldmarkError",),
     "estimator": ("Classifier", "fit"),
@@ -58,6 +60,7 @@ __all__ = [
     "compare_runs",
     "evaluate",
     "export_run",
+    "extend",
     "fit",
     "load_config",
     "resume",

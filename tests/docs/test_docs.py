@@ -54,6 +54,7 @@ def folder(tmp_path_factory, write_photos) -> Path:
     """photos/, new-photos/, sample.csv and the run runs/mine that the README's three commands make."""
     root = tmp_path_factory.mktemp("docs")
     write_photos(root / "photos", ("jay", "robin", "wren"))
+    write_photos(root / "more-photos", ("owl", "robin"))
     shutil.copytree(root / "photos" / "jay", root / "new-photos")
     (root / "sample.csv").write_text("image_name,pred_label\n" + "".join(f"{n},jay\n" for n in range(10)))
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +67,7 @@ def folder(tmp_path_factory, write_photos) -> Path:
 @pytest.fixture
 def workplace(folder, tmp_path, monkeypatch) -> Path:
     """A copy, so that each page starts from the same."""
-    for name in ("photos", "new-photos", "runs"):
+    for name in ("photos", "more-photos", "new-photos", "runs"):
         shutil.copytree(folder / name, tmp_path / name)
     shutil.copy(folder / "sample.csv", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))

@@ -24,7 +24,6 @@ from fieldmark.budget.heads import STRENGTHS, Head, fit_head
 from fieldmark.budget.plan import Plan
 from fieldmark.config import Config
 from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches
-from fieldmark.files import whole_or_absent
 from fieldmark.models.catalog import InputConfig
 from fieldmark.models.classifier import Classifier
 from fieldmark.models.fusion import fuse_batch_norm
@@ -33,9 +32,13 @@ from fieldmark.runs import build
 from fieldmark.runs.dataset import Dataset, EvalPhotos, PhotoReader
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.train import StopRequest
+from fieldmark.training.checkpoint import load_saved_weights, save_weights
 from fieldmark.training.metrics import log_loss
 
 FEATURES = "features"
+
+STORED = "features.safetensors"
+"""In a run folder: what its network gives before the head, so that `fieldmark extend` needs no old photos."""
 
 CHUNK = 64
 """Photos between two looks at the clock."""
@@ -99,6 +102,29 @@ class Features:
         """(M, F) features of these photos, all of which must be there."""
         row = {int(number): row for row, number in enumerate(self.numbers)}
         return self.values[[row[int(number)] for number in numbers]]
+
+    def join(self, numbers: Numbers, values: NDArray[np.float32]) -> Features:
+        """These and those of other photos."""
+        parts = [self.values, values] if len(self.numbers) else [values]
+        return Features(np.concatenate([self.numbers, numbers]), np.concatenate(parts), self.seconds)
+
+    def save(self, path: Path, *, kind: torch.dtype = torch.float32) -> None:
+        """Write them as shares of a power of two, so that `kind` may be float16, which is enough for a head."""
+        scale = torch.tensor(2.0 ** int(np.frexp(np.abs(self.values).max(initial=0.0))[1]))
+        values = (torch.from_numpy(self.values) / scale).to(kind)
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"numbers": torch.from_numpy(self.numbers), "values": values, "scale": scale, "seconds": seconds}
+        save_weights(path, tensors)
+
+    @classmethod
+    def load(cls, path: Path) -> Features:
+        """Read what `save` wrote; empty where there is no file."""
+        if not path.is_file():
+            return cls(np.zeros(0, np.int64), np.zeros((0, 0), np.float32), 0.0)
+        stored = load_saved_weights(path)
+        values = stored["values"].float() * stored["scale"]
+        return cls(stored["numbers"].numpy(), values.numpy(), float(stored["seconds"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,25 +246,14 @@ class Course:
         return found
 
     def _file(self, candidate: Candidate) -> Path:
-        return self.path / FEATURES / f"{candidate.key}.npz"
+        return self.path / FEATURES / f"{candidate.key}.safetensors"
 
     def _load(self, candidate: Candidate) -> Features:
-        if candidate.key in self.kept:
-            return self.kept[candidate.key]
-        if not self._file(candidate).is_file():
-            return Features(np.zeros(0, np.int64), np.zeros((0, 0), np.float32), 0.0)
-        with np.load(self._file(candidate), allow_pickle=False) as stored:
-            return Features(stored["numbers"], stored["values"], float(stored["seconds"]))
+        return self.kept.get(candidate.key) or Features.load(self._file(candidate))
 
     def _save(self, candidate: Candidate, features: Features) -> None:
         self.kept[candidate.key] = features
-        self._file(candidate).parent.mkdir(parents=True, exist_ok=True)
-
-        def write(part: Path) -> None:
-            with part.open("wb") as file:
-                np.savez(file, numbers=features.numbers, values=features.values, seconds=features.seconds)
-
-        whole_or_absent(self._file(candidate), write)
+        features.save(self._file(candidate))
 
     def enter(self, candidate: Candidate, count: int, *, deadline: float) -> Entry | None:
         """Score a candidate on the first `count` training photos, or on as many as fit; None if they are too few."""

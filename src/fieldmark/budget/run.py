@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, find_backbones, list_candidates
 from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
-from fieldmark.budget.race import FEATURES, Course, Entry, best_average, rungs, stratified_order
+from fieldmark.budget.race import FEATURES, STORED, Course, Entry, best_average, rungs, stratified_order
 from fieldmark.budget.shelf import Answer, Floats, Model, Shelf, choose_temperature
 from fieldmark.budget.tune import (
     ENOUGH_EPOCHS,
@@ -164,12 +164,11 @@ def _prepare(config: Config, path: Path, plan: Plan, progress: Progress | None, 
     # Validation photos choose first; `train+val` lets the heads learn from them at the end.
     dataset = prepare_dataset(config.data.model_copy(update={"train_on": "train"}), progress=log)
     index, labels = dataset.index, dataset.labels
-    split = np.asarray([photo.split for photo in index.photos])
-    train, val = (np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", "val"))
+    train, val = index.numbers("train"), index.numbers("val")
     log.message(f"data: {len(train)} photos of {len(index.classes)} classes to learn from, {len(val)} to validate on")
     order = train[stratified_order(labels[train], seed=config.train.seed)]
     course = Course(config, path, plan, log, stop, dataset, fabric, order, val)
-    return _Work(course, backbones, Shelf(course))
+    return _Work(course, backbones, Shelf(path, dataset, train=train, val=val))
 
 
 @dataclass(eq=False)
@@ -541,6 +540,7 @@ class _Work:
         self.shelf.settle(answer)
         if status == "finished":
             self.shelf.clear(answer)
+            self._store_features(answer)
             for name in (FEATURES, TUNING):
                 shutil.rmtree(self.course.path / name, ignore_errors=True)
         figures = self.shelf.score(answer)
@@ -572,6 +572,14 @@ class _Work:
             members.append(member)
         self.tried.append({"what": f"{answer.name}: heads fitted on train+val"})
         return Answer(f"{answer.name} (heads fitted on train+val)", tuple(members))
+
+    def _store_features(self, answer: Answer) -> None:
+        """Keep what the heads of the answer were fitted on: `fieldmark extend` fits them again."""
+        entries = {_key(entry): entry for entry in self.entries.values()}
+        for member in answer.members:
+            if (entry := entries.get(member.key.removesuffix("-refitted"))) is not None:
+                known = self.course.collect_features(entry.candidate, entry.numbers)
+                known.save(self.shelf.place(answer, member) / STORED, kind=torch.float16)
 
     def _optimistic_bias(self) -> float:
         """Expected excess of the accuracy on the photos that chose the answer, in [0, 1]."""

@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fieldmark.budget.race import Course
+from fieldmark.budget.race import Numbers
 from fieldmark.config import Config, dump_config
+from fieldmark.files import write_whole
 from fieldmark.inference.calibration import FILE as CALIBRATION
 from fieldmark.inference.calibration import apply_temperature, calibrate_run, fit_temperature, log_probabilities
 from fieldmark.inference.predictor import mean_probabilities
 from fieldmark.runs import folder
-from fieldmark.runs.writer import RunWriter
+from fieldmark.runs.dataset import Dataset
+from fieldmark.runs.writer import write_beginning
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import save_weights
 
@@ -40,7 +42,7 @@ class Model:
     weights: Mapping[str, Tensor]
     val: Floats  # (M, K) probabilities of the validation photos at temperature 1
     temperature: float
-    seconds_per_photo: float
+    seconds_per_photo: float = 0.0  # of a prediction, where that was measured
 
     @property
     def parameters(self) -> int:
@@ -80,20 +82,19 @@ def choose_temperature(probabilities: Floats, labels: NDArray[np.int64]) -> floa
 
 
 class Shelf:
-    """A run folder whose best model is replaced as better ones are found."""
+    """A run folder whose best model is replaced as better ones are found; `train` and `val` are numbers of photos."""
 
-    def __init__(self, course: Course) -> None:
-        self.path = course.path
-        self._dataset = course.dataset
-        self._val = course.val
-        self._labels = course.dataset.labels[course.val]
-        counts = np.bincount(course.dataset.labels[course.order], minlength=course.num_classes)
+    def __init__(self, path: Path, dataset: Dataset, *, train: Numbers, val: Numbers) -> None:
+        self.path = path
+        self._dataset = dataset
+        self._val = val
+        self._labels = dataset.labels[val]
+        counts = np.bincount(dataset.labels[train], minlength=len(dataset.index.classes))
         self._prior = counts / counts.sum()
-        self._writer = RunWriter(self.path, course.fabric, course.dataset, select="best", metric="log_loss")
 
     def open(self, config: Config) -> None:
         """Write what the folder holds from the start, but no model yet."""
-        self._writer.write_beginning(dump_config(config), None, self._prior.tolist())
+        write_beginning(self.path, self._dataset, dump_config(config), None, self._prior.tolist())
 
     def put(self, answer: Answer) -> None:
         """Let these networks answer from now on; a kill at any moment leaves the old answer or this one."""
@@ -122,6 +123,10 @@ class Shelf:
         if len(self._val) > 1:
             run = folder.Run(self.path)
             calibrate_run(run, wanted="none", wanted_value=1.0, confidence_level=0.95, folds=5, seed=0)
+
+    def place(self, answer: Answer, member: Model) -> Path:
+        """Where a member's files are once its answer is settled."""
+        return self.path if len(answer.members) == 1 else self.path / folder.MEMBERS / member.key
 
     def clear(self, answer: Answer) -> None:
         """Remove the members that do not answer."""
@@ -153,12 +158,8 @@ class Shelf:
             )
 
 
-def _write_recipe(path: Path, config: Config) -> None:
-    folder.whole_or_absent(path / folder.RECIPE, lambda part: part.write_text(dump_config(config), encoding="utf-8"))
-
-
 def _write_model(path: Path, model: Model) -> None:
-    _write_recipe(path, model.config)
+    write_whole(path / folder.RECIPE, dump_config(model.config))
     folder.write_json(path / folder.MODEL, dict(model.description))
     save_weights(path / folder.WEIGHTS, model.weights)
 

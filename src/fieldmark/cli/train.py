@@ -1,4 +1,4 @@
-"""The verbs that train, and those that turn runs into evidence: demo, train, sweep, compare, report."""
+"""The verbs that train, and those that turn runs into evidence: demo, train, extend, sweep, compare, report."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fieldmark.cli.options import (
+    Data,
     Json,
     NewRun,
     Overrides,
     Ray,
+    RunFolder,
     RunFolders,
     complete_recipe,
     complete_run,
@@ -136,6 +138,27 @@ def run_training(
         run = runs.Run(path)
         result = budget.format_result(run) if has_budget else runs.format_result(run)
         print_result({"run": str(path), **run.summary}, result, as_json=as_json)
+
+
+def extend(
+    run: RunFolder,
+    photos: Data,
+    out: NewRun = None,
+    force: Annotated[bool, typer.Option("--force", help="Also where the old classes lose accuracy.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Teach a run new photos and classes.
+
+    Its backbone stays and the head is fitted again, in minutes. What the old classes lose is measured.
+    """
+    from fieldmark.budget.extend import extend as extend_run
+    from fieldmark.budget.extend import format_extended
+    from fieldmark.runs.train import free_folder
+
+    path = out or free_folder(run.with_name(f"{run.resolve().name}-extended"))
+    with open_progress("extend") as progress:
+        made = extend_run(run, photos, path, force=force, progress=progress)
+    print_result({"run": str(path), **made.summary}, format_extended(made), as_json=as_json)
 
 
 def sweep(

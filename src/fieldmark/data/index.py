@@ -57,6 +57,13 @@ class PhotoIndex:
         numbers[None] = -1
         return np.array([numbers[photo.label] for photo in self.photos], dtype=np.int64)
 
+    def numbers(self, split: str) -> NDArray[np.int64]:
+        """(N,) the labeled photos of a split, rising."""
+        import numpy as np
+
+        found = [number for number, photo in enumerate(self.photos) if photo.split == split and photo.label is not None]
+        return np.asarray(found, np.int64)
+
     def files(self) -> list[Path]:
         """The file of each photo."""
         return [self.root / photo.path for photo in self.photos]
@@ -122,6 +129,25 @@ def load_index(
     classes = _list_classes(photos)
     _refuse_unreadable_names(root, classes)
     return PhotoIndex(root, tuple(sorted(photos, key=lambda photo: key(photo.path))), classes, ignored, layout)
+
+
+def join_indexes(old: PhotoIndex, new: PhotoIndex) -> PhotoIndex:
+    """The photos of one data set, then those of another that it lacks, below the folder above both.
+
+    The latter join the split that their group has in the former.
+    """
+    homes = {photo.group: photo.split for photo in old.photos if photo.group}
+    photos: dict[str, Photo] = {}
+    for index in (old, new):
+        for photo, file in zip(index.photos, index.files(), strict=True):
+            split = homes.get(photo.group, photo.split)
+            photos.setdefault(os.path.abspath(file), replace(photo, split=split))  # noqa: PTH100
+    try:
+        base = os.path.commonpath([os.path.dirname(file) for file in photos])  # noqa: PTH120
+    except ValueError:
+        raise DataError(f"{old.root} and {new.root} are on different drives. Bring them to one") from None
+    named = (replace(one, path=os.path.relpath(file, base).replace(os.sep, "/")) for file, one in photos.items())
+    return PhotoIndex(Path(base), tuple(named), _list_classes(photos.values()), new.ignored)
 
 
 def save_split_table(index: PhotoIndex, path: Path) -> None:

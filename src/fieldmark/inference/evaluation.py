@@ -162,16 +162,15 @@ def evaluate(
 
 def labeled_photos(run: Run, index: PhotoIndex, split: str) -> NDArray[np.int64]:
     """(N,) the labeled photos of a split, as numbers of the index; at least one."""
-    labels = index.label_numbers()
-    numbers = [number for number, photo in enumerate(index.photos) if photo.split == split and labels[number] >= 0]
+    numbers = index.numbers(split)
     if split == "val" and run.config.data.train_on == "train+val":
         raise RunError(
             f"{run.path} was trained on train+val: its validation photos are no test of it. Give another split"
         )
-    if not numbers:
+    if not len(numbers):
         there = sorted({photo.split for photo in index.photos if photo.label})
         raise RunError(f"{run.path} has no labeled photos in {split!r}; it has {', '.join(there)}")
-    return np.asarray(numbers, np.int64)
+    return numbers
 
 
 def evaluate_run(path: Path, *, split: str, data: Path | None, flips: bool, progress: Progress) -> Evaluation:

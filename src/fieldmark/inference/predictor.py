@@ -261,17 +261,20 @@ def predict_split(
     flips: bool = False,
     progress: Progress,
     model: nn.Module | None = None,
+    is_raw: bool = False,
 ) -> NDArray[np.float32]:
     """(N, K) probabilities, at temperature 1, of these photos of an index, by a run, an ensemble, or a run's `model`.
 
-    A photo that cannot be read raises a PhotoError.
+    `is_raw` gives what one network puts out, as it is: features, if `model` has no head. A photo that cannot be read
+    raises a PhotoError.
     """
     networks = Networks(run, flips=flips, model=model)
     prepare = _prepare_photos(index.files(), run.decode_spec(), networks.spec, keeps_broken=False)
-    rows: list[NDArray[np.float32]] = []
+    answer: Logits = networks.logits if is_raw else networks.probabilities
+    rows: list[NDArray[Any]] = []
     progress.start(len(numbers), 0)
     for batch in _load_batches(prepare, numbers.tolist(), run.config.eval.batch_size):
-        rows.append(networks.probabilities(batch.images))
+        rows.append(answer(batch.images))
         progress.advance(len(batch.numbers))
     return np.concatenate(rows)
 

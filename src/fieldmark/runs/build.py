@@ -395,11 +395,10 @@ def cut_updates(order: Sequence[int], batch_size: int, *, processes: int) -> lis
 
 def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPlan:
     """Give the order of the photos that learn and of those that validate."""
-    labels = index.label_numbers()
-    split = np.asarray([photo.split for photo in index.photos])
-    train, val = (np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", "val"))
     batch_sizes = config.train.batch_size, config.eval.batch_size
-    return TrainPlan(config.train.epochs, train, val, config.train.seed, *batch_sizes, processes)
+    return TrainPlan(
+        config.train.epochs, index.numbers("train"), index.numbers("val"), config.train.seed, *batch_sizes, processes
+    )
 
 
 def build_optimizer(config: Config, model: Classifier, *, precision: Precision) -> torch.optim.Optimizer:

@@ -80,9 +80,17 @@ SKIP_BROKEN = "train without them: --set data.broken=skip"
 
 
 def prepare_dataset(
-    config: DataConfig, *, progress: Progress, skip: str = SKIP_BROKEN, fill: Fill | None = None
+    config: DataConfig,
+    *,
+    progress: Progress,
+    skip: str = SKIP_BROKEN,
+    fill: Fill | None = None,
+    known: Sequence[str] = (),
 ) -> Dataset:
-    """Find, inspect and divide the photos, and `fill` their cache meanwhile; `skip` is the way out of broken ones."""
+    """Find, inspect and divide the photos, and `fill` their cache meanwhile; `skip` is the way out of broken ones.
+
+    Classes that are `known` from elsewhere need no photo to learn from.
+    """
     everything = find_photos(config)
     # Photos without labels have no part in training: `check` and `predict` look at them.
     found = replace(everything, photos=tuple(photo for photo in everything.photos if photo.label is not None))
@@ -96,7 +104,8 @@ def prepare_dataset(
     if broken:
         notes.append(f"{len(broken)} photos cannot be used and are skipped, such as {broken[0][0]!r}: {broken[0][1]}")
     index = divide(index, kept, config)
-    for gap in find_gaps_in_training({name: count.get("train", 0) for name, count in index.counts().items()}):
+    num_train = {name: count.get("train", 0) for name, count in index.counts().items()} | dict.fromkeys(known, 1)
+    for gap in find_gaps_in_training(num_train):
         raise DataError(f"{index.root}: {gap}")
     return Dataset(index, tuple(kept), tuple(broken), tuple(f"data: {note}" for note in notes), cached)
 

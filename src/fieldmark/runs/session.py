@@ -39,7 +39,7 @@ from fieldmark.runs.dataset import (
 )
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.tracking import require_trackers
-from fieldmark.runs.writer import RunWriter, claim_folder
+from fieldmark.runs.writer import RunWriter, claim_folder, write_beginning
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import RunningAverage
 from fieldmark.training.evaluate import Validation, predict_batches
@@ -255,7 +255,7 @@ def open_session(
             if start != "resumed":
                 precision, layout = str(choices["precision"].value), build.is_channels_last(config)
                 model = build.describe_model(built, session.evaluation, precision=precision, channels_last=layout)
-                session.writer.write_beginning(dump_config(config), model, session.prior.tolist())
+                write_beginning(path, session.dataset, dump_config(config), model, session.prior.tolist())
         yield session
 
 

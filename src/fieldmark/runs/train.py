@@ -31,7 +31,7 @@ from fieldmark.runs.folder import Run
 from fieldmark.runs.session import Session, Start, open_session, require_photos_of
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
-from fieldmark.training.evaluate import compute_features
+from fieldmark.training.evaluate import predict_batches
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs, train_head
 
 
@@ -167,8 +167,9 @@ def _fit_probe(session: Session) -> EpochReport:
     fabric.to_device(model)
     session.progress.message(f"probe: features of {len(numbers)} photos")
     channels_last = build.is_channels_last(config)
-    features, order = compute_features(fabric, model, session.eval_batches(numbers), channels_last=channels_last)
-    labels = torch.from_numpy(session.dataset.labels)[order]
+    batches = session.eval_batches(numbers)
+    found = predict_batches(fabric, model.eval().features, batches, flips=False, channels_last=channels_last)
+    features, labels = torch.from_numpy(found.logits), torch.from_numpy(session.dataset.labels[found.numbers])
     targets = session.make_targets(labels)
     head = model.head.cpu()
     generator = torch.Generator().manual_seed(config.train.seed)

@@ -109,6 +109,30 @@ def _remove_beginning(path: Path) -> None:
             path.rmdir()
 
 
+def write_beginning(
+    path: Path, dataset: Dataset, recipe: str, model: Mapping[str, Any] | None, prior: Sequence[float]
+) -> None:
+    """Write what does not change; the recipe last, so that a folder that has one can begin again."""
+    index = dataset.index
+    save_split_table(index, path / folder.SPLIT)
+    folder.write_json(path / folder.CLASSES, list(index.classes))
+    if model is not None:  # a budget has none yet
+        folder.write_json(path / folder.MODEL, model)
+    data = {
+        "root": str(index.root.resolve()),
+        "fingerprint": index.fingerprint(),
+        "counts": index.counts(),
+        "prior": list(prior),
+        "ignored": dict(index.ignored),
+        "num_broken": len(dataset.broken),
+    }
+    folder.write_json(path / folder.DATA, data)
+    folder.write_json(path / folder.ENVIRONMENT, describe_environment())
+    if dataset.broken:
+        write_csv(path / folder.BROKEN, ("path", "reason"), dataset.broken)
+    write_whole(path / folder.RECIPE, recipe)
+
+
 class RunWriter:
     """Writes the files of a run; on all processes but the first it keeps the history and writes nothing.
 
@@ -122,27 +146,6 @@ class RunWriter:
         self._dataset = dataset
         self._select = select
         self._metric = metric
-
-    def write_beginning(self, recipe: str, model: Mapping[str, Any] | None, prior: Sequence[float]) -> None:
-        """Write what does not change; the recipe last, so that a folder that has one can begin again."""
-        path, dataset, index = self.path, self._dataset, self._dataset.index
-        save_split_table(index, path / folder.SPLIT)
-        folder.write_json(path / folder.CLASSES, list(index.classes))
-        if model is not None:  # a budget has none yet
-            folder.write_json(path / folder.MODEL, model)
-        data = {
-            "root": str(index.root.resolve()),
-            "fingerprint": index.fingerprint(),
-            "counts": index.counts(),
-            "prior": list(prior),
-            "ignored": dict(index.ignored),
-            "num_broken": len(dataset.broken),
-        }
-        folder.write_json(path / folder.DATA, data)
-        folder.write_json(path / folder.ENVIRONMENT, describe_environment())
-        if dataset.broken:
-            write_csv(path / folder.BROKEN, ("path", "reason"), dataset.broken)
-        write_whole(path / folder.RECIPE, recipe)
 
     def record_epoch(self, row: dict[str, Any], report: EpochReport, model: nn.Module) -> dict[str, Any]:
         """Store an epoch: its weights and predictions if they are to be kept, and its row; give it with `is_best`."""

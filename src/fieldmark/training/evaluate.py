@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from fieldmark.data.loader import Batch
 from fieldmark.errors import NonFiniteError
-
-if TYPE_CHECKING:
-    from fieldmark.models.classifier import Classifier
 
 
 class _Compute(Protocol):
@@ -113,12 +110,3 @@ def _gather(
     order = np.argsort(numbers, kind="stable")
     assert len(np.unique(numbers)) == len(numbers), "a photo was evaluated twice"
     return Predictions(numbers[order], logits[order], problems)
-
-
-def compute_features(
-    fabric: _Compute, model: Classifier, batches: Iterable[Batch], *, channels_last: bool
-) -> tuple[Tensor, Tensor]:
-    """Give each process the features (N, F) float32 and numbers (N,) int64 of all photos, on the CPU, by number."""
-    model.eval()
-    found = predict_batches(fabric, model.features, batches, flips=False, channels_last=channels_last)
-    return torch.from_numpy(found.logits), torch.from_numpy(found.numbers)

@@ -1,0 +1,225 @@
+"""`fieldmark extend RUN PHOTOS`: new photos and classes for a run whose backbone stays as it is.
+
+Shape letters: N photos, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fieldmark.budget.candidates import change
+from fieldmark.budget.heads import fit_head, refit_head
+from fieldmark.budget.race import FEW_FOLDS, STORED, Features, Numbers, make_folds
+from fieldmark.budget.shelf import Answer, Model, Shelf, choose_temperature
+from fieldmark.config import Config
+from fieldmark.data.folders import quote
+from fieldmark.data.index import join_indexes
+from fieldmark.data.tables import write_csv
+from fieldmark.errors import DataError, RunError, command
+from fieldmark.files import whole_folder
+from fieldmark.inference.predictor import predict_split
+from fieldmark.models.classifier import count_parameters
+from fieldmark.progress import Progress, Quiet
+from fieldmark.runs import folder
+from fieldmark.runs.dataset import Dataset, prepare_dataset
+from fieldmark.runs.folder import Run
+from fieldmark.runs.train import format_accuracy, next_steps
+from fieldmark.study.statistics import paired_difference
+from fieldmark.training.evaluate import softmax
+
+TABLE = "photos.csv"
+"""All photos of an extended run with their splits, for a full training."""
+
+MANY_NEW = 0.5
+"""New photos, as a share of the old ones, from which a full training is advised."""
+
+
+def extend(
+    run: Run | str | Path,
+    photos: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Teach a finished run more photos, of old classes or new ones, by a new head on its backbone's features.
+
+    The backbone stays. Features of the old photos are those that the run keeps, or are computed once and kept there.
+    The new head is linear, whatever the old one was; each member of an ensemble gets its own.
+
+    Args:
+        run: A finished run, or an ensemble.
+        photos: Folder of class folders, or a table, of new photos; split as the run's settings say.
+        out: Run folder to make; must not exist.
+        force: Extend also where the old classes' validation accuracy falls beyond its 95 % interval, or where the run
+            has no validation photos to show whether it does.
+        progress: Reports how far the work is.
+
+    Returns:
+        The extended run, an ordinary one; `summary["extended"]` says what became of the old classes.
+
+    Raises:
+        RunError: The run is not finished, or its classes would be recognized less often. Nothing was written.
+        DataError: No photo is new.
+
+    Examples:
+        >>> more = fieldmark.extend("runs/mine", "more-photos", "runs/more", force=True)
+        >>> more.classes
+        ('jay', 'owl', 'robin', 'wren')
+    """
+    began, log = time.monotonic(), progress or Quiet()
+    run, out = run if isinstance(run, Run) else Run(run), Path(out)
+    if out.exists():
+        raise RunError(f"{out} exists already; choose another --out, or remove it")
+    if (status := folder.run_status(run.path)) != "finished":
+        raise RunError(f"{run.path} is not finished (its status is {status!r}): resume it first")
+    dataset = _gather(run, photos, log)
+    index = dataset.index
+    keys = [row["folder"] for row in run.ensemble_info["members"]] if run.is_ensemble else ["extended"]
+    members = [Run(run.path / folder.MEMBERS / key) for key in keys] if run.is_ensemble else [run]
+    features = [_collect_features(run, member, dataset, log) for member in members]
+    models = [_fit(dataset, *parts, out) for parts in zip(keys, members, features, strict=True)]
+    num_new, new_classes = len(index) - len(run.split), [name for name in index.classes if name not in run.classes]
+    answer = Answer(f"{run.name}, extended by {num_new} photos", tuple(models))
+    old = _compare_old(run, dataset, answer)
+    if not old and not force:
+        raise RunError(f"{run.path} has no validation photos to show what its classes would lose. To go on: --force")
+    if old and old["high"] < 0 and not force:
+        raise RunError(
+            f"the old classes would be recognized less often, so nothing was written: {_describe_old(old)}. Train on "
+            "all photos together, or take the loss with --force"
+        )
+    reasons: list[str] = []  # for a full training
+    if new_classes and any(one.config.train.epochs and one.config.model.freeze != "all" for one in members):
+        reasons.append("the backbone was fine-tuned for the old classes alone")
+    if num_new > MANY_NEW * len(run.split):
+        reasons.append(f"there are {num_new} new photos beside {len(run.split)} old ones")
+    with whole_folder(out) as part:
+        shelf = Shelf(part, dataset, train=index.numbers("train"), val=index.numbers("val"))
+        shelf.open(_configure(run.config, dataset, out))
+        shelf.settle(answer)
+        shelf.clear(answer)
+        for model, found in zip(models, features, strict=True):
+            found.save(shelf.place(answer, model) / STORED, kind=torch.float16)
+        rows = [(str(index.root / one.path), one.label or "", one.split, one.group) for one in index.photos]
+        write_csv(part / TABLE, ("path", "label", "split", "group"), rows)
+        extended = {"run": str(run.path), "photos": num_new, "classes": new_classes, "old": old, "advice": reasons}
+        summary = {"status": "finished", "kept": answer.name, "extended": extended, "epochs": 0, "best_epoch": 0}
+        summary |= {"seconds": time.monotonic() - began, "val": shelf.score(answer)}
+        folder.write_json(part / folder.SUMMARY, summary)
+    return Run(out)
+
+
+def _gather(run: Run, photos: str | Path, log: Progress) -> Dataset:
+    """The photos of a run in their order, then the new ones."""
+    own = {"path": str(photos), "train_on": "train", "corrections": "", "folds": 0}
+    settings = run.config.data.model_copy(update=own)
+    more = prepare_dataset(settings, progress=log, skip="give a folder without them", known=run.classes)
+    for note in more.notes:
+        log.message(note)
+    index = replace(more.index, root=more.index.root.resolve())
+    if settings.group_by == "capture_time":  # bursts are numbered anew for each folder
+        named = (replace(one, group=one.group and f"{photos}: {one.group}") for one in index.photos)
+        index = replace(index, photos=tuple(named))
+    joined = join_indexes(run.split, index)
+    if len(joined) == len(run.split):
+        raise DataError(f"all {len(index)} photos of {photos} are in {run.path} already: give new ones")
+    return Dataset(joined, (), more.broken)
+
+
+def _collect_features(run: Run, member: Run, dataset: Dataset, log: Progress) -> Features:
+    """Features of all photos that learn or validate, by one network; those of old photos are kept in its folder."""
+    used = np.sort(np.concatenate([dataset.index.numbers("train"), dataset.index.numbers("val")]))
+    old, new = used[used < len(run.split)], used[used >= len(run.split)]
+    known = Features.load(member.path / STORED)
+    missing = np.setdiff1d(old, known.numbers)
+    if len(missing):
+        if not (first := run.split.files()[missing[0]]).is_file():
+            lacks = f"{member.path} keeps no features of {len(missing)} of its photos"
+            raise RunError(f"{lacks}, and {first} is gone. Bring the photos back, or train on all photos together")
+        log.message(f"features of {len(missing)} old photos: computed once, and kept in {member.path}")
+        known = _compute(known, member, dataset, missing, log)
+        known.save(member.path / STORED, kind=torch.float16)
+    log.message(f"features of {len(new)} new photos")
+    return _compute(known, member, dataset, new, log)
+
+
+def _compute(known: Features, member: Run, dataset: Dataset, numbers: Numbers, log: Progress) -> Features:
+    """Known features, and those of more photos."""
+    if not len(numbers):
+        return known
+    network = member.load_model()
+    network.head = torch.nn.Identity()
+    values = predict_split(member, dataset.index, numbers, progress=log, model=network, is_raw=True)
+    return known.join(numbers, values)
+
+
+def _fit(dataset: Dataset, key: str, member: Run, features: Features, out: Path) -> Model:
+    """The network of a run with a head for all classes, fitted on the training photos."""
+    labels, index = dataset.labels, dataset.index
+    train, val, num_classes = index.numbers("train"), index.numbers("val"), len(index.classes)
+    groups = [index.photos[number].group for number in train]
+    folds = make_folds(labels[train], groups, folds=FEW_FOLDS, seed=member.config.train.seed)
+    head = fit_head(features.select(train), labels[train], folds, num_classes=num_classes)
+    answers = np.zeros((0, num_classes), np.float32)
+    if len(val):
+        with torch.inference_mode():
+            answers = softmax(head.as_linear()(torch.from_numpy(features.select(val))).numpy())
+    if member.config.data.train_on == "train+val":  # what is said of the validation photos stays the first head's
+        everything = np.concatenate([train, val])
+        head = refit_head(features.select(everything), labels[everything], head)
+    network, info = member.load_model(), member.model_info
+    network.head = head.as_linear()
+    create = {**info["create"], "num_classes": num_classes, "head": "linear"}
+    described = {**info, "create": create, "parameters": count_parameters(network)}
+    config, temperature = _configure(member.config, dataset, out), choose_temperature(answers, labels[val])
+    return Model(key, config, described, network.state_dict(), answers, temperature)
+
+
+def _configure(config: Config, dataset: Dataset, out: Path) -> Config:
+    """The settings of the extended run, whose photos are those of its own table."""
+    group_by = "column" if any(photo.group for photo in dataset.index.photos) else "none"
+    columns = {f"{name}_column": name for name in ("path", "label", "split", "group")}
+    table = {"path": str(out.absolute() / TABLE), "group_by": group_by, "corrections": "", "folds": 0, "fold": 0}
+    return change(config, {"data": columns | table, "model": {"head": "linear"}})
+
+
+def _compare_old(run: Run, dataset: Dataset, answer: Answer) -> dict[str, float]:
+    """Accuracy on the run's own validation photos before and after, and the interval of the change; {} without any."""
+    if not len(run.split.numbers("val")):
+        return {}
+    stored, val = run.predictions("val"), dataset.index.numbers("val")
+    number = {photo.path: number for number, photo in enumerate(run.split.photos)}
+    rows = np.searchsorted(val, [number[path] for path in stored.paths])
+    before = stored.probabilities.argmax(1) == stored.labels
+    after = answer.val[rows].argmax(1) == dataset.labels[val[rows]]
+    hits = [hit.astype(np.float64)[None] for hit in (before, after)]
+    found = paired_difference(*hits, level=0.95).interval
+    return {"before": float(before.mean()), "after": float(after.mean()), **asdict(found)}
+
+
+def _describe_old(old: dict[str, float]) -> str:
+    interval = f"95 % interval of the change {old['low']:+.4f} to {old['high']:+.4f}"
+    return f"old validation photos: top-1 {old['before']:.4f} before, {old['after']:.4f} after ({interval})"
+
+
+def format_extended(run: Run) -> str:
+    """Return what became of a run that was extended, for people."""
+    summary, found = run.summary, run.summary["extended"]
+    seconds, reasons = summary["seconds"], "; ".join(found["advice"])
+    better = (
+        f"would probably be better: {reasons}" if reasons else "may be better still, as the backbone learned nothing"
+    )
+    lines = [
+        f"run: {run.path}, {found['run']} extended by {found['photos']} photos in {seconds:.0f} s",
+        f"classes: {len(run.classes)}; new: {quote(found['classes'], 5) or 'none'}",
+        _describe_old(found["old"]) if found["old"] else "old classes: no validation photos show what they lost",
+        f"validation: {format_accuracy(summary['val'])}" if summary["val"] else "validation: no photos",
+        f"a full training {better}. Begin one with: {command('train', run.path / TABLE)}",
+    ]
+    return "\n".join([*lines, *next_steps(run)])
