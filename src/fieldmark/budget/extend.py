@@ -35,9 +35,6 @@ from fieldmark.training.evaluate import softmax
 TABLE = "photos.csv"
 """All photos of an extended run with their splits, for a full training."""
 
-MANY_NEW = 0.5
-"""New photos, as a share of the old ones, from which a full training is advised."""
-
 
 def extend(
     run: Run | str | Path,
@@ -97,7 +94,7 @@ def extend(
     reasons: list[str] = []  # for a full training
     if new_classes and any(one.config.train.epochs and one.config.model.freeze != "all" for one in members):
         reasons.append("the backbone was fine-tuned for the old classes alone")
-    if num_new > MANY_NEW * len(run.split):
+    if 2 * num_new > len(run.split):
         reasons.append(f"there are {num_new} new photos beside {len(run.split)} old ones")
     with whole_folder(out) as part:
         shelf = Shelf(part, dataset, train=index.numbers("train"), val=index.numbers("val"))
@@ -212,9 +209,7 @@ def format_extended(run: Run) -> str:
     """Return what became of a run that was extended, for people."""
     summary, found = run.summary, run.summary["extended"]
     seconds, reasons = summary["seconds"], "; ".join(found["advice"])
-    better = (
-        f"would probably be better: {reasons}" if reasons else "may be better still, as the backbone learned nothing"
-    )
+    better = f"would probably be better: {reasons}" if reasons else "may be better: the backbone learned nothing new"
     lines = [
         f"run: {run.path}, {found['run']} extended by {found['photos']} photos in {seconds:.0f} s",
         f"classes: {len(run.classes)}; new: {quote(found['classes'], 5) or 'none'}",

@@ -125,8 +125,9 @@ def calibrate(
     """Make probabilities honest, and choose when to say "unknown".
 
     Fits a temperature on the validation photos; every number is of photos that it was not fitted on. predict, serve
-    and export use it from then on.
+    and export use it from then on. With a class _none, 95 % of the other photos are answered unless you want otherwise.
     """
+    from fieldmark.data.folders import NONE
     from fieldmark.inference.calibration import calibrate_run, describe_calibration, save_calibration_figure
     from fieldmark.inference.taxonomy import describe_fallback, taxonomy_scores
     from fieldmark.runs.folder import Run
@@ -136,6 +137,8 @@ def calibrate(
     wanted = "accuracy" if accuracy is not None else "coverage" if coverage is not None else "none"
     value = next((share for share in (accuracy, coverage) if share is not None), 1.0)
     opened = Run(run)
+    if wanted == "none" and NONE in opened.classes:
+        wanted, value = "coverage", 0.95
     found = calibrate_run(
         opened, wanted=wanted, wanted_value=value, confidence_level=confidence_level, folds=5, seed=0, taxonomy=taxonomy
     )

@@ -34,6 +34,9 @@ _SPLIT_WORDS = {word: split for split, words in _SPELLINGS.items() for word in w
 _FILLERS = "dataset|data|set|images|image|imgs|photos|pictures|split"
 _NUMBERED = re.compile(r"(fold|split|set|part|batch)[\W_]*\w{0,2}", re.IGNORECASE)
 
+NONE = "_none"
+"""The class of photos that show none of the classes: a model that names it answers "unknown"."""
+
 Node = tuple[int, int]  # device and number of a folder
 
 

@@ -8,8 +8,9 @@ model's own.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,13 @@ from numpy.typing import NDArray
 from pydantic import FiniteFloat, InstanceOf
 from scipy.special import log_softmax, softmax
 
+from fieldmark.data.folders import NONE
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import Positive, Share, read_values, write_whole
 from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
 from fieldmark.plots import figure_png, new_figure
 from fieldmark.runs.folder import Run, write_json
+from fieldmark.study.statistics import Interval, widen_to_wilson
 from fieldmark.training.metrics import calibration_error, log_loss
 
 FILE = "calibration.json"
@@ -35,6 +38,16 @@ _ROUNDING = 1e-6  # of summed float32 probabilities
 
 
 @dataclass(frozen=True)
+class NoneScore:
+    """Says how well photos of none of the classes are told from others, with 95 % intervals by bootstrap."""
+
+    photos: int
+    answered: Share  # of them at the threshold
+    auroc: Interval  # how often a photo of a class has a higher probability than one of none; 0.5 is chance
+    fpr95: Interval  # share of them that pass where 95 % of the others do
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Holds what predict, serve and export need to say "unknown", with the evidence for it. Losses are in nats."""
 
@@ -42,7 +55,7 @@ class Calibration:
     threshold: Share  # least confidence that is answered; 0 answers everything
     wanted: str  # of the threshold: "accuracy", "coverage" or "none"
     wanted_value: FiniteFloat
-    coverage: Share  # of photos answered at the threshold; this and all that follows is cross-fitted
+    coverage: Share  # of photos of classes answered at the threshold; this and all that follows is cross-fitted
     accuracy: Share  # of the answers
     num_photos: int
     log_loss_before: float  # at temperature 1
@@ -51,11 +64,13 @@ class Calibration:
     calibration_error_after: float
     refused_temperature: float | None = None  # the fitted one, where it made the cross-fitted log loss worse
     refused_log_loss: float | None = None
+    none: NoneScore | None = None  # where there are photos that show none of the classes
     fallback: InstanceOf[Fallback] | None = field(default=None, compare=False)  # None without a taxonomy
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = {name: value for name, value in vars(self).items() if name != "fallback"}
+        values["none"] = self.none and asdict(self.none)
         return values | ({"back_off": self.fallback.to_dict()} if self.fallback else {})
 
 
@@ -99,8 +114,9 @@ def calibrate_run(
     logits, labels = log_probabilities(stored.probabilities), stored.labels
     tree = load_taxonomy(taxonomy, run.classes) if taxonomy is not None else None
     found = calibrate(
-        logits, labels, wanted, wanted_value, confidence_level=confidence_level, folds=folds, seed=seed, taxonomy=tree
-    )
+        logits, labels, wanted, wanted_value, confidence_level=confidence_level, folds=folds, seed=seed, taxonomy=tree,
+        classes=run.classes,
+    )  # fmt: skip
     write_json(run.path / FILE, found.to_dict())
     return found
 
@@ -131,6 +147,7 @@ def calibrate(
     folds: int,
     seed: int,
     taxonomy: Taxonomy | None = None,
+    classes: Sequence[str] = (),  # K names; any answer to photos of `_none` counts as wrong
 ) -> Calibration:
     """Temperature from all photos, threshold and evidence from cross-fitted ones; arguments as in `calibrate_run`."""
     temperature = fit_temperature(logits, labels)
@@ -138,28 +155,30 @@ def calibrate(
     loss_before, loss_after = log_loss(before, labels), log_loss(after, labels)
     is_refused = loss_after > loss_before
     kept = before if is_refused else after
-    is_right, confidence = kept.argmax(axis=1) == labels, kept.max(axis=1)
+    is_none = labels == classes.index(NONE) if NONE in classes else np.zeros(len(labels), np.bool_)
+    has_both, shown = 0 < is_none.mean() < 1, _silence(kept, classes)
+    is_right, confidence = (shown.argmax(axis=1) == labels) & (shown.max(axis=1) > 0), shown.max(axis=1)
     curve, threshold = coverage_curve(confidence, is_right), 0.0
     if wanted == "accuracy":
         threshold = threshold_for_accuracy(curve, wanted_value, confidence_level=confidence_level)
     elif wanted == "coverage":
-        threshold = threshold_for_coverage(curve, wanted_value)
+        threshold = threshold_for_coverage(coverage_curve(confidence[~is_none], is_right[~is_none]), wanted_value)
     elif wanted != "none":
         raise DataError(f'a threshold is wanted for "accuracy", "coverage" or "none"; got {wanted!r}')
-    answered = confidence >= threshold
-    accuracy = float(is_right[answered].mean())
+    answered = (confidence >= threshold) & (confidence > 0)
+    accuracy = float(is_right[answered].mean()) if answered.any() else 0.0  # all may be `_none`
     fallback = None
     if taxonomy is not None and threshold > 0:
         share = accuracy if wanted == "coverage" else wanted_value
         fallback = fit_fallback(
-            kept, labels, taxonomy, threshold=threshold, accuracy=share, confidence_level=confidence_level
+            shown, labels, taxonomy, threshold=threshold, accuracy=share, confidence_level=confidence_level
         )
     return Calibration(
         temperature=1.0 if is_refused else temperature,
         threshold=threshold,
         wanted=wanted,
         wanted_value=1.0 if wanted == "none" else wanted_value,
-        coverage=float(answered.mean()),
+        coverage=float(answered[~is_none].mean()),
         accuracy=accuracy,
         num_photos=len(labels),
         log_loss_before=loss_before,
@@ -168,8 +187,36 @@ def calibrate(
         calibration_error_after=calibration_error(kept, labels),
         refused_temperature=temperature if is_refused else None,
         refused_log_loss=loss_after if is_refused else None,
+        none=_score_none(without_none(kept, classes).max(axis=1), is_none, answered) if has_both else None,
         fallback=fallback,
     )
+
+
+def without_none(probabilities: FloatArray, classes: Sequence[str]) -> FloatArray:
+    """The (..., K) probabilities, but -1 for `_none`, so that it is never the likeliest."""
+    return np.where(np.asarray(classes) == NONE, -1, probabilities) if NONE in classes else probabilities
+
+
+def _silence(probabilities: FloatArray, classes: Sequence[str]) -> FloatArray:
+    """The (N, K) probabilities without `_none`, and 0 for all of a photo where that is the likeliest."""
+    shown = without_none(probabilities, classes)
+    return np.where(shown.max(axis=1, keepdims=True) < probabilities.max(axis=1, keepdims=True), 0, shown)
+
+
+def _score_none(confidence: FloatArray, is_none: NDArray[np.bool_], answered: NDArray[np.bool_]) -> NoneScore:
+    from sklearn.metrics import roc_auc_score
+
+    rng, parts = np.random.default_rng(0), (confidence[~is_none], confidence[is_none])
+
+    def tell_apart(known: FloatArray, others: FloatArray) -> tuple[float, float]:
+        is_known = np.repeat([True, False], [len(known), len(others)])
+        passed = others >= np.quantile(known, 0.05)
+        return float(roc_auc_score(is_known, np.concatenate([known, others]))), float(passed.mean())
+
+    drawn = [tell_apart(*(rng.choice(part, len(part)) for part in parts)) for _ in range(1000)]
+    both = map(Interval, tell_apart(*parts), *np.quantile(drawn, (0.025, 0.975), axis=0).tolist())
+    auroc, fpr95 = (widen_to_wilson(one, min(map(len, parts)), level=0.95) for one in both)
+    return NoneScore(int(is_none.sum()), float(answered[is_none].mean()), auroc, fpr95)
 
 
 def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
@@ -361,6 +408,13 @@ def describe_calibration(found: Calibration) -> str:
             f"unknown           below {found.threshold:.3f}: {found.coverage:.1%} of the photos are answered, "
             f"{found.accuracy:.1%} of the answers are right (wanted: {found.wanted} {found.wanted_value:.1%})"
         )
+    if (none := found.none) is not None:
+        auroc, fpr95 = none.auroc, none.fpr95
+        lines += [
+            f"{NONE:17} {none.photos} photos, of which {none.answered:.1%} are answered",
+            f"  AUROC           {auroc.estimate:.3f} ({auroc.low:.3f} to {auroc.high:.3f})",
+            f"  as sure as 95 % of the others: {fpr95.estimate:.1%} ({fpr95.low:.1%} to {fpr95.high:.1%})",
+        ]
     return "\n".join([*lines, "Numbers after calibration are cross-fitted: no photo counts with a fit to it."])
 
 
@@ -372,7 +426,8 @@ def save_calibration_figure(run: Run, found: Calibration) -> Path:
     logits = log_probabilities(stored.probabilities)
     is_plain = found.refused_temperature is not None
     probabilities = apply_temperature(logits, 1.0) if is_plain else cross_fit(logits, stored.labels, folds=5, seed=0)
-    confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == stored.labels
+    shown = _silence(probabilities, run.classes)
+    confidence, is_right = shown.max(axis=1), (shown.argmax(axis=1) == stored.labels) & (shown.max(axis=1) > 0)
     figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="0.6", linewidth=1)

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from fieldmark.augment.reference import EvalSpec, Views, join_specs, split_views
 from fieldmark.data.decode import DecodeSpec, Source
+from fieldmark.data.folders import NONE
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan
 from fieldmark.errors import PhotoError, RunError, command, needs_extra
-from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
+from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities, without_none
 from fieldmark.inference.exported import FILE, ExportedModel
 from fieldmark.inference.sources import PhotoSource, open_source
 from fieldmark.inference.taxonomy import Answer, Fallback
@@ -69,26 +70,32 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The most probable class; "" for a photo without an answer."""
-        return "" if self.problem else self.classes[int(self.probabilities.argmax())]
+        """The most probable class, `_none` aside; "" for a photo without an answer."""
+        return "" if self.problem else self.classes[int(self._of_classes.argmax())]
 
     @property
     def probability(self) -> float:
         """The probability of `label`, in [0, 1]; NaN for a photo without an answer."""
-        return float("nan") if self.problem else float(self.probabilities.max())
+        return float("nan") if self.problem else float(self._of_classes.max())
 
     @property
     def is_unknown(self) -> bool:
-        """Whether the model is not sure enough of the class, or the photo has no answer."""
-        return bool(self.problem) or not self.probability >= self.threshold  # NaN is never sure
+        """Whether the model is not sure enough of the class, or surer that it is none, or the photo has no answer."""
+        is_sure = self.probability >= max(self.threshold, self.probabilities.max())  # NaN is never sure
+        return bool(self.problem) or not is_sure
+
+    @property
+    def _of_classes(self) -> NDArray[np.float32]:
+        """The probabilities, but -1 for `_none`."""
+        return without_none(self.probabilities, self.classes)
 
     @property
     def answer(self) -> Answer:
         """The finest name that is sure enough: the class, else a group of the taxonomy, else none (level "")."""
         if self.problem:
             return Answer("", "", float("nan"))
-        if self.fallback is not None:
-            return self.fallback.answer(self.probabilities)
+        if self.fallback is not None and self._of_classes.max() == self.probabilities.max():
+            return self.fallback.answer(self._of_classes)
         return Answer("", "", self.probability) if self.is_unknown else Answer("class", self.label, self.probability)
 
     def top(self, k: int) -> list[tuple[str, float]]:
@@ -96,8 +103,9 @@ class Prediction:
         if self.problem:
             return []
         # Stable on the negated row, so that equals keep class order, as the accuracy counts them.
-        order = np.argsort(-self.probabilities, kind="stable")[:k]
-        return [(self.classes[number], float(self.probabilities[number])) for number in order]
+        order = np.argsort(-self._of_classes, kind="stable")
+        rows = [(self.classes[number], float(self.probabilities[number])) for number in order[: k + 1]]
+        return [row for row in rows if row[0] != NONE][:k]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fieldmark.data.folders import NONE
 from fieldmark.data.tables import read_table
 from fieldmark.errors import DataError
 from fieldmark.runs.folder import Run
@@ -58,6 +59,7 @@ def load_taxonomy(path: Path, classes: Sequence[str]) -> Taxonomy:
         if row[0] in rows:
             raise DataError(f"{table.where(number)}: the class {row[0]!r} has a row already")
         rows[row[0]] = row
+    rows.setdefault(NONE, (NONE,) * len(levels))
     missing = [name for name in classes if name not in rows]
     if missing:
         raise DataError(
