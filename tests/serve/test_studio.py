@@ -226,7 +226,7 @@ def test_a_stranger_trains_stops_and_tries_the_model(root, tmp_path):
         page.get_by_role("button", name="Train").press("Enter")
 
         page.get_by_role("heading", name="If it ended now").wait_for()
-        assert "s left" in page.locator("#doing").inner_text()
+        assert "s left" in page.locator("#left").inner_text()
         assert "with 95\u00a0% confidence between" in page.locator("#kept").inner_text()
         page.get_by_role("figure").filter(has_text="✓").or_(
             page.get_by_role("figure").filter(has_text="✗")
@@ -330,7 +330,11 @@ def test_a_finished_training_is_downloaded_exported_and_mended(root, trains, mon
     wait_for(app, "my-birds-1", "running")
     ask(app, post("/api/stop?name=my-birds-1", {}))
     wait_for(app, "my-birds-1", "stopped")
-    [packed] = ask(app, get("/download/my-birds-1"))
+    foreign = {"sec-fetch-site": "cross-site"}
+    packed, refused = ask(
+        app, get("/download/my-birds-1"), lambda client: client.get("/download/my-birds-1", headers=foreign)
+    )
+    assert refused.status_code == 403
     with zipfile.ZipFile(io.BytesIO(packed.content)) as archive:
         assert "my-birds-1/recipe.toml" in archive.namelist()
     started = []

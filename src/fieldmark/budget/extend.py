@@ -117,8 +117,7 @@ def _gather(run: Run, photos: str | Path, log: Progress) -> Dataset:
     own = {"path": str(photos), "train_on": "train", "corrections": "", "folds": 0}
     settings = run.config.data.model_copy(update=own)
     more = prepare_dataset(settings, progress=log, skip="give a folder without them", known=run.classes)
-    for note in more.notes:
-        log.message(note)
+    log.message("\n".join(more.notes))
     index = replace(more.index, root=more.index.root.resolve())
     if settings.group_by == "capture_time":  # bursts are numbered anew for each folder
         named = (replace(one, group=one.group and f"{photos}: {one.group}") for one in index.photos)

@@ -414,7 +414,7 @@ class _Work:
         self.course.log.message(
             f"{max(self.course.plan.left, 0):.0f} s left; kept if it ended now: {answer.name}{shown}"
         )
-        self.curve.append({"seconds": self.course.plan.elapsed, "kept": answer.name, "top1": figures.get("top1")})
+        self.curve.append({"seconds": self.history[-1][0], "kept": answer.name, "top1": figures.get("top1")})
         summary = {"status": "running", "kept": answer.name, "history": self.curve}
         folder.write_json(self.course.path / folder.SUMMARY, summary)
 

@@ -327,7 +327,7 @@ class Studio:
     async def add(self, request: Request, to: str, path: str, offset: int, is_last: bool) -> dict[str, str]:
         """Keep the next piece of a file that was dropped: of a photo, as CLASS/NAME, or of a zip with such photos."""
         place = self.inside(f"{PHOTOS}/{_split_name(to)[0]}")
-        part = place.with_name(f"{place.name}.part")
+        part = place.with_name(f"{place.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.part")
         part.parent.mkdir(exist_ok=True)
         with part.open("ab" if offset else "wb") as file:
             if file.tell() != offset:
@@ -456,8 +456,9 @@ def create_studio_app(root: Path, overrides: Sequence[str]) -> FastAPI:
     for method in (studio.check, studio.ask, studio.stop, studio.export):
         app.add_api_route(f"/api/{method.__name__}", method, methods=["POST"], response_model=None,
                           response_class=_Json, dependencies=[Depends(require_json)])  # fmt: skip
-    app.add_api_route("/api/add", studio.add, methods=["POST"], dependencies=[Depends(_require_bytes)])
-    app.add_api_route("/download/{name}", studio.download, response_model=None)
+    own = [Depends(_require_own_page)]
+    app.add_api_route("/api/add", studio.add, methods=["POST"], dependencies=own)
+    app.add_api_route("/download/{name}", studio.download, response_model=None, dependencies=own)
     app.add_api_route("/photo", studio.read_photo, response_model=None)
     app.mount("/try/{name}", OneRun(studio.find_run, studio.open_predictor))
     app.mount("/review/{name}", OneRun(studio.find_run, studio.open_review))
@@ -467,10 +468,10 @@ def create_studio_app(root: Path, overrides: Sequence[str]) -> FastAPI:
     return app
 
 
-async def _require_bytes(request: Request) -> None:
-    """Refuse what a page of another site could send without asking."""
-    if request.headers.get("content-type") != "application/octet-stream":
-        raise HTTPException(415, "send application/octet-stream")
+async def _require_own_page(request: Request) -> None:
+    """Refuse a form or a link on a page of another site, by what every browser says of its requests."""
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise HTTPException(403, "pages of other sites may not ask")
 
 
 def _split_name(path: str) -> list[str]:

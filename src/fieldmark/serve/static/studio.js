@@ -51,7 +51,9 @@ function duration(seconds) {
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
 
-const timeLeft = ({ left }) => (left > 0 ? `${duration(left)} left` : "nearly done");
+const timeLeft = ({ left }) => (left > 0 ? `${duration(left)} left` : "Nearly done");
+
+const photoCount = (count) => `${count}${count > 1999 ? " or more" : ""} photo${count > 1 ? "s" : ""}`; // more are not counted
 
 // Views
 
@@ -109,7 +111,7 @@ async function showHome(path, view) {
   }));
   byId("samples").replaceChildren(...found.samples.map((photo) => make("li", {}, picture(photo, photo))));
   byId("folders").replaceChildren(...found.folders.map((folder) => make("li", {}, make("a", { href: link("home", folder.path) },
-    baseName(folder.path), make("span", { className: "note" }, folder.photos ? `${folder.photos} photo${folder.photos > 1 ? "s" : ""}` : "")))));
+    baseName(folder.path), make("span", { className: "note" }, folder.photos ? photoCount(folder.photos) : "")))));
   byId("no-folders").hidden = found.folders.length > 0;
   byId("use").hidden = !found.folders.length;
   byId("use").href = link("photos", found.path);
@@ -223,9 +225,9 @@ async function showRun(name, view) {
   say("");
   headline(name, `${run.minutes} min on ${run.data === "." ? "all folders" : run.data}: ${STATES[state]}.`);
   byId("live").hidden = !isOpen;
-  const doing = state === "queued" ? "Waits until the training before it ends."
-    : `${doingNow(run)} ${timeLeft(run)}.`;
-  if (byId("doing").textContent !== doing) byId("doing").textContent = doing;
+  const doing = state === "queued" ? "Waits until the training before it ends." : doingNow(run);
+  if (byId("doing").textContent !== doing) byId("doing").textContent = doing; // is read out
+  byId("left").textContent = state === "queued" ? "" : timeLeft(run);
   byId("time").value = state === "queued" ? 0 : Math.min(1 - run.left / (60 * run.minutes), 1);
   byId("stop").textContent = state === "queued" ? "Take it out of the queue"
     : run.has_model ? "Stop, and keep the best so far" : "Stop";
@@ -241,7 +243,7 @@ async function showRun(name, view) {
     byId("stop").disabled = false;
   };
   byId("printed").hidden = state !== "failed";
-  byId("printed").textContent = run.printed.join("\n");
+  byId("printed").textContent = run.printed.join("\n").trim() || "It ended before there was a model.";
   showAnswer(run, isOpen);
   byId("log").hidden = !run.log.length;
   byId("log").querySelector("pre").textContent = run.log.join("\n");
@@ -323,7 +325,13 @@ async function send(file, to, path) {
   return place;
 }
 
-async function bring(found) { // of [file, class, or "" where the page's field says it]
+let bringing = Promise.resolve(); // one drop after another
+function bring(found) {
+  bringing = bringing.then(() => sendAll(found));
+  return bringing;
+}
+
+async function sendAll(found) { // of [file, class, or "" where the page's field says it]
   const to = byId("collection").value.trim();
   const label = byId("label").value.trim();
   const brought = byId("brought");
