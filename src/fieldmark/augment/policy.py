@@ -11,8 +11,7 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -93,27 +92,10 @@ def operation_matrix(op: int, magnitude: float, size: int) -> NDArray[np.float64
 def apply_operation(
     image: Any, op: int, magnitude: float, *, interpolation: InterpolationMode, fill: tuple[int, int, int]
 ) -> Any:
-    """Apply one operation to a PIL image, or a (..., 3, H, W) uint8 tensor, by torchvision's functions."""
-    from torchvision.transforms.v2 import functional
+    """Apply one operation to a PIL image, or a (..., 3, H, W) uint8 tensor, as torchvision's policies do."""
+    from torchvision.transforms.v2 import TrivialAugmentWide
 
-    options: dict[str, Any] = {"interpolation": interpolation, "fill": list(fill)}
-    degrees, pixels, factor = math.degrees(math.atan(magnitude)), int(magnitude), 1.0 + magnitude
-    shear = partial(functional.affine, image, 0.0, [0, 0], 1.0, center=[0, 0], **options)
-    shift = partial(functional.affine, image, 0.0, scale=1.0, shear=[0.0, 0.0], **options)
-    operations: dict[str, Callable[[], Any]] = {
-        "Identity": lambda: image,
-        "ShearX": lambda: shear([degrees, 0.0]),
-        "ShearY": lambda: shear([0.0, degrees]),
-        "TranslateX": lambda: shift(translate=[pixels, 0]),
-        "TranslateY": lambda: shift(translate=[0, pixels]),
-        "Rotate": lambda: functional.rotate(image, magnitude, **options),
-        "Brightness": lambda: functional.adjust_brightness(image, factor),
-        "Color": lambda: functional.adjust_saturation(image, factor),
-        "Contrast": lambda: functional.adjust_contrast(image, factor),
-        "Sharpness": lambda: functional.adjust_sharpness(image, factor),
-        "Posterize": lambda: functional.posterize(image, pixels),
-        "Solarize": lambda: functional.solarize(image, magnitude),
-        "AutoContrast": lambda: functional.autocontrast(image),
-        "Equalize": lambda: functional.equalize(image),
-    }
-    return operations[OPERATIONS[op]]()
+    name = OPERATIONS[op]
+    strength = magnitude / 255 if name == "Solarize" else magnitude  # there a share of the largest value
+    apply: Any = TrivialAugmentWide()._apply_image_or_video_transform  # pyright: ignore[reportPrivateUsage]
+    return apply(image, name, strength, interpolation, {"others": list(fill)})
