@@ -264,12 +264,13 @@ def _open_memory(folder: Path | None, settings: str) -> tuple[BinaryIO | None, d
     try:
         folder.mkdir(parents=True, exist_ok=True)
         memory = path.open("ab", buffering=0)
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as lines:
+            for line in lines:
+                checksum, _, text = line.strip().partition(b" ")
+                with contextlib.suppress(ValueError, TypeError):
+                    if zlib.crc32(text) == int(checksum):
+                        name, facts = json.loads(text)
+                        known[name] = PhotoFacts(**facts)
     except OSError:
         return None, known
-    for checksum, _, text in (line.partition(b" ") for line in lines):
-        with contextlib.suppress(ValueError, TypeError):
-            if zlib.crc32(text) == int(checksum):
-                name, facts = json.loads(text)
-                known[name] = PhotoFacts(**facts)
     return memory, known
