@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from functools import partial
@@ -212,9 +213,8 @@ def find_extras() -> dict[str, list[str]]:
 
 def measure_folder(name: str, path: Path) -> dict[str, Any]:
     """Size of a folder and free space of its disk, in gigabytes."""
-    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()] if path.is_dir() else []
     free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-    used = sum(file.stat().st_size for file in files)
+    used = sum(Path(folder, file).lstat().st_size for folder, _, files in os.walk(path) for file in files)
     shown = str(path).replace(str(Path.home()), "~", 1)
     return {"name": name, "path": shown, "gigabytes": round(used / 1e9, 2), "free_gigabytes": round(free / 1e9, 1)}
 

@@ -105,11 +105,11 @@ def package_versions(names: Iterable[str] = REPORTED) -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], stderr=subprocess.DEVNULL, text=True, timeout=5
+        ).strip()
+    return None
 
 
 def open_cluster(address: str) -> tuple[Any, bool]:
