@@ -198,7 +198,7 @@ def test_a_signal_while_the_probe_is_fitted_names_the_way_on_which_works(photos,
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("fieldmark.runs.train.predict_batches", stopped)
+        patch.setattr("fieldmark.runs.session.Session.predict", stopped)
         with pytest.raises(InterruptedRunError, match=re.escape(f"Begin again with: fieldmark train --resume {out}")):
             list(train(tiny(photos, "probe.epochs=2"), out))
     assert [report.epoch for report in resume(out)] == [0, 1]

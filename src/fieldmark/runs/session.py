@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fieldmark.augment.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config, dump_config
-from fieldmark.data.loader import Batch, Loader, shard_plan
+from fieldmark.data.loader import Loader, shard_plan
 from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError, command
 from fieldmark.models.classifier import freeze_stages, train_only_head_and_norms
 from fieldmark.progress import Logged, Progress, Quiet
@@ -42,7 +42,7 @@ from fieldmark.runs.tracking import require_trackers
 from fieldmark.runs.writer import RunWriter, claim_folder, write_beginning
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import RunningAverage
-from fieldmark.training.evaluate import Validation, predict_batches
+from fieldmark.training.evaluate import Predictions, Validation, predict_batches
 from fieldmark.training.loop import EpochTally, TrainBatch, TrainState
 from fieldmark.training.optim import Schedule
 
@@ -120,22 +120,18 @@ class Session:
             is_mixed = drawn.kind != "none"
             yield TrainBatch(images, targets, labels, partners, drawn.lam, is_mixed, ready.numbers, len(update))
 
-    def eval_batches(self, numbers: NDArray[np.int64]) -> Iterator[Batch]:
-        """Give this process's share of the evaluation pictures of some photos."""
+    def predict(self, network: Callable[[Tensor], Tensor], numbers: NDArray[np.int64]) -> Predictions:
+        """Show a network, or a part of one, the evaluation pictures of some photos; each process gets all answers."""
         prepare = EvalPhotos(self.reader, self.evaluation, keeps_broken=False)
-        return self.loader.batches(prepare, self.plan.eval_share(numbers, self.fabric.global_rank), epoch=0)
+        batches = self.loader.batches(prepare, self.plan.eval_share(numbers, self.fabric.global_rank), epoch=0)
+        channels_last = build.is_channels_last(self.config)
+        return predict_batches(self.fabric, network, batches, flips=False, channels_last=channels_last)
 
     def validate(self, model: nn.Module, *, step: int) -> Validation:
         """Predict the validation photos and score them, after so many updates."""
         if not len(self.plan.val_numbers):
             return Validation()
-        predictions = predict_batches(
-            self.fabric,
-            model,
-            self.eval_batches(self.plan.val_numbers),
-            flips=False,
-            channels_last=build.is_channels_last(self.config),
-        )
+        predictions = self.predict(model, self.plan.val_numbers)
         predictions.require_finite(step=step - 1)
         labels = self.dataset.labels[predictions.numbers]
         return Validation(metrics.summarize(predictions.probabilities(), labels, self.prior), predictions)

@@ -31,7 +31,6 @@ from fieldmark.runs.folder import Run
 from fieldmark.runs.session import Session, Start, open_session, require_photos_of
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
-from fieldmark.training.evaluate import predict_batches
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs, train_head
 
 
@@ -166,9 +165,7 @@ def _fit_probe(session: Session) -> EpochReport:
     config, fabric, model, numbers = session.config, session.fabric, session.built.model, session.plan.train_numbers
     fabric.to_device(model)
     session.progress.message(f"probe: features of {len(numbers)} photos")
-    channels_last = build.is_channels_last(config)
-    batches = session.eval_batches(numbers)
-    found = predict_batches(fabric, model.eval().features, batches, flips=False, channels_last=channels_last)
+    found = session.predict(model.eval().features, numbers)
     features, labels = torch.from_numpy(found.logits), torch.from_numpy(session.dataset.labels[found.numbers])
     targets = session.make_targets(labels)
     head = model.head.cpu()
