@@ -22,7 +22,7 @@ from fieldmark.cli.options import complete_recipe, complete_run, complete_settin
 from fieldmark.config import Config, load_config
 from fieldmark.overrides import list_settings
 
-HIDDEN = {"split", "cache", "preview", "find-lr", "recipes"}
+HIDDEN = {"split", "cache", "preview", "recipes"}
 
 
 def invoke(*words: str):

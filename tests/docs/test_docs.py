@@ -21,7 +21,7 @@ TINY = [
     *("mix.off_epochs=0", "probe.epochs=2", "schedule.warmup_epochs=0", "loader.workers=0", "train.threads=1"),
     "train.device=cpu",
 ]
-TAKES_A_RECIPE = {"check", "split", "cache", "preview", "train", "find-lr"}
+TAKES_A_RECIPE = {"check", "split", "cache", "preview", "train"}
 QUICK = {"README", "config", "evaluate", "models", "predict", "recipes"}
 
 

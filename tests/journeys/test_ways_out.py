@@ -349,13 +349,6 @@ def test_an_unknown_setting_or_recipe_or_grid_leads_to_the_list(photos, tiny, sp
     assert (spaced / "report.html").is_file()
 
 
-def test_a_suggested_rate_can_be_set(photos, tiny, spaced, fieldmark):
-    found = fieldmark("find-lr", photos, "--recipe", "laptop", *tiny())
-    assert found.code == 0, found.err
-    (setting,) = re.findall(r"--set (optim\.lr=\S+)", found.out + found.err)
-    assert load_config("laptop", [setting]).optim.lr > 0
-
-
 def test_the_next_steps_after_training_are_commands_that_work(run, photos, spaced, fieldmark):
     from fieldmark.runs.train import format_result
 

@@ -66,7 +66,7 @@ VERBS: dict[str, tuple[Callable[..., None], ...]] = {
 for panel, verbs in VERBS.items():
     for verb in verbs:
         app.command(cls=BareRay, rich_help_panel=panel)(verb)
-for verb in (prepare.preview, prepare.split, prepare.cache, prepare.find_lr):  # what `check` and `train` do themselves
+for verb in (prepare.preview, prepare.split, prepare.cache):  # what `check` and `train` do themselves
     app.command(hidden=True)(verb)
 config = typer.Typer(help="Show settings and recipes.", no_args_is_help=True, rich_markup_mode=None)
 config.command("show")(prepare.config_show)

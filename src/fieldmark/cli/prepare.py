@@ -118,27 +118,6 @@ def models(
     print_result(rows, format_models(rows), as_json=as_json)
 
 
-def find_lr(
-    data: Data,
-    out: Annotated[Path | None, typer.Option(help="Picture of the sweep to write (PNG).")] = None,
-    recipe: Recipe = DEFAULT_RECIPE,
-    set_: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Suggest a learning rate.
-
-    A short training with rising rates (arXiv:1506.01186); nothing of it is kept.
-    """
-    from fieldmark.runs.preview import save_sweep, search_lr
-
-    with open_progress("find-lr") as progress:
-        sweep = search_lr(read_settings(recipe, data, set_), progress=progress)
-    if out is not None:
-        save_sweep(sweep, out)
-    found = {name: getattr(sweep, name) for name in ("suggestion", "lrs", "losses", "smoothed")}
-    print_result(found, f"suggested: --set optim.lr={sweep.suggestion:.2g}", as_json=as_json)
-
-
 def config_show(
     recipe: RecipeArgument = DEFAULT_RECIPE,
     set_: Overrides = None,

@@ -1,14 +1,11 @@
-"""Before a training: what the model will be shown, as one picture, and which learning rate suits it.
+"""Before a training: what the model will be shown, as one picture.
 
 Shape letters: B photos, K classes, H, W and S pixels.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +18,12 @@ from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch
-from fieldmark.errors import DataError, NonFiniteError, TrainingError
+from fieldmark.errors import DataError
 from fieldmark.files import write_whole
 from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.check import LintInput, lint_recipe
 from fieldmark.runs.dataset import find_photos, inspect
-from fieldmark.runs.session import Session, open_session
-from fieldmark.training.loop import TrainState, UpdateOptions, update
-from fieldmark.training.optim import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,115 +145,3 @@ def _draw_curves(part: SubFigure, given: LintInput) -> None:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     rate.legend(frameon=False, fontsize=8)
     plots.dress(rate, "learning rate", "epoch")
-
-
-UPDATES = 100
-LOWEST, HIGHEST = 1e-6, 1.0
-SMOOTHING = 0.9  # weight of the past in the smoothed loss
-EXPLOSION = 4.0  # the smoothed loss over its minimum at which to stop
-LEAST_POINTS = 8  # fewer rates than this say nothing about a slope
-
-
-@dataclass(frozen=True, slots=True)
-class LrSweep:
-    """The outcome of a sweep of rates: one rate and two losses for each update, plain numbers ready to plot."""
-
-    lrs: tuple[float, ...]  # of the group with the highest rate
-    losses: tuple[float, ...]  # before that update
-    smoothed: tuple[float, ...]  # exponentially
-    suggestion: float  # the rate to train with, half way down the longest fall of the smoothed loss
-
-
-def search_lr(config: Config, *, progress: Progress) -> LrSweep:
-    """Train a model that is thrown away, for up to 100 updates with rates of the head from 1e-6 to 1.
-
-    The other groups' rates rise in proportion. The head starts untrained: a recipe that probes first bears the
-    suggested rate as well, and often a higher one.
-    """
-    rates = [LOWEST * (HIGHEST / LOWEST) ** (number / (UPDATES - 1)) for number in range(UPDATES)]
-    with (
-        tempfile.TemporaryDirectory(prefix="fieldmark-") as scratch,
-        open_session(config, Path(scratch) / "run", start="new", progress=progress) as session,
-    ):
-        state = session.start_training()
-        optimizer = state.schedule.optimizer
-        highest = max(group["base_lr"] for group in optimizer.param_groups)
-        state.schedule = Schedule(optimizer, lambda step: rates[min(step, UPDATES - 1)] / highest)
-        progress.start(UPDATES, 0)
-        return read_sweep(rates, _losses(session, state, progress))
-
-
-def _losses(session: Session, state: TrainState, progress: Progress) -> Iterator[float]:
-    """Yield the mean loss before each update, until it is not finite."""
-    state.model.train()
-    for epoch in cycle(range(max(session.plan.epochs, 1))):
-        for batch in session.train_batches(epoch, 0):
-            try:
-                loss, _ = update(session.fabric, state, batch, UpdateOptions())
-                state.watch.drain()
-            except NonFiniteError:
-                return
-            yield loss.item() / len(batch.labels)
-            progress.advance(1)
-
-
-def read_sweep(rates: Sequence[float], losses: Iterable[float]) -> LrSweep:
-    """Suggest a rate by the losses of updates with rising rates; no more are read once they explode.
-
-    Source:
-        Smith, "Cyclical Learning Rates", arXiv:1506.01186, section 3.3; the valley rule is fastai's
-        (fastai/callback/schedule.py, `valley`).
-    """
-    seen: list[float] = []
-    smoothed: list[float] = []
-    average = 0.0
-    for _, value in zip(rates, losses, strict=False):
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        seen.append(value)
-        smoothed.append(average / (1 - SMOOTHING ** len(seen)))  # corrected for its start at zero
-        if smoothed[-1] > EXPLOSION * min(smoothed):
-            break
-    if len(seen) < LEAST_POINTS:
-        raise TrainingError(
-            f"the learning-rate sweep saw only {len(seen)} finite losses from {LOWEST:g} on and needs {LEAST_POINTS}. "
-            "Look at the photos (`fieldmark check`), or set train.precision=32-true"
-        )
-    lrs = rates[: len(seen)]
-    # As fastai: the first tenth is noise of the start, the last few points are the explosion.
-    window = slice(len(lrs) // 10, max(len(lrs) - 5, len(lrs) // 10 + 3))
-    return LrSweep(tuple(lrs), tuple(seen), tuple(smoothed), valley_point(lrs[window], smoothed[window]))
-
-
-def valley_point(lrs: Sequence[float], losses: Sequence[float]) -> float:
-    """Find the rate half way through the longest decreasing subsequence of the smoothed losses, by rising rates.
-
-    Source:
-        fastai, `fastai.callback.schedule.valley`: longest decreasing subsequence by dynamic programming, cut in three
-        sections; the point is one section and a half in.
-    """
-    lengths = [1] * len(losses)
-    start = end = 0
-    for i in range(1, len(losses)):
-        for j in range(i):
-            if losses[i] < losses[j] and lengths[i] < lengths[j] + 1:
-                lengths[i] = lengths[j] + 1
-            if lengths[end] < lengths[i]:
-                end = i
-                start = end - lengths[end]
-    section = (end - start) / 3
-    return lrs[start + int(section) + int(section / 2)]
-
-
-def save_sweep(sweep: LrSweep, path: Path) -> None:
-    """Draw loss over rate, with the suggestion, as PNG."""
-    figure = plots.new_figure(6, 4)
-    axes = figure.subplots()
-    axes.plot(sweep.lrs, sweep.losses, color=plots.COLORS[0], alpha=0.3, label="loss")
-    axes.plot(sweep.lrs, sweep.smoothed, color=plots.COLORS[0], label="smoothed")
-    axes.axvline(sweep.suggestion, color=plots.COLORS[1], label=f"suggested: {sweep.suggestion:.2g}")
-    axes.set_xscale("log")
-    axes.set_ylim(top=float(np.quantile(sweep.smoothed, 0.95)) * 1.2)
-    axes.set_xlabel("learning rate of the head")
-    axes.set_ylabel("loss (nats)")
-    axes.legend(frameon=False)
-    write_whole(path, plots.figure_png(figure))
