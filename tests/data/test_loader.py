@@ -218,6 +218,13 @@ def test_a_batch_that_is_kept_is_never_overwritten(preparing: ModuleType, pair: 
     assert all(batch.images.eq(number * 1000 + 2).all() for number, batch in enumerate(later))
 
 
+def test_memory_is_used_again_once_nobody_holds_it(preparing: ModuleType, pair: Loader) -> None:
+    plan = [[number] for number in range(40)]
+    list(pair.batches(preparing.Prepare(32), plan[:8], epoch=0))
+    places = {batch.images.data_ptr() for batch in pair.batches(preparing.Prepare(32), plan, epoch=0)}
+    assert len(places) <= 8
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_every_kind_of_pixels_travels(dtype: torch.dtype, preparing: ModuleType, pair: Loader) -> None:
     plan = [[number] for number in range(8)]
