@@ -351,5 +351,6 @@ def test_a_finished_training_is_downloaded_exported_and_mended(root, trains, mon
     [row] = ask(app, get("/api/describe?name=my-birds-1"))
     assert row.json()["is_mended"]
     with contextlib.suppress(AttributeError):  # the training that is not begun has no process
-        ask(app, post("/api/ask?path=my birds&minutes=2&mended=my-birds-1", {}))
+        ask(app, post("/api/ask?path=my birds&minutes=2&mended=my-birds-1&is_single=true", {}))
     assert f"data.corrections={root / RUNS / 'my-birds-1.corrections.csv'}" in started[1]
+    assert started[1][-1].startswith("model.max_parameters_millions=0.")

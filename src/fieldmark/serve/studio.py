@@ -30,8 +30,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.background import BackgroundTask
 from starlette.types import Receive, Scope, Send
 
+from fieldmark.budget.candidates import find_backbones
 from fieldmark.budget.plan import PLAN
-from fieldmark.budget.run import FLOOR_SHARE, RACE_SHARE
+from fieldmark.budget.run import FLOOR_SHARE, PROBE_SHARE, RACE_SHARE
+from fieldmark.budget.tune import LEAST_EPOCHS
 from fieldmark.config import Config, load_config
 from fieldmark.data.folders import is_photo_path, is_skipped, natural_key
 from fieldmark.errors import DataError, FieldmarkError, RunError
@@ -74,7 +76,7 @@ class Asked(BaseModel):
     data: str  # folder of the photos, relative to the root
     minutes: float
     asked: float  # seconds since 1970
-    mended: str = ""  # table of mended labels
+    settings: list[str] = []  # as `key=value`, besides those of all trainings
     pid: int | None = None  # None while it waits for its turn
     started: float = 0.0
 
@@ -173,23 +175,35 @@ class Studio:
             for photo in find_photos(config.data).photos:
                 samples.setdefault(photo.label or "", []).append(photo.path)
             firsts = {label: paths[:3] for label, paths in samples.items()}
-            shares = {"floor_share": FLOOR_SHARE, "race_share": RACE_SHARE}
-            state["found"] = {**json.loads("{" + found), "samples": firsts, **shares}
+            plan = {"floor": FLOOR_SHARE, "race": RACE_SHARE, "probe": PROBE_SHARE, "least_epochs": LEAST_EPOCHS}
+            state["found"] = {**json.loads("{" + found), "samples": firsts, "plan": plan}
         return state
 
-    def _settings(self) -> list[str]:
-        return [word for setting in self.overrides for word in ("--set", setting)]
+    def _settings(self, more: Sequence[str] = ()) -> list[str]:
+        return [word for setting in (*self.overrides, *more) for word in ("--set", setting)]
 
-    def ask(self, path: str, minutes: Annotated[float, Query(ge=0.1, le=10_080)], mended: str = "") -> dict[str, str]:
-        """Put a training at the end of the queue, and give its name; labels `mended` in another one may count."""
+    def ask(
+        self,
+        path: str,
+        minutes: Annotated[float, Query(ge=0.1, le=10_080)],
+        mended: str = "",
+        is_single: bool = False,
+    ) -> dict[str, str]:
+        """Put a training at the end of the queue, and give its name.
+
+        The labels that were `mended` in another one may count, and the answer may be of one network, for an export.
+        """
         data = self.open_data(path)
-        table = str(self.table(mended)) if mended else ""
+        settings = [f"data.corrections={self.table(mended)}"] if mended else []
+        if is_single:  # any two have more parameters together
+            smallest = find_backbones(load_config(None, self.overrides))[0].parameters / 1e6
+            settings.append(f"model.max_parameters_millions={1.9 * smallest:.2f}")
         stem = re.sub(r"[^\w-]+", "-", data.name).strip("-")[:60] or "photos"
         self.runs.mkdir(exist_ok=True)
         with self._alone():
             taken = {entry.name.partition(".")[0] for entry in self.runs.iterdir()}
             name = next(name for number in count(1) if (name := f"{stem}-{number}") not in taken)
-            asked = Asked(data=self.shown(data), minutes=minutes, asked=time.time(), mended=table)
+            asked = Asked(data=self.shown(data), minutes=minutes, asked=time.time(), settings=settings)
             self._write(name, asked)
         self.advance()
         return {"name": name}
@@ -216,8 +230,7 @@ class Studio:
                 name = min(waiting, key=lambda one: known[one].asked)
                 asked = known[name]
                 words = [str(self.root / asked.data), "--out", str(self.runs / name), "--minutes", f"{asked.minutes:g}"]
-                words += ["--set", f"data.corrections={asked.mended}"] if asked.mended else []
-                child = self._spawn(name, "train", *words, *self._settings())
+                child = self._spawn(name, "train", *words, *self._settings(asked.settings))
                 self._write(name, asked.model_copy(update={"pid": child.pid, "started": time.time()}))
 
     def _spawn(self, name: str, *words: str) -> subprocess.Popen[bytes]:

@@ -153,12 +153,14 @@ function showChecked(path, found) {
   fill(byId("must"), list(found.must_fix));
   fill(byId("warnings"), list(found.warnings));
   fill(byId("broken"), list(found.broken.slice(0, 50).map(({ path: photo, reason }) => `${photo}: ${reason}`)));
-  const alike = [
+  const alike = [ // a file with two labels is among the doubles too
     ...found.conflicting_labels.map(([first, second]) => [first, second, "The same file with two labels"]),
+    ...found.exact_duplicates.map(([first, second]) => [first, second, "The same file twice"]),
     ...found.near_duplicates.map((pair) => [pair.path, pair.other_path,
       `Alike, in ${pair.split} and ${pair.other_split}`]),
   ];
-  fill(byId("alike"), alike.slice(0, 12).map(([first, second, why]) => make("li", {}, make("h3", {}, why),
+  const isFirst = ([first, second], place) => alike.findIndex((one) => one[0] === first && one[1] === second) === place;
+  fill(byId("alike"), alike.filter(isFirst).slice(0, 12).map(([first, second, why]) => make("li", {}, make("h3", {}, why),
     make("div", { className: "two" }, ...[first, second].map((photo) => make("figure", {}, picture(at(photo), photo),
       make("figcaption", {}, photo)))))));
   byId("reading").textContent = found.reading;
@@ -168,7 +170,7 @@ function showChecked(path, found) {
   byId("start").hidden = found.must_fix.length > 0;
 }
 
-function showPlan(path, { floor_share: floor, race_share: race }, said, runs) {
+function showPlan(path, { plan: { floor, race, probe, least_epochs: leastEpochs } }, said, runs) {
   const slider = byId("minutes");
   const usual = Number(said.match(/: ([\d.]+) minutes on this machine/)?.[1]);
   const [cheapest, ...others] = [...said.matchAll(/a head on all photos takes (\d+) s/g)].map((found) => Number(found[1]));
@@ -180,16 +182,18 @@ function showPlan(path, { floor_share: floor, race_share: race }, said, runs) {
     const minutes = CHOICES[slider.value];
     const text = minutes < 60 ? `${minutes} minute${minutes > 1 ? "s" : ""}` : `${minutes / 60} hour${minutes > 60 ? "s" : ""}`;
     const end = new Date(Date.now() + 60000 * minutes).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-    const epochs = (60 * minutes * (1 - race)) / (3 * cheapest);
-    let left = 60 * minutes * race - cheapest;
-    const fitting = others.filter((seconds) => (left -= seconds) > 0).length;
+    const seconds = 60 * minutes;
+    const epochs = (seconds * (1 - race)) / (3 * cheapest);
+    const isTuned = epochs >= leastEpochs;
+    let left = seconds * (isTuned ? race : probe) - cheapest - 15; // about what the start takes
+    const fitting = others.filter((needed) => (left -= needed) > 0).length;
     byId("shown-minutes").textContent = text;
     slider.setAttribute("aria-valuetext", text);
     byId("plan").replaceChildren(...[
-      `After about ${duration(Math.min(60 * minutes * floor, 20 + cheapest))} a first model answers. From then on you can stop at any time.`,
+      `After about ${duration(15 + Math.min(seconds * floor, cheapest))} a first model answers. From then on you can stop at any time.`,
       fitting ? `Then it is compared with ${fitting} larger network${fitting > 1 ? "s" : ""}, and other sizes of the pictures.`
         : "There is time for one network only, perhaps not on all photos.",
-      epochs < 3 ? "There is too little time for fine-tuning." : `The rest, enough for about ${Math.round(epochs)} rounds over the photos, goes into fine-tuning.`,
+      !isTuned ? "There is too little time for fine-tuning." : `The rest, enough for about ${Math.round(epochs)} rounds over the photos, goes into fine-tuning.`,
       `It ends at ${end}, or after the trainings before it.`,
     ].map((step) => make("li", {}, step)));
   };
@@ -206,7 +210,7 @@ function showPlan(path, { floor_share: floor, race_share: race }, said, runs) {
     byId("train").disabled = true; // a second press is no second training
     try {
       const { name } = await ask("ask", { posts: true, path, minutes: CHOICES[slider.value],
-        mended: mended && byId("mended").checked ? mended : "" });
+        is_single: byId("single").checked, mended: mended && byId("mended").checked ? mended : "" });
       location.hash = link("run", name);
     } catch (error) {
       say(error.message);
@@ -450,7 +454,7 @@ function nextSteps({ summary, accuracy, num_val }) {
   const steps = [];
   const more = summary.val?.more_time;
   if (more) {
-    steps.push(more.high > 0.01
+    steps.push(more.second_half_earned > 0.005
       ? `Train for longer: the second half of the time gave ${(100 * more.second_half_earned).toFixed(1)} points; as much again may give about that.`
       : "More time will hardly help: the second half of it gave next to nothing. More photos will.");
   }
