@@ -216,7 +216,7 @@ def _row_bytes(folder: Path) -> float:
     classes = tuple(f"class {number}" for number in range(100))
     rows = np.random.default_rng(0).dirichlet(np.full(100, 0.05), size=1024).astype(np.float32)
     named = [Prediction(f"{n // 1000:03d}/{n:07d}.jpg", classes, row, "") for n, row in enumerate(rows)]
-    save_part(folder / "part.parquet", named, classes=classes, key="k")
+    save_part(folder / "part.parquet", named, classes=classes)
     return (folder / "part.parquet").stat().st_size / len(rows)
 
 

@@ -50,7 +50,7 @@ class Watched:
 
     def __call__(self, task, pieces):
         for done in make_parts_on_ray(task, pieces, address=self.address):
-            self.made.append(done["number"])
+            self.made.append(done[0])
             yield done
 
 

@@ -1,13 +1,8 @@
 """What `fieldmark predict` does: a model, photos, a file; with Ray in parts, so that what is done is never done again.
 
-The photos are cut into pieces; each piece becomes one part file, whole or absent, whose key says of which photos and
+The photos are cut into pieces; each piece becomes one part file, whole or absent, whose name says of which photos and
 of which model it is. A second call computes the parts that are missing. At the end the parts, in order, are the
 prediction: as they are, in a folder, or merged into one file.
-
-    OUT/ or OUT.csv.parts/
-        part-00000000.parquet ...   one a piece
-        .predict/plan               of which photos and which model; another call must agree
-        .predict/lock
 """
 
 from __future__ import annotations
@@ -16,12 +11,12 @@ import hashlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +32,7 @@ from fieldmark.errors import (
     first_line,
 )
 from fieldmark.files import exclusive_lock, write_whole
-from fieldmark.inference import calibration, sources, writers
+from fieldmark.inference import sources, writers
 from fieldmark.inference.calibration import apply_prior, estimate_prior, load_calibration
 from fieldmark.inference.exported import FILE, digest_file
 from fieldmark.inference.predictor import Prediction, Predictor
@@ -45,13 +40,14 @@ from fieldmark.inference.sources import FileList, PhotoSource, Piece
 from fieldmark.inference.writers import Form, PredictedPhotos, save_predictions
 from fieldmark.progress import Progress
 from fieldmark.runs.environment import open_cluster, require_slots
-from fieldmark.runs.folder import CLASSES, ENSEMBLE, MODEL, RECIPE, WEIGHTS, Run, write_json
+from fieldmark.runs.folder import Run, write_json
 
 PHOTOS_BETWEEN_LINES = 10_000
 FORMAT = 3
 PIECE_PHOTOS = 1024
 BOOKS = ".predict"
 MAX_ATTEMPTS = 4
+_OF_MODELS = frozenset({".bin", ".json", ".onnx", ".pt2", ".safetensors", ".toml", ".xml"})
 
 
 def predict_photos(
@@ -70,10 +66,8 @@ def predict_photos(
 ) -> PredictedPhotos:
     """Ask a model about photos, in their order, and write a file; the options are those of `fieldmark predict`.
 
-    Names and sample are checked before the first photo is read (of tar files as they are read). `photos` is what
-    `sources.open_source` takes; without `out` the predictions stay in memory, and with Ray it may be a folder, for the
-    parts as they are. `estimates_prior` corrects the answers for class shares that are estimated from these photos, and
-    keeps all probabilities in memory. `ray` is the address of a cluster that shares the work, "" for one made here.
+    Without `out` the predictions stay in memory, and with Ray it may be a folder, for the parts as they are.
+    `estimates_prior` keeps all probabilities in memory. `ray` is the address of a cluster, "" for one made here.
     """
     if sample_order and sample is None:
         raise PredictionError("--sample-order follows a sample submission: give it with --sample FILE")
@@ -190,32 +184,29 @@ def predict_in_parts(
     is_file = bool(out.suffix) and not out.is_dir()
     predictor = Predictor.load(model, flips=flips)
     folder = (out.with_name(out.name + ".parts") if is_file else out).absolute()
-    with _lock(folder):
+    if folder.is_dir() and not (folder / BOOKS).is_dir() and any(folder.iterdir()):
+        raise PredictionError(f"{folder} exists and holds something else. Give another --out")
+    busy = f"another predict is at work in {folder}: wait for it, or give another --out"
+    with exclusive_lock(folder / BOOKS / "lock", busy=busy):
         size = -(-(piece_photos or PIECE_PHOTOS) // predictor.batch_size) * predictor.batch_size
         fingerprint = model_fingerprint(model, flips=flips)
-        keys = [_part_key(piece, fingerprint) for piece in source.cut(size)]
-        plan = folder / BOOKS / "plan"
-        wanted = _combine_digests([str(FORMAT), *keys])
-        if plan.is_file() and plan.read_text(encoding="ascii") != wanted:
+        parts = [part_path(folder, *numbered, fingerprint) for numbered in enumerate(source.cut(size))]
+        if not set(folder.glob("part-*.parquet")) <= set(parts):
             raise PredictionError(
                 f"{folder} was begun with other photos (files may have changed), another model, other --flips, or by "
                 f"another version. Give another --out than {out}, or remove {folder}"
             )
-        plan.write_text(wanted, encoding="ascii")
-        rows = [writers.part_rows(part_path(folder, number), key=key) for number, key in enumerate(keys)]
-        missing = {number for number, count in enumerate(rows) if count is None}
-        done = sum(count for count in rows if count is not None) if source.count else len(keys) - len(missing)
-        progress.start(source.count or len(keys), done)
+        missing = {number for number, part in enumerate(parts) if not part.is_file()}
+        progress.start(len(parts), len(parts) - len(missing))
         if missing:
             task = PartTask(str(model.absolute()), fingerprint, flips, str(folder))
             pieces = ((number, piece) for number, piece in enumerate(source.cut(size)) if number in missing)
             with closing(make_parts(task, pieces)) as made:
-                for part in made:
-                    if part["problem"]:
-                        problem = f"part {part['number']} cannot be made: {part['problem']}"
-                        raise DataError(f"{problem}. What is done is kept; call again")
-                    progress.advance(part["rows"] if source.count else 1)
-        predictions = chain.from_iterable(writers.load_part(part_path(folder, n), predictor) for n in range(len(keys)))
+                for number, problem in made:
+                    if problem:
+                        raise DataError(f"part {number} cannot be made: {problem}. What is done is kept; call again")
+                    progress.advance(1)
+        predictions = chain.from_iterable(writers.load_part(part, predictor) for part in parts)
         if not is_file:
             written = PredictedPhotos(out)
             deque(written.watch(predictions), maxlen=0)
@@ -224,21 +215,6 @@ def predict_in_parts(
         written = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     shutil.rmtree(folder)
     return written
-
-
-@contextmanager
-def _lock(folder: Path) -> Generator[None]:
-    """The folder with its books, for one call at a time."""
-    try:
-        if folder.exists() and not (folder / BOOKS).is_dir() and any(folder.iterdir()):
-            raise PredictionError(f"{folder} exists and holds something else. Give another --out")
-        (folder / BOOKS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PredictionError(f"{folder} cannot be written: {error.strerror}") from None
-    with exclusive_lock(
-        folder / BOOKS / "lock", busy=f"another predict is at work in {folder}: wait for it, or give another --out"
-    ):
-        yield
 
 
 @dataclass(frozen=True)
@@ -252,14 +228,7 @@ class PartTask:
     threads: int = 0  # of one worker; 0 leaves it to the libraries
 
 
-class PartDone(TypedDict):
-    """One part, or why there is none; `problem` is "" if there is one."""
-
-    number: int
-    rows: int
-    problem: str
-
-
+PartDone = tuple[int, str]  # number of a part, and why it could not be made, or ""
 MakeParts = Callable[[PartTask, Iterator[tuple[int, Piece]]], Generator[PartDone]]
 
 
@@ -272,11 +241,10 @@ def make_part(task: PartTask, number: int, piece: Piece) -> PartDone:
         predictor = _load_predictor(task)
         photos = sources.read_ahead(piece.read(), predictor.batch_size)
         predictions = list(predictor.predict_named(photos, threads=task.threads or None))
-        key = _part_key(piece, task.fingerprint)
-        writers.save_part(part_path(folder, number), predictions, classes=predictor.classes, key=key)
+        writers.save_part(part_path(folder, number, piece, task.fingerprint), predictions, classes=predictor.classes)
     except FieldmarkError as error:
-        return PartDone(number=number, rows=0, problem=str(error))
-    return PartDone(number=number, rows=len(predictions), problem="")
+        return number, str(error)
+    return number, ""
 
 
 @lru_cache(maxsize=1)
@@ -291,12 +259,8 @@ def _load_predictor(task: PartTask) -> Predictor:
 
 def model_fingerprint(model: Path, *, flips: bool) -> str:
     """64 hex digits over the files that a model's answers depend on."""
-    if (model / FILE).is_file():
-        files = sorted(path for path in model.iterdir() if path.is_file())
-    else:
-        names = (RECIPE, CLASSES, MODEL, WEIGHTS, calibration.FILE, ENSEMBLE)
-        folders = [model, *sorted(model.glob("members/*"))]  # of an ensemble
-        files = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+    folders = [model, *model.glob("members/*")]  # of an ensemble
+    files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in _OF_MODELS)
     total = hashlib.sha256(f"flips={flips}".encode())
     try:
         for path in files:
@@ -306,18 +270,10 @@ def model_fingerprint(model: Path, *, flips: bool) -> str:
     return total.hexdigest()
 
 
-def _combine_digests(texts: Iterable[str]) -> str:
-    """64 hex digits over some that are such digests themselves, in their order."""
-    return hashlib.sha256("\n".join(texts).encode("ascii")).hexdigest()
-
-
-def _part_key(piece: Piece, fingerprint: str) -> str:
-    return _combine_digests([sources.digest(piece), fingerprint])
-
-
-def part_path(folder: Path, number: int) -> Path:
-    """The file of a part; sorted by name, parts are in order up to a hundred million."""
-    return folder / f"part-{number:08d}.parquet"
+def part_path(folder: Path, number: int, piece: Piece, fingerprint: str) -> Path:
+    """The file of a part by a model; sorted by name, parts are in order up to a hundred million."""
+    key = hashlib.sha256(f"{FORMAT} {sources.digest(piece)} {fingerprint}".encode("ascii")).hexdigest()
+    return folder / f"part-{number:08d}-{key[:16]}.parquet"
 
 
 def make_parts_on_ray(
@@ -326,10 +282,7 @@ def make_parts_on_ray(
     """Makes parts on as many workers at a time as the cluster has room for, each with a predictor of its own.
 
     A part whose worker died is made again, up to `MAX_ATTEMPTS` times: Ray itself would try for ever where memory runs
-    out. Photos, pixels and predictions do not pass through Ray: a piece is a list of names, or a shard, which the
-    worker reads, and a part is a file, which it writes.
-
-    A worker has `cpus` cores where the cluster has no GPU; with GPUs each has one, and its share of the cores.
+    out. A worker has `cpus` cores where the cluster has no GPU; with GPUs each has one, and its share of the cores.
     """
     ray, owns = open_cluster(address)
     running: dict[Any, tuple[int, Piece, int]] = {}  # number, piece and attempt of what Ray works on
@@ -366,7 +319,7 @@ def make_parts_on_ray(
                     f"{MAX_ATTEMPTS} workers crashed on this part ({first_line(error)}), with the photos that {listed} "
                     "names. Did they run out of memory? Take out the photo that is too large"
                 )
-                yield PartDone(number=number, rows=0, problem=problem)
+                yield number, problem
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

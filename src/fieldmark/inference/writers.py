@@ -33,7 +33,6 @@ LONG_HEADER = ("path", "pred_label", "probability", "is_unknown", "problem")  # 
 GROUP_COLUMNS = ("level", "answer")  # after them, where the model was calibrated with a taxonomy
 ENDINGS = (".csv", ".zip", ".json", ".parquet")
 ROWS_PER_GROUP = 4096
-_PART_KEY = b"fieldmark.part"
 _EXACT = "path_bytes"
 _ROWS_AT_ONCE = 1024
 _TOP = 3
@@ -128,24 +127,24 @@ def save_predictions(
     form: Form | None = None,
     has_groups: bool = False,
 ) -> PredictedPhotos:
-    """Write one row for each prediction, in the order given; those of photos that cannot be read have no label.
-
-    A path ends in `.csv`, `.zip` (which holds `prediction.csv`), `.json` or `.parquet`; folders on the way are made.
-    `short` has the path, the label and its probability, the next two classes with theirs, whether the answer is too
-    unsure to count, and the problem of an unreadable photo; `long` has a column `p:<class>` for each class instead of
-    the next two; `leaderboard` has `image_name,pred_label`, the name without its extension. With `has_groups` the first
-    two end with `level` and `answer`, the finest name of a taxonomy that is sure.
-    """
+    """Write one row for each prediction, in the order given, in a form of docs/verbs/predict.md; see `choose_form`."""
     form, ending = choose_form(path, form), path.suffix.lower()
     done = PredictedPhotos(path)
     rows = done.watch(predictions)
 
     def write(part: Path) -> None:
-        part.parent.mkdir(parents=True, exist_ok=True)
         if ending == ".json":
-            _write_json(part, rows, classes)
+            with part.open("w", encoding="utf-8") as file:
+                file.write('{"classes": ' + json.dumps(list(classes)) + ', "predictions": [')
+                for number, prediction in enumerate(rows):
+                    file.write((",\n" if number else "\n") + json.dumps(json_row(prediction)))
+                file.write("\n]}\n")
         elif ending == ".parquet":
-            _write_parquet(part, rows, classes, has_groups=has_groups)
+            import pyarrow.parquet as pq
+
+            with pq.ParquetWriter(part, long_table([], classes, has_groups=has_groups).schema) as writer:
+                while group := list(islice(rows, ROWS_PER_GROUP)):
+                    writer.write_table(long_table(group, classes, has_groups=has_groups))
         else:
             _write_csv(part, _text_rows(rows, classes, form, has_groups=has_groups), zipped=ending == ".zip")
 
@@ -271,15 +270,6 @@ def _long_values(prediction: Prediction, *, has_groups: bool) -> list[str | floa
     return [*head, prediction.problem, *probabilities, *groups]
 
 
-def _write_json(path: Path, predictions: Iterable[Prediction], classes: Sequence[str]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write('{"classes": ' + json.dumps(list(classes)) + ', "predictions": [')
-        for number, prediction in enumerate(predictions):
-            file.write(",\n" if number else "\n")
-            file.write(json.dumps(json_row(prediction)))
-        file.write("\n]}\n")
-
-
 def json_row(prediction: Prediction) -> dict[str, Any]:
     """One prediction as plain data; the probabilities of an unreadable photo are None."""
     level, answer, _ = prediction.answer
@@ -294,15 +284,6 @@ def json_row(prediction: Prediction) -> dict[str, Any]:
         **({"level": level or None, "answer": answer or None} if prediction.fallback else {}),
         "probabilities": known,
     }
-
-
-def _write_parquet(path: Path, predictions: Iterable[Prediction], classes: Sequence[str], *, has_groups: bool) -> None:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetWriter(path, long_table([], classes, has_groups=has_groups).schema) as writer:
-        rows = iter(predictions)
-        while group := list(islice(rows, ROWS_PER_GROUP)):
-            writer.write_table(long_table(group, classes, has_groups=has_groups))
 
 
 def long_table(group: Sequence[Prediction], classes: Sequence[str], *, has_groups: bool) -> Any:
@@ -325,8 +306,8 @@ def _utf8(value: Any) -> Any:
     return value
 
 
-def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequence[str], key: str) -> None:
-    """Write a part, whole or not at all; `key` says what the rows depend on."""
+def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequence[str]) -> None:
+    """Write a part, whole or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -335,25 +316,7 @@ def save_part(path: Path, predictions: Sequence[Prediction], *, classes: Sequenc
     names = [prediction.path.encode("utf-8", "surrogateescape") for prediction in predictions]
     if any(name.decode("utf-8", "replace") != p.path for name, p in zip(names, predictions, strict=True)):
         table = table.append_column(_EXACT, pa.array(names, pa.binary()))
-    keyed = table.replace_schema_metadata({_PART_KEY: key.encode()})
-
-    def write(part: Path) -> None:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(keyed, part, write_page_checksum=True)
-
-    whole_or_absent(path, write)
-
-
-def part_rows(path: Path, *, key: str) -> int | None:
-    """Number of rows of a part, or None if there is no part of this key."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        facts = pq.read_metadata(path)
-    except (OSError, pa.ArrowException):
-        return None
-    return facts.num_rows if (facts.metadata or {}).get(_PART_KEY) == key.encode() else None
+    whole_or_absent(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
 
 
 def load_part(path: Path, predictor: Predictor) -> Iterator[Prediction]:
