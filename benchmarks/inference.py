@@ -85,7 +85,7 @@ def metadata(kind: str, file: str, precision: str) -> str:
         file=file,
         architecture="resnet50",
         classes=("",) * 1000,
-        preprocessing=dict(SPEC),
+        preprocessing=EvalSpec(**SPEC),
         background=(0, 0, 0),
         temperature=1.0,
         threshold=0.0,

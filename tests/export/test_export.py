@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +54,7 @@ def make_metadata(kind):
         file=files[kind],
         architecture="test_resnet.r160_in1k",
         classes=CLASSES,
-        preprocessing=asdict(SPEC),
+        preprocessing=SPEC,
         background=(255, 255, 255),
         temperature=2.0,
         threshold=0.4,
@@ -81,7 +81,7 @@ def write_card(metadata, *, data, summary, calibration, recipe):
         return model_card(run, metadata)
 
 
-def export(kind, out, *, model=None, photos=None, is_int8=False, loss=0.05, is_plain=True):
+def export(kind, out, *, model=None, photos=None, is_int8=False, loss=0.05):
     model = model or make_model()
     return export_model(
         model,
@@ -90,8 +90,6 @@ def export(kind, out, *, model=None, photos=None, is_int8=False, loss=0.05, is_p
         photos=photos or make_photos(model)[0],
         is_int8=is_int8,
         max_accuracy_loss=loss,
-        is_plain=is_plain,
-        card=lambda written: write_card(written, data={}, summary={}, calibration=None, recipe=""),
     )
 
 
@@ -118,12 +116,11 @@ def test_an_export_gives_the_runs_probabilities_at_any_batch_size(kind, exported
     assert written.evidence["parity"]["photos"] == 24
     assert loaded.metadata == written
     predictor = Predictor.load(folder)
-    assert loaded.metadata.eval_spec() == SPEC
+    assert loaded.metadata.preprocessing == SPEC
     for size in (1, 3, 24):
         with torch.inference_mode():
             expected = torch.softmax(model(torch.from_numpy(images[:size])) / 2.0, dim=1).numpy()
         assert np.allclose(predictor.probabilities(images[:size]), expected, atol=5e-3)
-    assert (folder / "README.md").is_file()
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
@@ -221,13 +218,13 @@ def test_int8_that_loses_too_much_is_refused_with_both_accuracies():
     [
         ({"kind": "torch", "is_int8": True}, "int8 is made for onnx and openvino, not for torch"),
         ({"kind": "timm", "head": "mlp"}, "timm form holds a linear head only.*export --to onnx or torch"),
-        ({"kind": "timm", "is_plain": False}, "cannot say that strides were moved"),
+        ({"kind": "timm", "pool": "covariance"}, "cannot say that strides were moved"),
         ({"kind": "onnx", "is_int8": True, "count": 3}, "at least 4 labeled photos"),
     ],
 )
 def test_what_a_form_cannot_hold_is_refused(settings, message, tmp_path):
     settings = dict(settings)
-    model = make_model(settings.pop("head", "linear"))
+    model = make_model(settings.pop("head", "linear"), settings.pop("pool", "average"))
     photos = make_photos(model, settings.pop("count", 24))[0]
     with pytest.raises(ExportError, match=message):
         export(settings.pop("kind"), tmp_path / "out", model=model, photos=photos, **settings)

@@ -220,7 +220,7 @@ def test_any_cut_and_any_flipped_byte_of_the_metadata_is_refused_or_answers_as_b
             assert found.temperature > 0
             assert 0 <= found.threshold <= 1
             assert len(set(found.classes)) == len(before.classes)
-            assert found.eval_spec().size > 0
+            assert found.preprocessing.size > 0
     assert refused > 200
 
 

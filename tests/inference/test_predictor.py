@@ -216,13 +216,6 @@ def test_a_model_whose_output_is_not_finite_has_no_answer_and_says_why(run, file
         evaluate_run(copy, split="val", data=run.split.root, flips=False, progress=Quiet())
 
 
-def test_class_names_that_do_not_match_the_outputs_are_refused(run, files, tmp_path):
-    predictor = Predictor.load(run)
-    predictor.classes = ("a", "b")
-    with pytest.raises(RunError, match="gives 3 outputs for 2 class names"):
-        predictor(files[0])
-
-
 def test_predicting_imports_nothing_that_only_training_needs(run, files):
     """Fabric, compiled augmentation and statistics took three of the five seconds of a prediction."""
     code = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,6 @@ def export_run(
             f"{run.path} is an ensemble, and an export is one model: export one of its runs, or make one model of them "
             "with `fieldmark combine --method soup`"
         )
-    create = run.model_info["create"]
     return export_model(
         run.load_model(),
         describe_run(run, to),
@@ -89,8 +88,6 @@ def export_run(
         photos=validation_photos(run, max_photos=max_photos),
         is_int8=is_int8,
         max_accuracy_loss=max_accuracy_loss,
-        is_plain=not create.get("stride_in_1x1", False) and create.get("pool", "average") == "average",
-        card=lambda written: model_card(run, written),
         run=run,
     )
 
@@ -103,20 +100,18 @@ def export_model(
     photos: Photos,
     is_int8: bool,
     max_accuracy_loss: float,
-    is_plain: bool,
-    card: Callable[[ModelMetadata], str],
     run: Run | None = None,
 ) -> ModelMetadata:
     """Export a classifier in eval mode on the CPU, whole or not at all, and prove it on photos; see `export_run`.
 
-    The `precision` and `evidence` of the metadata are filled in. `is_plain` says that timm's architecture is unchanged;
-    `run` is there to say how far the answers of `predict` differ where it computes in less than 32 bit.
+    The `precision` and `evidence` of the metadata are filled in. Of a `run` there is a model card, which says how far
+    the answers of `predict` differ where it computes in less than 32 bit.
     """
     _check(metadata.kind, out, photos, is_int8=is_int8)
     precision = "int8" if is_int8 else "float16" if metadata.kind == "openvino" else "float32"
     metadata = replace(metadata, precision=precision)
     with whole_folder(out) as part:
-        _write(model, metadata, part, photos, is_plain=is_plain)
+        _write(model, metadata, part, photos)
         metadata = replace(metadata, digests={file.name: digest_file(file) for file in part.iterdir()})
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         evidence = _prove(model, metadata, part, photos, max_accuracy_loss=max_accuracy_loss)
@@ -124,7 +119,8 @@ def export_model(
             evidence["predict"] = gap
         metadata = replace(metadata, evidence=evidence)
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
-        (part / "README.md").write_text(card(metadata), encoding="utf-8")
+        if run is not None:
+            (part / "README.md").write_text(model_card(run, metadata), encoding="utf-8")
         for file in part.iterdir():
             file.chmod(0o644)  # safetensors makes private files; an export is for others
     return metadata
@@ -142,7 +138,7 @@ def describe_run(run: Run, to: str) -> ModelMetadata:
         file=KINDS.get(to, ""),
         architecture=str(info["create"]["name"]),
         classes=run.classes,
-        preprocessing=asdict(run.eval_spec()),
+        preprocessing=run.eval_spec(),
         background=run.config.data.background,
         max_pixels=run.config.data.max_pixels,
         batch_size=run.config.eval.batch_size,
@@ -190,13 +186,13 @@ def _check(kind: str, out: Path, photos: Photos, *, is_int8: bool) -> None:
         raise ExportError(f"int8 takes at least 4 labeled photos to calibrate and evaluate; got {len(photos.labels)}")
 
 
-def _write(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Photos, *, is_plain: bool) -> None:
+def _write(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Photos) -> None:
     """Write the model file; the metadata inside it lacks the evidence, which is measured on the file."""
-    size, text, path = metadata.eval_spec().size, metadata.to_json(), folder / metadata.file
+    size, text, path = metadata.preprocessing.size, metadata.to_json(), folder / metadata.file
     if metadata.kind == "torch":
         formats.write_torch(model, path, size=size, metadata=text)
     elif metadata.kind == "timm":
-        formats.write_timm(model, folder, metadata, is_plain=is_plain)
+        formats.write_timm(model, folder, metadata)
     else:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             plain = Path(scratch) / "model.onnx"

@@ -124,7 +124,9 @@ def _one_error(way: str) -> Generator[None]:
 def write_openvino(source: Path, path: Path, *, metadata: str) -> None:
     """Write an ONNX file as IR with float16 weights, the .xml file `path` and a .bin file beside it."""
     ov = import_openvino()
-    _save_openvino(ov, ov.convert_model(source), path, metadata, compress_to_fp16=True)
+    model = ov.convert_model(source)
+    model.set_rt_info(metadata, [KEY])
+    ov.save_model(model, path, compress_to_fp16=True)
 
 
 def quantize_openvino(source: Path, path: Path, *, calibration: NDArray[np.float32], metadata: str) -> None:
@@ -143,12 +145,8 @@ def quantize_openvino(source: Path, path: Path, *, calibration: NDArray[np.float
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(calibration),
     )
-    _save_openvino(ov, quantized, path, metadata, compress_to_fp16=False)
-
-
-def _save_openvino(ov: Any, model: Any, path: Path, metadata: str, *, compress_to_fp16: bool) -> None:
-    model.set_rt_info(metadata, [KEY])
-    ov.save_model(model, path, compress_to_fp16=compress_to_fp16)
+    quantized.set_rt_info(metadata, [KEY])
+    ov.save_model(quantized, path, compress_to_fp16=False)
 
 
 def write_torch(model: nn.Module, path: Path, *, size: int, metadata: str) -> None:
@@ -166,8 +164,8 @@ def write_torch(model: nn.Module, path: Path, *, size: int, metadata: str) -> No
     path.write_bytes(buffer.getbuffer())
 
 
-def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata, *, is_plain: bool) -> None:
-    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`; `is_plain` as in `export_model`."""
+def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata) -> None:
+    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     import timm
     import torch
     from timm.models import save_for_hf
@@ -178,13 +176,17 @@ def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata, *, is_pl
             "the timm form holds a linear head only, and this run has another: export --to onnx or torch, or train "
             'with model.head = "linear"'
         )
-    if not is_plain:
+    architecture, spec = metadata.architecture.split(".")[0], metadata.preprocessing
+    whole: Any = timm.create_model(architecture, num_classes=len(metadata.classes))
+    strides = [
+        [module.stride for module in one.modules() if isinstance(module, torch.nn.Conv2d)]
+        for one in (parts.backbone, whole)
+    ]
+    if parts.pool is not None or strides[0] != strides[1]:
         raise ExportError(
             "the timm form cannot say that strides were moved (model.stride_in_1x1) or features pooled otherwise "
             "(model.pool): export --to onnx or torch, or train with model.pool=average"
         )
-    architecture, spec = metadata.architecture.split(".")[0], metadata.eval_spec()
-    whole: Any = timm.create_model(architecture, num_classes=len(metadata.classes))
     known: dict[str, Any] = whole.pretrained_cfg
     head = {f"{known['classifier']}.{name}": value for name, value in parts.head.state_dict().items()}
     with _one_error("for timm"):

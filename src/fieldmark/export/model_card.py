@@ -34,7 +34,7 @@ def model_card(run: Run, metadata: ModelMetadata) -> str:
     page = {
         "model": metadata,
         "library": "timm" if metadata.kind == "timm" else "fieldmark",
-        "spec": metadata.eval_spec(),
+        "spec": metadata.preprocessing,
         "levels": groups.taxonomy.levels[1:] if groups else (),
         "metrics": [(name, scores[key], intervals.get(key)) for key, name in METRIC_NAMES.items() if key in scores],
         "num_val": num_val,

@@ -11,9 +11,8 @@ import json
 import pickle
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -46,7 +45,7 @@ class ModelMetadata:
     file: str  # of the model, in the same folder
     architecture: str  # timm name of the backbone
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
-    preprocessing: dict[str, Any]  # fields of `augment.reference.EvalSpec`: an upright RGB photo to (B, 3, S, S)
+    preprocessing: EvalSpec  # how an upright RGB photo becomes (B, 3, S, S)
     background: tuple[Channel, Channel, Channel]  # RGB under transparent pixels
     temperature: Positive  # divides the logits before the softmax
     threshold: Share  # least probability that is answered; below it the answer is "unknown"
@@ -61,10 +60,6 @@ class ModelMetadata:
     max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
     batch_size: Annotated[int, Field(gt=0, lt=2**31)] = 64
     digests: dict[str, str] = field(default_factory=dict[str, str])  # SHA-256 of each file beside fieldmark.json
-
-    def eval_spec(self) -> EvalSpec:
-        """Return how a decoded photo becomes an input."""
-        return EvalSpec(**self.preprocessing)
 
     def decode_spec(self) -> DecodeSpec:
         """Return how files become pixels, within the limit of the run."""
@@ -97,7 +92,6 @@ class ModelMetadata:
             content["license"] = content.pop("licence")
         try:
             metadata = read_values(cls, content)
-            spec = read_values(EvalSpec, metadata.preprocessing)
             metadata.groups()
         except ValueError as error:
             raise ExportError(f"{where} {error}. Export the run again") from None
@@ -106,7 +100,7 @@ class ModelMetadata:
         twice = [name for number, name in enumerate(metadata.classes) if name in metadata.classes[:number]]
         if twice:
             raise ExportError(f"{where}, key 'classes': {twice[0]!r} is there twice. Export the run again")
-        return replace(metadata, preprocessing=asdict(spec))  # JSON has lists where the values were tuples
+        return metadata
 
 
 def digest_file(path: Path) -> str:
@@ -150,7 +144,7 @@ class ExportedModel:
         }
         if metadata.kind not in loaders:
             raise ExportError(f"{folder} holds the unknown form {metadata.kind!r}; known are {', '.join(loaders)}")
-        size = metadata.eval_spec().size
+        size = metadata.preprocessing.size
         try:
             compute = loaders[metadata.kind]()
             outputs = compute(np.zeros((1, 3, size, size), np.float32)).shape[1:]
@@ -190,15 +184,8 @@ def _load_openvino(path: Path, threads: int, precision: str) -> Compute:
     if precision == "f32":
         settings["INFERENCE_PRECISION_HINT"] = "f32"
     compiled: Any = openvino.Core().compile_model(path, "CPU", settings)
-    local = threading.local()
-
-    def compute(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        # An infer request belongs to one thread at a time; the compiled model may be shared.
-        if not hasattr(local, "request"):
-            local.request = compiled.create_infer_request()
-        return np.array(local.request.infer([images])[0], np.float32)
-
-    return compute
+    # An infer request belongs to one thread at a time; the compiled model may be shared.
+    return lambda images: np.array(compiled.create_infer_request().infer([images])[0], np.float32)
 
 
 def import_openvino() -> Any:

@@ -148,7 +148,7 @@ class Predictor:
             about = exported.metadata
             return cls(
                 classes=about.classes,
-                spec=about.eval_spec(),
+                spec=about.preprocessing,
                 logits=lambda images: exported.logits(images.numpy(), flips=flips),
                 decoding=about.decode_spec(),
                 batch_size=about.batch_size,
@@ -241,13 +241,7 @@ class Predictor:
 
     def probabilities(self, images: NDArray[np.float32] | Tensor) -> NDArray[np.float32]:
         """(B, K) calibrated probabilities of pictures that `augment.reference.eval_picture` made by `spec`."""
-        logits = self.logits(torch.as_tensor(images))
-        if logits.shape[1:] != (len(self.classes),):
-            raise RunError(
-                f"the model gives {logits.shape[-1]} outputs for {len(self.classes)} class names: its files belong to "
-                "different models; train or export it again"
-            )
-        return softmax(logits, temperature=self.temperature)
+        return softmax(self.logits(torch.as_tensor(images)), temperature=self.temperature)
 
     def _answers(self, batch: Batch, names: Sequence[str]) -> list[Prediction]:
         probabilities = self.probabilities(batch.images)
