@@ -15,7 +15,7 @@ from fieldmark.budget.run import format_result, train_within
 from fieldmark.config import load_config
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import needs_extra
-from fieldmark.files import whole_or_absent
+from fieldmark.files import write_whole
 from fieldmark.inference.evaluation import Evaluation, evaluate, save_evaluation
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs.environment import processor_name, usable_cores
@@ -45,7 +45,6 @@ def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress
         MissingExtraError: The photos are not installed.
     """
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     table = folder / "photos.csv"
     num_photos, num_defective = write_table(table)
     progress.message(
@@ -57,12 +56,15 @@ def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress
     run = train_within(config, folder / "run", minutes=minutes, progress=progress)
     progress.message(format_result(run))
     found = evaluate(run.path, split="test", progress=progress)
+    save_evaluation(found, folder / "evaluation")
+    picture = folder / "predictions.png"
+    write_whole(picture, plots.figure_png(_prediction_figure(run, found)))
     lines = [
         f"test accuracy on {len(found.predictions.labels)} photos that neither training nor any choice has seen:",
-        f"  {_accuracy(found)}",
+        "  {:.4f}  (95 % interval {:.4f} to {:.4f})".format(found.metrics["top1"], *found.top1_interval),
         f"  published: {PUBLISHED}",
         f"took {format_seconds(time.perf_counter() - started)} on {usable_cores()} cores ({processor_name()})",
-        f"picture: {draw(run, found, folder)}",
+        f"picture: {picture}",
         f"tables:  {folder / 'evaluation'}",
         "next, with a folder of your own that holds a folder of photos for each class:",
         "  fieldmark check PHOTOS",
@@ -88,14 +90,6 @@ def write_table(path: Path) -> tuple[int, int]:
     return len(rows), sum(label == "defective" for _, label in rows)
 
 
-def draw(run: Run, found: Evaluation, folder: Path) -> Path:
-    """Predictions with their photos as PNG, and the tables of `fieldmark evaluate`; return the picture."""
-    save_evaluation(found, folder / "evaluation")
-    path, content = folder / "predictions.png", plots.figure_png(_prediction_figure(run, found))
-    whole_or_absent(path, lambda part: part.write_bytes(content))
-    return path
-
-
 def _prediction_figure(run: Run, found: Evaluation) -> Figure:
     """Test photos, half of them mistakes where there are enough, with what the model says."""
     stored, names = found.predictions, found.classes
@@ -109,9 +103,7 @@ def _prediction_figure(run: Run, found: Evaluation) -> Figure:
     captions = [
         f"says {names[predicted[n]]}, {stored.probabilities[n].max():.2f}\nis {names[stored.labels[n]]}" for n in chosen
     ]
-    return plots.photo_grid(photos, captions, [RIGHT if is_right[n] else WRONG for n in chosen])
-
-
-def _accuracy(found: Evaluation) -> str:
-    low, high = found.top1_interval
-    return f"{found.metrics['top1']:.4f}  (95 % interval {low:.4f} to {high:.4f})"
+    figure = plots.new_figure(12.6, 5.1)
+    axes = figure.subplots(2, SHOWN // 2, squeeze=False)
+    plots.fill_grid(axes, SHOWN // 2, photos, captions, [RIGHT if is_right[n] else WRONG for n in chosen])
+    return figure

@@ -25,9 +25,14 @@ Value = TypeVar("Value")
 
 
 def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a name beside `path`, then move the file into place; an error leaves what was there before."""
+    """Call `write` with a name beside `path`, then move the file into place; an error leaves what was there before.
+
+    Folders on the way are made.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        with suppress(FileExistsError):  # a file in its place: opening says so better
+            path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         # safetensors makes files that only their owner may read; the umask can only be read by setting it.
         mask = os.umask(0)
@@ -99,10 +104,14 @@ def require_path(path: Path) -> Path:
 def exclusive_lock(
     lock: Path, *, busy: str, wait_seconds: float = 0.0, on_wait: Callable[[], None] | None = None
 ) -> Generator[None]:
-    """Hold a lock to the end of the block; the system takes it back from a process that dies.
+    """Hold a lock, in a folder that is made, to the end of the block; the system takes it from a process that dies.
 
     Where another process goes on holding it for `wait_seconds`, `busy` is the message of the RunError.
     """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain_disk_error(lock.parent, error) or error from None
     held = FileLock(lock, thread_local=False)
     try:
         try:

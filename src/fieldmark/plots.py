@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import io
-import math
 import re
 import warnings
 from collections.abc import Generator, Iterable, Sequence
@@ -163,30 +162,16 @@ def confusion_tips(figure: Figure, confusion: NDArray[np.int64], classes: Sequen
 
 
 def draw_lambda(axes: Axes, values: NDArray[np.float64], alpha: tuple[float, float], title: str) -> None:
-    """Histogram of (N,) values of λ with its density, and the Beta density of α, drawn evenly from a range."""
-    from scipy.stats import beta, gaussian_kde
+    """Histogram of (N,) values of λ, and the Beta density of α, drawn evenly from a range."""
+    from scipy.stats import beta
 
-    axes.hist(values, bins=40, range=(0, 1), density=True, color=COLORS[0], alpha=0.35)
-    grid = np.linspace(0, 1, 201)
-    if np.ptp(values) > 0:
-        # Mirrored at both ends: a plain kernel estimate would sink where most of the mass is.
-        mirrored = np.concatenate([-values, values, 2 - values])
-        axes.plot(grid, 3 * gaussian_kde(mirrored, bw_method=0.03)(grid), color=COLORS[0], label="density of λ")
-    inside = grid[1:-1]
+    axes.hist(values, bins=40, range=(0, 1), density=True, color=COLORS[0], alpha=0.5, label="λ")
+    inside = np.linspace(0, 1, 201)[1:-1]
     drawn = np.mean([beta.pdf(inside, a, a) for a in np.linspace(*alpha, 25)], axis=0)
     axes.plot(inside, drawn, "--", color=COLORS[1], linewidth=1, label="Beta(α, α) drawn from")
     axes.set_ylim(0, 4)
     axes.legend(frameon=False, fontsize=8)
     dress(axes, title, "λ")
-
-
-def photo_grid(photos: Sequence[NDArray[np.uint8]], captions: Sequence[str], colors: Sequence[str]) -> Figure:
-    """Photos in rows of at most six, each with its caption in its color."""
-    columns = min(len(photos), 6)
-    rows = math.ceil(len(photos) / columns)
-    figure = new_figure(2.1 * columns, 2.55 * rows)
-    fill_grid(figure.subplots(rows, columns, squeeze=False), columns, photos, captions, colors)
-    return figure
 
 
 def fill_grid(

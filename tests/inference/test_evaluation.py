@@ -99,8 +99,8 @@ def test_predictions_that_are_not_finite_are_refused_in_one_sentence():
 def test_a_file_where_the_folder_should_be_is_named(evaluated, tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        with pytest.raises(ResourceError, match=r"is a file, and several files are written: give a folder as --out"):
+        with pytest.raises(ResourceError, match=r"file.* cannot be made: .*Give another folder as --out"):
             make_output_folder(path)
-        with pytest.raises(ResourceError, match=r"give a folder as --out"):
+        with pytest.raises(ResourceError, match=r"Give another folder as --out"):
             save_evaluation(evaluated[2], path)
     assert (tmp_path / "file").read_text() == "mine"

@@ -124,7 +124,7 @@ def test_a_list_may_call_its_column_otherwise(fieldmark, trained, photos, tmp_pa
 def test_evaluate_refuses_a_file_as_its_folder_before_it_works(fieldmark, trained, tmp_path):
     (tmp_path / "file.json").write_text("mine")
     refused = fieldmark("evaluate", trained, "--out", tmp_path / "file.json")
-    assert (refused.code, "is a file, and several files are written: give a folder" in refused.err) == (2, True)
+    assert (refused.code, "Give another folder as --out" in refused.err) == (2, True)
     assert (tmp_path / "file.json").read_text() == "mine"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import Run
-from fieldmark.study.charts import LAMBDA_DRAWS, Curves, Line, curve_chart, list_curves, mean_line, report_charts
+from fieldmark.study.charts import LAMBDA_DRAWS, Curves, curve_chart, list_curves, read_epochs, report_charts
 from fieldmark.study.compare import compare_runs
 from fieldmark.study.report import class_table, markdown_text, most_confused, pooled_confusion, write_report
 
@@ -169,19 +169,18 @@ def test_a_probe_is_a_point_of_its_own_and_has_no_learning_rate(make_run):
 
 
 def _accuracy_chart(line):
-    return curve_chart(Curves("top1", "Accuracy", "", "top-1", True, {}), [line])
+    return curve_chart(Curves("top1", "Accuracy", "", "top-1", True, {}), {"run": line})
 
 
 def test_a_chart_of_one_epoch_shows_no_half_epochs_and_no_share_above_one():
-    axes = _accuracy_chart(Line("run", x=[0], y=[1.0], low=[1.0], high=[1.0])).figure.axes[0]
+    axes = _accuracy_chart({0: [1.0]}).figure.axes[0]
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0]
     assert axes.get_ylim()[1] < 1.02
 
 
 def test_ticks_of_shares_say_where_they_are():
-    values = [0.50, 0.53]
-    figure = _accuracy_chart(Line("run", x=[1, 2], y=values, low=values, high=values)).figure
+    figure = _accuracy_chart({1: [0.50], 2: [0.53]}).figure
     figure.canvas.draw()
     axes = figure.axes[0]
     for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
@@ -218,16 +217,16 @@ def test_markdown_text_stays_in_its_line_and_cell():
 
 def test_a_line_is_the_mean_over_seeds_with_a_band(sweep):
     variant = compare_runs([sweep]).variants[1]
-    line = mean_line("", "val.top1", [run.metrics for run in variant.runs])
+    axes = _accuracy_chart(read_epochs("val.top1", [run.metrics for run in variant.runs])).figure.axes[0]
     runs = [[row["val"]["top1"] for row in run.metrics] for run in variant.runs]
-    assert line.y == pytest.approx(np.mean(runs, axis=0))
-    assert line.low == pytest.approx(np.min(runs, axis=0))
-    assert line.high == pytest.approx(np.max(runs, axis=0))
+    assert axes.lines[0].get_ydata() == pytest.approx(np.mean(runs, axis=0))
+    band = axes.collections[0].get_datalim(axes.transData).intervaly
+    assert band == pytest.approx([np.min(runs), np.max(runs)])
 
 
 def _lines(rows, number):
     curves = list_curves([rows])[number]
-    axes = curve_chart(curves, [mean_line(*line, [rows]) for line in curves.lines.items()]).figure.axes[0]
+    axes = curve_chart(curves, {name: read_epochs(key, [rows]) for name, key in curves.lines.items()}).figure.axes[0]
     return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
 
 

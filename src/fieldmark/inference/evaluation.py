@@ -265,10 +265,8 @@ def make_output_folder(path: Path) -> None:
     """Make the folder of `--out`, before any work that would be lost without it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ResourceError(f"{path} is a file, and several files are written: give a folder as --out") from None
     except OSError as error:
-        raise ResourceError(f"{path} cannot be made: {error.strerror}. Give another --out") from None
+        raise ResourceError(f"{path} cannot be made: {error.strerror}. Give another folder as --out") from None
 
 
 def _defined(value: Any) -> Any:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from fieldmark.errors import DataError, MissingExtraError, PhotoError, first_line, needs_extra
+from fieldmark.errors import DataError, MissingExtraError, PhotoError, first_line
 
 # By class name, as none of their packages need be installed: errors that mean no file at all, rather than this one.
 _NO_STORAGE = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError",
@@ -61,19 +61,16 @@ def opened(location: str) -> Generator[IO[bytes]]:
         try:
             yield file
         except Exception as error:
-            if _is_unreachable(error):  # while reading; other errors there are the reader's
-                raise _unreachable(location, error) from None
+            if problem := _unreachable(location, error):  # while reading; other errors there are the reader's
+                raise problem from None
             raise
 
 
 def is_file(url: str) -> bool:
     """Whether there is a file, rather than a folder, by this URL; a DataError where there is neither."""
     storage, path = _open(url)
-    try:
-        with _explained(url):
-            return storage.info(path)["type"] == "file"
-    except PhotoError as error:
-        raise DataError(f"{url} {error.reason}. Check bucket and path") from None
+    with _listing(url):
+        return storage.info(path)["type"] == "file"
 
 
 def find_files(folder: str, pattern: str = "") -> list[Found]:
@@ -108,20 +105,16 @@ def _version(info: Mapping[str, Any]) -> str:
 
 def _open(url: str) -> tuple[Any, str]:
     """The storage of a URL, opened once for all threads, and the path in it."""
+    import fsspec.core
+
     protocol, _, rest = url.partition("://")
     place = f"{protocol}://{rest.split('/', 1)[0]}"
-    with _opening:  # fsspec's own instances are one per thread, and each would look for credentials anew
-        if place not in _opened:
-            _opened[place] = _new_storage(place, protocol)
-    return _opened[place], _opened[place]._strip_protocol(url)
-
-
-def _new_storage(place: str, protocol: str) -> Any:
-    with needs_extra("fsspec", "storage"):
-        import fsspec.core
     try:
-        with _explained(place):
-            return fsspec.core.url_to_fs(place)[0]
+        # fsspec's own instances are one per thread, and each would look for credentials anew.
+        with _opening, _explained(place):
+            if place not in _opened:
+                _opened[place] = fsspec.core.url_to_fs(place)[0]
+            return _opened[place], _opened[place]._strip_protocol(url)
     except ImportError as error:
         if protocol in ("s3", "s3a"):
             raise MissingExtraError("s3fs", "storage") from None
@@ -136,7 +129,7 @@ def _listing(url: str) -> Generator[None]:
         with _explained(url):
             yield
     except PhotoError as error:
-        raise DataError(f"{url} cannot be listed: {error.reason}. Check bucket, path and credentials") from None
+        raise DataError(f"{url} {error.reason}. Check bucket, path and credentials") from None
 
 
 @contextmanager
@@ -152,16 +145,15 @@ def _explained(url: str) -> Generator[None]:
             if "bucket does not exist" in text:
                 raise DataError(f"{url}: {text}. Check the bucket's name") from None
             raise PhotoError(url, "does not exist") from None
-        if _is_unreachable(error):
-            raise _unreachable(url, error) from None
+        if problem := _unreachable(url, error):
+            raise problem from None
         denied = "permission denied" if isinstance(error, PermissionError) else text
         raise PhotoError(url, f"cannot be read: {denied}") from None
 
 
-def _is_unreachable(error: Exception) -> bool:
-    return type(error).__name__ in _NO_STORAGE or isinstance(error, ConnectionError | TimeoutError)
-
-
-def _unreachable(url: str, error: Exception) -> DataError:
+def _unreachable(url: str, error: Exception) -> DataError | None:
+    """Return what to raise where an error means that no file of this storage can be had."""
+    if type(error).__name__ not in _NO_STORAGE and not isinstance(error, ConnectionError | TimeoutError):
+        return None
     where = f" ({_S3_OPTIONS})" if url.startswith("s3") else ""
     return DataError(f"{url} cannot be reached: {first_line(error)}. Check credentials and endpoint{where}")

@@ -382,7 +382,6 @@ def write_predictions(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(exist_ok=True)
     columns = {
         # File names need not be valid UTF-8; Parquet strings must be.
         "path": pa.array([name.encode("utf-8", "surrogateescape") for name in paths], pa.binary()),

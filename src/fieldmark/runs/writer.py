@@ -237,7 +237,6 @@ class RunWriter:
     def _write_epochs(self, labels: NDArray[np.int64]) -> None:
         """Write the predicted classes of every epoch, from which the optimistic bias of "best" is estimated."""
         stacked, path = np.stack(self.history.val_by_epoch), self.path / folder.EPOCHS
-        path.parent.mkdir(exist_ok=True)
 
         def write(part: Path) -> None:
             with part.open("wb") as file:

@@ -81,7 +81,6 @@ class Corrections:
         decisions = {key: value for key, value in self.decisions.items() if key != path}
         if decision:
             decisions[path] = decision
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_csv(self.file, COLUMNS, [(key, *value) for key, value in decisions.items()])
         self._history.append((path, self.decisions.get(path)))
         self.decisions = decisions

@@ -39,17 +39,6 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line over E epochs: mean of a variant's runs, lowest and highest run."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
-
-
-@dataclass(frozen=True)
 class Curves:
     """Holds what one chart shows over the epochs: the key of each line in a row, flattened, by the line's name.
 
@@ -98,7 +87,7 @@ def report_charts(comparison: Comparison) -> list[Chart]:
     every = list_curves([rows for several in histories.values() for rows in several])
     if len(variants) == 1:
         [(_, own)] = histories.items()
-        charts = [curve_chart(one, [mean_line(*named, own) for named in one.lines.items()]) for one in every]
+        charts = [curve_chart(one, {name: read_epochs(key, own) for name, key in one.lines.items()}) for one in every]
     else:
         few = f" The {len(shown)} most accurate of {len(variants)} variants." if len(shown) < len(variants) else ""
         charts = [accuracy_chart(comparison), difference_chart(comparison)]
@@ -106,8 +95,12 @@ def report_charts(comparison: Comparison) -> list[Chart]:
             if not key.startswith("probe."):
                 title, note = f"{whole.title}, {name}", f"{whole.note} Band: lowest to highest run of a variant.{few}"
                 curves = replace(whole, key=key.replace(".", "-"), title=title, note=note)
-                charts.append(curve_chart(curves, [mean_line(one, key, rows) for one, rows in histories.items()]))
-        charts += cost_charts(comparison)
+                charts.append(curve_chart(curves, {one: read_epochs(key, rows) for one, rows in histories.items()}))
+        note = "Mean over a variant's runs; compare times of runs on one machine only."
+        charts.append(cost_chart(comparison, "cost-time", "training time in minutes", note, minutes))
+        if len({parameters(one.runs[0]) for one in variants}) > 1:
+            label = "parameters in millions"
+            charts.append(cost_chart(comparison, "cost-parameters", label, "", lambda run: parameters(run) / 1e6))
     return [chart for chart in charts if chart] + lambda_charts(variants)
 
 
@@ -189,21 +182,26 @@ def _set_percent(axis: Any, symbol: str = "%") -> None:
     axis.set_major_formatter(PercentFormatter(1.0, symbol=symbol))
 
 
-def curve_chart(curves: Curves, named: Sequence[Line | None]) -> Chart | None:
-    """Lines over the epochs, with one tooltip for each epoch; None without lines."""
+def curve_chart(curves: Curves, named: Mapping[str, Mapping[int, Sequence[float]]]) -> Chart | None:
+    """Means over runs in each epoch, between the lowest and the highest, with a tooltip; None without numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    lines = [line for line in named if line]
+    lines = {name: values for name, values in named.items() if values}
     if not lines:
         return None
     figure = new_figure(WIDTH, 3.1 + (0.19 * len(lines) if len(lines) > 1 else 0))
     axes = figure.subplots()
-    for index, line in enumerate(lines):
+    texts: dict[int, list[str]] = {}
+    for index, (name, values) in enumerate(lines.items()):
         color, dash = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
-        if line.low != line.high:
-            axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
-        label = plain_text(line.name)
-        axes.plot(line.x, line.y, dash, color=color, marker="o", markersize=3, linewidth=1.6, label=label)
+        epochs, means = list(values), [sum(several) / len(several) for several in values.values()]
+        low, high = ([pick(several) for several in values.values()] for pick in (min, max))
+        if low != high:
+            axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(epochs, means, dash, color=color, marker="o", markersize=3, linewidth=1.6, label=plain_text(name))
+        for epoch, mean in zip(epochs, means, strict=True):
+            text = f"{name}: {100 * mean:.1f} %" if curves.is_share else f"{name}: {mean:.4g}"
+            texts.setdefault(epoch, [f"epoch {epoch}"]).append(text)
     dress(axes, "", "epoch", curves.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     low, high = axes.get_xlim()
@@ -214,43 +212,24 @@ def curve_chart(curves: Curves, named: Sequence[Line | None]) -> Chart | None:
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
     if len(lines) > 1:
         figure.legend(loc="outside lower left", frameon=False, fontsize=8)
-    texts: dict[float, list[str]] = {}
-    for line in lines:
-        for epoch, y in zip(line.x, line.y, strict=True):
-            value = f"{100 * y:.1f} %" if curves.is_share else f"{y:.4g}"
-            texts.setdefault(epoch, [f"epoch {epoch:g}"]).append(f"{line.name}: {value}")
     span = axes.get_ylim()
     tips = [Tip(axes, (epoch - 0.5, epoch + 0.5), span, "\n".join(texts[epoch])) for epoch in sorted(texts)]
     return Chart(curves.key, curves.title, curves.note, figure, tuple(tips[:: 1 + len(tips) // 60]))
 
 
-def mean_line(name: str, key: str, histories: Sequence[History]) -> Line | None:
-    """Mean over runs per epoch, the lowest and highest run; None without numbers."""
+def read_epochs(key: str, histories: Sequence[History]) -> dict[int, list[float]]:
+    """The numbers of all runs in each epoch that has any, in order."""
     found: dict[int, list[float]] = {}
     for row in (row for rows in histories for row in rows):
         if (value := flatten(row, "probe." if row.get("is_probe") else "").get(key)) is not None:
             found.setdefault(int(row["epoch"]), []).append(value)
-    if not found:
-        return None
-    epochs = sorted(found)
-    means = [sum(found[epoch]) / len(found[epoch]) for epoch in epochs]
-    low, high = ([pick(found[epoch]) for epoch in epochs] for pick in (min, max))
-    return Line(name, epochs, means, low, high)
+    return dict(sorted(found.items()))
 
 
-def cost_charts(comparison: Comparison) -> list[Chart]:
-    """Accuracy over training time, and over parameters where they differ."""
-    note = "Mean over a variant's runs; compare times of runs on one machine only."
-    charts = [_cost_chart(comparison, "cost-time", "training time in minutes", note, minutes)]
-    if len({parameters(variant.runs[0]) for variant in comparison.variants}) > 1:
-        label = "parameters in millions"
-        charts.append(_cost_chart(comparison, "cost-parameters", label, "", lambda run: parameters(run) / 1e6))
-    return [chart for chart in charts if chart]
-
-
-def _cost_chart(
+def cost_chart(
     comparison: Comparison, key: str, label: str, note: str, read: Callable[[RunResults], float]
 ) -> Chart | None:
+    """Accuracy over a cost, such as training time; None where it is not known."""
     variants = _most_accurate(comparison.variants, MOST_LINES)
     costs = {one.name: float(np.mean([read(run) for run in one.runs])) for one in variants}
     variants = [one for one in variants if costs[one.name] > 0]
@@ -266,7 +245,7 @@ def _cost_chart(
     spent = [costs[one.name] for one in variants]
     if max(spent) > 20 * min(spent):
         axes.set_xscale("log")
-    elif len(spent) > 1:
+    else:
         axes.set_xlim(left=0)
     dress(axes, "", label, title)
     if comparison.metric != "log_loss":

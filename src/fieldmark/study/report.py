@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.config import Metric
-from fieldmark.errors import PhotoError, ResourceError, RunError
+from fieldmark.errors import PhotoError, RunError
+from fieldmark.files import write_whole
 from fieldmark.models.catalog import describe_pretraining
 from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, thumbnail
 from fieldmark.runs.folder import Run, RunResults, flatten, format_value
@@ -115,23 +116,15 @@ def write_report(
         "charts": charts,
     }
     files: list[Path] = []
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if kind == ".md":
-            folder = path.with_name(path.stem + "_files")
-            folder.mkdir(exist_ok=True)
-            files = [folder / f"{chart.key}.png" for chart in charts]
-            for file, chart in zip(files, charts, strict=True):
-                file.write_bytes(figure_png(chart.figure, dpi=160))
-            page["pictures"] = {file.stem: quote(f"{file.parent.name}/{file.name}") for file in files}
-        else:
-            page |= _page_parts(comparison, best, charts, with_photos=with_photos)
-        # A file name that is not UTF-8 comes as lone surrogates, which no page can hold.
-        path.write_text(
-            render_template("fieldmark.study", f"report{kind}", page), encoding="utf-8", errors="backslashreplace"
-        )
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be written: {error.strerror}") from None
+    if kind == ".md":
+        files = [path.with_name(path.stem + "_files") / f"{chart.key}.png" for chart in charts]
+        for file, chart in zip(files, charts, strict=True):
+            write_whole(file, figure_png(chart.figure, dpi=160))
+        page["pictures"] = {file.stem: quote(f"{file.parent.name}/{file.name}") for file in files}
+    else:
+        page |= _page_parts(comparison, best, charts, page["variants"], with_photos=with_photos)
+    # A file name that is not UTF-8 comes as lone surrogates, which no page can hold.
+    write_whole(path, render_template("fieldmark.study", f"report{kind}", page).encode("utf-8", "backslashreplace"))
     return [path, *files]
 
 
@@ -150,16 +143,22 @@ def render_template(package: str, template: str, page: dict[str, Any]) -> str:
     return environment.get_template(template).render(page) + "\n"
 
 
-def _page_parts(comparison: Comparison, best: Variant, charts: Sequence[Chart], *, with_photos: bool) -> dict[str, Any]:
+def _page_parts(
+    comparison: Comparison, best: Variant, charts: Sequence[Chart], table: Table, *, with_photos: bool
+) -> dict[str, Any]:
     """Return what a page has and Markdown has not: pictures and photos inside, no script, nothing to load."""
+    variants = comparison.variants
+    # Where the variants differ, one column each.
+    rows = tuple((key, *(format_value(one.changes[key]) for one in variants)) for key in variants[0].changes)
+    changes = Table(("Key", *map(str, range(1, len(variants) + 1))), rows, frozenset())
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "is_single": len(comparison.variants) == 1,
-        "facts": _run_facts(best, comparison),
+        "is_single": len(variants) == 1,
+        "facts": _run_facts(best, table),
         "pictures": {chart.key: figure_svg(chart.figure, chart.tips, key=chart.key) for chart in charts},
         "rows_open": ROWS_OPEN,
         "confused": most_confused(best, with_photos=with_photos),
-        "changes": _recipe_table(comparison.variants),
+        "changes": changes,
         "environment": {
             key: " ".join(map(str, value)) if isinstance(value, list) else str(value)
             for key, value in flatten(best.runs[0].environment).items()
@@ -208,58 +207,41 @@ def _variants_table(comparison: Comparison) -> Table:
     """Every variant, the best first: accuracy with interval, runs, optimistic bias, and what it cost."""
     shown, rows = comparison.shown, list[dict[str, str]]()
     for variant in sorted(comparison.variants, key=lambda variant: -variant.interval.estimate):
-        value = variant.interval
+        value, run = variant.interval, variant.runs[0]
+        speeds = [row.get("images_per_second") for one in variant.runs for row in one.metrics]
+        known = [speed for speed in speeds if speed]
+        weights = run.model_info.get("weights", {})
+        tag = str(weights.get("pretraining") or "")
+        origin = [weights.get("source"), weights.get("license"), describe_pretraining(tag, default=tag)]
         rows.append(
             {
                 "Variant": variant.name,
                 "Score": shown.value(value.estimate),
                 f"{100 * comparison.level:g} % interval": f"{shown.value(value.low)} to {shown.value(value.high)}",
                 "Seeds": str(len(variant.seeds)),
-                "Each seed": _each_seed(variant, shown),
-                **_costs(variant),
+                "Each seed": ", ".join(map(shown.value, variant.seed_means)),
+                "Optimistic bias": "–" if variant.optimism is None else f"{100 * variant.optimism:.1f} points",
+                "Minutes": _mean_minutes(variant),
+                "Images/s": f"{np.mean(known):.0f}" if known else "–",
+                "Parameters": f"{parameters(run) / 1e6:.1f} M",
+                "Weights": ", ".join(str(part) for part in origin if part) or run.config.model.weights,
             }
         )
     return Table(tuple(rows[0]), tuple(tuple(row.values()) for row in rows), frozenset({1, 2, 3, 5, 6, 7, 8}))
 
 
-def _each_seed(variant: Variant, shown: Shown) -> str:
-    return ", ".join(map(shown.value, variant.seed_means))
-
-
-def _costs(variant: Variant) -> dict[str, str]:
-    """Return what a variant cost and what its score is worth; "–" is not known."""
+def _run_facts(variant: Variant, table: Table) -> dict[str, str]:
+    """What is worth knowing about one variant, of its first run where runs differ; `table` is that of the variants."""
     run = variant.runs[0]
-    bias = "–" if variant.optimism is None else f"{100 * variant.optimism:.1f} points"
-    speeds = [row["images_per_second"] for run in variant.runs for row in run.metrics if row.get("images_per_second")]
-    weights = run.model_info.get("weights", {})
-    tag = str(weights.get("pretraining") or "")
-    origin = [weights.get("source"), weights.get("license"), describe_pretraining(tag, default=tag)]
-    return {
-        "Optimistic bias": bias,
-        "Minutes": _mean_minutes(variant),
-        "Images/s": f"{np.mean(speeds):.0f}" if speeds else "–",
-        "Parameters": f"{parameters(run) / 1e6:.1f} M",
-        "Weights": ", ".join(str(part) for part in origin if part) or run.config.model.weights,
-    }
-
-
-def _run_facts(variant: Variant, comparison: Comparison) -> dict[str, str]:
-    """Return what is worth knowing about one variant: name and value, of its first run where runs differ."""
-    run, shown = variant.runs[0], comparison.shown
-    val = run.summary.get("val") or {}
-    shares = {"Top-1": "top1", "Top-5": "top5", "Macro recall": "macro_recall"}
-    losses = {"Log loss": "log_loss", "Calibration error": "calibration_error"}
-    kept = "the best" if run.config.train.select == "best" else "the last"
-    if (best := run.summary.get("best_epoch")) is not None and kept == "the best":
-        kept += f" ({best})"
+    val: dict[str, Any] = run.summary.get("val") or {}
+    best = f"the best ({run.summary.get('best_epoch')})" if run.config.train.select == "best" else "the last"
     facts = {
-        shown.title: shown.interval(variant.interval),
-        **({"Each seed": _each_seed(variant, shown)} if len(variant.seeds) > 1 else {}),
-        **{name: f"{100 * val[key]:.1f} %" for name, key in shares.items() if key in val and key != comparison.metric},
-        **{name: f"{val[key]:.3f}" for name, key in losses.items() if key in val and key != comparison.metric},
-        "Epochs": f"{run.config.train.epochs}; kept: {kept}",
+        **dict(zip(table.head[1:], table.rows[0][1:], strict=True)),
+        **{
+            key.replace("_", " ").capitalize(): f"{value:.3f}" for key, value in val.items() if isinstance(value, float)
+        },
+        "Epochs": f"{run.config.train.epochs}; kept: {best}",
         "Backbone": str(run.model_info.get("create", {}).get("name", run.config.model.name)),
-        **_costs(variant),
     }
     return {name: value for name, value in facts.items() if value != "–"}
 
@@ -355,9 +337,3 @@ def _show_photo(run: RunResults, photo: str) -> ShownPhoto:
     except (PhotoError, OSError, ValueError):
         return ShownPhoto(photo, "")
     return ShownPhoto(photo, "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii"))
-
-
-def _recipe_table(variants: Sequence[Variant]) -> Table:
-    """Return where the variants differ, one column each."""
-    rows = tuple((key, *(format_value(one.changes[key]) for one in variants)) for key in variants[0].changes)
-    return Table(("Key", *map(str, range(1, len(variants) + 1))), rows, frozenset())
