@@ -57,11 +57,7 @@ class InProcess:
         from fieldmark.study.cell import run_job
 
         run_job(dataclasses.replace(job, parent=0))
-        self.ended = {job.name: ""}
-
-    def collect(self):
-        ended, self.ended = self.ended, {}
-        return ended
+        return lambda: ""
 
     def stop(self):
         pass

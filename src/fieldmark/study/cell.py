@@ -11,16 +11,15 @@ import json
 import os
 import shutil
 import sys
-import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fieldmark.config import Config, load_config, parse_config
-from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError
-from fieldmark.files import exclusive_lock
-from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, run_status, write_json
+from fieldmark.errors import ConfigError, FieldmarkError, RunError
+from fieldmark.files import exclusive_lock, write_whole
+from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, run_status
 
 BOOKS = ".sweep"  # folder inside a sweep's for job files, logs, locks and outcomes
 # Keys that change how fast a run is, or how it is described, but not what it learns.
@@ -28,7 +27,7 @@ NO_EFFECT = {"description", "loader.workers", "cache.folder", "cache.disk_gigaby
              "train.save_minutes", "train.trackers"}  # fmt: skip
 SECONDS_TO_WAIT = 3600.0
 
-State = Literal["waiting", "running", "finished", "failed", "interrupted"]
+State = Literal["waiting", "running", "finished", "failed"]
 
 
 @dataclass(frozen=True)
@@ -60,30 +59,9 @@ class Job:
         return book(self.sweep, self.name, "job.json")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Says how a cell ended, with the error if it failed."""
-
-    state: State
-    error: str
-    seconds: float = 0.0
-
-    def save(self, sweep: str | Path, name: str) -> None:
-        """Write it beside the job file."""
-        write_json(book(sweep, name, "outcome.json"), asdict(self))
-
-
 def book(sweep: str | Path, name: str, kind: str) -> Path:
     """Path of what a sweep keeps of a cell beside its run folder: job, outcome, log, lock."""
     return Path(sweep) / BOOKS / f"{name}.{kind}"
-
-
-def load_outcome(sweep: Path, name: str) -> Outcome | None:
-    """Return how a cell ended last time; None if it did not, or was killed."""
-    try:
-        return Outcome(**json.loads(book(sweep, name, "outcome.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def is_settled(out: Path, cell: Cell) -> bool:
@@ -131,45 +109,38 @@ def clear_broken(out: Path, cell: Cell) -> None:
         shutil.rmtree(path)
 
 
-def run_job(job: Job) -> Outcome:
-    """Train or resume a cell, and write down how it ended."""
-    started = time.monotonic()
-    book(job.sweep, job.name, "outcome.json").unlink(missing_ok=True)
+def run_job(job: Job) -> str:
+    """Train or resume a cell, and return its error, "" for none, which is also written beside the job file."""
+    outcome = book(job.sweep, job.name, "outcome")
+    outcome.unlink(missing_ok=True)
     busy = f"another process has been at work on {job.out} for an hour: end it, and sweep again"
+    error = ""
     try:
         # A process that outlived its sweep may still be at this cell: it leaves after its epoch.
         with exclusive_lock(book(job.sweep, job.name, "lock"), busy=busy, wait_seconds=SECONDS_TO_WAIT):
-            state, error = _train(job), ""
-    except InterruptedRunError as interruption:
-        state, error = "interrupted", str(interruption)
+            _train(job)
     except FieldmarkError as problem:
-        state, error = "failed", str(problem)
+        error = str(problem)
     except Exception as bug:  # one cell's bug must not end the others; its traceback is in the cell's log
         traceback.print_exc()
-        state, error = "failed", f"{type(bug).__name__}: {bug}"
-    outcome = Outcome(state, error, time.monotonic() - started)
-    outcome.save(job.sweep, job.name)
-    return outcome
+        error = f"{type(bug).__name__}: {bug}"
+    write_whole(outcome, error)
+    return error
 
 
-def _train(job: Job) -> State:
+def _train(job: Job) -> None:
     if run_status(job.out) == "finished":
-        return "finished"
+        return
     config = parse_config(job.settings, job.name)
     trainer = importlib.import_module(job.trainer)
-    reports = trainer.resume(job.out) if (job.out / RECIPE).is_file() else trainer.train(config, job.out)
-    for report in reports:
-        if report.epoch >= config.train.epochs:
-            continue
-        if job.parent and os.getppid() != job.parent:
-            return "interrupted"
-    return "finished"
+    for report in trainer.resume(job.out) if (job.out / RECIPE).is_file() else trainer.train(config, job.out):
+        if job.parent and os.getppid() != job.parent and report.epoch < config.train.epochs:
+            return  # the sweep is gone: the next one goes on with this cell
 
 
 def main(path: str) -> int:
     """Run the cell of a job file; 0 unless it failed."""
-    job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
-    return 0 if run_job(job).state != "failed" else 1
+    return 1 if run_job(Job(**json.loads(Path(path).read_text(encoding="utf-8")))) else 0
 
 
 if __name__ == "__main__":

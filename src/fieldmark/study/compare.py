@@ -19,7 +19,7 @@ from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, find_runs
 from fieldmark.study import statistics
 from fieldmark.study.statistics import Difference, Interval, Scores
-from fieldmark.study.variants import Group, Replicate, check_same_photos, group_runs, join_folds, name_against
+from fieldmark.study.variants import Group, check_same_photos, group_runs, join_folds, name_against
 from fieldmark.training.metrics import compare_with_probe
 
 EFFECT = 0.01  # the smallest difference worth seeing: one point of accuracy, or 0.01 nats of log loss
@@ -179,11 +179,11 @@ def compare_runs(
     if against is not None:
         groups = name_against(groups, Path(against))
     joined = [join_folds(group) for group in groups]
-    check_same_photos([replicate for replicates in joined for replicate in replicates])
+    check_same_photos([run for runs in joined for run in runs])
     rng = np.random.default_rng(seed)
     variants = tuple(
-        _measure(group, replicates, metric, level=level, draws=draws, rng=rng)
-        for group, replicates in zip(groups, joined, strict=True)
+        _measure(group, runs, metric, level=level, draws=draws, rng=rng)
+        for group, runs in zip(groups, joined, strict=True)
     )
     both = list(itertools.combinations(variants, 2))
     if against is not None:
@@ -201,7 +201,7 @@ def compare_runs(
 
 
 def _measure(
-    group: Group, runs: Sequence[Replicate], metric: Metric, *, level: float, draws: int, rng: np.random.Generator
+    group: Group, runs: Sequence[RunResults], metric: Metric, *, level: float, draws: int, rng: np.random.Generator
 ) -> Variant:
     scores = np.stack([_scores(run, metric) for run in runs])
     num_photos = scores.shape[1]
@@ -220,11 +220,11 @@ def _measure(
     optimisms = [_run_optimism(run, draws=min(draws, 2000), rng=rng) for run in group.runs]
     known = [found for found in optimisms if found is not None]
     optimism = sum(known) / len(optimisms) if known else None
-    seeds = tuple(run.seed for run in runs)
+    seeds = tuple(run.config.train.seed for run in runs)
     return Variant(group.name, group.changes, group.runs, seeds, scores, interval, optimism)
 
 
-def _scores(run: Replicate, metric: Metric) -> Scores:
+def _scores(run: RunResults, metric: Metric) -> Scores:
     """(N,) whose mean is the metric: each photo's share is scaled by N, so that one interval serves all metrics."""
     if metric == "log_loss":
         own = run.probabilities[np.arange(len(run.labels)), run.labels].astype(np.float64)
@@ -233,7 +233,7 @@ def _scores(run: Replicate, metric: Metric) -> Scores:
     return is_right * _photo_weights(run, metric) * len(run.labels)
 
 
-def _photo_weights(run: Replicate, metric: Metric) -> Scores:
+def _photo_weights(run: RunResults, metric: Metric) -> Scores:
     """(N,) share of each photo in the metric; they sum to 1."""
     counts = np.bincount(run.labels, minlength=len(run.classes))
     by_class = {"top1": counts.astype(np.float64), "prior_top1": run.prior, "macro_recall": np.ones(len(counts))}

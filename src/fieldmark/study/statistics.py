@@ -243,12 +243,9 @@ def optimism_from_photos(correct: NDArray[np.bool_], *, draws: int, rng: np.rand
     num_epochs, num_photos = correct.shape
     if num_epochs < 2:
         return 0.0
-    right = correct.astype(np.float64)
-    truth = right.mean(axis=1)
-    excess: list[float] = []
-    rows = max(1, 2_000_000 // num_photos)
-    for start in range(0, draws, rows):
-        weights = rng.multinomial(num_photos, np.full(num_photos, 1 / num_photos), size=min(rows, draws - start))
-        drawn = weights @ right.T / num_photos
-        excess.extend(drawn.max(axis=1) - truth[drawn.argmax(axis=1)])
-    return max(0.0, float(np.mean(excess)))
+    right, even = correct.astype(np.float64), np.full(num_photos, 1 / num_photos)
+    truth, excess = right.mean(axis=1), 0.0
+    for _ in range(draws):
+        drawn = right @ rng.multinomial(num_photos, even) / num_photos
+        excess += float(drawn.max() - truth[drawn.argmax()])
+    return max(0.0, excess / draws)

@@ -12,14 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fieldmark.config import Config
-from fieldmark.errors import ResourceError, first_line
+from fieldmark.errors import first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster, require_slots
 from fieldmark.runs.folder import read_metrics, write_json
@@ -27,20 +26,21 @@ from fieldmark.study.cell import (
     BOOKS,
     Cell,
     Job,
-    Outcome,
     State,
     book,
     clear_broken,
     is_settled,
-    load_outcome,
     refuse_other_recipe,
     run_job,
 )
 from fieldmark.study.grid import Grid, base_settings, grid_cells, load_grid, parse_grid
 
-MAX_INTERRUPTIONS = 3
 MAX_RETRIES = 3
 SECONDS_TO_SAVE = 120.0
+
+
+# Asked again and again whether a cell that was started has ended: None where it has not, else what is amiss, or "".
+Ended = Callable[[], str | None]
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,6 @@ def run_sweep(
     cells = grid_cells(grid, base)
     for cell in cells:
         refuse_other_recipe(out, cell)
-    try:
-        (out / BOOKS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(f"{out} cannot be created: {error.strerror}") from None
     busy = f"another sweep is at work in {out}: wait for it, or give another folder"
     with exclusive_lock(out / BOOKS / "sweep.lock", busy=busy):
         executor = _open_executor(base["train"]["devices"], jobs=jobs, ray=ray, ray_cpus=ray_cpus)
@@ -179,8 +175,7 @@ class _Work:
     trainer: str
     on_status: Callable[[SweepStatus], None]
     statuses: dict[str, CellStatus] = field(default_factory=dict[str, CellStatus])
-    running: dict[str, Cell] = field(default_factory=dict[str, Cell])
-    interruptions: Counter[str] = field(default_factory=Counter[str])
+    running: dict[str, tuple[Cell, Ended]] = field(default_factory=dict[str, tuple["Cell", "Ended"]])
     epochs_before: dict[str, int] = field(default_factory=dict[str, int])
     started: float = field(default_factory=time.monotonic)
 
@@ -198,10 +193,12 @@ class _Work:
             if not self.running:
                 return status
             time.sleep(poll_seconds)
-            for name, trouble in self.executor.collect().items():
-                self.end(self.running.pop(name), trouble)
-            for cell in self.running.values():
-                self.note(cell, "running")
+            for cell, has_ended in list(self.running.values()):
+                if (trouble := has_ended()) is None:
+                    self.note(cell, "running")
+                else:
+                    del self.running[cell.name]
+                    self.end(cell, trouble)
 
     def start_cells(self) -> None:
         """Fill the slots that are free; cells that are done take none."""
@@ -219,23 +216,15 @@ class _Work:
         settings = cell.config.model_dump(mode="json")
         job = Job(str(self.out), cell.name, settings, self.trainer, parent=os.getpid())
         write_json(job.path, asdict(job))
-        self.executor.start(job)
-        self.running[cell.name] = cell
+        self.running[cell.name] = cell, self.executor.start(job)
 
     def end(self, cell: Cell, trouble: str) -> None:
-        """Write down how a cell ended, or start it again if it was interrupted."""
-        outcome = load_outcome(self.out, cell.name)
-        if trouble or outcome is None:
-            outcome = Outcome("failed", trouble or "its process ended without reporting a result")
-        if outcome.state == "interrupted":
-            # Not by us, or we would not be here: a machine is shutting down, say. It goes on elsewhere.
-            self.interruptions[cell.name] += 1
-            if self.interruptions[cell.name] < MAX_INTERRUPTIONS:
-                self.start(cell)
-                return
-            outcome = replace(outcome, state="failed")
-        outcome.save(self.out, cell.name)
-        self.note(cell, outcome.state, outcome.error)
+        """Note how a cell ended."""
+        try:
+            trouble = trouble or book(self.out, cell.name, "outcome").read_text(encoding="utf-8")
+        except OSError:
+            trouble = "its process ended without reporting a result"
+        self.note(cell, "failed" if trouble else "finished", trouble)
 
     def note(self, cell: Cell, state: State, error: str = "") -> None:
         """Keep the status of one cell, with the epochs that its folder reports now."""
@@ -269,9 +258,9 @@ class LocalCells:
     def __init__(self, groups: Sequence[tuple[str, ...]]) -> None:
         self.num_slots = len(groups)
         self._free = list(groups)
-        self._running: dict[str, tuple[subprocess.Popen[bytes], tuple[str, ...]]] = {}
+        self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Job) -> Ended:
         """Begin a cell."""
         gpus = self._free.pop(0)
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
@@ -285,24 +274,22 @@ class LocalCells:
                 env=env,
                 start_new_session=True,
             )
-        self._running[job.name] = process, gpus
+        self._processes.append(process)
 
-    def collect(self) -> dict[str, str]:
-        """Cells that ended since the last call: name to what the process says of it, "" for nothing amiss."""
-        ended: dict[str, str] = {}
-        for name, (process, gpus) in list(self._running.items()):
-            if (code := process.poll()) is not None:
-                del self._running[name]
-                self._free.append(gpus)
-                ended[name] = "" if code in (0, 1) else f"its process ended with {_describe_exit(code)}"
-        return ended
+        def has_ended() -> str | None:
+            if (code := process.poll()) is None:
+                return None
+            self._processes.remove(process)
+            self._free.append(gpus)
+            return "" if code in (0, 1) else f"its process ended with {_describe_exit(code)}"
+
+        return has_ended
 
     def stop(self) -> None:
         """Ask all cells to save and end, and wait for it; a cell that takes longer than two minutes is killed."""
-        processes = [process for process, _ in self._running.values()]
-        for process in processes:
+        for process in self._processes:
             process.terminate()
-        for process in processes:
+        for process in self._processes:
             try:
                 process.wait(SECONDS_TO_SAVE)
             except subprocess.TimeoutExpired:
@@ -340,7 +327,7 @@ class RayCells:
         self._ray, self._owns = open_cluster(address)
         self._needs = {"CPU": float(cpus), "GPU": float(gpus) if self._ray.cluster_resources().get("GPU") else 0.0}
         self._task: Any = self._ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
-        self._running: dict[str, Any] = {}
+        self._running: list[Any] = []
         require_slots(self._ray, self._needs, "a cell")
 
     @property
@@ -348,32 +335,30 @@ class RayCells:
         """Cells that the cluster, as it is now, has room for."""
         return count_slots(self._ray, self._needs)
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Job) -> Ended:
         """Begin a cell."""
         # Whether the parent lives is Ray's to watch: a worker's parent is the cluster's, not the sweep's.
         alone = replace(job, parent=0)
         options = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"], "name": job.name}
-        self._running[job.name] = self._task.options(**options).remote(alone)
+        reference = self._task.options(**options).remote(alone)
+        self._running.append(reference)
 
-    def collect(self) -> dict[str, str]:
-        """Cells that ended since the last call: name to what Ray says of it, "" for nothing amiss."""
-        ended: dict[str, str] = {}
-        for name, reference in list(self._running.items()):
-            ready, _ = self._ray.wait([reference], timeout=0)
-            if ready:
-                del self._running[name]
-                try:
-                    self._ray.get(reference)
-                    ended[name] = ""
-                except self._ray.exceptions.RayError as error:
-                    ended[name] = f"its worker was lost {MAX_RETRIES + 1} times: {first_line(error)}"
-        return ended
+        def has_ended() -> str | None:
+            if not self._ray.wait([reference], timeout=0)[0]:
+                return None
+            self._running.remove(reference)
+            try:
+                self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:
+                return f"its worker was lost {MAX_RETRIES + 1} times: {first_line(error)}"
+            return ""
+
+        return has_ended
 
     def stop(self) -> None:
         """Give up what is running, and leave the cluster."""
-        for reference in self._running.values():
+        for reference in self._running:
             self._ray.cancel(reference, force=True)
-        self._running.clear()
         if self._owns:
             self._ray.shutdown()
 
@@ -384,4 +369,4 @@ def _train_cell(job: Job) -> str:
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        return run_job(job).state
+        return run_job(job)

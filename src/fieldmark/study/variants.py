@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, flatten, format_value
@@ -27,19 +27,6 @@ class Group:
     name: str  # the changes in words; a folder's name where there are none, or too many to read
     changes: Mapping[str, Any]  # value of each key in which the compared variants differ
     runs: tuple[RunResults, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Replicate:
-    """The runs of one seed, its folds joined: N photos in order of path, with (N,) labels and (N, K) probabilities."""
-
-    seed: int
-    name: str
-    photos: tuple[str, ...]
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-    probabilities: NDArray[np.float32]
-    prior: NDArray[np.float64]
 
 
 def group_runs(results: Sequence[RunResults]) -> list[Group]:
@@ -84,37 +71,33 @@ def _describe(changes: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={format_value(value)}" for key, value in changes.items())
 
 
-def join_folds(group: Group) -> list[Replicate]:
-    """One replicate per seed, in order of seed."""
+def join_folds(group: Group) -> list[RunResults]:
+    """One run per seed, its folds joined, in order of seed."""
     by_seed: dict[int, list[RunResults]] = {}
     for run in group.runs:
         by_seed.setdefault(run.config.train.seed, []).append(run)
-    return [_join(seed, runs) for seed, runs in sorted(by_seed.items())]
+    return [_join(runs) for _, runs in sorted(by_seed.items())]
 
 
-def _join(seed: int, runs: Sequence[RunResults]) -> Replicate:
-    photos = [photo for run in runs for photo in run.photos]
-    name = runs[0].name if len(runs) == 1 else f"{runs[0].name} and {len(runs) - 1} more folds"
+def _join(runs: Sequence[RunResults]) -> RunResults:
+    """The first run with the photos of all."""
+    joined, photos = copy(runs[0]), [photo for run in runs for photo in run.photos]
     # Without folds a second run of the same recipe and seed is a repetition or was made on other data: never joined.
     if len({run.config.data.fold for run in runs}) < len(runs) or len(set(photos)) < len(photos):
         names = ", ".join(str(run.path) for run in runs)
         raise RunError(f"{names} have the same settings, seed and fold: give one of them, or runs with other seeds")
     if len({run.classes for run in runs}) > 1:
-        raise RunError(f"the folds joined in {name} have different classes: they come from different data")
+        raise RunError(f"the folds of {joined.path} have different classes: they come from different data")
     order = sorted(range(len(photos)), key=photos.__getitem__)
-    return Replicate(
-        seed,
-        name,
-        photos=tuple(photos[index] for index in order),
-        labels=np.concatenate([run.labels for run in runs])[order],
-        classes=runs[0].classes,
-        probabilities=np.concatenate([run.probabilities for run in runs])[order],
-        prior=np.mean([run.prior for run in runs], axis=0),
-    )
+    joined.photos = tuple(photos[index] for index in order)
+    joined.labels = np.concatenate([run.labels for run in runs])[order]
+    joined.probabilities = np.concatenate([run.probabilities for run in runs])[order]
+    joined.prior = np.mean([run.prior for run in runs], axis=0)
+    return joined
 
 
-def check_same_photos(runs: Sequence[Replicate]) -> None:
-    """Check that all replicates scored the same photos under the same labels, or say where they differ."""
+def check_same_photos(runs: Sequence[RunResults]) -> None:
+    """Check that all runs scored the same photos under the same labels, or say where they differ."""
     first, *others = runs
     for other in others:
         names = f"{first.name} and {other.name}"
