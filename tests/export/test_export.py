@@ -20,7 +20,7 @@ from fieldmark.export.model_card import evidence_text, model_card
 from fieldmark.inference.calibration import calibrate
 from fieldmark.inference.exported import ExportedModel, ModelMetadata
 from fieldmark.inference.predictor import Predictor
-from fieldmark.inference.taxonomy import Fallback, LevelScore, build_taxonomy
+from fieldmark.inference.taxonomy import Fallback, LevelScore
 from fieldmark.models.classifier import create_classifier
 
 CLASSES = ("10", "2", "owl | <b>")
@@ -324,16 +324,16 @@ def _read(text, folder):
 
 
 def test_an_export_carries_the_groups_and_one_from_before_there_were_any_is_read(tmp_path):
-    tree = build_taxonomy(("class", "kind"), [[name, "bird"] for name in CLASSES])
-    groups = Fallback(tree, (0.4, 0.9), (LevelScore("class", 0.5, 1.0), LevelScore("kind", 0.5, None)))
-    metadata = replace(make_metadata("onnx"), back_off=groups.to_dict())
-    again = _read(metadata.to_json(), tmp_path).groups()
-    assert again.to_dict() == groups.to_dict()
+    rows = tuple((name, "bird") for name in CLASSES)
+    scores = (LevelScore("class", 0.5, 1.0), LevelScore("kind", 0.5, None))
+    groups = Fallback(("class", "kind"), rows, (0.4, 0.9), scores)
+    metadata = replace(make_metadata("onnx"), back_off=groups)
+    assert _read(metadata.to_json(), tmp_path).back_off == groups
     card = write_card(metadata, data={}, summary={}, calibration=None, recipe="")
     assert "then the finest of kind that is sure" in card
     old = json.loads(make_metadata("onnx").to_json())
     del old["back_off"]
-    assert _read(json.dumps(old), tmp_path).groups() is None
+    assert _read(json.dumps(old), tmp_path).back_off is None
 
 
 def test_an_export_from_before_licenses_were_spelled_so_is_read(tmp_path):

@@ -310,7 +310,7 @@ def test_a_calibration_that_lacks_something_or_is_no_object_is_refused(run):
     with pytest.raises(RunError, match=r"calibration.json: lacks accuracy, .*Make it again"):
         load_calibration(run)
     (run.path / "calibration.json").write_text("[1]")
-    with pytest.raises(RunError, match="is a list, not an object"):
+    with pytest.raises(RunError, match=r"calibration.json: has \[1\]: .*Make it again"):
         load_calibration(run)
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from fieldmark.config import dump_config, load_config
-from fieldmark.errors import DataError
+from fieldmark.errors import RunError
+from fieldmark.files import read_values
 from fieldmark.inference.calibration import calibrate_run, fit_fallback, load_calibration
 from fieldmark.inference.predictor import Prediction
-from fieldmark.inference.taxonomy import Fallback, build_taxonomy, describe_fallback
+from fieldmark.inference.taxonomy import Fallback, Taxonomy, describe_fallback
 from fieldmark.runs.folder import Run, write_predictions
 
 CLASSES = ("crow", "raven", "gull", "tern")
 ROWS = [["crow", "Corvus"], ["raven", "Corvus"], ["gull", "Larus"], ["tern", "Sterna"]]
-TREE = build_taxonomy(("class", "genus"), ROWS)
+TREE = Taxonomy(("class", "genus"), ROWS)
 
 
 def make_photos(count=1000):
@@ -75,11 +77,12 @@ def test_where_every_class_is_sure_there_is_nothing_to_fit():
 
 def test_it_survives_json_and_says_what_is_missing():
     found, probabilities = fitted()
-    again = Fallback.from_dict(json.loads(json.dumps(found.to_dict())), num_classes=4)
-    assert again.to_dict() == found.to_dict()
+    stored = json.loads(json.dumps(asdict(found)))
+    again = read_values(Fallback, stored)
+    assert json.loads(json.dumps(asdict(again))) == stored
     assert [again.answer(row) for row in probabilities[:50]] == [found.answer(row) for row in probabilities[:50]]
-    with pytest.raises(DataError, match="lacks 'rows': calibrate again"):
-        Fallback.from_dict({name: value for name, value in found.to_dict().items() if name != "rows"}, num_classes=4)
+    with pytest.raises(ValueError, match="lacks rows"):
+        read_values(Fallback, {name: value for name, value in stored.items() if name != "rows"})
 
 
 def test_a_prediction_answers_with_the_finest_name_that_is_sure():
@@ -119,31 +122,38 @@ def test_a_run_keeps_it_with_its_calibration_until_it_is_calibrated_without(run,
     table.write_text("class,genus\n" + "".join(f"{','.join(row)}\n" for row in ROWS))
     wish = {"confidence_level": 0.0, "folds": 5, "seed": 0}
     found = calibrate_run(run, wanted="accuracy", wanted_value=0.95, taxonomy=table, **wish)
-    groups = load_calibration(run).fallback
+    groups = load_calibration(run).back_off
     assert groups.thresholds[0] == found.threshold
     assert groups.scores[0].answered == pytest.approx(found.coverage)
     assert groups.scores[1].right >= 0.95
     found = calibrate_run(run, wanted="coverage", wanted_value=0.5, taxonomy=table, **wish)
-    assert load_calibration(run).fallback.scores[1].right >= found.accuracy
+    assert load_calibration(run).back_off.scores[1].right >= found.accuracy
     calibrate_run(run, wanted="accuracy", wanted_value=0.95, **wish)
-    assert load_calibration(run).fallback is None
+    assert load_calibration(run).back_off is None
     calibrate_run(run, wanted="none", wanted_value=1.0, taxonomy=table, **wish)
-    assert load_calibration(run).fallback is None
+    assert load_calibration(run).back_off is None
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("rows", [["crow", "Corvus"]], r"rows \(expected 4 of 2 names\)"),
-        ("rows", [["crow"]] * 4, r"rows \(expected 4 of 2 names\)"),
-        ("thresholds", [0.9], r"thresholds \(expected 2 from 0 to 1; got \[0.9\]\)"),
-        ("thresholds", [0.9, float("nan")], r"thresholds \(expected 2 from 0 to 1"),
-        ("thresholds", ["x", 0.5], "calibrate again"),
-        ("scores", [{"level": "class"}], "calibrate again"),
-        ("levels", 3, "calibrate again"),
+        ("rows", [["crow", "Corvus"]], "its taxonomy is not of the run's classes"),
+        ("rows", [["crow"]] * 4, r"rows of other than 2 names \(class, genus\)"),
+        ("thresholds", [0.9], "2 levels and 1 thresholds"),
+        ("thresholds", [0.9, float("nan")], r"has back_off.thresholds.1 = nan"),
+        ("thresholds", ["x", 0.5], r"has back_off.thresholds.0 = 'x'"),
+        ("scores", [{"level": "class"}], r"lacks back_off.scores.0.answered"),
+        ("levels", 3, r"has back_off.levels = 3"),
     ],
 )
-def test_a_stored_fallback_that_does_not_fit_the_model_is_refused(key, value, message):
-    found, _ = fitted()
-    with pytest.raises(DataError, match=message):
-        Fallback.from_dict(found.to_dict() | {key: value}, num_classes=4)
+def test_a_stored_fallback_that_does_not_fit_the_model_is_refused(run, tmp_path, key, value, message):
+    table = tmp_path / "taxonomy.csv"
+    table.write_text("class,genus\n" + "".join(f"{','.join(row)}\n" for row in ROWS))
+    found = calibrate_run(
+        run, wanted="accuracy", wanted_value=0.95, taxonomy=table, confidence_level=0.0, folds=5, seed=0
+    )
+    values = found.to_dict()
+    values["back_off"][key] = value
+    (run.path / "calibration.json").write_text(json.dumps(values))
+    with pytest.raises(RunError, match=message):
+        load_calibration(run)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fieldmark.errors import PredictionError, ResourceError
 from fieldmark.inference.predictor import Prediction
-from fieldmark.inference.taxonomy import Fallback, build_taxonomy
+from fieldmark.inference.taxonomy import Fallback
 from fieldmark.inference.writers import (
     check_sample,
     choose_form,
@@ -114,8 +114,7 @@ def test_the_long_form_brings_back_every_probability(tmp_path):
 
 
 def test_with_a_taxonomy_the_long_form_ends_with_the_finest_name_that_is_sure(tmp_path):
-    tree = build_taxonomy(("class", "genus"), [["2", "even"], ["10", "even"], ["great, tit", "Parus"]])
-    groups = Fallback(tree, (0.6, 0.6), ())
+    groups = Fallback(("class", "genus"), [["2", "even"], ["10", "even"], ["great, tit", "Parus"]], (0.6, 0.6), ())
     rows = [(0.7, 0.2, 0.1), (0.4, 0.4, 0.2), (0.45, 0.1, 0.45)]
     sent = [replace(make_prediction(f"{n}.jpg", row), threshold=0.6, fallback=groups) for n, row in enumerate(rows)]
     sent.append(replace(ROWS[2], threshold=0.6, fallback=groups))

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmark.errors import DataError
-from fieldmark.inference.taxonomy import Answer, build_taxonomy, find_answers, load_taxonomy, taxonomy_scores
+from fieldmark.inference.taxonomy import Answer, Taxonomy, find_answers, load_taxonomy, taxonomy_scores
 from fieldmark.runs.folder import PhotoPredictions
 
 LEVELS = ("class", "genus", "family")
 ROWS = [["tit", "Parus", "Paridae"], ["blue tit", "Cyanistes", "Paridae"], ["gull", "Larus", "Laridae"]]
-TREE = build_taxonomy(LEVELS, ROWS)
+TREE = Taxonomy(LEVELS, ROWS)
 
 
 def test_the_probability_of_a_group_is_the_sum_of_its_classes():

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.serve.conftest import ask, client_of, make_app, make_photo, upload
 
 from fieldmark.errors import ConfigError
-from fieldmark.inference.taxonomy import Fallback, build_taxonomy
+from fieldmark.inference.taxonomy import Fallback
 
 
 def predict(*contents, query=""):
@@ -49,8 +49,8 @@ def test_below_the_threshold_the_answer_is_unknown_and_the_names_are_still_liste
 
 
 def test_where_the_class_is_not_sure_the_group_that_is_sure_is_given(model):
-    tree = build_taxonomy(("class", "warmth"), [["red", "warm"], ["green", "cold"], ["blue <b>", "cold"]])
-    model.fallback = Fallback(tree, (0.5, 0.6), ())
+    rows = [["red", "warm"], ["green", "cold"], ["blue <b>", "cold"]]
+    model.fallback = Fallback(("class", "warmth"), rows, (0.5, 0.6), ())
     colors = [(40, 100, 100), (100, 50, 54), (0, 255, 0)]
     [answer] = ask(make_app(model), predict(*(make_photo(color) for color in colors)))
     cold, unsure, sure = answer.json()["photos"]

@@ -129,7 +129,6 @@ def export_model(
 def describe_run(run: Run, to: str) -> ModelMetadata:
     """The metadata of a run's model before it is exported to the form `to`."""
     calibration = load_calibration(run)
-    groups = calibration.fallback if calibration else None
     info = run.model_info
     weights: dict[str, Any] = info.get("weights", {})
     return ModelMetadata(
@@ -149,7 +148,7 @@ def describe_run(run: Run, to: str) -> ModelMetadata:
         pretraining=str(weights.get("pretraining", "unknown")),
         run=run.name,
         metrics=run.summary,
-        back_off=groups.to_dict() if groups else None,
+        back_off=calibration.back_off if calibration else None,
     )
 
 

@@ -30,12 +30,11 @@ def model_card(run: Run, metadata: ModelMetadata) -> str:
     intervals = {"top1": scores.get("top1_interval")}
     if num_val and "top5" in scores:
         intervals["top5"] = wilson_interval(round(scores["top5"] * num_val), num_val)
-    groups = metadata.groups()
     page = {
         "model": metadata,
         "library": "timm" if metadata.kind == "timm" else "fieldmark",
         "spec": metadata.preprocessing,
-        "levels": groups.taxonomy.levels[1:] if groups else (),
+        "levels": metadata.back_off.levels[1:] if metadata.back_off else (),
         "metrics": [(name, scores[key], intervals.get(key)) for key, name in METRIC_NAMES.items() if key in scores],
         "num_val": num_val,
         "select": run.summary.get("select"),

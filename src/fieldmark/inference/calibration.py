@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import FiniteFloat, InstanceOf
+from pydantic import FiniteFloat
 from scipy.special import log_softmax, softmax
 
 from fieldmark.data.folders import NONE
@@ -65,13 +65,11 @@ class Calibration:
     refused_temperature: float | None = None  # the fitted one, where it made the cross-fitted log loss worse
     refused_log_loss: float | None = None
     none: NoneScore | None = None  # where there are photos that show none of the classes
-    fallback: InstanceOf[Fallback] | None = field(default=None, compare=False)  # None without a taxonomy
+    back_off: Fallback | None = None  # None without a taxonomy
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = {name: value for name, value in vars(self).items() if name != "fallback"}
-        values["none"] = self.none and asdict(self.none)
-        return values | ({"back_off": self.fallback.to_dict()} if self.fallback else {})
+        return asdict(self)
 
 
 def calibrate_run(
@@ -127,12 +125,10 @@ def load_calibration(run: Run) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"is a {type(values).__name__}, not an object")
-        if values.get("back_off"):
-            values["fallback"] = Fallback.from_dict(values["back_off"], num_classes=len(run.classes))
-        return read_values(Calibration, values)
+        found = read_values(Calibration, json.loads(path.read_text(encoding="utf-8")))
+        if found.back_off and len(found.back_off.rows) != len(run.classes):
+            raise DataError("its taxonomy is not of the run's classes")
+        return found
     except (ValueError, DataError) as error:
         raise RunError(f"{path}: {error}. Make it again with `fieldmark calibrate`, or remove the file") from None
 
@@ -188,7 +184,7 @@ def calibrate(
         refused_temperature=temperature if is_refused else None,
         refused_log_loss=loss_after if is_refused else None,
         none=_score_none(without_none(kept, classes).max(axis=1), is_none, answered) if has_both else None,
-        fallback=fallback,
+        back_off=fallback,
     )
 
 
@@ -358,7 +354,8 @@ def fit_fallback(
                 found = max(0.0, threshold_for_accuracy(curve, accuracy, confidence_level=confidence_level) - _ROUNDING)
                 is_open &= confidence < found
         thresholds.append(found)
-    return Fallback(taxonomy, tuple(thresholds), score_levels(probabilities, labels, taxonomy, thresholds))
+    scores = score_levels(probabilities, labels, taxonomy, thresholds)
+    return Fallback(taxonomy.levels, taxonomy.rows, tuple(thresholds), scores)
 
 
 def estimate_prior(probabilities: FloatArray, prior: FloatArray) -> NDArray[np.float64]:

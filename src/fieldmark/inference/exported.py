@@ -55,7 +55,7 @@ class ModelMetadata:
     run: str  # name of the run folder
     evidence: dict[str, Any] = field(default_factory=dict[str, Any])  # agreement of logits, accuracy of int8
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])  # of the run, on photos it was not trained on
-    back_off: dict[str, Any] | None = None  # `taxonomy.Fallback` as plain values
+    back_off: Fallback | None = None  # groups to answer with where the class is not sure
     # Exports of earlier versions have the defaults of the settings.
     max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
     batch_size: Annotated[int, Field(gt=0, lt=2**31)] = 64
@@ -64,10 +64,6 @@ class ModelMetadata:
     def decode_spec(self) -> DecodeSpec:
         """Return how files become pixels, within the limit of the run."""
         return DecodeSpec(self.background, self.max_pixels)
-
-    def groups(self) -> Fallback | None:
-        """The groups to answer with where the class is not sure."""
-        return Fallback.from_dict(self.back_off, num_classes=len(self.classes)) if self.back_off else None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -92,7 +88,8 @@ class ModelMetadata:
             content["license"] = content.pop("licence")
         try:
             metadata = read_values(cls, content)
-            metadata.groups()
+            if metadata.back_off and len(metadata.back_off.rows) != len(metadata.classes):
+                raise DataError("is not of the model's classes")
         except ValueError as error:
             raise ExportError(f"{where} {error}. Export the run again") from None
         except DataError as error:

@@ -154,7 +154,7 @@ class Predictor:
                 batch_size=about.batch_size,
                 temperature=about.temperature,
                 threshold=about.threshold,
-                fallback=about.groups(),
+                fallback=about.back_off,
             )
         run = model if isinstance(model, Run) else Run(model)
         networks = Networks(run, flips=flips)
@@ -167,7 +167,7 @@ class Predictor:
             batch_size=run.config.eval.batch_size,
             temperature=calibration.temperature if calibration else 1.0,
             threshold=calibration.threshold if calibration else 0.0,
-            fallback=calibration.fallback if calibration else None,
+            fallback=calibration.back_off if calibration else None,
         )
 
     def __call__(self, photo: Source) -> Prediction:

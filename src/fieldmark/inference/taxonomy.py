@@ -6,8 +6,9 @@ level. Letters: N photos, K classes, L levels (level 0 is the class itself).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +18,39 @@ from numpy.typing import NDArray
 from fieldmark.data.folders import NONE
 from fieldmark.data.tables import read_table
 from fieldmark.errors import DataError
+from fieldmark.files import Share
 from fieldmark.runs.folder import Run
 
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """A tree over the classes."""
+    """A tree over the classes; a DataError says what makes it none."""
 
     levels: tuple[str, ...]  # (L,) from fine to coarse; the first is the class
-    nodes: tuple[tuple[str, ...], ...]  # for each level, the names of its groups, in order of first appearance
-    members: NDArray[np.int64]  # (L, K) index of the group, within its level, that each class belongs to
+    rows: tuple[tuple[str, ...], ...]  # (K, L) names: of each class, in order of class index, and of its groups
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.levels) for row in self.rows):
+            raise DataError(f"the taxonomy has rows of other than {len(self.levels)} names ({', '.join(self.levels)})")
+        for level, kind in enumerate(self.levels[1:]):
+            above: dict[str, str] = {}
+            for row in self.rows:
+                if (other := above.setdefault(row[level], row[level + 1])) != row[level + 1]:
+                    raise DataError(
+                        f"the {self.levels[level]} {row[level]!r} is in more than one {kind} ({other!r}, "
+                        f"{row[level + 1]!r}): not a tree"
+                    )
+
+    @cached_property
+    def nodes(self) -> list[tuple[str, ...]]:
+        """For each level, the names of its groups, in order of first appearance."""
+        return [tuple(dict.fromkeys(column)) for column in zip(*self.rows, strict=True)]
+
+    @cached_property
+    def members(self) -> NDArray[np.int64]:
+        """(L, K) index of the group, within its level, that each class belongs to."""
+        columns = zip(self.nodes, zip(*self.rows, strict=True), strict=True)
+        return np.array([[names.index(name) for name in column] for names, column in columns])
 
     def at_level(self, probabilities: NDArray[np.floating[Any]], level: int) -> NDArray[np.float64]:
         """(N, K) probabilities of the classes summed to (N, groups of `level`)."""
@@ -66,23 +90,7 @@ def load_taxonomy(path: Path, classes: Sequence[str]) -> Taxonomy:
             f"the taxonomy {path} lacks {len(missing)} of {len(classes)} classes: {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}. Add a row for each, its name written as the class folder's"
         )
-    return build_taxonomy(levels, [rows[name] for name in classes])
-
-
-def build_taxonomy(levels: Sequence[str], rows: Sequence[Sequence[str]]) -> Taxonomy:
-    """A taxonomy from one row per class, in order of class index; a DataError says what makes it no tree."""
-    columns = list(zip(*rows, strict=True))
-    nodes = [tuple(dict.fromkeys(column)) for column in columns]
-    members = np.array([[names.index(name) for name in column] for names, column in zip(nodes, columns, strict=True)])
-    for level in range(len(levels) - 1):
-        for group, name in enumerate(nodes[level]):
-            above = np.unique(members[level + 1][members[level] == group])
-            if len(above) > 1:
-                parents = ", ".join(repr(nodes[level + 1][number]) for number in above)
-                raise DataError(
-                    f"the {levels[level]} {name!r} is in more than one {levels[level + 1]} ({parents}): not a tree"
-                )
-    return Taxonomy(tuple(levels), tuple(nodes), members)
+    return Taxonomy(levels, tuple(rows[name] for name in classes))
 
 
 def find_answers(
@@ -138,39 +146,20 @@ def score_levels(
 
 
 @dataclass(frozen=True)
-class Fallback:
+class Fallback(Taxonomy):
     """A taxonomy over the classes of the model, with the least probability that counts as an answer at each level."""
 
-    taxonomy: Taxonomy
-    thresholds: tuple[float | None, ...]  # (L,) in [0, 1]; None for a level that was never right often enough
+    thresholds: tuple[Share | None, ...]  # (L,); None for a level that was never right often enough
     scores: tuple[LevelScore, ...]  # (L,) evidence for them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.thresholds) != len(self.levels):
+            raise DataError(f"the taxonomy has {len(self.levels)} levels and {len(self.thresholds)} thresholds")
 
     def answer(self, probabilities: NDArray[np.floating[Any]]) -> Answer:
         """The finest answer that is sure enough, for the (K,) probabilities of one photo."""
-        return find_answers(probabilities[None], self.taxonomy, thresholds=self.thresholds)[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        nodes, members = self.taxonomy.nodes, self.taxonomy.members.T.tolist()
-        return {
-            "levels": list(self.taxonomy.levels),
-            "thresholds": list(self.thresholds),
-            "scores": [asdict(score) for score in self.scores],
-            "rows": [[names[group] for names, group in zip(nodes, groups, strict=True)] for groups in members],
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, num_classes: int) -> Fallback:
-        """Read what `to_dict` wrote; a DataError says which value is missing or not what it should be."""
-        try:
-            levels, rows, thresholds = values["levels"], values["rows"], tuple(values["thresholds"])
-            if len(rows) != num_classes or any(len(row) != len(levels) for row in rows):
-                raise ValueError(f"rows (expected {num_classes} of {len(levels)} names)")
-            if len(thresholds) != len(levels) or not all(t is None or 0 <= t <= 1 for t in thresholds):
-                raise ValueError(f"thresholds (expected {len(levels)} from 0 to 1; got {list(thresholds)})")
-            return cls(build_taxonomy(levels, rows), thresholds, tuple(LevelScore(**row) for row in values["scores"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"the taxonomy of the calibration lacks {error}: calibrate again") from None
+        return find_answers(probabilities[None], self, thresholds=self.thresholds)[0]
 
 
 def describe_fallback(found: Fallback) -> str:
