@@ -21,7 +21,7 @@ from fieldmark.export import formats
 from fieldmark.export.model_card import model_card
 from fieldmark.files import whole_folder
 from fieldmark.inference.calibration import load_calibration
-from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata, digest_file
+from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata, compute_with, digest_file
 from fieldmark.inference.predictor import Device, Predictor
 from fieldmark.models.classifier import Classifier
 from fieldmark.runs.folder import Run
@@ -115,8 +115,10 @@ def export_model(
         metadata = replace(metadata, digests={file.name: digest_file(file) for file in part.iterdir()})
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         evidence = _prove(model, metadata, part, photos, max_accuracy_loss=max_accuracy_loss)
-        if run is not None and (gap := compare_answers(run, part, photos)):
-            evidence["predict"] = gap
+        if run is not None and (arithmetic := Device.choose(str(run.model_info["precision"])).precision) != "32-true":
+            # How far `predict` of the export is from `predict` of the run.
+            answers = photos.ask(range(len(photos.labels)), *(Predictor.load(one).probabilities for one in (run, part)))
+            evidence["predict"] = {"precision": arithmetic, **_measure_agreement(*answers)}
         metadata = replace(metadata, evidence=evidence)
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         if run is not None:
@@ -209,12 +211,7 @@ def _prove(
     model: Classifier, metadata: ModelMetadata, folder: Path, photos: Photos, *, max_accuracy_loss: float
 ) -> dict[str, Any]:
     """Evidence that the model in the folder is the run's, as the metadata keep it."""
-    import torch
-
-    def ask_original(images: NDArray[np.float32]) -> Floats:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images)).numpy()
-
+    ask_original = compute_with(model)
     exported = ExportedModel.load(folder, threads=0, precision="f32")
     if metadata.precision != "int8":
         reference, measured = photos.ask(range(len(photos.labels)), ask_original, exported.logits)
@@ -223,15 +220,6 @@ def _prove(
     reference, quantized = photos.ask(others, ask_original, exported.logits)
     loss = require_small_loss(reference, quantized, photos.labels[others], limit=max_accuracy_loss)
     return {"int8": {**loss, "calibration_photos": len(photos.labels) - len(others)}}
-
-
-def compare_answers(run: Run, folder: Path, photos: Photos) -> dict[str, Any] | None:
-    """Return how far `predict` of the export is from `predict` of the run; None where the run too answers in 32 bit."""
-    precision = Device.choose(str(run.model_info["precision"])).precision
-    if precision == "32-true":
-        return None
-    models = [Predictor.load(one).probabilities for one in (run, folder)]
-    return {"precision": precision, **_measure_agreement(*photos.ask(range(len(photos.labels)), *models))}
 
 
 def _measure_agreement(ours: Floats, theirs: Floats) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class ExportedModel:
             "onnx": lambda: _load_onnx(path, threads),
             "openvino": lambda: _load_openvino(path, threads, precision),
             "torch": lambda: _load_torch(path),
-            "timm": lambda: _compute_with(
+            "timm": lambda: compute_with(
                 import_module("timm").create_model(f"local-dir:{folder}", pretrained=True).eval()
             ),
         }
@@ -198,10 +198,11 @@ def _load_torch(path: Path) -> Compute:
 
     _require_harmless_program(path)
     # Not torch.export.load: what this cannot read, that unpickles as an older format.
-    return _compute_with(load_pt2(path).exported_programs["model"].module())
+    return compute_with(load_pt2(path).exported_programs["model"].module())
 
 
-def _compute_with(model: Any) -> Compute:
+def compute_with(model: Any) -> Compute:
+    """Logits by a torch model on the CPU."""
     import torch
 
     def compute(images: NDArray[np.float32]) -> NDArray[np.float32]:
