@@ -42,9 +42,9 @@ class Taxonomy:
                     )
 
     @cached_property
-    def nodes(self) -> list[tuple[str, ...]]:
+    def nodes(self) -> tuple[tuple[str, ...], ...]:
         """For each level, the names of its groups, in order of first appearance."""
-        return [tuple(dict.fromkeys(column)) for column in zip(*self.rows, strict=True)]
+        return tuple(tuple(dict.fromkeys(column)) for column in zip(*self.rows, strict=True))
 
     @cached_property
     def members(self) -> NDArray[np.int64]:
