@@ -69,6 +69,7 @@ def folder(synthetic_run, tmp_path_factory, write_photos) -> Path:
     root = tmp_path_factory.mktemp("examples")
     write_photos(root / "photos", ("jay", "robin", "wren"))
     write_photos(root / "more-photos", ("owl", "robin"))
+    write_photos(root, ("new-photos",), width=56)
     (root / "recipe.toml").write_text(RECIPE)
     (root / "grid.toml").write_text(GRID)
     synthetic_run(root / "runs/plain")

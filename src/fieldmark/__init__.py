@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fieldmark.inference.combine import combine
     from fieldmark.inference.evaluation import Evaluation, evaluate
     from fieldmark.inference.predictor import Prediction, Predictor
+    from fieldmark.inference.suggestion import suggest
     from fieldmark.runs.folder import Run
     from fieldmark.runs.train import resume, train
     from fieldmark.study.compare import compare_runs
@@ -39,6 +40,7 @@ _NAMES = {
     "inference.combine": ("combine",),
     "inference.evaluation": ("Evaluation", "evaluate"),
     "inference.predictor": ("Prediction", "Predictor"),
+    "inference.suggestion": ("suggest",),
     "runs.folder": ("Run",),
     "runs.train": ("resume", "train"),
     "study.compare": ("compare_runs",),
@@ -65,6 +67,7 @@ __all__ = [
     "load_config",
     "resume",
     "run_sweep",
+    "suggest",
     "sweep",
     "train",
     "write_report",

@@ -55,7 +55,7 @@ def folder(tmp_path_factory, write_photos) -> Path:
     root = tmp_path_factory.mktemp("docs")
     write_photos(root / "photos", ("jay", "robin", "wren"))
     write_photos(root / "more-photos", ("owl", "robin"))
-    shutil.copytree(root / "photos" / "jay", root / "new-photos")
+    write_photos(root, ("new-photos",), width=56)
     (root / "sample.csv").write_text("image_name,pred_label\n" + "".join(f"{n},jay\n" for n in range(10)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "user-cache"))

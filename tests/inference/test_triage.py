@@ -78,5 +78,5 @@ def test_the_same_photo_in_another_size_is_a_near_duplicate(tmp_path):
     Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).resize((200, 160)).save(tmp_path / "c.jpg")
     (tmp_path / "d.jpg").write_bytes(b"broken")
     index = PhotoIndex(tmp_path, tuple(Photo(f"{name}.jpg", None, "", "") for name in "abcd"), (), {})
-    found = near_duplicates(index, max_distance=6, threads=1, memory=tmp_path / "memory")
+    found = near_duplicates(index, max_distance=6)
     assert [pair[:2] for pair in found] == [(0, 1)]

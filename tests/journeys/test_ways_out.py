@@ -363,7 +363,7 @@ def test_the_command_after_a_review_trains_with_the_corrections(run, photos, spa
 
     table = spaced / "my corrections.csv"
     table.write_text('path,action,label\n2/0.png,relabel,10\n2/1.png,drop,\n"great, tit/2.png",keep,\n')
-    app = open_review([Run(run)], table, max_distance=4, threads=1, memory=spaced / "memory")
+    app = open_review([Run(run)], table, max_distance=4)
     told = app.state.views.overview()["command"]
     words = shlex.split(told.removeprefix("fieldmark "))
     done = fieldmark(*words, "--recipe", "laptop", "--out", spaced / "new", *tiny())

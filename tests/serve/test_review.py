@@ -20,7 +20,8 @@ from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import Photo, PhotoIndex, apply_corrections, load_index
 from fieldmark.errors import DataError
 from fieldmark.inference.triage import HeldOut
-from fieldmark.serve.review import Corrections, ReviewViews, create_review_app
+from fieldmark.runs.folder import Run
+from fieldmark.serve.review import LABELS, Corrections, ReviewViews, create_review_app, open_labeling
 
 COLORS = {"crow": (20, 20, 20), "gull": (230, 230, 230), "owl <b>": (140, 90, 40)}
 DECODING = DecodeSpec((255, 255, 255), 10**8)
@@ -372,3 +373,101 @@ def test_the_page_opens_where_there_is_something_to_see_and_columns_are_only_whe
         page.get_by_text("crow, taken for the other").wait_for()
         assert page.locator("#photos.pair").count() == 0
         assert problems == []
+
+
+@pytest.fixture
+def listing(photos):
+    """A list as `suggest` writes it, beside the photos."""
+    text = "path,label,probability,why\ncrow/3.jpg,gull,0.5100,gull 51% or crow 40%\nowl <b>/0.jpg,crow,0.4000,unsure\n"
+    (photos / "list.csv").write_text(text)
+    return photos / "list.csv"
+
+
+@pytest.fixture
+def label_app(tmp_path, synthetic_run, monkeypatch):
+    """The app over a list and a table, for a run of invented numbers."""
+    monkeypatch.setattr("fieldmark.serve.review._attention", lambda *_: None)
+    run = Run(synthetic_run(tmp_path / "run", classes=tuple(COLORS)))
+    return lambda listing, table: open_labeling(run, listing, table)
+
+
+def test_labels_of_suggested_photos_make_a_table_that_training_reads(photos, listing, label_app):
+    table = photos / "list-labels.csv"
+    first, second, _, overview, again = ask(
+        label_app(listing, table),
+        post("/api/decide", {"number": 0, "action": "relabel", "label": "gull"}),
+        post("/api/decide", {"number": 1, "action": "relabel", "label": "barn owl"}),
+        post("/api/decide", {"number": 0, "action": "relabel", "label": "crow"}),
+        get("/api/overview"),
+        get("/api/photos?view=suggested"),
+    )
+    assert first.json()["guess"] == "gull"
+    assert second.json()["new_label"] == "barn owl"
+    assert [entry["name"] for entry in overview.json()["classes"]] == [*COLORS, "barn owl"]
+    assert overview.json()["command"] == f"fieldmark extend {photos.parent / 'run'} {table}"
+    assert [(one["path"], one["why"]) for one in again.json()["photos"]] == [
+        ("crow/3.jpg", "gull 51% or crow 40%"),
+        ("owl <b>/0.jpg", "unsure"),
+    ]
+    assert table.read_text().splitlines() == ["path,label", "owl <b>/0.jpg,barn owl", "crow/3.jpg,crow"]
+    index = load_index(table, path_column="path", label_column="label", split_column="split", group_column=None)
+    assert {photo.path: photo.label for photo in index.photos} == {"crow/3.jpg": "crow", "owl <b>/0.jpg": "barn owl"}
+    undone, marked = ask(label_app(listing, table), post("/api/undo", {}), get("/api/photos?view=marked"))
+    assert undone.json()["photo"]["path"] == "crow/3.jpg"
+    assert [one["new_label"] for one in marked.json()["photos"]] == ["barn owl"]
+
+
+def test_a_table_of_labels_elsewhere_has_whole_paths(photos, listing, label_app, tmp_path):
+    table = tmp_path / "labels" / "mine.csv"
+    call = post("/api/decide", {"number": 0, "action": "relabel", "label": "gull"})
+    ask(label_app(listing, table), call)
+    assert table.read_text().splitlines()[1:] == [f"{photos / 'crow/3.jpg'},gull"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"action": "drop"},
+        {"action": "keep"},
+        {"action": "relabel", "label": " "},
+        {"action": "relabel", "label": "a\nb"},
+    ],
+)
+def test_a_suggested_photo_takes_a_name_and_nothing_else(photos, listing, label_app, body):
+    [answer] = ask(label_app(listing, photos / "l.csv"), post("/api/decide", {"number": 0, **body}))
+    assert answer.status_code == 422
+    assert "takes the name of a class, and nothing else" in answer.text
+    assert not (photos / "l.csv").exists()
+
+
+def test_a_list_or_table_that_is_another_is_refused(label_app, tmp_path):
+    corrections = tmp_path / "corrections.csv"
+    corrections.write_text("path,action,label\na.jpg,drop,\n")
+    with pytest.raises(DataError, match=r"is not a table of labels \(path,label\): give another --out"):
+        Corrections(corrections, LABELS)
+    (tmp_path / "far.csv").write_text("path\nnowhere.jpg\n")
+    with pytest.raises(DataError, match="names no photo that is there: keep the list where"):
+        label_app(tmp_path / "far.csv", tmp_path / "l.csv")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser")
+def test_photos_are_labeled_by_one_key_or_a_new_name_on_a_phone(photos, listing, label_app):
+    table = photos / "list-labels.csv"
+    with opened_page(label_app(listing, table), width=390) as (page, problems):
+        page.get_by_role("heading", name="What do these photos show?").wait_for()
+        page.get_by_text("That was all: 2.").wait_for()
+        assert page.get_by_role("button", name="Drop").count() == 0
+        assert page.locator("#view option").all_inner_texts() == ["To label (2)", "Decided (0)"]
+        page.keyboard.press("d")
+        page.keyboard.press("r")
+        page.get_by_text("Labeled as gull.").wait_for()
+        second = page.get_by_role("group", name="Decide about owl <b>/0.jpg")
+        second.get_by_role("button", name="Other …").click()
+        page.get_by_text("A name that is not in the list makes a new class.").wait_for()
+        page.get_by_label("Label as").fill("barn owl")
+        page.get_by_role("dialog").get_by_role("button", name="Label").click()
+        page.get_by_text("Labeled as barn owl, a new class.").wait_for()
+        assert page.locator("#next code").inner_text().startswith("fieldmark extend ")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert problems == []
+    assert table.read_text().splitlines()[1:] == ["crow/3.jpg,gull", "owl <b>/0.jpg,barn owl"]

@@ -61,7 +61,7 @@ VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     PREPARE: (prepare.check, prepare.models, prepare.doctor),
     TRAIN: (train.demo, use.app, train.train, train.extend, train.sweep),
     USE: (use.evaluate, use.predict, use.calibrate, use.combine, use.export, use.serve),
-    COMPARE: (use.review, train.compare, train.report),
+    COMPARE: (use.suggest, use.review, train.compare, train.report),
 }
 for panel, verbs in VERBS.items():
     for verb in verbs:

@@ -1,4 +1,4 @@
-"""The verbs that put a trained model to use: evaluate, predict, calibrate, combine, export, serve, review, app."""
+"""The verbs that put a trained model to use: from evaluate and predict to suggest, review and app."""
 
 from __future__ import annotations
 
@@ -238,30 +238,52 @@ def serve(
     )
 
 
+def suggest(
+    run: RunFolder,
+    pool: Annotated[str, typer.Argument(help="Photos without labels, as for predict: a folder, a list or shards.")],
+    count: Annotated[int, typer.Option(help="How many photos to choose.", min=1)] = 100,
+    out: Annotated[Path, typer.Option(help="List to write: path,label,probability,why.")] = Path("suggestions.csv"),
+    as_json: Json = False,
+) -> None:
+    """Choose which photos to label next.
+
+    Those that teach the model most: it is unsure of them, they stand for many others, and no two look the same. Label
+    them in the page of `fieldmark review RUN LIST`, then teach the model by `fieldmark extend`.
+    """
+    from fieldmark.errors import command
+    from fieldmark.inference.suggestion import suggest as suggest_photos
+
+    with open_progress("suggest") as progress:
+        rows = suggest_photos(run, pool, out, count=count, progress=progress)
+    lines = [f"wrote {len(rows)} photos to {out}, the most useful first:"]
+    lines += [f"  {row['path']}: {row['why']}" for row in rows[:3]]
+    lines.append(f"label them: {command('review', run, out)}")
+    print_result({"out": str(out), "photos": rows}, "\n".join(lines), as_json=as_json)
+
+
 def review(
-    runs: Annotated[list[Path], typer.Argument(help="Run folder; or the runs of a cross-validation, one per fold.")],
-    out: Annotated[Path | None, typer.Option(help="Table of corrections; corrections.csv beside the run.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Run folder; one per fold; or a run and a list to label.")],
+    out: Annotated[Path | None, typer.Option(help="Table; corrections.csv beside the run, or LIST-labels.csv.")] = None,
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8001,
     near: Annotated[int, typer.Option(help="Near-duplicates differ in at most so many of 64 bits.", min=0, max=11)] = 6,
 ) -> None:
-    """Look at mistakes and fix labels, in a local web page.
+    """Fix labels, or give new ones, in a local web page.
 
-    The photos are only read. Train with the table by --set data.corrections=TABLE.
+    The photos are only read. Train with the corrections by --set data.corrections=TABLE. With a list of photos after
+    the run, such as `suggest` writes, they are labeled, in a table that `fieldmark extend` takes.
     """
-    from fieldmark.runs.dataset import user_folder
-    from fieldmark.runs.environment import usable_cores
+    from fieldmark.data.tables import TABLE_SUFFIXES
     from fieldmark.runs.folder import Run
-    from fieldmark.serve.review import open_review
+    from fieldmark.serve.review import open_labeling, open_review
     from fieldmark.serve.server import run_server
 
-    table = out or runs[0].resolve().with_name("corrections.csv")
-    app = open_review(
-        [Run(run) for run in runs],
-        table,
-        max_distance=near,
-        threads=usable_cores(),
-        memory=user_folder("inspections"),
-    )
+    first, *others = runs
+    if len(others) == 1 and others[0].suffix.lower() in TABLE_SUFFIXES:
+        table = out or others[0].with_name(f"{others[0].stem}-labels.csv")
+        app = open_labeling(Run(first), others[0], table)
+    else:
+        table = out or first.resolve().with_name("corrections.csv")
+        app = open_review([Run(run) for run in runs], table, max_distance=near)
     typer.echo(f"review at http://127.0.0.1:{port}, decisions go to {table} (stop with Ctrl-C)", err=True)
     run_server(app, host="127.0.0.1", port=port, drain_seconds=5, max_connections=200)
 

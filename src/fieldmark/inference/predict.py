@@ -88,7 +88,7 @@ def predict_photos(
         make = partial(make_parts_on_ray, address=ray)
         return predict_in_parts(model, source, out, form=form, flips=flips, make_parts=make, progress=progress)
     predictor = Predictor.load(model, flips=flips)
-    predictions = _report(predictor.predict_source(source), source.count, progress)
+    predictions = report_predictions(predictor.predict_source(source), source.count, progress)
     shares: dict[str, dict[str, float]] = {}
     if prior is not None:
         predictions, estimated = correct_prior(list(predictions), prior)
@@ -153,7 +153,9 @@ def _reorder(source: PhotoSource, sample: Path) -> PhotoSource:
     return replace(source, cut=partial(sources.cut_list, root, paths))
 
 
-def _report(predictions: Iterable[Prediction], total: int | None, progress: Progress) -> Iterator[Prediction]:
+def report_predictions(
+    predictions: Iterable[Prediction], total: int | None, progress: Progress
+) -> Iterator[Prediction]:
     """The same predictions, with their number reported."""
     if total is not None:
         progress.start(total, 0)

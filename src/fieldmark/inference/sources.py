@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from glob import glob
 from itertools import accumulate, chain, islice, repeat
@@ -308,6 +308,27 @@ class PhotoSource:
     def read(self, ahead: int) -> Iterator[NamedPhoto]:
         """All photos; the next `ahead` of them are fetched while the last are used."""
         return read_ahead(chain.from_iterable(piece.read() for piece in self.cut(_LISTED_AT_ONCE)), ahead)
+
+    def fetch_files(self, names: Sequence[str], folder: Path) -> dict[str, Path]:
+        """The files of some photos, by name in this order; what is no file of this machine is saved in a folder.
+
+        Of lists no other file is fetched. A photo that cannot be had raises its PhotoError.
+        """
+        found, wanted = dict[str, Path](), set(names)
+        for piece in self.cut(_LISTED_AT_ONCE):
+            if isinstance(piece, FileList):
+                piece = replace(piece, paths=tuple(path for path in piece.paths if path in wanted), versions=())
+            for name, content in piece.read():
+                if name not in wanted:
+                    continue
+                if isinstance(content, PhotoError):
+                    raise content
+                if isinstance(content, bytes):
+                    file = folder / f"{hashlib.sha256(content).hexdigest()[:8]}-{Path(name).name}"
+                    file.write_bytes(content)
+                    content = file
+                found[name] = content
+        return {name: found[name] for name in names}
 
 
 def open_source(text: str, *, path_column: str = PATH_COLUMN) -> PhotoSource:

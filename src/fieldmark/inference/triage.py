@@ -22,7 +22,9 @@ from fieldmark.data.inspection import Inspection, name_folder
 from fieldmark.errors import DataError, needs_extra
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
 from fieldmark.models.classifier import Classifier
-from fieldmark.progress import Quiet
+from fieldmark.progress import Progress, Quiet
+from fieldmark.runs.dataset import user_folder
+from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import PhotoPredictions, Run
 from fieldmark.training import metrics
 
@@ -85,12 +87,12 @@ def label_suspects(found: HeldOut) -> NDArray[np.int64]:
         Northcutt, Jiang and Chuang, "Confident Learning", arXiv:1911.00068, section 3 (prune by noise rate), by the
         cleanlab library, ranked by self-confidence.
     """
-    with needs_extra("cleanlab", "review"):
-        from cleanlab.filter import find_label_issues
     # cleanlab takes class numbers without gaps: a class that no photo here has is skipped.
     present = np.unique(found.labels)
     if len(present) < 2:
         return np.zeros(0, np.int64)
+    with needs_extra("cleanlab", "review"):
+        from cleanlab.filter import find_label_issues
     rows = found.probabilities[:, present].astype(np.float64) + 1e-12
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with few photos, which the page shows anyway
@@ -103,21 +105,30 @@ def label_suspects(found: HeldOut) -> NDArray[np.int64]:
     return np.asarray(issues, np.int64)
 
 
-def near_duplicates(index: PhotoIndex, *, max_distance: int, threads: int, memory: Path) -> list[tuple[int, int, int]]:
+def near_duplicates(index: PhotoIndex, *, max_distance: int) -> list[tuple[int, int, int]]:
     """Pairs of photos that look the same: (number, number, bits that differ), the likest first.
 
-    `max_distance` is the largest Hamming distance of their 64-bit perceptual hashes, `memory` the folder where what was
-    seen of the photos is remembered. Photos that cannot be read are skipped.
+    `max_distance` is the largest Hamming distance of their 64-bit perceptual hashes. Photos that cannot be read are
+    skipped.
     """
-    decoding = DecodeSpec((255, 255, 255), 178_956_970)
-    with Inspection(
-        index.files(), decoding=decoding, with_hash=True, cache_folder=memory / name_folder(index.root)
-    ) as inspection:
-        facts = inspection.finish(threads=threads, progress=Quiet())
-    numbers = [number for number, fact in enumerate(facts) if fact.perceptual_hash]
-    hashes = np.array([int(facts[number].perceptual_hash, 16) for number in numbers], np.uint64)
+    numbers, hashes = hash_photos(index.files(), root=index.root, progress=Quiet())
     pairs = zip(*near_pairs(hashes, hashes, max_distance=max_distance), strict=True)
     return [(numbers[a], numbers[b], int(distance)) for a, b, distance in pairs if a < b]
+
+
+def hash_photos(
+    files: Sequence[Path], *, root: str | Path | None, progress: Progress
+) -> tuple[list[int], NDArray[np.uint64]]:
+    """Numbers of the photos that can be read, and their perceptual hashes.
+
+    What was seen of them is remembered as of the data set below `root`, if there is one.
+    """
+    decoding = DecodeSpec((255, 255, 255), 178_956_970)
+    memory = user_folder("inspections") / name_folder(root) if root else None
+    with Inspection(files, decoding=decoding, with_hash=True, cache_folder=memory) as inspection:
+        facts = inspection.finish(threads=usable_cores(), progress=progress)
+    numbers = [number for number, fact in enumerate(facts) if fact.perceptual_hash]
+    return numbers, np.array([int(facts[number].perceptual_hash, 16) for number in numbers], np.uint64)
 
 
 class AttentionMaps:

@@ -1,4 +1,4 @@
-"""The review page: where the model errs, and a table of what to do about it. The photos themselves are only read."""
+"""The review page: where the model errs, or what to label next, and a table of decisions. Photos are only read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from fieldmark.data.decode import DecodeSpec
+from fieldmark.data.folders import Photo
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.tables import read_table, write_csv
 from fieldmark.errors import DataError, FieldmarkError, PhotoError, command
+from fieldmark.files import require_path
 from fieldmark.inference import triage
 from fieldmark.inference.triage import AttentionMaps, HeldOut
 from fieldmark.plots import thumbnail
@@ -39,7 +41,8 @@ _LIMITS = Limits(
     answer_seconds=60.0,
 )
 ACTIONS = ("keep", "relabel", "drop")
-COLUMNS = ("path", "action", "label")
+CORRECTIONS, LABELS = ("path", "action", "label"), ("path", "label")
+"""Columns of the two tables: of decisions about labels that are there, and of labels, as training takes them."""
 
 
 class Decision(NamedTuple):
@@ -50,12 +53,16 @@ class Decision(NamedTuple):
 
 
 class Corrections:
-    """Decisions by path, written to disk after each change. Calls from several threads are safe."""
+    """Decisions by path, written to disk after each change. Calls from several threads are safe.
 
-    def __init__(self, file: Path) -> None:
+    `columns` are CORRECTIONS or LABELS; in a table of labels every photo is one that was relabeled.
+    """
+
+    def __init__(self, file: Path, columns: tuple[str, ...] = CORRECTIONS) -> None:
         if file.suffix.lower() != ".csv":
-            raise DataError(f"corrections are written as CSV, and {file} does not end in .csv: give another --out")
+            raise DataError(f"decisions are written as CSV, and {file} does not end in .csv: give another --out")
         self.file = file
+        self.columns = columns
         self._lock = threading.Lock()
         self.decisions = self._read() if file.is_file() else {}  # by path, the oldest first
         # Each change with what was there before; decisions of earlier sessions can be undone too, newest first.
@@ -81,15 +88,18 @@ class Corrections:
         decisions = {key: value for key, value in self.decisions.items() if key != path}
         if decision:
             decisions[path] = decision
-        write_csv(self.file, COLUMNS, [(key, *value) for key, value in decisions.items()])
+        rows = [{"path": key, **value._asdict()} for key, value in decisions.items()]
+        write_csv(self.file, self.columns, [[row[name] for name in self.columns] for row in rows])
         self._history.append((path, self.decisions.get(path)))
         self.decisions = decisions
 
     def _read(self) -> dict[str, Decision]:
         table = read_table(self.file)
-        if not set(COLUMNS) <= table.values.keys() or not set(ACTIONS) >= set(table.values["action"]):
-            raise DataError(f"{self.file} is not a table of corrections (path,action,label): give another --out")
-        rows = zip(*(table.column(name, is_text=name != "path") for name in COLUMNS), strict=True)
+        actions = table.values.get("action", ["relabel"] * table.num_rows)
+        if set(self.columns) != set(table.values) or not set(ACTIONS) >= set(actions):
+            what = f"a table of {'labels' if self.columns == LABELS else 'corrections'} ({','.join(self.columns)})"
+            raise DataError(f"{self.file} is not {what}: give another --out")
+        rows = zip(table.column("path", is_text=False), actions, table.column("label"), strict=True)
         return {path: Decision(action, label) for path, action, label in rows}
 
 
@@ -98,7 +108,11 @@ Look = Callable[[int, int], dict[str, Any]]  # photo number, class number -> the
 
 
 class ReviewViews:
-    """Orders the photos of a run by why they deserve a look; near-duplicates are searched on a thread of their own."""
+    """Orders the photos of a run by why they deserve a look; near-duplicates are searched on a thread of their own.
+
+    With `suggested`, the photos of the index have no labels yet: it says of each the model's `guess` and `why` to label
+    it, and `model` is the run that is to learn them.
+    """
 
     def __init__(
         self,
@@ -109,6 +123,8 @@ class ReviewViews:
         find_duplicates: DuplicateSearch,
         look: Look | None,
         decoding: DecodeSpec,
+        suggested: Sequence[dict[str, Any]] = (),
+        model: Path | None = None,
     ) -> None:
         self.index = index
         self.files = index.files()
@@ -117,6 +133,8 @@ class ReviewViews:
         self.corrections = corrections
         self.classes = held_out.classes
         self.decoding = decoding
+        self.suggested = suggested
+        self.model = model
         self.thumbnail = lru_cache(maxsize=_THUMBNAILS_KEPT)(thumbnail)
         self.number_of = {photo.path: number for number, photo in enumerate(index.photos)}
         self._row_of = {path: row for row, path in enumerate(held_out.paths)}
@@ -134,11 +152,15 @@ class ReviewViews:
 
     def overview(self) -> dict[str, Any]:
         """Names and sizes of the views."""
-        retrain = command("train", self.index.root, "--set", f"data.corrections={self.corrections.file}")
+        table = self.corrections.file
+        retrain = command("train", self.index.root, "--set", f"data.corrections={table}")
+        new = {decision.label for decision in self.corrections.decisions.values() if decision.label}
+        names = [*self.classes, *sorted(new - set(self.classes))]
         return {
-            "classes": [{"name": name, "photos": len(self._by_class[name])} for name in self.classes],
+            "classes": [{"name": name, "photos": len(self._by_class[name])} for name in names],
             "photos": len(self.index.photos),
             "held_out": len(self.held_out.paths),
+            "suggested": len(self.suggested),
             "suspects": len(self._suspects),
             "losses": len(self._highest),
             "pairs": [
@@ -148,8 +170,8 @@ class ReviewViews:
             "duplicates": len(self._duplicates),
             "duplicates_state": self._duplicates_state,
             "marked": len(self.corrections.decisions),
-            "table": self.corrections.file.name,
-            "command": _printable(retrain),
+            "table": table.name,
+            "command": _printable(command("extend", self.model, table) if self.model else retrain),
             "has_attention": self.look is not None,
         }
 
@@ -171,7 +193,9 @@ class ReviewViews:
         decision = self.corrections.decisions.get(photo.path)
         row = self._row_of.get(photo.path)
         known: dict[str, Any] = {"guess": None, "probability": None, "loss": None}
-        if row is not None:
+        if self.suggested:
+            known |= self.suggested[number]
+        elif row is not None:
             guess = int(self._guesses[row])
             probability = float(self.held_out.probabilities[row, guess])
             known = {"guess": self.classes[guess], "probability": probability, "loss": float(self._losses[row])}
@@ -186,6 +210,8 @@ class ReviewViews:
         }
 
     def _view(self, view: str, which: int) -> list[int]:
+        if view == "suggested":
+            return list(range(len(self.suggested)))
         if view == "suspects":
             return self._suspects
         if view == "losses":
@@ -243,10 +269,10 @@ async def require_json(request: Request) -> None:
 Views = Annotated[ReviewViews, Depends(_find_views)]
 
 
-def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int, memory: Path) -> FastAPI:
+def open_review(runs: list[Run], table: Path, *, max_distance: int) -> FastAPI:
     """The app over one run, or over the folds of a cross-validation, and over a table of corrections.
 
-    The search for near-duplicates (`max_distance` bits of 64 apart) remembers what it saw in the folder `memory`.
+    Near-duplicates are at most `max_distance` bits of 64 apart.
     """
     index = runs[0].split
     if not any(file.is_file() for file in index.files()[:100]):
@@ -255,11 +281,39 @@ def open_review(runs: list[Run], table: Path, *, max_distance: int, threads: int
         index,
         triage.join_held_out(runs),
         Corrections(table),
-        find_duplicates=lambda: triage.near_duplicates(
-            index, max_distance=max_distance, threads=threads, memory=memory
-        ),
+        find_duplicates=lambda: triage.near_duplicates(index, max_distance=max_distance),
         look=_attention(runs[0], index.files()),
         decoding=runs[0].decode_spec(),
+    )
+    return create_review_app(views)
+
+
+def open_labeling(run: Run, listing: Path, table: Path) -> FastAPI:
+    """The app over a list of photos without labels, as `fieldmark suggest` writes it, and over a table of labels.
+
+    The list is a table with the column `path`, relative to it or absolute; `label` and `why` are shown where they are
+    there. In a table of labels elsewhere the paths are absolute.
+    """
+    content = read_table(require_path(listing))
+    paths = content.column("path", is_text=False)
+    folder = listing.absolute().parent
+    if table.absolute().parent != folder:
+        paths = [str(folder / path) for path in paths]
+    index = PhotoIndex(folder, tuple(Photo(path, None, "", "") for path in paths), run.classes, {})
+    if not any(file.is_file() for file in index.files()):
+        raise DataError(f"{listing} names no photo that is there: keep the list where `fieldmark suggest` wrote it")
+    guesses, reasons = content.optional_column("label"), content.optional_column("why")
+    suggested = [{"guess": guess or None, "why": why} for guess, why in zip(guesses, reasons, strict=True)]
+    nothing = HeldOut((), np.zeros(0, np.int64), np.zeros((0, len(run.classes)), np.float32), run.classes)
+    views = ReviewViews(
+        index,
+        nothing,
+        Corrections(table, LABELS),
+        find_duplicates=list,
+        look=_attention(run, index.files()),
+        decoding=run.decode_spec(),
+        suggested=suggested,
+        model=run.path,
     )
     return create_review_app(views)
 
@@ -304,9 +358,13 @@ def photos(
 def decide(views: Views, request: DecisionRequest) -> dict[str, Any]:
     """Take a decision; the photo afterwards."""
     _require_photo(views, request.number)
-    if request.action == "relabel" and request.label not in views.classes:
-        raise HTTPException(422, f"{request.label!r} is not one of the {len(views.classes)} classes")
-    views.corrections.decide(views.index.photos[request.number].path, request.action, request.label)
+    label = request.label
+    if views.suggested:
+        if request.action != "relabel" or not label.strip() or not label.isprintable():
+            raise HTTPException(422, "a photo of this list takes the name of a class, and nothing else")
+    elif request.action == "relabel" and label not in views.classes:
+        raise HTTPException(422, f"{label!r} is not one of the {len(views.classes)} classes")
+    views.corrections.decide(views.index.photos[request.number].path, request.action, label)
     return views.photo(request.number)
 
 

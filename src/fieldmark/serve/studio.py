@@ -43,7 +43,7 @@ from fieldmark.inference import triage
 from fieldmark.plots import thumbnail
 from fieldmark.runs import folder
 from fieldmark.runs.check import NEAR_DISTANCE_BITS
-from fieldmark.runs.dataset import decode_spec, find_photos, user_folder
+from fieldmark.runs.dataset import decode_spec, find_photos
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import Run
 from fieldmark.runs.writer import LOCK
@@ -310,8 +310,7 @@ class Studio:
     def open_review(self, run: Path) -> FastAPI:
         """The page of `fieldmark review` for a training."""
         self.open_data(self._read(run.name).data)
-        table, memory = self.table(run.name), user_folder("inspections")
-        return open_review([Run(run)], table, max_distance=NEAR_DISTANCE_BITS, threads=usable_cores(), memory=memory)
+        return open_review([Run(run)], self.table(run.name), max_distance=NEAR_DISTANCE_BITS)
 
     def table(self, name: str) -> Path:
         """The table of labels that were mended in the review of a training."""

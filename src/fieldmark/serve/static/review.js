@@ -6,6 +6,7 @@ const list = byId("photos");
 const readable = (name) => String(name).replaceAll("_", " ");
 const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
 const EXPLAIN = {
+  suggested: "Photos without a label that would teach the model most, the most useful first. Leave out what you cannot name.",
   suspects: "Photos whose label the predictions contradict so clearly that the label is probably wrong (confident learning).",
   losses: "Photos that surprised the model most: wrong labels, rare views, or several subjects.",
   pair: "Photos of each class that were taken for the other. The same number of mistakes both ways hints at look-alikes, one way at labels.",
@@ -14,6 +15,7 @@ const EXPLAIN = {
   marked: "Your decisions, the newest first.",
 };
 let overview;
+let isLabeling = false; // photos of a list that have no labels yet
 let state = { view: "suspects", which: 0 };
 let next = 0;
 let isLoading = false;
@@ -57,16 +59,30 @@ function option(text, value) {
 
 async function start() {
   overview = await ask("api/overview");
-  byId("labels").replaceChildren(...overview.classes.map(({ name }) => option(readable(name), name)));
+  isLabeling = overview.suggested > 0;
+  if (isLabeling) speakOfLabels();
+  else byId("view").querySelector("[value=suggested]").remove();
   const [view, which] = location.hash.slice(1).split("/");
   // Without a wish, the first view that has something to look at.
-  const filled = ["suspects", "losses", "pair", "duplicates"].find((name) => counts()[name]) || "class";
+  const filled = ["suggested", "suspects", "losses", "pair", "duplicates"].find((name) => counts()[name]) || "class";
   state = view in EXPLAIN ? { view, which: Number(which) || 0 } : { view: filled, which: 0 };
   byId("view").value = state.view;
   choices();
   describe();
   await restart();
   if (overview.duplicates_state === "searching") setTimeout(refresh, 2000);
+}
+
+function speakOfLabels() {
+  document.body.classList.add("labels");
+  document.title = "Label – Fieldmark";
+  byId("title").textContent = "What do these photos show?";
+  byId("new-name").hidden = false;
+  byId("choose").setAttribute("aria-label", "Name what the photo shows");
+  byId("next").querySelector("span").textContent = "Next, teach the model your labels:";
+  for (const verb of document.querySelectorAll(".verb")) verb.textContent = "label";
+  for (const verb of document.querySelectorAll(".Verb")) verb.textContent = "Label";
+  for (const item of [...byId("view").options]) if (!["suggested", "marked"].includes(item.value)) item.remove();
 }
 
 async function refresh() {
@@ -81,16 +97,18 @@ async function refresh() {
 }
 
 function counts() {
-  return { suspects: overview.suspects, losses: overview.losses, pair: overview.pairs.length,
+  return { suggested: overview.suggested, suspects: overview.suspects, losses: overview.losses, pair: overview.pairs.length,
     duplicates: overview.duplicates, class: overview.classes.length, marked: overview.marked };
 }
 
 function describe() {
+  byId("labels").replaceChildren(...overview.classes.map(({ name }) => option(readable(name), name)));
   const scored = overview.held_out === overview.photos ? "all with a prediction"
     : `${overview.held_out} with a prediction (those it was not trained on; give the runs of all folds to have all)`;
-  byId("about").textContent =
-    `${overview.photos} photos, ${scored}. ${overview.marked} decided, kept in ${overview.table}; your photos are not changed.`;
-  const titles = { suspects: "Likely label errors", losses: "Highest losses", pair: "Confused classes",
+  byId("about").textContent = isLabeling
+    ? `${overview.photos} photos to label. ${overview.marked} labeled, kept in ${overview.table}; your photos are not changed.`
+    : `${overview.photos} photos, ${scored}. ${overview.marked} decided, kept in ${overview.table}; your photos are not changed.`;
+  const titles = { suggested: "To label", suspects: "Likely label errors", losses: "Highest losses", pair: "Confused classes",
     duplicates: "Near-duplicates", class: "All photos of a class", marked: "Decided" };
   for (const item of byId("view").options) item.textContent = `${titles[item.value]} (${counts()[item.value]})`;
   byId("explain").textContent = state.view === "duplicates" && overview.duplicates_state !== "done"
@@ -187,15 +205,17 @@ function show(item) {
   const says = item.querySelector(".says");
   const label = document.createElement("strong");
   label.textContent = readable(photo.label);
-  says.replaceChildren("Labeled ", label);
-  if (photo.action === "relabel") says.append(" → ", readable(photo.new_label));
+  if (isLabeling) label.textContent = photo.action ? readable(photo.new_label) : "Not labeled";
+  says.replaceChildren(isLabeling && !photo.action ? "" : "Labeled ", label);
+  if (photo.action === "relabel" && !isLabeling) says.append(" → ", readable(photo.new_label));
   const isOther = photo.guess !== null && photo.guess !== photo.label;
   const relabel = item.querySelector("[data-action=relabel]");
   relabel.hidden = !isOther && photo.action !== "relabel";
-  relabel.textContent = `Relabel as ${readable(photo.action === "relabel" ? photo.new_label : photo.guess)}`;
+  relabel.textContent = `${isLabeling ? "Label" : "Relabel"} as ${readable(photo.action === "relabel" ? photo.new_label : photo.guess)}`;
   relabel.classList.toggle("primary", !relabel.hidden);
   item.querySelector("[data-action=keep]").classList.toggle("primary", relabel.hidden);
-  item.querySelector(".guess").textContent = photo.guess === null ? "No prediction: it was trained on."
+  item.querySelector(".guess").textContent = isLabeling ? photo.why
+    : photo.guess === null ? "No prediction: it was trained on."
     : photo.guess === photo.label ? `Guessed right, ${percent(photo.probability)}`
       : `Guessed ${readable(photo.guess)}, ${percent(photo.probability)}`;
   const bits = photo.bits === undefined ? "" : ` – pair ${photo.near + 1}, ${photo.bits} bits apart`;
@@ -207,6 +227,7 @@ function show(item) {
 }
 
 async function decide(item, action, label = "") {
+  if (isLabeling && action !== "relabel") return;
   if (action === "relabel" && !label) {
     const { guess } = item.photo;
     if (guess === null || guess === item.photo.label) return chooseLabel(item);
@@ -214,9 +235,11 @@ async function decide(item, action, label = "") {
   }
   try {
     update(await ask("api/decide", { number: item.photo.number, action, label }));
-    overview.marked = (await ask("api/overview")).marked;
+    const isNew = !overview.classes.some(({ name }) => name === label);
+    overview = await ask("api/overview");
     describe();
-    say(action === "relabel" ? `Relabeled as ${readable(label)}.` : action === "drop" ? "Dropped." : "Kept.");
+    say(isLabeling ? `Labeled as ${readable(label)}${isNew ? ", a new class" : ""}.`
+      : action === "relabel" ? `Relabeled as ${readable(label)}.` : action === "drop" ? "Dropped." : "Kept.");
   } catch (error) {
     fail(error);
   }
