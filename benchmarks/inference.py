@@ -30,6 +30,8 @@ from benchmarks.record import (
     parse_arguments,
     report,
 )
+from fieldmark.augment.reference import EvalSpec, eval_reference
+from fieldmark.data.decode import DecodeSpec
 from fieldmark.export.formats import quantize_onnx, quantize_openvino, write_onnx, write_openvino
 from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata
 from fieldmark.models.fusion import fuse_batch_norm
@@ -68,9 +70,6 @@ def load_photos(count: int) -> tuple[np.ndarray, str]:
     if not files:
         noise = np.random.default_rng(0).normal(0, 1, (count, 3, SIZE, SIZE)).astype(np.float32)
         return noise, "noise: agreement of answers means nothing"
-    from fieldmark.augment.reference import EvalSpec, eval_reference
-    from fieldmark.data.decode import DecodeSpec
-
     spec: Any = EvalSpec(**SPEC)
     chosen = [files[place] for place in np.linspace(0, len(files) - 1, count).round().astype(int)]
     pictures = [eval_reference(DecodeSpec((0, 0, 0), 10**8).read(file), spec).numpy() for file in chosen]
