@@ -69,7 +69,6 @@ def suggest(
     run, out, log = run if isinstance(run, Run) else Run(run), Path(out).absolute(), progress or Quiet()
     if out.suffix.lower() != ".csv":
         raise DataError(f"the list is written as CSV, and {out} does not end in .csv: give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     source = open_source(str(pool))
     predictor = Predictor.load(run)
     if load_calibration(run) is None and not run.is_ensemble:
@@ -90,7 +89,7 @@ def suggest(
             name, file = list(files.items())[number]
             if file.is_relative_to(scratch):
                 saved = out.with_name(f"{out.stem}-photos")
-                saved.mkdir(exist_ok=True)
+                saved.mkdir(parents=True, exist_ok=True)
                 file = Path(shutil.copy(file, saved))
             file, one = file.absolute(), answers[name]
             path = file.relative_to(out.parent).as_posix() if file.is_relative_to(out.parent) else str(file)
