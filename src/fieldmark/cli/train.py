@@ -155,7 +155,7 @@ def extend(
     from fieldmark.budget.extend import format_extended
     from fieldmark.runs.train import free_folder
 
-    path = out or free_folder(run.with_name(f"{run.resolve().name}-extended"))
+    path = out or free_folder(Path("runs") / f"{run.resolve().name}-extended")
     with open_progress("extend") as progress:
         made = extend_run(run, photos, path, force=force, progress=progress)
     print_result({"run": str(path), **made.summary}, format_extended(made), as_json=as_json)
