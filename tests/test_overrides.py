@@ -153,6 +153,16 @@ def test_a_recipe_of_an_earlier_version_loads_with_one_note_a_name(tmp_path, cap
     assert "mix.prob = 0.4 and mix.methods = ['mixup', 'cutmix'] of earlier versions" in caplog.text
 
 
+def test_a_setting_that_is_none_any_more_is_left_out_with_a_note_where_it_was_changed(tmp_path, caplog):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[train]\nfit_memory = true\n[probe]\nepochs = 3\nbatch_size = 64\n[schedule]\nmin_factor = 0.0\n")
+    with caplog.at_level(logging.WARNING, logger="fieldmark"):
+        assert load_config(path).probe.epochs == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "note: probe.batch_size = 64 has no effect: it is no setting any more, and always 256"
+    ]
+
+
 def test_an_old_probability_that_is_too_large_says_what_to_give():
     with pytest.raises(ConfigError, match=r"per method: of 2 methods at most 0\.5; got 0\.6\. Give mix\.share"):
         load_config("competition", ["mix.prob=0.6"])

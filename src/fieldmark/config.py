@@ -78,16 +78,13 @@ class DataConfig(Section):
     """Column of a table that says train, val or test. Optional in the table."""
 
     group_by: Literal["none", "column", "pattern", "capture_time"] = "none"
-    """What must not cross a split: a column's value, a part of the file name, or photos of one burst (EXIF time)."""
+    """What must not cross a split: a column's value, a part of the file name, or photos within a minute (EXIF time)."""
 
     group_column: str = "group"
     """Column of a table that holds the group, for `group_by = "column"`."""
 
     group_pattern: str = ""
     """Regular expression with one group in parentheses, matched against the path, for `group_by = "pattern"`."""
-
-    group_gap_seconds: PositiveFloat = 60.0
-    """Photos closer in capture time than this belong to one burst, for `group_by = "capture_time"`."""
 
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the labeled photos kept for validation where the data do not say."""
@@ -358,9 +355,6 @@ class ScheduleConfig(Section):
     restart_factor: PositiveInt = 2
     """T_mult of `warm_restarts`; only `competition` uses it."""
 
-    min_factor: Fraction = 0.0
-    """Lowest learning rate over the peak."""
-
 
 class ProbeConfig(Section):
     """The head alone on frozen features, before fine-tuning (LP-FT, arXiv:2202.10054)."""
@@ -370,12 +364,6 @@ class ProbeConfig(Section):
 
     lr: PositiveFloat = 3e-3
     """Learning rate of the probe (AdamW, cosine to zero)."""
-
-    weight_decay: NonNegativeFloat = 1e-2
-    """Decoupled decay of the probe."""
-
-    batch_size: PositiveInt = 256
-    """Features per update of the probe."""
 
 
 class TrainConfig(Section):
@@ -388,10 +376,7 @@ class TrainConfig(Section):
     """Photos per update, over all devices and micro-batches."""
 
     micro_batch_size: PositiveInt | None = None
-    """Photos per forward pass on one device; None is as many as `batch_size` and, with `fit_memory`, memory allow."""
-
-    fit_memory: bool = True
-    """When memory runs out, halve `micro_batch_size` and accumulate gradients instead of stopping."""
+    """Photos per forward pass on one device; None is as many as `batch_size` and memory allow. Gradients add up."""
 
     seed: NonNegativeInt = 0
     """Seed of weights, order, augmentation and mixing."""

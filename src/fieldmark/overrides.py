@@ -20,6 +20,14 @@ SYNONYMS = {word: key for key, words in _MEANT.items() for word in words.split()
 
 RENAMED_RECIPES = {"report": "competition"}
 OLD_KEYS = ("mix.prob", "mix.methods")
+REMOVED = {
+    "data.group_gap_seconds": 60.0,
+    "probe.weight_decay": 0.01,
+    "probe.batch_size": 256,
+    "schedule.min_factor": 0.0,
+    "train.fit_memory": True,
+}
+"""Settings of earlier versions that nobody changed, and what they always are now."""
 RENAMED_VALUES = {("eval", "transform"): {"weights": "pretrained"}, ("augment", "crop"): {"weights": "pretrained"}}
 
 
@@ -110,6 +118,11 @@ def read_old_names(settings: dict[str, Any]) -> None:
         if isinstance(table, dict) and isinstance(old := table.get(name), str) and old in values:
             table[name] = values[old]
             note(f'{section}.{name} = "{old}" is now called "{values[old]}"')
+    for key, value in REMOVED.items():
+        section, _, name = key.partition(".")
+        table = settings.get(section)
+        if isinstance(table, dict) and name in table and (given := table.pop(name)) != value:
+            note(f"{key} = {given!r} has no effect: it is no setting any more, and always {value!r}")
     mix = settings.get("mix")
     if isinstance(mix, dict) and {"prob", "methods"} & mix.keys():
         _read_mix_prob(mix)

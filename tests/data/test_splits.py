@@ -237,17 +237,13 @@ def test_groups_by_pattern_are_the_text_in_parentheses():
         splits.groups_by_pattern(index, r"(cam\d+)")
 
 
-def test_bursts_are_photos_within_the_gap_of_the_one_before():
-    times = [100.0, None, 5.0, 65.0, 125.5, 100.0]
+def test_bursts_are_photos_within_a_minute_of_the_one_before():
+    times = [100.0, None, 5.0, 65.0, 160.5, 100.0]
     facts = [SimpleNamespace(captured_at=time) for time in times]
-    groups = splits.groups_by_capture_time(make_index(6), facts, 60.0)
-    assert groups == ["burst 1", "", "burst 1", "burst 1", "burst 1", "burst 1"]
-    groups = splits.groups_by_capture_time(make_index(6), facts, 30.0)
-    assert groups == ["burst 3", "", "burst 1", "burst 2", "burst 3", "burst 3"]
-    groups = splits.groups_by_capture_time(make_index(6), facts, 1.0)
-    assert groups == ["burst 3", "", "burst 1", "burst 2", "burst 4", "burst 3"]
+    groups = splits.groups_by_capture_time(make_index(6), facts)
+    assert groups == ["burst 1", "", "burst 1", "burst 1", "burst 2", "burst 1"]
     with pytest.raises(DataError, match="has an EXIF capture time"):
-        splits.groups_by_capture_time(make_index(6), [SimpleNamespace(captured_at=None)] * 6, 1.0)
+        splits.groups_by_capture_time(make_index(6), [SimpleNamespace(captured_at=None)] * 6)
 
 
 def test_groups_by_column_are_those_of_the_table():

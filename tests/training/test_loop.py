@@ -48,7 +48,7 @@ def make_state(
     groups = [{"params": list(model.parameters()), "lr": 0.01, "base_lr": 0.01, "weight_decay": 0.01}]
     plain = kind(groups)
     network, optimizer = fabric.setup(model, plain)
-    spec = ScheduleSpec("cosine", epochs, 1.0, None, 2, 0.0)
+    spec = ScheduleSpec("cosine", epochs, 1.0, None, 2)
     schedule = Schedule(plain, lambda step: spec.factor(step, steps_per_epoch=STEPS))
     average = RunningAverage(model, decay=ema) if ema else None
     return TrainState(model, network, optimizer, schedule, average, EpochTally.zeros(fabric.device), micro)
@@ -72,7 +72,7 @@ def batches(epoch: int, first: int):
         yield make_batch(100 * epoch + step, is_mixed=step % 2 == 1)
 
 
-def run(fabric, state, *, epochs=4, source=batches, evaluate=lambda model: Validation({"top1": 0.5}), fit_memory=False):
+def run(fabric, state, *, epochs=4, source=batches, evaluate=lambda model: Validation({"top1": 0.5})):
     return list(
         train_epochs(
             fabric,
@@ -81,7 +81,7 @@ def run(fabric, state, *, epochs=4, source=batches, evaluate=lambda model: Valid
             steps_per_epoch=STEPS,
             batches=source,
             evaluate=evaluate,
-            options=UpdateOptions(fit_memory=fit_memory),
+            options=UpdateOptions(),
         )
     )
 
@@ -270,12 +270,12 @@ class Greedy(nn.Module):
 def test_out_of_memory_says_which_size_to_try(fabric):
     state = make_state(fabric, Greedy(most=3))
     with pytest.raises(MemoryExhaustedError, match=r"8 photos of 4x4 pixels.*train.micro_batch_size=4"):
-        run(fabric, state)
+        update(fabric, state, make_batch(0), UpdateOptions())
 
 
 def test_out_of_memory_is_answered_by_smaller_micro_batches_with_the_same_result(fabric):
     state, roomy = make_state(fabric, Greedy(most=3)), make_state(fabric, Greedy(most=99))
-    reports = run(fabric, state, epochs=1, fit_memory=True)
+    reports = run(fabric, state, epochs=1)
     run(fabric, roomy, epochs=1)
     assert state.micro_batch_size == 2
     assert reports[0].is_complete
@@ -285,7 +285,7 @@ def test_out_of_memory_is_answered_by_smaller_micro_batches_with_the_same_result
 
 def test_a_photo_that_does_not_fit_alone_is_an_error_and_not_an_endless_loop(fabric):
     with pytest.raises(MemoryExhaustedError):
-        run(fabric, make_state(fabric, Greedy(most=0)), fit_memory=True)
+        run(fabric, make_state(fabric, Greedy(most=0)))
 
 
 def test_frozen_weights_and_their_statistics_do_not_move(fabric):

@@ -19,10 +19,8 @@ def fit(seed: int) -> tuple[nn.Module, list[float], torch.Tensor, torch.Tensor]:
             head,
             features,
             functional.one_hot(labels, 3).float(),
-            epochs=20,
+            epochs=60,
             lr=0.03,
-            weight_decay=0.0,
-            batch_size=32,
             generator=torch.Generator().manual_seed(seed),
         )
     )

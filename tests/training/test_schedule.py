@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from fieldmark.training.optim import Schedule, ScheduleSpec
 
 
-def curve(name, *, epochs, steps_per_epoch=1, warmup=0.0, restart=None, factor=2, floor=0.0):
-    spec = ScheduleSpec(name, epochs, warmup, restart, factor, floor)
+def curve(name, *, epochs, steps_per_epoch=1, warmup=0.0, restart=None, factor=2):
+    spec = ScheduleSpec(name, epochs, warmup, restart, factor)
     return [spec.factor(step, steps_per_epoch=steps_per_epoch) for step in range(epochs * steps_per_epoch)]
 
 
@@ -28,7 +28,6 @@ def make_schedule(optimizer, **changes):
         "warmup_epochs": 1.0,
         "restart_epochs": None,
         "restart_factor": 2,
-        "min_factor": 0.0,
     }
     spec = ScheduleSpec(**{**settings, **changes})
     return Schedule(optimizer, lambda step: spec.factor(step, steps_per_epoch=4))
@@ -36,11 +35,10 @@ def make_schedule(optimizer, **changes):
 
 @pytest.mark.parametrize("t_mult", [1, 2, 3])
 @pytest.mark.parametrize("t_0", [1, 3, 10])
-@pytest.mark.parametrize("floor", [0.0, 0.1])
-def test_warm_restarts_equal_torch_stepped_once_per_epoch(t_0, t_mult, floor):
+def test_warm_restarts_equal_torch_stepped_once_per_epoch(t_0, t_mult):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = CosineAnnealingWarmRestarts(optimizer, T_0=t_0, T_mult=t_mult, eta_min=floor)
-    ours = curve("warm_restarts", epochs=130, steps_per_epoch=3, restart=t_0, factor=t_mult, floor=floor)
+    reference = CosineAnnealingWarmRestarts(optimizer, T_0=t_0, T_mult=t_mult)
+    ours = curve("warm_restarts", epochs=130, steps_per_epoch=3, restart=t_0, factor=t_mult)
     for epoch in range(130):
         theirs = optimizer.param_groups[0]["lr"]
         assert ours[3 * epoch : 3 * epoch + 3] == pytest.approx([theirs] * 3, rel=1e-12, abs=1e-15)
@@ -48,9 +46,9 @@ def test_warm_restarts_equal_torch_stepped_once_per_epoch(t_0, t_mult, floor):
         reference.step()
 
 
-@given(warmup=st.integers(0, 9), rest=st.integers(1, 20), steps=st.integers(1, 7), floor=st.floats(0, 1))
-def test_cosine_rises_then_falls_and_stays_in_range(warmup, rest, steps, floor):
-    values = curve("cosine", epochs=warmup + rest, steps_per_epoch=steps, warmup=warmup, floor=floor)
+@given(warmup=st.integers(0, 9), rest=st.integers(1, 20), steps=st.integers(1, 7))
+def test_cosine_rises_then_falls_and_stays_in_range(warmup, rest, steps):
+    values = curve("cosine", epochs=warmup + rest, steps_per_epoch=steps, warmup=warmup)
     top = warmup * steps
     assert all(0 < value <= 1 for value in values)
     assert values[top] == 1
@@ -58,12 +56,12 @@ def test_cosine_rises_then_falls_and_stays_in_range(warmup, rest, steps, floor):
     assert values[top:] == sorted(values[top:], reverse=True)
 
 
-def test_cosine_follows_the_formula_and_reaches_its_floor_just_after_the_end():
-    values = curve("cosine", epochs=10, steps_per_epoch=10, warmup=2.0, floor=0.1)
+def test_cosine_follows_the_formula_and_reaches_zero_just_after_the_end():
+    values = curve("cosine", epochs=10, steps_per_epoch=10, warmup=2.0)
     assert values[:20] == pytest.approx([(step + 1) / 21 for step in range(20)])
-    assert values[60] == pytest.approx(0.1 + 0.9 * 0.5)  # half way down
-    spec = ScheduleSpec("cosine", 10, 2.0, None, 2, 0.1)
-    assert [spec.factor(step, steps_per_epoch=10) for step in (100, 250)] == pytest.approx([0.1, 0.1])
+    assert values[60] == pytest.approx(0.5)  # half way down
+    spec = ScheduleSpec("cosine", 10, 2.0, None, 2)
+    assert [spec.factor(step, steps_per_epoch=10) for step in (100, 250)] == pytest.approx([0, 0])
 
 
 def test_constant_warms_up_then_stays_level():
@@ -111,7 +109,7 @@ def test_rates_survive_the_optimizer_replacing_its_groups():
 
 
 def warn(epochs, restart, factor=2, name="warm_restarts", warmup=0.0):
-    return ScheduleSpec(name, epochs, warmup, restart, factor, 0.0).warnings()
+    return ScheduleSpec(name, epochs, warmup, restart, factor).warnings()
 
 
 def test_a_run_no_longer_than_the_first_cycle_is_told_that_it_never_restarts():

@@ -23,6 +23,7 @@ from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, ResourceError
 
 Numbers = NDArray[np.int64]
+BURST_SECONDS = 60.0
 
 
 def split_index(
@@ -164,15 +165,15 @@ def groups_by_pattern(index: PhotoIndex, pattern: str) -> list[str]:
     return groups
 
 
-def groups_by_capture_time(index: PhotoIndex, facts: Sequence[PhotoFacts], gap_seconds: float) -> list[str]:
-    """Bursts: photos of which each was taken no more than `gap_seconds` after the one before; "" without EXIF time."""
+def groups_by_capture_time(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
+    """Bursts: photos of which each was taken within `BURST_SECONDS` of the one before; "" without EXIF time."""
     times = [(fact.captured_at, number) for number, fact in enumerate(facts) if fact.captured_at is not None]
     if not times:
         raise DataError(f"no photo of {index.root} has an EXIF capture time. Group by pattern or by a column instead")
     groups = [""] * len(index.photos)
     burst, last = 0, float("-inf")
     for captured_at, number in sorted(times):
-        burst += captured_at - last > gap_seconds
+        burst += captured_at - last > BURST_SECONDS
         last = captured_at
         groups[number] = f"burst {burst}"
     return groups

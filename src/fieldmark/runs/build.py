@@ -429,7 +429,7 @@ def build_update_options(config: Config, prior: NDArray[np.float64], device: tor
     if config.train.class_weights != "none":  # their mean over the training photos is 1
         shares = np.where(prior > 0, 1.0 / (np.maximum(prior, 1e-12) * (prior > 0).sum()), 0.0)
         weights = torch.from_numpy(shares.astype(np.float32)).to(device)
-    return UpdateOptions(weights, config.optim.clip_norm, config.train.fit_memory)
+    return UpdateOptions(weights, config.optim.clip_norm)
 
 
 def describe_model(built: BuiltModel, evaluation: EvalSpec, *, precision: str, channels_last: bool) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -
     if config.group_by == "pattern":
         groups = splits.groups_by_pattern(index, config.group_pattern)
     elif config.group_by == "capture_time":
-        groups = splits.groups_by_capture_time(index, facts, config.group_gap_seconds)
+        groups = splits.groups_by_capture_time(index, facts)
     elif config.group_by == "column":
         groups = splits.groups_by_column(index)
     if config.folds:
@@ -151,7 +151,7 @@ def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -
             test_fraction=config.test_fraction,
             seed=config.split_seed,
             groups=groups,
-            settings={"group_by": config.group_by, "pattern": config.group_pattern, "gap": config.group_gap_seconds},
+            settings={"group_by": config.group_by, "pattern": config.group_pattern, "gap": splits.BURST_SECONDS},
             folder=user_folder("splits"),
         )
     if config.train_on == "train+val":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+PROBE_WEIGHT_DECAY, PROBE_BATCH_SIZE = 1e-2, 256
 READ_TOGETHER = 32  # numbers of a GPU that are read at once: it waits for the host so much more seldom
 
 
@@ -147,7 +148,6 @@ class UpdateOptions:
 
     class_weights: Tensor | None = None  # (K,) float weights of the loss, on the device
     clip_norm: float = 0.0  # largest global gradient norm; 0 is off
-    fit_memory: bool = False  # halve the micro-batch when memory runs out, instead of raising
     pool: ThreadPoolExecutor | None = None  # threads that compute micro-batches side by side, each on a core of its own
 
 
@@ -340,7 +340,7 @@ def _update_in_memory(
             return update(fabric, state, batch, options)
         except MemoryExhaustedError as error:
             # Several processes would have to agree on the smaller size while some of them wait in a gradient sync.
-            if not options.fit_memory or fabric.world_size > 1 or error.micro_batch_size == 1:
+            if fabric.world_size > 1 or error.micro_batch_size == 1:
                 raise
             state.micro_batch_size = error.micro_batch_size // 2
             if fabric.device.type == "cuda":
@@ -371,8 +371,6 @@ def train_head(
     *,
     epochs: int,
     lr: float,
-    weight_decay: float,
-    batch_size: int,
     generator: torch.Generator,
 ) -> Iterator[float]:
     """Fit a head in place, on (N, F) float32 features and (N, K) distributions, with AdamW under a cosine to zero.
@@ -386,15 +384,15 @@ def train_head(
     decayed = [parameter for parameter in head.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in head.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr, weight_decay=weight_decay
+        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr, weight_decay=PROBE_WEIGHT_DECAY
     )
-    num_steps = epochs * math.ceil(len(features) / batch_size)
+    num_steps = epochs * math.ceil(len(features) / PROBE_BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     head.train()
     for _ in range(epochs):
         total = torch.zeros(())
         order = torch.randperm(len(features), generator=generator)
-        for rows in order.split(batch_size):
+        for rows in order.split(PROBE_BATCH_SIZE):
             loss = functional.cross_entropy(head(features[rows]), targets[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -107,7 +107,7 @@ def optimizer_names() -> list[str]:
 class ScheduleSpec:
     """The shape of a schedule; the names are those of the settings.
 
-    "cosine" rises linearly over `warmup_epochs`, then falls along half a cosine and would reach `min_factor` just
+    "cosine" rises linearly over `warmup_epochs`, then falls along half a cosine and would reach 0 just
     after the last update. "constant" rises likewise and stays. Neither warms up from zero: the first update learns.
     "warm_restarts" is level within an epoch and has no warm-up: a half cosine over `restart_epochs` epochs (None is
     the whole run), then one `restart_factor` times as long, and so on, as torch's CosineAnnealingWarmRestarts stepped
@@ -123,7 +123,6 @@ class ScheduleSpec:
     warmup_epochs: float
     restart_epochs: int | None
     restart_factor: int
-    min_factor: float
 
     def factor(self, step: int, *, steps_per_epoch: int) -> float:
         """Give the learning rate of update `step` (0-based) over the peak rate, in [0, 1]."""
@@ -173,7 +172,7 @@ class ScheduleSpec:
         return epoch, length
 
     def _fall(self, progress: float) -> float:
-        return self.min_factor + (1 - self.min_factor) * (1 + math.cos(math.pi * progress)) / 2
+        return (1 + math.cos(math.pi * progress)) / 2
 
 
 class Schedule:
