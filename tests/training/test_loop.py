@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional
 
 from fieldmark.augment.mixing import Mix, apply_mix, one_hot
-from fieldmark.training.checkpoint import RunningAverage
 from fieldmark.training.evaluate import Validation
 from fieldmark.training.loop import (
     EpochTally,
@@ -50,7 +50,7 @@ def make_state(
     network, optimizer = fabric.setup(model, plain)
     spec = ScheduleSpec("cosine", epochs, 1.0, None, 2)
     schedule = Schedule(plain, lambda step: spec.factor(step, steps_per_epoch=STEPS))
-    average = RunningAverage(model, decay=ema) if ema else None
+    average = ModelEmaV3(model, decay=ema) if ema else None
     return TrainState(model, network, optimizer, schedule, average, EpochTally.zeros(fabric.device), micro)
 
 
@@ -168,7 +168,7 @@ def test_a_run_left_at_any_update_and_taken_up_again_equals_an_unbroken_one(fabr
         before.pop()
     after = run(fabric, broken)
     assert_equal(weights_of(broken), weights_of(unbroken))
-    own, other = broken.average.model.state_dict(), unbroken.average.model.state_dict()
+    own, other = broken.average.module.state_dict(), unbroken.average.module.state_dict()
     assert all(torch.equal(own[name], other[name]) for name in own)
     losses = [report.train_loss for report in [*before, *after]]
     assert losses == [report.train_loss for report in expected]
@@ -300,4 +300,4 @@ def test_the_average_is_what_is_evaluated(fabric):
     state = make_state(fabric, make_model(), ema=0.9)
     seen = []
     run(fabric, state, epochs=1, evaluate=lambda model: seen.append(model) or Validation())
-    assert seen == [state.average.model]
+    assert seen == [state.average.module]

@@ -309,7 +309,7 @@ class _Training:
         last = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
         networks: dict[str, Weights] = {"last": last}
         if state.average is not None:
-            networks["average"] = state.average.model.state_dict()
+            networks["average"] = state.average.module.state_dict()
         for share in (0.5, 0.75, 0.25):
             networks[f"{share:.0%} of the way from the probe"] = interpolate(probe, last, share)
         evaluated: dict[str, tuple[Weights, NDArray[np.float32]]] = {}

@@ -41,7 +41,6 @@ from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.tracking import require_trackers
 from fieldmark.runs.writer import RunWriter, claim_folder, write_beginning
 from fieldmark.training import metrics
-from fieldmark.training.checkpoint import RunningAverage
 from fieldmark.training.evaluate import Predictions, Validation, predict_batches
 from fieldmark.training.loop import EpochTally, TrainBatch, TrainState
 from fieldmark.training.optim import Schedule
@@ -138,6 +137,8 @@ class Session:
 
     def start_training(self) -> TrainState:
         """Make optimizer, schedule, average and wrappers around the model as it is now."""
+        from timm.utils import ModelEmaV3
+
         config, fabric, model = self.config, self.fabric, self.built.model
         if build.is_channels_last(config):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -152,7 +153,7 @@ class Session:
             network=network,
             optimizer=optimizer,
             schedule=Schedule(plain, partial(factor, steps_per_epoch=self.plan.steps_per_epoch)),
-            average=RunningAverage(model, decay=decay) if decay else None,
+            average=ModelEmaV3(model, decay=decay) if decay else None,
             tally=EpochTally.zeros(fabric.device),
             micro_batch_size=build.first_micro_batch(config, processes=fabric.world_size),
         )

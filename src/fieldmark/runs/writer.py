@@ -180,7 +180,7 @@ class RunWriter:
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "precision": fabric.strategy.precision.state_dict(),
-            "average": state.average.model.state_dict() if state.average else None,
+            "average": None if state.average is None else state.average.module.state_dict(),
             "tally": state.tally.sums,
             "counts": {name: getattr(state, name) for name in _COUNTS},
             "random": random_states.reshape(fabric.world_size, -1).cpu(),
@@ -200,7 +200,7 @@ class RunWriter:
             state.optimizer.load_state_dict(saved["optimizer"])
             fabric.strategy.precision.load_state_dict(saved["precision"])
             if state.average is not None:
-                state.average.model.load_state_dict(saved["average"])
+                state.average.module.load_state_dict(saved["average"])
             state.tally = EpochTally(saved["tally"].to(fabric.device))
             for name in _COUNTS:
                 setattr(state, name, saved["counts"][name])

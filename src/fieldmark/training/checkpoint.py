@@ -6,7 +6,6 @@ Weights are safetensors; the state of a training is a torch file of tensors, num
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import pickle
 import warnings
@@ -14,13 +13,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fieldmark.errors import RunError
 from fieldmark.files import whole_or_absent
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 FORMAT = 1
 
@@ -107,31 +109,16 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class RunningAverage:
-    """Exponential moving average of a model's weights and buffers; the copy is in evaluation mode.
+def update_average(average: ModelEmaV3, model: nn.Module, *, step: int) -> None:
+    """Take weights and buffers after update number `step` (0-based) into a running average of them.
 
-    Buffers are averaged too: with BatchNorm statistics of another model, averaged weights fail. `decay` is the share of
-    the old average kept at each update, in [0, 1). It is reached gradually: update t keeps at most (1 + t) / (10 + t),
-    so that the start does not linger.
+    `average.decay` is the share of the old average that each update keeps, in [0, 1). It is reached gradually: update t
+    keeps at most (1 + t) / (10 + t), so that the start does not linger.
 
     Source:
         Polyak and Juditsky, SIAM J. Control Optim. 30 (1992); the warm-up is TensorFlow's ExponentialMovingAverage.
     """
-
-    def __init__(self, model: nn.Module, *, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, *, step: int) -> None:
-        """Take in the weights after update number `step` (0-based)."""
-        keep = min(self.decay, (1 + step) / (10 + step))
-        own, new = self.model.state_dict(), model.state_dict()
-        floats = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        # One kernel for all tensors; torch's own optimizers use it under this name too.
-        torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], 1 - keep)  # pyright: ignore[reportPrivateUsage]
-        for name in own.keys() - set(floats):
-            own[name].copy_(new[name])
+    average.apply_update_(model, min(average.decay, (1 + step) / (10 + step)))
 
 
 def average_weights(members: Sequence[Weights]) -> dict[str, Tensor]:

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fieldmark.errors import NonFiniteError, ResourceError
-from fieldmark.training.checkpoint import RunningAverage
+from fieldmark.training.checkpoint import update_average
 from fieldmark.training.evaluate import Predictions, Validation
 from fieldmark.training.optim import Schedule
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from timm.utils import ModelEmaV3
 
 
 PROBE_WEIGHT_DECAY, PROBE_BATCH_SIZE = 1e-2, 256
@@ -119,7 +120,7 @@ class TrainState:
     network: nn.Module  # the same model as Fabric set it up: precision, gradient sync
     optimizer: torch.optim.Optimizer  # as Fabric set it up
     schedule: Schedule
-    average: RunningAverage | None
+    average: ModelEmaV3 | None  # of weights and buffers: with statistics of another model, averaged weights fail
     tally: EpochTally  # of the epoch under way
     micro_batch_size: int  # photos per forward pass; lowered when memory runs out
     epoch: int = 0  # completed
@@ -131,12 +132,12 @@ class TrainState:
     @property
     def kept_model(self) -> nn.Module:
         """The model that is evaluated and kept: the running average, where there is one."""
-        return self.average.model if self.average else self.model
+        return self.model if self.average is None else self.average.module
 
     def check_finite(self) -> None:
         """Wait for the watch, then check the weights that the last update left: nothing else has looked at them."""
         self.watch.drain()
-        models = [self.model] if self.average is None else [self.model, self.average.model]
+        models = [self.model] if self.average is None else [self.model, self.average.module]
         tensors = [tensor for model in models for tensor in model.state_dict().values() if tensor.is_floating_point()]
         if not torch.isfinite(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf)):
             raise NonFiniteError(self.step - 1, [], what="a weight after")
@@ -215,7 +216,7 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.average is not None:
-        state.average.update(state.model, step=state.step)
+        update_average(state.average, state.model, step=state.step)
     state.lr = state.optimizer.param_groups[-1]["lr"]
     state.schedule.step()
     state.step += 1
