@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -75,14 +74,11 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool
     rounding, several times as fast. Not together with clipping under fp16 loss scaling, because the kernel would
     unscale by itself (Fabric refuses).
     """
-    settings: dict[str, Any] = {"lr": groups[-1]["lr"], "weight_decay": 0.0}
+    settings: dict[str, Any] = {"lr": groups[-1]["lr"], "weight_decay": 0.0, "momentum": _MOMENTUM}
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    # None leaves the choice to torch: its kernel over many tensors on a GPU, else one tensor after the other.
-    fused = True if use_fused and devices <= {"cpu", "cuda", "mps", "xpu"} else None
-    if name == "adamw":
-        return torch.optim.AdamW(groups, **settings, fused=fused)
-    if name == "sgd":
-        return torch.optim.SGD(groups, momentum=_MOMENTUM, nesterov=True, **settings, fused=fused)
+    # Else the choice is torch's: its kernel over many tensors on a GPU, or one tensor after the other.
+    if use_fused and name in ("adamw", "sgd") and devices <= {"cpu", "cuda", "mps", "xpu"}:
+        settings["fused"] = True
     names = optimizer_names()
     if name not in names:
         hint = did_you_mean(name, names, most=3) or "; adamw is a good choice."
@@ -90,7 +86,7 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool
     from timm.optim import create_optimizer_v2
 
     try:
-        return create_optimizer_v2(groups, opt=name, momentum=_MOMENTUM, **settings)
+        return create_optimizer_v2(groups, opt=name, **settings)
     except (ImportError, AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optim.name: {name} cannot be used here: {error}. Give adamw or sgd") from error
 
