@@ -46,8 +46,6 @@ class Trackers:
                 self._open[name] = _START[name](folder, dict(settings))
             except Exception as error:  # each package has errors of its own
                 self.close()
-                if isinstance(error, ImportError):
-                    raise MissingExtraError(name, name) from None
                 raise ResourceError(
                     f"{name} does not start: {_in_a_line(error)}. Check its settings (WANDB_MODE=offline, "
                     f"MLFLOW_TRACKING_URI), or leave it out of train.trackers"

@@ -282,7 +282,7 @@ def _record_epoch(session: Session, report: EpochReport, model: nn.Module) -> di
 
 def _is_patience_over(session: Session, epoch: int) -> bool:
     train = session.config.train
-    if not train.patience_epochs or epoch - max(session.writer.history.best.epoch, 0) < train.patience_epochs:
+    if not train.patience_epochs or epoch - max(session.writer.history.best_epoch, 0) < train.patience_epochs:
         return False
     session.progress.message(f"stopped early: no better {train.metric} for {train.patience_epochs} epochs")
     return True
@@ -298,7 +298,7 @@ def _write_summary(session: Session, state: TrainState) -> None:
         "seconds": history.count_seconds(),
         "select": train.select,
         "metric": train.metric,
-        "best_epoch": history.best.epoch if history.best.epoch >= 0 else None,
+        "best_epoch": history.best_epoch if history.best_epoch >= 0 else None,
     }
     run = Run(session.writer.path)
     if (run.path / "predictions" / "val.parquet").is_file():

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,11 @@ _BEGINNING = {LOCK, folder.LOG, folder.SPLIT, folder.CLASSES, folder.MODEL, fold
 
 
 @dataclass
-class Best:
-    """The best validation so far: never forgotten, not even by a resume."""
-
-    value: float | None = None
-    epoch: int = -1
-
-
-@dataclass
 class History:
     """Holds what a run has written so far."""
 
-    best: Best = field(default_factory=Best)
+    best_value: float | None = None  # of the best validation: never forgotten, not even by a resume
+    best_epoch: int = -1
     rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # one per epoch, as in metrics.jsonl
     val_by_epoch: list[NDArray[np.integer[Any]]] = field(default_factory=list[NDArray[np.integer[Any]]])  # (M,) classes
     seconds_before: float = 0.0  # training time of earlier processes of this run
@@ -151,9 +144,9 @@ class RunWriter:
         """Store an epoch: its weights and predictions if they are to be kept, and its row; give it with `is_best`."""
         history, predictions = self.history, report.predictions
         value = report.metrics.get(self._metric)
-        is_best = value is not None and metrics.is_better(self._metric, value, history.best.value)
+        is_best = value is not None and metrics.is_better(self._metric, value, history.best_value)
         if is_best:
-            history.best = Best(value, report.epoch)
+            history.best_value, history.best_epoch = value, report.epoch
         row = {**row, "is_best": is_best or self._select == "last"}
         history.rows.append(row)
         if not self._fabric.is_global_zero:
@@ -184,7 +177,7 @@ class RunWriter:
             "tally": state.tally.sums,
             "counts": {name: getattr(state, name) for name in _COUNTS},
             "random": random_states.reshape(fabric.world_size, -1).cpu(),
-            "best": asdict(self.history.best),
+            "best": {"value": self.history.best_value, "epoch": self.history.best_epoch},
             "seconds": self.history.count_seconds(),
             "history": json.dumps(self.history.rows),
         }
@@ -205,7 +198,8 @@ class RunWriter:
             for name in _COUNTS:
                 setattr(state, name, saved["counts"][name])
             _set_random_state(saved["random"][fabric.global_rank], fabric.device)
-            best, rows, seconds = Best(**saved["best"]), json.loads(saved["history"]), float(saved["seconds"])
+            best, rows, seconds = saved["best"], json.loads(saved["history"]), float(saved["seconds"])
+            self.history = History(best["value"], best["epoch"], rows, seconds_before=seconds)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             again = command("train", "--resume", self.path)
             raise RunError(
@@ -213,7 +207,6 @@ class RunWriter:
                 f"Delete it, and `{again}` trains the run again from its beginning, to the same result"
             ) from error
         state.schedule.go_to(state.step)
-        self.history = History(best, rows, seconds_before=seconds)
         if fabric.is_global_zero:
             write_whole(self.path / folder.METRICS, "".join(json.dumps(row) + "\n" for row in rows))
             if (self.path / folder.EPOCHS).is_file():
