@@ -181,12 +181,6 @@ def test_a_grid_of_an_earlier_version_plans_the_same_runs_under_the_same_names()
     assert [cell.config.mix.share for cell in cells] == [0.0, 0.8]
 
 
-def test_a_search_of_an_earlier_version_is_told_the_new_name():
-    content = {"recipe": "report", "search": {"trials": 3, "space": {"mix.prob": {"choices": [0.1, 0.4]}}}}
-    with pytest.raises(ConfigError, match=r"mix.prob is of earlier versions: draw mix.share"):
-        parse_grid(content, "grid")
-
-
 def test_short_names_work_in_a_sweep_as_on_the_command_line():
     grid = parse_grid({"set": {"epochs": 3}, "grid": {"lr": [0.1, 0.2]}}, "grid")
     cells = grid_cells(grid, base_settings(grid, ["bs=7"]))
