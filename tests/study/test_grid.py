@@ -60,14 +60,11 @@ def test_different_texts_get_different_names(first, second):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, r"grid: give exactly one of \[grid\], \[\[cells\]\] and \[search\]"),
+        ({}, r"grid: give either \[grid\] or \[\[cells\]\]"),
         ({"grid": {"mix.share": 0.2}}, r"grid\.mix\.share must be a list of values; got 0\.2"),
         ({"grid": {"mix.share": []}}, "must be a list of values"),
         ({"grid": {"mix.share": [0.1]}, "seeds": [1, 1]}, "seeds must be different numbers"),
         ({"gird": {}}, "gird: Extra inputs are not permitted"),
-        ({"search": {"trials": 2, "space": {"optim.lr": {"low": 1}}}}, "give either choices"),
-        ({"search": {"trials": 2, "space": {"optim.lr": {"low": 2, "high": 1}}}}, "low must be below high"),
-        ({"search": {"trials": 2, "space": {"optim.lr": {"low": 0, "high": 1, "log": True}}}}, "log needs low > 0"),
     ],
 )
 def test_a_grid_that_is_wrong_is_named(content, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -188,19 +187,12 @@ def serve(
     ] = 256,
     batch: Annotated[int, typer.Option(help="Most photos in one pass of the model.", min=1)] = 16,
     timeout: Annotated[float, typer.Option(help="Longest time for a request, in seconds.", min=0.1)] = 30.0,
-    ray: Ray = None,
-    replicas: Annotated[
-        int | None, typer.Option(help="With --ray: copies of the server; default one per GPU or machine.", min=1)
-    ] = None,
 ) -> None:
     """Answer photos over HTTP, with a web page at the address itself."""
     from fieldmark.runs.environment import usable_cores
     from fieldmark.serve.app import open_app
     from fieldmark.serve.limits import Access, Limits
     from fieldmark.serve.server import is_local, run_server
-
-    if replicas is not None and ray is None:
-        raise typer.BadParameter("--replicas are copies on a Ray cluster: give --ray too")
 
     limits = Limits(
         max_body_bytes=int(max_megabytes * 2**20),
@@ -214,28 +206,11 @@ def serve(
     )
     api_key = os.environ.get("FIELDMARK_API_KEY") if api_key is None else api_key  # an empty one is an error too
     access = Access((host, *(hostname or ())), api_key, tuple(cors or ()))
-    opener = partial(open_app, model.absolute(), limits=limits, access=access)
-    app = opener(usable_cores())  # also before replicas do: what is wrong with the model is reported here
+    app = open_app(model.absolute(), usable_cores(), limits=limits, access=access)
     if not is_local(host) and not api_key:
         typer.echo(f"warning: {host} can be reached from other machines, and no --api-key is set", err=True)
-    drain_seconds = int(timeout) + 1
-    if ray is None:
-        typer.echo(f"serving {model} at http://{host}:{port} (stop with Ctrl-C)", err=True)
-        run_server(app, host=host, port=port, drain_seconds=drain_seconds, max_connections=1000)
-        return
-    from fieldmark.serve.server import run_on_ray
-
-    del app  # its memory
-    run_on_ray(
-        opener,
-        address=ray,
-        replicas=replicas,
-        host=host,
-        port=port,
-        max_requests=queue,
-        drain_seconds=drain_seconds,
-        on_ready=lambda where: typer.echo(f"serving {model}, replicas: {where} (stop with Ctrl-C)", err=True),
-    )
+    typer.echo(f"serving {model} at http://{host}:{port} (stop with Ctrl-C)", err=True)
+    run_server(app, host=host, port=port, drain_seconds=int(timeout) + 1, max_connections=1000)
 
 
 def suggest(

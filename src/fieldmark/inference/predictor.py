@@ -81,8 +81,7 @@ class Prediction:
     @property
     def is_unknown(self) -> bool:
         """Whether the model is not sure enough of the class, or surer that it is none, or the photo has no answer."""
-        is_sure = self.probability >= max(self.threshold, self.probabilities.max())  # NaN is never sure
-        return bool(self.problem) or not is_sure
+        return bool(self.problem) or not self.probability >= max(self.threshold, self.probabilities.max())  # or is NaN
 
     @property
     def _of_classes(self) -> NDArray[np.float32]:

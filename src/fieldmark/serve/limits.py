@@ -45,14 +45,14 @@ _OPEN_PATHS = re.compile(r"/|/docs|/health|/(static|examples)/[^/]+")
 class Limits:
     """Holds what a request may cost."""
 
-    max_body_bytes: int
-    max_held_bytes: int  # of bodies at once, over all requests; beyond it clients are asked to retry
-    max_photos: int  # in a request
-    max_pixels: int  # of a photo, by its header
-    max_queued: int  # photos in hand, over all requests; beyond it clients are asked to retry
-    max_batch: int  # photos in one pass of the model
-    body_seconds: float  # for a body to arrive
-    answer_seconds: float  # for a request to be answered once its body is there, and for the client to read the answer
+    max_body_bytes: int = 2**26
+    max_held_bytes: int = 2**29  # of bodies at once, over all requests; beyond it clients are asked to retry
+    max_photos: int = 64  # in a request
+    max_pixels: int = 60_000_000  # of a photo, by its header
+    max_queued: int = 256  # photos in hand, over all requests; beyond it clients are asked to retry
+    max_batch: int = 16  # photos in one pass of the model
+    body_seconds: float = 30.0  # for a body to arrive
+    answer_seconds: float = 30.0  # to answer once the body is there, and for the client to read it
 
 
 @dataclass(frozen=True)

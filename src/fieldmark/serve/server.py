@@ -1,23 +1,17 @@
-"""An app under uvicorn, from start to drain, and as replicas on a Ray cluster."""
+"""An app under uvicorn, from start to drain, and as what Ray Serve runs."""
 
 from __future__ import annotations
 
-import logging
 import socket
-import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fieldmark.errors import ResourceError, needs_extra
-from fieldmark.runs.environment import count_slots, open_cluster
-from fieldmark.runs.train import stop_requests
-from fieldmark.serve.limits import parse_address
+from fieldmark.serve.app import open_app
+from fieldmark.serve.limits import Access, Limits, parse_address
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-OpenApp = Callable[[int], "FastAPI"]
 
 
 def run_server(app: FastAPI, *, host: str, port: int, drain_seconds: int, max_connections: int) -> None:
@@ -63,140 +57,39 @@ def is_local(host: str) -> bool:
     return address.is_loopback if address else host == "localhost"
 
 
-NAME = "fieldmark"
-_LOOK_SECONDS = 0.2
-
-
 def make_application(
-    open_app: OpenApp, *, replicas: int, cpus: int, gpus: int, max_requests: int, drain_seconds: int
+    model: str | Path,
+    *,
+    replicas: int = 1,
+    cpus: int = 1,
+    gpus: int = 0,
+    limits: Limits | None = None,
+    access: Access | None = None,
 ) -> Any:
-    """The app as what `ray.serve.run` takes, for a cluster that has Serve already.
+    """The server of a model as what Ray Serve runs: `serve run MODULE:NAME`, or `ray.serve.run`, on any cluster.
 
-    Each replica has cores, GPUs, a model, batches and limits of its own, and restarts by itself when it dies. There,
-    `open_app` (importable, or a `functools.partial`) is called with the number of its cores. A replica takes
-    `max_requests` at once, and as many wait in front of all: no fewer than the photos that it holds, as the app refuses
-    by itself, with Retry-After. At the end those in hand may take `drain_seconds`.
+    Each of the replicas has cores, GPUs, a model, batches and limits of its own, and restarts by itself when it dies.
+    It takes as many requests at once as it holds photos: beyond that the app refuses by itself, with Retry-After. At
+    the end those in hand are answered. The model's folder must be at the same path on all machines.
     """
-    serve = _import_serve()
+    with needs_extra("ray[serve]", "ray"):
+        from ray import serve
+    limits, access, path = limits or Limits(), access or Access(), Path(model).absolute()
+    open_app(path, cpus, limits=limits, access=access)  # what is wrong with the model is reported here
 
     def build() -> FastAPI:
         import torch
 
         torch.set_num_threads(cpus)
-        return open_app(cpus)
+        return open_app(path, cpus, limits=limits, access=access)
 
-    return serve.deployment(
-        serve.ingress(build)(),
-        name=NAME,
+    deploy: Any = serve.deployment(
+        name="fieldmark",
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        max_ongoing_requests=max_requests,
-        max_queued_requests=max_requests,
-        graceful_shutdown_timeout_s=drain_seconds,
-        graceful_shutdown_wait_loop_s=_LOOK_SECONDS,
-    ).bind()
-
-
-def run_on_ray(
-    open_app: OpenApp,
-    *,
-    address: str,
-    replicas: int | None,
-    host: str,
-    port: int,
-    max_requests: int,
-    drain_seconds: int,
-    on_ready: Callable[[str], None],
-) -> None:
-    """Serve from a cluster until SIGINT or SIGTERM; then answer what is in hand, and return.
-
-    Every machine of the cluster with a replica listens, and hands requests to all replicas, which share the cores
-    evenly. The arguments are those of `open_cluster`, `make_application` and `run_server`; without `replicas` there is
-    one for each GPU, or else for each machine. `on_ready` is told what is running when requests are answered.
-    """
-    serve = _import_serve()
-    with listen(host, port) as listener:  # a port that is taken is one clear message
-        port = listener.getsockname()[1]
-    ray, owns = open_cluster(address)
-    try:
-        with _own_serve(serve), stop_requests() as stop:
-            count = replicas or count_replicas(ray)
-            cpus, gpus = share_cores(ray, count)
-            application = make_application(
-                open_app, replicas=count, cpus=cpus, gpus=gpus, max_requests=max_requests, drain_seconds=drain_seconds
-            )
-            quiet = {"log_level": "ERROR", "enable_access_log": False}
-            serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
-            try:
-                serve.run(application, name=NAME, route_prefix="/", logging_config=quiet)
-            except RuntimeError as error:
-                raise ResourceError(f"the replicas do not start: {_reason(serve, error)}") from None
-            on_ready(f"{count} x {cpus} CPUs and {gpus} GPUs at http://{host}:{port}")
-            while not stop:
-                time.sleep(_LOOK_SECONDS)
-            _drain(serve, drain_seconds)
-    finally:
-        if owns:
-            ray.shutdown()
-
-
-def _import_serve() -> Any:
-    with needs_extra("ray[serve]", "ray"):
-        from ray import serve
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    return serve
-
-
-@contextmanager
-def _own_serve(serve: Any) -> Generator[None]:
-    """Ray Serve, from here to the end of the block."""
-    status = serve.status()
-    if status.applications or status.proxies:
-        raise ResourceError(
-            "Ray Serve runs on this cluster already, with an address of its own. Stop it (`serve shutdown`), or add "
-            "the app to it: ray.serve.run(fieldmark.serve.server.make_application(...))"
-        )
-    try:
-        yield
-    finally:
-        serve.shutdown()
-
-
-def _reason(serve: Any, error: Exception) -> str:
-    """Return what a replica died of: the last line of the traceback that Ray keeps."""
-    application = serve.status().applications.get(NAME)
-    deployment = application.deployments.get(NAME) if application else None
-    lines = deployment.message.split("\n") if deployment else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), str(error))
-
-
-def _drain(serve: Any, seconds: float) -> None:
-    """Answer what is in hand, which a shutdown alone would cut off."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            serve.delete(NAME)
-            return
-        except TimeoutError:  # Ray waits for a minute
-            if time.monotonic() >= end:
-                return
-
-
-def count_replicas(ray: Any) -> int:
-    """Replicas that suit a cluster: one for each GPU, or else for each machine with cores."""
-    gpus = int(ray.cluster_resources().get("GPU", 0.0))
-    machines = sum(node["Alive"] and node["Resources"].get("CPU", 0.0) >= 1 for node in ray.nodes())
-    return gpus or machines or 1
-
-
-def share_cores(ray: Any, count: int) -> tuple[int, int]:
-    """Most cores, and GPUs, that each of so many replicas can have; ResourceError where the cluster has no room."""
-    total = ray.cluster_resources()
-    gpus = 1 if total.get("GPU") else 0
-    for cpus in range(int(total.get("CPU", 0.0)) // count, 0, -1):
-        if count_slots(ray, {"CPU": float(cpus), "GPU": float(gpus)}) >= count:
-            return cpus, gpus
-    raise ResourceError(
-        f"{count} replicas need a CPU each and {gpus} GPUs each, and the Ray cluster has {total.get('CPU', 0):g} CPUs "
-        f"and {total.get('GPU', 0):g} GPUs. Give fewer --replicas, or add machines"
+        max_ongoing_requests=limits.max_queued,
+        max_queued_requests=limits.max_queued,
+        graceful_shutdown_timeout_s=limits.answer_seconds + 1,
+        graceful_shutdown_wait_loop_s=0.2,
     )
+    return deploy(serve.ingress(build)()).bind()

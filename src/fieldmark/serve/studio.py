@@ -54,16 +54,7 @@ from fieldmark.serve.service import ServerMetrics
 from fieldmark.training.metrics import wilson_interval
 
 RUNS, PHOTOS = "fieldmark-runs", "fieldmark-photos"
-_LIMITS = Limits(
-    max_body_bytes=2**26,
-    max_held_bytes=2**28,
-    max_photos=64,
-    max_pixels=60_000_000,
-    max_queued=256,
-    max_batch=16,
-    body_seconds=60.0,
-    answer_seconds=60.0,
-)
+_LIMITS = Limits(max_held_bytes=2**28, body_seconds=60.0, answer_seconds=60.0)
 _MOST_LISTED = 2000  # entries of a folder
 _SHOWN = 8  # photos, lines
 _MOST_ENTRIES, _MOST_UNPACKED = 200_000, 20 * 10**9  # photos of a zip, and their bytes
