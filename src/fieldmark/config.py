@@ -66,13 +66,13 @@ class DataConfig(Section):
     """Which photos, and how they are divided."""
 
     path: str = ""
-    """Folder of class folders, folder with train/ val/ test/, or a CSV or Parquet table."""
+    """Folder of class folders, folder with train/ val/ test/, CSV or Parquet table, or shards; a path or URL."""
 
     path_column: str = "path"
     """Column of a table that names the photo; relative names are relative to the table's folder."""
 
     label_column: str = "label"
-    """Column of a table that names the class."""
+    """Column of a table, or key of a shard's .json, that names the class."""
 
     split_column: str = "split"
     """Column of a table that says train, val or test. Optional in the table."""

@@ -99,7 +99,7 @@ def _prediction_figure(run: Run, found: Evaluation) -> Figure:
     mistakes = order[~is_right[order]][: SHOWN // 2]
     chosen = [*order[is_right[order]][: SHOWN - len(mistakes)], *mistakes]
     decoding = run.decode_spec()
-    photos = [decoding.read(run.split.root / stored.paths[n]) for n in chosen]
+    photos = [decoding.read(Path(run.split.root, stored.paths[n])) for n in chosen]
     captions = [
         f"says {names[predicted[n]]}, {stored.probabilities[n].max():.2f}\nis {names[stored.labels[n]]}" for n in chosen
     ]

@@ -100,6 +100,13 @@ def require_path(path: Path) -> Path:
     raise DataError(f"{path} does not exist: there is no {missing!r} in {parent}{hint or '. Check the path'}")
 
 
+def user_folder(name: str) -> Path:
+    """A folder of that name in the user's cache folder, for what can be made again."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("fieldmark", appauthor=False)) / name
+
+
 @contextmanager
 def exclusive_lock(
     lock: Path, *, busy: str, wait_seconds: float = 0.0, on_wait: Callable[[], None] | None = None

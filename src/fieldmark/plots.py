@@ -13,13 +13,13 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec
+from fieldmark.data.shards import PhotoFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -204,7 +204,7 @@ def dress(axes: Axes, title: str, x_label: str, y_label: str = "") -> None:
     axes.grid(visible=True, alpha=0.2)
 
 
-def thumbnail(photo: Path, side: int, decoding: DecodeSpec, *, max_bytes: int | None = None) -> bytes:
+def thumbnail(photo: PhotoFile, side: int, decoding: DecodeSpec, *, max_bytes: int | None = None) -> bytes:
     """Make a JPEG of a photo, its long side at most `side` pixels, if possible of `max_bytes`; raises PhotoError."""
     from PIL import Image
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fieldmark.data import storage
 from fieldmark.data.folders import find_photos
 from fieldmark.errors import DataError, MissingExtraError, PhotoError
-from fieldmark.inference import storage
 from fieldmark.inference.sources import digest, open_source, read_ahead
 
 FILES = {
@@ -226,7 +226,7 @@ def test_a_shard_that_a_brace_names_must_be_there(memory, tmp_path):
     with pytest.raises(DataError, match=r"s-1.tar does not exist"):
         open_source(f"{tmp_path}/s-{{0..1}}.tar")
     memory.pipe("/bucket/s-0.tar", b"")
-    with pytest.raises(DataError, match=r"s-1.tar does not exist"):
+    with pytest.raises(DataError, match=r"s-1.tar:? does not exist"):
         open_source("memory://bucket/s-{0..1}.tar")
 
 
@@ -293,6 +293,7 @@ def test_what_is_not_there_here_is_told_as_ever(tmp_path):
 def test_an_unknown_protocol_and_a_missing_package_are_one_clear_message(monkeypatch):
     with pytest.raises(DataError, match=r"nonsense://bucket cannot be opened: Protocol not known"):
         open_source("nonsense://bucket/x")
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)  # of other tests
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(MissingExtraError, match=r"s3fs is not installed.*fieldmark\[storage\]"):
         open_source("s3://bucket/x")
@@ -373,7 +374,7 @@ def test_missing_credentials_and_a_missing_bucket_end_the_work_with_one_message(
 
 
 def test_a_member_that_unpacks_to_more_than_any_photo_is_named_unread_and_the_rest_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("fieldmark.inference.sources.MAX_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr("fieldmark.data.shards.MAX_MEMBER_BYTES", 10_000)
     sizes = {"a.png": 9_000, "bomb.png": 5_000_000, "c.png": 10_000}
     with tarfile.open(tmp_path / "s.tgz", "w:gz") as archive:
         for name, size in sizes.items():

@@ -103,7 +103,7 @@ def extend(
         shelf.clear(answer)
         for model, found in zip(models, features, strict=True):
             found.save(shelf.place(answer, model) / STORED, kind=torch.float16)
-        rows = [(str(index.root / one.path), one.label or "", one.split, one.group) for one in index.photos]
+        rows = [(str(Path(index.root, one.path)), one.label or "", one.split, one.group) for one in index.photos]
         write_csv(part / TABLE, ("path", "label", "split", "group"), rows)
         extended = {"run": str(run.path), "photos": num_new, "classes": new_classes, "old": old, "advice": reasons}
         summary = {"status": "finished", "kept": answer.name, "extended": extended, "epochs": 0, "best_epoch": 0}
@@ -118,7 +118,7 @@ def _gather(run: Run, photos: str | Path, log: Progress) -> Dataset:
     settings = run.config.data.model_copy(update=own)
     more = prepare_dataset(settings, progress=log, skip="give a folder without them", known=run.classes)
     log.message("\n".join(more.notes))
-    index = replace(more.index, root=more.index.root.resolve())
+    index = replace(more.index, root=Path(more.index.root).resolve())
     if settings.group_by == "capture_time":  # bursts are numbered anew for each folder
         named = (replace(one, group=one.group and f"{photos}: {one.group}") for one in index.photos)
         index = replace(index, photos=tuple(named))

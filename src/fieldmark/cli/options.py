@@ -76,7 +76,7 @@ def _starting(incomplete: str, words: Iterable[str]) -> list[str]:
     return sorted(word for word in words if word.startswith(incomplete))
 
 
-Data = Annotated[Path, typer.Argument(help="Folder of class folders, or a table.")]
+Data = Annotated[str, typer.Argument(help="Folder of class folders, a table or shards; path or URL.")]
 Recipe = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
 RecipeArgument = Annotated[str, typer.Argument(help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
 Overrides = Annotated[
@@ -108,7 +108,7 @@ def flag_overrides(recipe: str | None, *, track: list[str] | None, **flags: floa
     return [*pairs, f"train.trackers={','.join(track)}"] if track else pairs
 
 
-def read_settings(recipe: str | None, data: Path | None, overrides: list[str] | None) -> Config:
+def read_settings(recipe: str | None, data: str | None, overrides: list[str] | None) -> Config:
     """Read a recipe with overrides, for photos that the command line names."""
     from fieldmark.config import load_config
 
@@ -118,7 +118,7 @@ def read_settings(recipe: str | None, data: Path | None, overrides: list[str] | 
     if data is None:
         return config
     # Not an override: a folder named "1" or "true" must stay text.
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": data})})
 
 
 def print_result(content: Any, text: str, *, as_json: bool) -> None:

@@ -151,7 +151,7 @@ def examine() -> dict[str, Any]:
     from fieldmark.budget.candidates import find_backbones
     from fieldmark.config import Config
     from fieldmark.errors import FieldmarkError
-    from fieldmark.runs.dataset import user_folder
+    from fieldmark.files import user_folder
     from fieldmark.runs.environment import describe_environment
 
     environment = describe_environment()

@@ -54,7 +54,7 @@ def demo(
 
 
 def train(
-    data: Annotated[Path | None, typer.Argument(help="Folder of class folders, or a table.")] = None,
+    data: Annotated[str | None, typer.Argument(help="Folder of class folders, a table or shards; path or URL.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="Shipped recipe or TOML file; without one the time decides.", autocompletion=complete_recipe),
@@ -67,7 +67,7 @@ def train(
         Path | None, typer.Option(help="Continue this run, with its own settings.", autocompletion=complete_run)
     ] = None,
     moved: Annotated[
-        Path | None, typer.Option("--data", help="With --resume: where the run's photos are now, if they moved.")
+        str | None, typer.Option("--data", help="With --resume: where the run's photos are now, if they moved.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Short for --set train.epochs=N.")] = None,
     model: Annotated[str | None, typer.Option(help="Short for --set model.name=NAME.")] = None,
@@ -99,7 +99,7 @@ def train(
 
 
 def run_training(
-    data: Path | None,
+    data: str | None,
     recipe: str | None,
     out: Path | None,
     overrides: list[str],
@@ -169,7 +169,7 @@ def sweep(
         typer.Option(metavar="KEY=VALUE,VALUE", help="Try each value; several: all combinations."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Train each combination this many times.", min=1)] = None,
-    data: Annotated[Path | None, typer.Option(help="Photos of all cells.")] = None,
+    data: Annotated[str | None, typer.Option(help="Photos of all cells.")] = None,
     set_: Overrides = None,
     jobs: Annotated[int | None, typer.Option(help="Cells at a time; default: one per device.", min=1)] = None,
     ray: Ray = None,

@@ -15,7 +15,7 @@ from fieldmark.progress import open_progress
 def evaluate(
     run: RunFolder,
     split: Annotated[str, typer.Option(help="val, test or train.")] = "val",
-    data: Annotated[Path | None, typer.Option(help="Where the photos are now, if they moved.")] = None,
+    data: Annotated[str | None, typer.Option(help="Where the photos are now, if they moved.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tables and pictures.")] = None,
     flips: Annotated[bool, typer.Option("--flips", help="As predict --flips would, and what that changes.")] = False,
     as_json: Json = False,

@@ -129,7 +129,10 @@ def audit(
         formats=_tally(fact.format for fact in facts),
         modes=_tally(fact.mode for fact in facts),
         color_profiles=_tally(fact.color_profile for fact in facts),
-        broken=[Problem(photo.path, fact.problem) for photo, fact in zip(photos, facts, strict=True) if fact.problem],
+        broken=[
+            *(Problem(*shard) for shard in index.damaged),
+            *(Problem(photo.path, fact.problem) for photo, fact in zip(photos, facts, strict=True) if fact.problem),
+        ],
         exact_duplicates=_paths(index, copies),
         exact_across_splits=_paths(index, leaks),
         exact_in_unlabeled=_paths(index, [numbers for numbers in across if numbers not in leaks]),

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec, Pixels
 from fieldmark.data.inspection import map_in_threads, name_folder, name_photo
+from fieldmark.data.shards import PhotoFile, StoredPhoto
 from fieldmark.errors import PhotoError, RunError
 from fieldmark.files import exclusive_lock
 from fieldmark.progress import Progress
@@ -71,7 +72,7 @@ class CacheReport:
 class PhotoCache:
     """Cached photos of N files by number. Picklable; any number of threads and processes may read at once."""
 
-    files: Sequence[Path]  # N originals, absolute
+    files: Sequence[PhotoFile]  # N originals, absolute
     folder: Path  # of the stored photos
     is_jpeg: bool  # else they are pixels
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)  # shared by copies, as what they checked is
@@ -120,7 +121,7 @@ _CHECKED: dict[str, bytearray] = {}
 
 
 def open_cache(
-    files: Sequence[Path],
+    files: Sequence[PhotoFile],
     *,
     sizes: NDArray[np.int64],
     mode: str,
@@ -143,7 +144,7 @@ def open_cache(
     (of 10^9 bytes), half the free disk and, as pixels, half of this machine's memory. Photos are never enlarged.
     """
     started = time.perf_counter()
-    absolute = [Path(os.path.abspath(file)) for file in files]  # noqa: PTH100  # Path.resolve would follow links
+    absolute = [file if isinstance(file, StoredPhoto) else Path(os.path.abspath(file)) for file in files]  # noqa: PTH100
     preset: Preset | None = None
     reason = "as asked" if absolute else "no photos"
     home = folder / f"v{FORMAT}" / name_folder(_common_folder(absolute))
@@ -166,11 +167,12 @@ def open_cache(
     return None, CacheReport("off", 0, len(files), 0, time.perf_counter() - started, 0, reason)
 
 
-def _common_folder(files: Sequence[Path]) -> str:
+def _common_folder(files: Sequence[PhotoFile]) -> str:
+    places = (f"/{file.location}" if isinstance(file, StoredPhoto) else file for file in files)  # a URL is no path
     try:
-        return os.path.commonpath({os.path.dirname(file) for file in files})  # noqa: PTH120
+        return os.path.commonpath({os.path.dirname(place) for place in places})  # noqa: PTH120
     except ValueError:  # several drives of Windows, or no files
-        return str(files[0].parent) if files else ""
+        return os.path.dirname(str(files[0])) if files else ""  # noqa: PTH120
 
 
 @dataclass(frozen=True)
@@ -312,8 +314,10 @@ def _make_room(place: Path, names: Sequence[str], room_bytes: int) -> dict[str, 
     return stored
 
 
-def _name(file: Path) -> str:
+def _name(file: PhotoFile) -> str:
     """Return what a photo as it is now is called in the cache; "" if it is gone."""
+    if isinstance(file, StoredPhoto):
+        return file.key
     try:
         return name_photo(file, os.stat(file))  # noqa: PTH116  # half the time of Path.stat, for every photo
     except (OSError, ValueError):

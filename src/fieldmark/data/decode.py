@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data.folders import RAW_EXTENSIONS
+from fieldmark.data.shards import PhotoFile, StoredPhoto
 from fieldmark.errors import DataError, PhotoError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 Decoded = tuple[Pixels, int, int]  # with width and height of the whole upright photo, however far it was scaled
 RGB = tuple[int, int, int]
-Source = Union[str, Path, bytes, Pixels, "Image.Image"]
+Source = Union[str, Path, StoredPhoto, bytes, Pixels, "Image.Image"]
 
 _ORIENTATION, _BITS_PER_SAMPLE, _SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 0x0112, 258, 254, 330, 50706
 _JPEG_START = b"\xff\xd8\xff"
@@ -81,8 +82,9 @@ class DecodeSpec:
             raise source
         if isinstance(source, np.ndarray):
             return source
-        if isinstance(source, str | Path | bytes | bytearray | memoryview):
-            file = Path(source) if isinstance(source, str | Path) else bytes(source)
+        if isinstance(source, str | Path | StoredPhoto | bytes | bytearray | memoryview):
+            file = Path(source) if isinstance(source, str) else source
+            file = file if isinstance(file, Path | StoredPhoto) else bytes(file)
             return self.decode(file, min_short_side=min_short_side)[0]
         image: Any = source
         if not isinstance(image, Image.Image):
@@ -91,7 +93,7 @@ class DecodeSpec:
         # A copy: loading and turning must not change the caller's image, and Pillow's images are not thread-safe.
         return _from_image("the photo", image.copy(), self.background, self.max_pixels)
 
-    def decode(self, source: Path | bytes, *, min_short_side: float | None, name: str = "<bytes>") -> Decoded:
+    def decode(self, source: PhotoFile | bytes, *, min_short_side: float | None, name: str = "<bytes>") -> Decoded:
         """Decode a file or its content, of any format that Pillow reads, to (H, W, 3) uint8, writable, upright by EXIF.
 
         Gray of more than 8 bits is scaled by its value range, CMYK and YCCK (also Adobe's inverted ones) become RGB, of
@@ -137,8 +139,8 @@ def silence_pillow() -> None:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a file; raises PhotoError."""
+def read_bytes(path: PhotoFile) -> bytes:
+    """Read a photo's content; raises PhotoError."""
     try:
         return path.read_bytes()
     except (OSError, ValueError, MemoryError) as error:

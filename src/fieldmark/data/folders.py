@@ -100,7 +100,7 @@ def is_skipped(path: str) -> bool:
     return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in path.split("/"))
 
 
-def require_photos(path: Path, names: Sequence[str], ignored: Mapping[str, int]) -> None:
+def require_photos(path: Path | str, names: Sequence[str], ignored: Mapping[str, int]) -> None:
     """Check that a walk found photos; the DataError says what there is instead."""
     if names:
         return
@@ -177,12 +177,11 @@ def split_of(name: str) -> str:
     return _SPLIT_WORDS.get(word) or _SPLIT_WORDS.get(re.sub(f"({_FILLERS})+$", "", word), "")
 
 
-def read_folder(root: Path) -> tuple[list[Photo], dict[str, int], str]:
-    """Photos with the class and split that their folders' names give them, what was skipped, and how they were read.
+def read_folders(root: Path | str, names: Sequence[str], ignored: Counter[str]) -> tuple[list[Photo], str]:
+    """Photos by relative path with the class and split that their folders' names give them, and how they were read.
 
-    What can be read in two ways is a DataError.
+    What is skipped is added to `ignored`; what can be read in two ways is a DataError.
     """
-    names, ignored = find_photos(root)
     require_photos(root, names, ignored)
     inner: dict[str, dict[str, None]] = {}  # each folder, and the folders in it that hold photos at any depth
     for parts in (name.split("/", 2) for name in names if "/" in name):
@@ -198,11 +197,11 @@ def read_folder(root: Path) -> tuple[list[Photo], dict[str, int], str]:
         _refuse_wrapped(root, folders)
         _refuse_unknown_splits(root, names, folders)
         layout = f"read as one class per folder{_other_reading(folders, splits)}"
-    return photos, dict(+ignored), layout
+    return photos, layout
 
 
 def _has_splits(
-    root: Path, names: Sequence[str], folders: Mapping[str, Sequence[str]], splits: Mapping[str, str]
+    root: Path | str, names: Sequence[str], folders: Mapping[str, Sequence[str]], splits: Mapping[str, str]
 ) -> bool:
     """Whether the folders named train, val and test are splits rather than classes that happen to be called so."""
     others = [name for name in folders if name not in splits]
@@ -225,7 +224,9 @@ def _has_splits(
     )
 
 
-def _read_splits(root: Path, names: Sequence[str], splits: Mapping[str, str], ignored: Counter[str]) -> list[Photo]:
+def _read_splits(
+    root: Path | str, names: Sequence[str], splits: Mapping[str, str], ignored: Counter[str]
+) -> list[Photo]:
     by_split: dict[str, str] = {}
     photos: list[Photo] = []
     for folder, split in splits.items():
@@ -240,7 +241,7 @@ def _read_splits(root: Path, names: Sequence[str], splits: Mapping[str, str], ig
     return photos
 
 
-def _read_classes(root: Path, names: Sequence[str], split: str, ignored: Counter[str]) -> list[Photo]:
+def _read_classes(root: Path | str, names: Sequence[str], split: str, ignored: Counter[str]) -> list[Photo]:
     """Photos labeled by the folder below `root`, or below the split's folder; strays beside them are counted."""
     depth = 1 if split else 0
     photos = [Photo(name, name.split("/")[depth], split, "") for name in names if name.count("/") > depth]
@@ -254,21 +255,21 @@ def _read_classes(root: Path, names: Sequence[str], split: str, ignored: Counter
     return photos
 
 
-def _refuse_wrapped(root: Path, folders: Mapping[str, Sequence[str]]) -> None:
+def _refuse_wrapped(root: Path | str, folders: Mapping[str, Sequence[str]]) -> None:
     """A download that unpacks to one folder around the data set is not a data set of one class."""
     if len(folders) != 1:
         return
     [(folder, within)] = folders.items()
     if any(split_of(name) == "train" for name in within):
-        raise DataError(f"{root} holds only {folder!r}, with a train folder in it: give {root / folder}")
+        raise DataError(f"{root} holds only {folder!r}, with a train folder in it: give {root}/{folder}")
     if len(within) > 1:
         raise DataError(
             f"{root} holds only {folder!r}, with {len(within)} folders in it: {quote(within)}. If those are "
-            f"the classes, give {root / folder}; else add a second class beside it"
+            f"the classes, give {root}/{folder}; else add a second class beside it"
         )
 
 
-def _refuse_unknown_splits(root: Path, names: Sequence[str], folders: Mapping[str, Sequence[str]]) -> None:
+def _refuse_unknown_splits(root: Path | str, names: Sequence[str], folders: Mapping[str, Sequence[str]]) -> None:
     """Folders such as seg_train/ and seg_test/, or fold1/ and fold2/, are hardly classes."""
     if len(folders) < 2 or not all(folders.values()) or any(name.count("/") == 1 for name in names):
         return

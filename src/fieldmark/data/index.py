@@ -1,25 +1,30 @@
 """The photos of a data set: which files, which class, which split.
 
-Reads folders of class folders, with or without train/ val/ test/ above them, and tables. A class is the folder's name
-or the table's text, exactly as written; it is never parsed as a number, and never written as one.
+Reads folders of class folders, with or without train/ val/ test/ above them, tables, and shards. A class is the
+folder's name or the table's text, exactly as written; it is never parsed as a number, and never written as one.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import re
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fieldmark.data.folders import Photo, natural_key, photo_extensions, quote, read_folder, split_of
-from fieldmark.data.tables import Table, encoding_problem, read_table, write_csv
+from fieldmark.data import shards
+from fieldmark.data.folders import Photo, find_photos, natural_key, photo_extensions, quote, read_folders, split_of
+from fieldmark.data.shards import PhotoFile, Scan, StoredPhoto
+from fieldmark.data.storage import Found, absolute, is_url
+from fieldmark.data.tables import Table, cell_text, encoding_problem, read_table, write_csv
 from fieldmark.errors import DataError, did_you_mean
 from fieldmark.files import require_path
 
@@ -29,18 +34,21 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 SPLIT_COLUMNS = tuple(field.name for field in fields(Photo))
-ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"})
+ARCHIVE_SUFFIXES = frozenset({".zip", ".gz", ".bz2", ".xz", ".7z", ".rar"})
 
 
 @dataclass(frozen=True)
 class PhotoIndex:
     """The photos of a data set. A photo's number is its index in `photos`."""
 
-    root: Path
+    root: Path | str  # the folder that paths are relative to; text if it is a URL
     photos: tuple[Photo, ...]  # in natural order of path
     classes: tuple[str, ...]  # in natural order ("2" before "10"), over all splits; a class's number is its index here
     ignored: Mapping[str, int]  # reason -> count of files, folders and rows that were skipped
-    layout: str = ""  # how folders or a table were read
+    layout: str = ""  # how folders, a table or shards were read
+    known: Mapping[str, StoredPhoto] = field(default_factory=dict[str, StoredPhoto], repr=False, compare=False)
+    """By path, where photos are that are no files of this machine; empty where it is to be looked up."""
+    damaged: tuple[tuple[str, str], ...] = ()  # (path, reason) of shards whose photos are not all there
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -64,9 +72,11 @@ class PhotoIndex:
         found = [number for number, photo in enumerate(self.photos) if photo.split == split and photo.label is not None]
         return np.asarray(found, np.int64)
 
-    def files(self) -> list[Path]:
-        """The file of each photo."""
-        return [self.root / photo.path for photo in self.photos]
+    def files(self) -> list[PhotoFile]:
+        """The file of each photo, or its place in a shard or behind a URL."""
+        if self.known:
+            return [self.known.get(photo.path) or Path(self.root, photo.path) for photo in self.photos]
+        return shards.locate_photos(str(self.root), [photo.path for photo in self.photos])
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Class -> split -> number of photos, with a zero where a class is absent from a split that exists."""
@@ -88,7 +98,7 @@ class PhotoIndex:
         digest = hashlib.sha256()
         for photo, file in zip(self.photos, self.files(), strict=True):
             try:
-                num_bytes = file.stat().st_size
+                num_bytes = file.num_bytes if isinstance(file, StoredPhoto) else file.stat().st_size
             except OSError:
                 num_bytes = -1
             values = (photo.path, repr(photo.label), photo.split, str(num_bytes))
@@ -96,39 +106,114 @@ class PhotoIndex:
         return digest.hexdigest()
 
 
+_Columns = tuple[str, str, str, str | None]  # names of the columns of paths, labels, splits and groups
+
+
 def load_index(
-    path: Path, *, path_column: str, label_column: str, split_column: str, group_column: str | None
+    path: Path | str, *, path_column: str, label_column: str, split_column: str, group_column: str | None
 ) -> PhotoIndex:
     """Read a data set; what contradicts itself or the disk is a DataError.
 
     The path is a folder with train/ and perhaps val/ (or valid/, validation/) and test/, each holding class folders
-    (test/ may hold photos without labels); a folder of class folders; or a CSV or Parquet table, whose paths are
-    absolute or relative to its folder, and whose columns of splits and groups may be absent. Photos without a split are
-    undecided; only test photos may have no label.
+    (test/ may hold photos without labels); a folder of class folders; a CSV or Parquet table, whose paths are
+    absolute or relative to its folder, or `SHARD.tar/NAME`, and whose columns of splits and groups may be absent; or
+    tar files that hold the photos, here or behind a URL, of which wildcards and braces stand for several. Photos
+    without a split are undecided; only test photos may have no label.
     """
-    path = require_path(Path(path))
-    if problem := encoding_problem(str(path)):  # recipes and reports name it, and they are text
+    text, columns = str(path), (path_column, label_column, split_column, group_column)
+    if problem := encoding_problem(text):  # recipes and reports name it, and they are text
         raise DataError(f"the data's path {problem}. Rename the folder")
-    if path.is_dir():
-        root, (photos, ignored, layout) = path, read_folder(path)
-    elif path.suffix.lower() in photo_extensions():
-        raise DataError(f"{path} is one photo. Give the folder that holds the class folders")
-    elif path.suffix.lower() in ARCHIVE_SUFFIXES:
-        raise DataError(f"{path} is an archive. Unpack it, and give the folder that it becomes")
+    if is_url(text) or shards.is_pattern(text):
+        index = _index_of_source(absolute(text), columns)
     else:
-        table = read_table(path)
-        labels = table.column(label_column, setting="data.label_column")
-        splits = [_read_split(table, row, value) for row, value in enumerate(table.optional_column(split_column))]
-        groups = table.optional_column(group_column, is_text=False)
-        paths = table.column(path_column, setting="data.path_column", is_text=False)
-        root, names = _Paths(path.parent, table).resolve(paths)
-        photos, ignored = _read_rows(table, label_column, zip(names, labels, splits, groups, strict=True))
-        has_split = "its splits" if any(splits) else "no splits"
-        layout = f"read as a table: path from {path_column!r}, class from {label_column!r}, {has_split}"
+        index = _index_of_path(require_path(Path(path)), columns)
     key = natural_key()
-    classes = _list_classes(photos)
-    _refuse_unreadable_names(root, classes)
-    return PhotoIndex(root, tuple(sorted(photos, key=lambda photo: key(photo.path))), classes, ignored, layout)
+    classes = _list_classes(index.photos)
+    _refuse_unreadable_names(index.root, classes)
+    return replace(index, photos=tuple(sorted(index.photos, key=lambda photo: key(photo.path))), classes=classes)
+
+
+def _index_of_path(path: Path, columns: _Columns) -> PhotoIndex:
+    if path.is_dir():
+        names, ignored = find_photos(path)
+        if not names and any(shards.is_shard(file.name) for file in path.rglob("*")):
+            return _index_of_source(absolute(path), columns)
+        photos, layout = read_folders(path, names, ignored)
+        return PhotoIndex(path, tuple(photos), (), dict(+ignored), layout)
+    if path.suffix.lower() in photo_extensions():
+        raise DataError(f"{path} is one photo. Give the folder that holds the class folders")
+    if path.name.lower().endswith(shards.TAR_SUFFIXES):
+        return _index_of_source(absolute(path), columns)
+    if path.suffix.lower() in ARCHIVE_SUFFIXES:
+        raise DataError(f"{path} is an archive. Unpack it, and give the folder that it becomes")
+    return _index_of_table(path, columns)
+
+
+def _index_of_source(text: str, columns: _Columns) -> PhotoIndex:
+    """Photos in the tar files that a path, URL or pattern stands for."""
+    root, found = shards.list_source(text)
+    packed = [file for file in found if file.path.lower().endswith(shards.TAR_SUFFIXES)]
+    if not packed:
+        raise DataError(
+            f"{text} holds no tar files: {len(found)} others there. Give tar files, or a folder of this machine"
+        )
+    return _index_of_shards(root, packed, columns)
+
+
+def _index_of_table(path: Path, columns: _Columns) -> PhotoIndex:
+    table, (path_column, label_column, split_column, group_column) = read_table(path), columns
+    labels = table.column(label_column, setting="data.label_column")
+    splits = [_read_split(table.where(row), value) for row, value in enumerate(table.optional_column(split_column))]
+    groups = table.optional_column(group_column, is_text=False)
+    root, names = _Paths(path.parent, table).resolve(
+        table.column(path_column, setting="data.path_column", is_text=False)
+    )
+    photos, ignored = _read_rows(table, label_column, zip(names, labels, splits, groups, strict=True))
+    has_split = "its splits" if any(splits) else "no splits"
+    layout = f"read as a table: path from {path_column!r}, class from {label_column!r}, {has_split}"
+    return PhotoIndex(root, tuple(photos), (), ignored, layout)
+
+
+def _index_of_shards(root: str, found: Sequence[Found], columns: _Columns) -> PhotoIndex:
+    """Photos in shards, with the labels that stand there, or else those of the folders that the shards unpack to."""
+    scans = shards.scan_shards(root, found)
+    known: dict[str, StoredPhoto] = {}
+    inner: list[str] = []
+    photos: list[Photo] = []
+    for shard, scan in zip(found, scans, strict=True):
+        known |= {place.name: place for place in scan.photos}
+        rows = _read_notes(scan, columns)
+        for place, (label, split, group) in zip(scan.photos, rows, strict=True):
+            inner.append(place.name[len(shard.path) + 1 :])
+            photos.append(Photo(place.name, (label.strip() and label) or None, split, group))
+    ignored = Counter[str]()
+    if any(photo.label for photo in photos):
+        layout = f"read {len(found)} shards, with a label beside each photo"
+        if bare := [photo.path for photo in photos if photo.label is None and photo.split != "test"]:
+            raise DataError(
+                f"{root}: {len(bare)} of {len(photos)} photos in shards have no label, such as {quote(bare, 1)}. Put a "
+                f".cls, or a .json with {columns[1]!r}, beside each"
+            )
+    else:
+        named, layout = read_folders(root, sorted({*inner}, key=natural_key()), ignored)
+        by_name = {photo.path: photo for photo in named}
+        pairs = [(photo, by_name[name]) for photo, name in zip(photos, inner, strict=True) if name in by_name]
+        photos = [replace(photo, label=same.label, split=photo.split or same.split) for photo, same in pairs]
+        layout = f"{len(found)} shards {layout}"
+    damaged = tuple((shard.path, scan.problem) for shard, scan in zip(found, scans, strict=True) if scan.problem)
+    return PhotoIndex(root if is_url(root) else Path(root), tuple(photos), (), dict(+ignored), layout, known, damaged)
+
+
+def _read_notes(scan: Scan, columns: _Columns) -> list[tuple[str, str, str]]:
+    """Label, split and group of each photo of a shard, "" for what it does not say."""
+    rows: list[tuple[str, str, str]] = []
+    for place, note in zip(scan.photos, scan.notes, strict=True):
+        values: Any = {}
+        with suppress(ValueError):  # then it has no label, which is told
+            values = json.loads(note)
+        told = [cell_text(values.get(name)) if isinstance(values, dict) else "" for name in (*columns[1:], "cls")]
+        rows.append((told[0] or told[3], _read_split(f"what lies beside {place.name!r}", told[1]), told[2]))
+    return rows
 
 
 def join_indexes(old: PhotoIndex, new: PhotoIndex) -> PhotoIndex:
@@ -140,6 +225,8 @@ def join_indexes(old: PhotoIndex, new: PhotoIndex) -> PhotoIndex:
     photos: dict[str, Photo] = {}
     for index in (old, new):
         for photo, file in zip(index.photos, index.files(), strict=True):
+            if isinstance(file, StoredPhoto):
+                raise DataError(f"{index.root}: only photos that are files of this machine can be joined. Unpack them")
             split = homes.get(photo.group, photo.split)
             photos.setdefault(os.path.abspath(file), replace(photo, split=split))  # noqa: PTH100
     try:
@@ -156,7 +243,7 @@ def save_split_table(index: PhotoIndex, path: Path) -> None:
     write_csv(path, SPLIT_COLUMNS, rows)
 
 
-def load_split_table(path: Path, root: Path) -> PhotoIndex:
+def load_split_table(path: Path, root: Path | str) -> PhotoIndex:
     """Read what `save_split_table` wrote, in the same order. The photos need not exist."""
     table = read_table(require_path(path))
     columns = [table.column(name, is_text=name == "label") for name in SPLIT_COLUMNS]
@@ -202,11 +289,11 @@ def _list_classes(photos: Iterable[Photo]) -> tuple[str, ...]:
     return tuple(sorted({photo.label for photo in photos if photo.label is not None}, key=natural_key()))
 
 
-def _read_split(table: Table, row: int, value: str) -> str:
+def _read_split(where: str, value: str) -> str:
     split = split_of(value.strip())
     if value.strip() and not split:
         hint = did_you_mean(value.strip(), SPLITS) or "."
-        raise DataError(f"{table.where(row)}: {value!r} is not a split{hint} Use train, val or test, or leave it empty")
+        raise DataError(f"{where}: {value!r} is not a split{hint} Use train, val or test, or leave it empty")
     return split
 
 
@@ -245,16 +332,17 @@ class _Paths:
             raise DataError(f"{self._table.name} has no rows. Each row names one photo")
         whole = [self._check(row, path) for row, path in enumerate(paths)]
         full = [
-            path if os.path.isfile(path) else find_spelling(path, self._names_in)  # noqa: PTH113
+            path if os.path.isfile(path) or shards.split_path("", path) else find_spelling(path, self._names_in)  # noqa: PTH113
             for path in whole
         ]
         missing = [row for row, path in enumerate(full) if not path]
         if missing:
             raise DataError(self._explain_missing(paths, whole, missing))
         root, base = self._folder, self._base
-        if not all(_is_inside(path, base) for path in full):
+        here = [(shards.split_path("", path) or (path, ""))[0] for path in full]
+        if not all(_is_inside(path, base) for path in here):
             try:
-                base = os.path.commonpath([os.path.dirname(path) for path in full])  # noqa: PTH120
+                base = os.path.commonpath([os.path.dirname(path) for path in here])  # noqa: PTH120
             except ValueError:
                 raise DataError(f"{self._table.name}: photos are on more than one drive. Bring them to one") from None
             root = Path(base)
@@ -326,7 +414,7 @@ def _is_inside(path: str, base: str) -> bool:
     return path.startswith(base.rstrip(os.sep) + os.sep)
 
 
-def _refuse_unreadable_names(root: Path, classes: Sequence[str]) -> None:
+def _refuse_unreadable_names(root: Path | str, classes: Sequence[str]) -> None:
     """Class names stand in tables and models: one that is not text is refused before it costs a training."""
     for name in classes:
         if problem := encoding_problem(name):

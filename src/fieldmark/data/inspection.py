@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec, Pixels, explain_reading, read_bytes, silence_pillow
+from fieldmark.data.shards import PhotoFile, StoredPhoto
+from fieldmark.data.storage import absolute
 from fieldmark.errors import PhotoError
 from fieldmark.progress import Progress
 
@@ -65,7 +67,7 @@ class Inspection:
     """
 
     def __init__(
-        self, files: Sequence[Path], *, decoding: DecodeSpec, with_hash: bool, cache_folder: Path | None
+        self, files: Sequence[PhotoFile], *, decoding: DecodeSpec, with_hash: bool, cache_folder: Path | None
     ) -> None:
         import PIL
 
@@ -95,8 +97,8 @@ class Inspection:
             sizes[number] = facts.width, facts.height
         new, sample = self._list_new(), [(0, 0)]
         for number in new[:: len(new) // SAMPLED_HEADERS + 1]:
-            with contextlib.suppress(Exception), Image.open(self.files[number]) as image:  # what is wrong shows later
-                sample.append(image.size)
+            with contextlib.suppress(Exception):  # what is wrong shows later
+                sample.append(Image.open(io.BytesIO(read_bytes(self.files[number]))).size)
         sizes[new] = np.resize(sample[1:] or sample, (len(new), 2))
         return sizes
 
@@ -200,8 +202,10 @@ def capture_time(exif: Any) -> float | None:
     return None
 
 
-def _look(file: Path) -> tuple[str, str]:
+def _look(file: PhotoFile) -> tuple[str, str]:
     """The name of a photo in caches, and what is wrong with it before it is opened."""
+    if isinstance(file, StoredPhoto):
+        return file.key, "" if file.is_file() else "has vanished"
     try:
         info = file.stat()
     except (OSError, ValueError) as error:
@@ -218,7 +222,7 @@ def name_photo(file: Path, info: os.stat_result) -> str:
 
 def name_folder(root: str | Path) -> str:
     """Return what a data set below this folder is called in caches: readable, and its own."""
-    path = os.path.abspath(root)  # noqa: PTH100  # Path.resolve would follow links
+    path = absolute(root)
     readable = re.sub(r"[^A-Za-z0-9_-]", "_", Path(path).name)[:40]
     return f"{readable}-{hashlib.blake2b(path.encode(errors='surrogateescape'), digest_size=6).hexdigest()}"
 

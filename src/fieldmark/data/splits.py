@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fieldmark.data.index import SPLITS, PhotoIndex, load_split_table, save_split_table
 from fieldmark.data.inspection import PhotoFacts
+from fieldmark.data.storage import resolve
 from fieldmark.errors import DataError, ResourceError
 
 Numbers = NDArray[np.int64]
@@ -83,7 +84,7 @@ def remembered_split(
     all; a group stays where its first photos went. A table that is damaged or cannot be written is a DataError.
     """
     key = {**settings, "val_fraction": val_fraction, "test_fraction": test_fraction, "seed": seed}
-    text = json.dumps([str(index.root.resolve()), key], sort_keys=True)
+    text = json.dumps([resolve(index.root), key], sort_keys=True)
     table = folder / f"split-{hashlib.sha256(text.encode()).hexdigest()[:16]}.csv"
     kept = load_split_table(table, index.root).photos if table.exists() else ()
     before = {photo.path: photo.split for photo in kept}

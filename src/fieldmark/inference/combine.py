@@ -172,7 +172,7 @@ def _refuse_different_photos(first: Run, other: Run) -> None:
     if first.data_info.get("fingerprint") == other.data_info.get("fingerprint"):
         return
     for path in own:
-        files = [run.split.root / path for run in (first, other)]
+        files = [Path(run.split.root, path) for run in (first, other)]
         if all(file.is_file() for file in files) and files[0].stat().st_size != files[1].stat().st_size:
             raise RunError(f"{path!r} is another file for {other.path} than for {first.path}. {way_out}")
 
@@ -264,11 +264,11 @@ def _write_soup(runs: Sequence[Run], part: Path, progress: Progress) -> dict[str
     """Fill a run folder with the soup of runs that were checked to fit together."""
     names, index = _name_runs(runs), runs[0].split
     numbers = labeled_photos(runs[0], index, "val")
-    paths = [index.photos[number].path for number in numbers]
-    gone = [path for path in paths if not (index.root / path).is_file()]
+    files, paths = index.files(), [photo.path for photo in index.photos]
+    gone = [paths[number] for number in numbers if not files[number].is_file()]
     if gone:
         raise RunError(
-            f"{len(gone)} of the {len(paths)} validation photos are not under {index.root} any more (the first is "
+            f"{len(gone)} of the {len(numbers)} validation photos are not under {index.root} any more (the first is "
             f"{gone[0]!r}), and a soup is made by evaluating it on them: put them back, or make an ensemble"
         )
     model, labels = runs[0].load_model(), index.label_numbers()[numbers]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data.index import PhotoIndex
+from fieldmark.data.storage import is_url
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import ResourceError, RunError
 from fieldmark.files import require_path, write_whole
@@ -142,8 +143,10 @@ def evaluate(
     from fieldmark.inference.predictor import predict_split
 
     run = run if isinstance(run, Run) else Run(run)
-    index = run.split if data is None else replace(run.split, root=require_path(Path(data)))
-    if not index.root.exists():
+    index = run.split
+    if data is not None:
+        index = replace(index, root=str(data) if is_url(str(data)) else require_path(Path(data)))
+    if isinstance(index.root, Path) and not index.root.exists():
         raise RunError(f"the photos of {run.path} were in {index.root}, which is gone: say where they are with --data")
     numbers, progress = labeled_photos(run, index, split), progress or Quiet()
     known = run.data_info.get("fingerprint")
@@ -173,7 +176,7 @@ def labeled_photos(run: Run, index: PhotoIndex, split: str) -> NDArray[np.int64]
     return numbers
 
 
-def evaluate_run(path: Path, *, split: str, data: Path | None, flips: bool, progress: Progress) -> Evaluation:
+def evaluate_run(path: Path, *, split: str, data: str | None, flips: bool, progress: Progress) -> Evaluation:
     """Evaluate a split, by its stored predictions if `data` is None and there are some; with `flips` also by those."""
     run = Run(path)
     if data is None and (path / "predictions" / f"{split}.parquet").is_file():

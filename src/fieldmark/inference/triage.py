@@ -20,10 +20,10 @@ from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import Inspection, name_folder
 from fieldmark.errors import DataError, needs_extra
+from fieldmark.files import user_folder
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
 from fieldmark.models.classifier import Classifier
 from fieldmark.progress import Progress, Quiet
-from fieldmark.runs.dataset import user_folder
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import PhotoPredictions, Run
 from fieldmark.training import metrics

@@ -20,7 +20,9 @@ from fieldmark.augment.sample import AugmentSpec
 from fieldmark.config import Config
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import auto_workers, cut_plan, epoch_order
+from fieldmark.data.shards import PhotoFile
 from fieldmark.errors import ConfigError, FieldmarkError
+from fieldmark.files import user_folder
 from fieldmark.models.catalog import InputConfig, resolve_name
 from fieldmark.models.classifier import (
     Classifier,
@@ -31,7 +33,7 @@ from fieldmark.models.classifier import (
 )
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
-from fieldmark.runs.dataset import Cached, EvalPhotos, PhotoReader, TrainPhotos, decode_spec, user_folder
+from fieldmark.runs.dataset import Cached, EvalPhotos, PhotoReader, TrainPhotos, decode_spec
 from fieldmark.runs.environment import keep_freed_memory, processor_name, quiet_fabric, usable_cores
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import ScheduleSpec, create_optimizer, parameter_groups
@@ -102,7 +104,7 @@ def choose_workers(config: Config, *, is_cached: bool, device: torch.device) -> 
 
 
 def fill_cache(
-    config: Config, files: Sequence[Path], sizes: NDArray[np.int64], *, read: Read, progress: Progress
+    config: Config, files: Sequence[PhotoFile], sizes: NDArray[np.int64], *, read: Read, progress: Progress
 ) -> Cached:
     """Open the cache of reduced photos of (N, 2) sizes, write what it lacks, and say in a line what was done."""
     settings = config.cache

@@ -23,6 +23,7 @@ from fieldmark.data.index import PhotoIndex, apply_corrections, load_index
 from fieldmark.data.inspection import Inspection, PhotoFacts, name_folder
 from fieldmark.data.loader import Batch
 from fieldmark.errors import ConfigError, DataError, PhotoError
+from fieldmark.files import user_folder
 from fieldmark.progress import Progress
 from fieldmark.runs.environment import usable_cores
 
@@ -55,19 +56,12 @@ class Dataset:
         return np.asarray([(fact.width, fact.height) for fact in self.facts], np.int64).reshape(-1, 2)
 
 
-def user_folder(name: str) -> Path:
-    """A folder of that name in the user's cache folder, for what can be made again."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("fieldmark", appauthor=False)) / name
-
-
 def find_photos(config: DataConfig) -> PhotoIndex:
     """Find the photos as they are, before splits."""
     if not config.path:
         raise ConfigError("no data: give a folder of class folders, or a table, as DATA or with --set data.path=...")
     index = load_index(
-        Path(config.path),
+        config.path,
         path_column=config.path_column,
         label_column=config.label_column,
         split_column=config.split_column,
@@ -95,7 +89,8 @@ def prepare_dataset(
     # Photos without labels have no part in training: `check` and `predict` look at them.
     found = replace(everything, photos=tuple(photo for photo in everything.photos if photo.label is not None))
     facts, cached = inspect(found, config, progress=progress, fill=fill)
-    broken = [(photo.path, fact.problem) for photo, fact in zip(found.photos, facts, strict=True) if fact.problem]
+    problems = [(photo.path, fact.problem) for photo, fact in zip(found.photos, facts, strict=True) if fact.problem]
+    broken = [*found.damaged, *problems]
     if broken and config.broken == "refuse":
         raise DataError(f"{list_broken(broken, len(found.photos))}\nFix or remove them, or {skip}")
     photos = tuple(photo for photo, fact in zip(found.photos, facts, strict=True) if not fact.problem)

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from fieldmark.config import Config, Pool, load_config
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex, load_split_table
+from fieldmark.data.storage import is_url
 from fieldmark.errors import RunError
 from fieldmark.files import Positive, Share, read_values, whole_or_absent, write_whole
 
@@ -175,7 +176,8 @@ class Run:
     @cached_property
     def split(self) -> PhotoIndex:
         """Every photo of the run with its label and split."""
-        index = load_split_table(self._file(SPLIT), Path(self.data_info["root"]))
+        root = self.data_info["root"]
+        index = load_split_table(self._file(SPLIT), root if is_url(root) else Path(root))
         # The classes of the model, in its order, whatever the photos in the table would say.
         return replace(index, classes=self.classes)
 

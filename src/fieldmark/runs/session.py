@@ -23,6 +23,7 @@ from fieldmark.augment.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config, dump_config
 from fieldmark.data.loader import Loader, shard_plan
+from fieldmark.data.storage import is_url, resolve
 from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError, command
 from fieldmark.models.classifier import freeze_stages, train_only_head_and_norms
 from fieldmark.progress import Logged, Progress, Quiet
@@ -202,7 +203,7 @@ def assemble(
 
 @contextmanager
 def open_session(
-    config: Config, path: Path, *, start: Start, progress: Progress, data: Path | None = None
+    config: Config, path: Path, *, start: Start, progress: Progress, data: Path | str | None = None
 ) -> Generator[Session]:
     """Claim the run folder, assemble data and model, and write what the folder holds from the start.
 
@@ -245,7 +246,7 @@ def open_session(
             for line in [*lines, f"loader: {workers.value} workers ({workers.reason})"]:
                 progress.message(line)
             if data is not None:
-                folder.write_json(path / folder.DATA, {**folder.Run(path).data_info, "root": str(data.resolve())})
+                folder.write_json(path / folder.DATA, {**folder.Run(path).data_info, "root": resolve(data)})
             if start == "again":
                 for name in (folder.METRICS, folder.EPOCHS):
                     (path / name).unlink(missing_ok=True)
@@ -283,9 +284,9 @@ def _run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]  # without a problem it is what `work` gave
 
 
-def require_photos_of(path: Path, root: Path) -> None:
+def require_photos_of(path: Path, root: Path | str) -> None:
     """Refuse to resume the run in `path` where its photos, a folder or a table, are gone."""
-    if not root.exists():
+    if not is_url(str(root)) and not Path(root).exists():
         raise DataError(
             f"the photos of {path} were in {root}, which is gone: say where they are with "
             f"`{command('train', '--resume', path, '--data', 'FOLDER')}`"
@@ -298,7 +299,7 @@ def _skip_broken(photos: str | Path, path: Path) -> str:
     return f"begin a new run without them: {command('train', photos, *again)}"
 
 
-def _reload_dataset(config: Config, path: Path, data: Path | None, *, progress: Progress, fill: Fill) -> Dataset:
+def _reload_dataset(config: Config, path: Path, data: Path | str | None, *, progress: Progress, fill: Fill) -> Dataset:
     """Take the very photos of a run's own table, from where they are now."""
     run = folder.Run(path)
     index = run.split if data is None else replace(run.split, root=data)

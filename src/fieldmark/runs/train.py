@@ -130,18 +130,18 @@ def resume(
     run = Run(out)
     if run.summary["status"] == "finished":
         raise RunError(f"{out} is finished: there is nothing to resume")
-    config, moved = run.config, None if data is None else Path(data)
+    config, moved = run.config, data
     if (run.path / folder.STATE).is_file():
         yield from _run(config, run.path, "resumed", progress, moved)
         return
-    require_photos_of(run.path, moved or Path(config.data.path))
+    require_photos_of(run.path, moved or config.data.path)
     if moved is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(moved)})})
     yield from _run(config, run.path, "again", progress)
 
 
 def _run(
-    config: Config, path: Path, start: Start, progress: Progress | None, data: Path | None = None
+    config: Config, path: Path, start: Start, progress: Progress | None, data: str | Path | None = None
 ) -> Iterator[EpochReport]:
     with ExitStack() as stack:
         with _stop_at_once(path):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fieldmark.data.index import save_split_table
+from fieldmark.data.storage import resolve
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import ResourceError, RunError, command, first_line
 from fieldmark.files import exclusive_lock, remove_dead_parts, whole_or_absent, write_whole
@@ -112,7 +113,7 @@ def write_beginning(
     if model is not None:  # a budget has none yet
         folder.write_json(path / folder.MODEL, model)
     data = {
-        "root": str(index.root.resolve()),
+        "root": resolve(index.root),
         "fingerprint": index.fingerprint(),
         "counts": index.counts(),
         "prior": list(prior),

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.folders import Photo
 from fieldmark.data.index import PhotoIndex
+from fieldmark.data.shards import PhotoFile
 from fieldmark.data.tables import read_table, write_csv
 from fieldmark.errors import DataError, FieldmarkError, PhotoError, command
 from fieldmark.files import require_path
@@ -397,7 +398,7 @@ def _require_photo(views: ReviewViews, number: int) -> None:
         raise HTTPException(404, f"there is no photo {number}")
 
 
-def _attention(run: Run, files: list[Path]) -> Look | None:
+def _attention(run: Run, files: Sequence[PhotoFile]) -> Look | None:
     """Maps by the run's model, computed when they are asked for."""
     if run.is_ensemble:
         return None

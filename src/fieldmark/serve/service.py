@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from fieldmark.augment.reference import EvalSpec, Views, eval_picture
 from fieldmark.data.decode import DecodeSpec
+from fieldmark.data.shards import PhotoFile
 from fieldmark.errors import FieldmarkError, PhotoError
 from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.exported import FILE, ModelMetadata
@@ -273,7 +274,7 @@ class Prepared(NamedTuple):
     box: tuple[float, float, float, float]  # x, y, width, height of what the model sees, as shares of the photo
 
 
-def prepare_photo(source: Path | bytes, decoding: DecodeSpec, spec: EvalSpec | Views) -> Prepared:
+def prepare_photo(source: PhotoFile | bytes, decoding: DecodeSpec, spec: EvalSpec | Views) -> Prepared:
     """Decode one photo, and say which part of it the model sees; raises PhotoError."""
     photo = decoding.read(source)
     height, width = photo.shape[:2]

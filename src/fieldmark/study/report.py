@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.config import Metric
-from fieldmark.errors import PhotoError, RunError
+from fieldmark.data.shards import locate_photos
+from fieldmark.errors import DataError, RunError
 from fieldmark.files import write_whole
 from fieldmark.models.catalog import describe_pretraining
 from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, thumbnail
@@ -331,9 +332,9 @@ def _show_example(run: RunResults, index: int) -> ShownPhoto | None:
 
 
 def _show_photo(run: RunResults, photo: str) -> ShownPhoto:
-    file = Path(str(run.data_info.get("root", ""))) / photo
     try:
+        [file] = locate_photos(str(run.data_info.get("root", "")), [photo])
         content = thumbnail(file, THUMBNAIL_PIXELS, run.decode_spec(), max_bytes=THUMBNAIL_BYTES)
-    except (PhotoError, OSError, ValueError):
+    except (DataError, OSError, ValueError):
         return ShownPhoto(photo, "")
     return ShownPhoto(photo, "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark.config import Config
+from fieldmark.data.storage import resolve
 from fieldmark.errors import first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster, require_slots
@@ -150,7 +151,7 @@ def run_sweep(
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
     base = base_settings(grid, overrides)
     if data is not None:
-        base["data"]["path"] = str(Path(data).resolve())
+        base["data"]["path"] = resolve(data)
     out = Path(out).resolve()
     cells = grid_cells(grid, base)
     for cell in cells:

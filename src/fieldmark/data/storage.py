@@ -6,9 +6,10 @@ configuration of each provider, or in `~/.config/fsspec`.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +22,8 @@ _NO_STORAGE = frozenset({"NoCredentialsError", "PartialCredentialsError", "Crede
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
 _S3_OPTIONS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; for public data FSSPEC_S3_ANON=true"
 
+_READ_AHEAD_BYTES = 4 * 2**20  # of a file that is read from its beginning: the time of a request is then no matter
+
 _opened: dict[str, Any] = {}
 _opening = threading.Lock()
 
@@ -29,7 +32,8 @@ class Found(NamedTuple):
     """A file of a listing."""
 
     path: str  # relative to what was listed, with "/"
-    version: str  # changes when the file does, as far as its storage shows without reading it
+    version: str  # changes when the file does, as far as its storage shows without reading it; "" if it is gone
+    num_bytes: int = -1  # -1 where its storage does not say
 
 
 def is_url(text: str) -> bool:
@@ -37,14 +41,24 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
-def fetch(url: str) -> bytes:
-    """The content of a file. Calls from several threads are safe.
+def absolute(location: str | Path) -> str:
+    """A URL as it is, or the absolute path of a file or folder of this machine."""
+    return str(location) if is_url(str(location)) else os.path.abspath(location)  # noqa: PTH100, follows no links
+
+
+def resolve(location: str | Path) -> str:
+    """A URL as it is, or the absolute path of a file or folder of this machine behind all links."""
+    return str(location) if is_url(str(location)) else str(Path(location).resolve())
+
+
+def fetch(url: str, start: int | None = None, num_bytes: int = 0) -> bytes:
+    """The content of a file, or `num_bytes` of it from byte `start`. Calls from several threads are safe.
 
     Raises PhotoError where this file cannot be read, and DataError where none can: no such bucket, no credentials.
     """
     storage, path = _open(url)
     with _explained(url):
-        return storage.cat_file(path)
+        return storage.cat_file(path, start=start, end=None if start is None else start + num_bytes)
 
 
 @contextmanager
@@ -54,7 +68,7 @@ def opened(location: str) -> Generator[IO[bytes]]:
         file: Any
         if is_url(location):
             storage, path = _open(location)
-            file = storage.open(path, "rb")
+            file = storage.open(path, "rb", block_size=_READ_AHEAD_BYTES)
         else:
             file = Path(location).open("rb")  # noqa: SIM115, closed below
     with file:
@@ -82,25 +96,23 @@ def find_files(folder: str, pattern: str = "") -> list[Found]:
             storage.glob(storage._strip_protocol(pattern), detail=True) if pattern else storage.find(root, detail=True)
         )
     files = {name: info for name, info in found.items() if info["type"] == "file"}
-    return [Found(name[len(root) :].lstrip("/"), _version(info)) for name, info in files.items()]
+    return [_found(name[len(root) :].lstrip("/"), info) for name, info in files.items()]
 
 
-def file_version(location: str) -> str:
-    """As `Found.version`, of one file."""
-    if not is_url(location):
-        try:
-            info = Path(location).stat()
-        except OSError:
-            return "gone"
-        return f"{info.st_size} {info.st_mtime_ns}"
-    storage, path = _open(location)
-    with _listing(location):
-        return _version(storage.info(path))
+def find_file(location: str, name: str) -> Found:
+    """A file of this machine or behind a URL, called `name`, with "" for its version if it is gone."""
+    with suppress(PhotoError, OSError, ValueError), _explained(location):
+        if is_url(location):
+            storage, path = _open(location)
+            return _found(name, storage.info(path))
+        info = os.stat(location)  # noqa: PTH116, half the time of Path.stat
+        return Found(name, f"{info.st_size} {info.st_mtime_ns}", info.st_size)
+    return Found(name, "")
 
 
-def _version(info: Mapping[str, Any]) -> str:
-    mark = next((info[key] for key in _VERSIONS if info.get(key)), "")
-    return f"{info.get('size')} {mark}"
+def _found(name: str, info: Mapping[str, Any]) -> Found:
+    mark, size = next((info[key] for key in _VERSIONS if info.get(key)), ""), info.get("size")
+    return Found(name, f"{size} {mark}", -1 if size is None else int(size))
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -1,0 +1,215 @@
+"""Training from tar files, tables of photos and URLs: the photos, labels and bits that their folder gives."""
+
+# ruff: noqa: F401, F811, fixtures of other tests
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tests.inference.test_remote import s3
+from tests.runs.test_train import TINY, assert_same_result, own_cache, photos
+
+from fieldmark.config import load_config
+from fieldmark.data import shards, storage
+from fieldmark.data.decode import read_bytes
+from fieldmark.data.index import load_index, load_split_table, save_split_table
+from fieldmark.errors import DataError, PhotoError
+from fieldmark.inference.evaluation import evaluate
+from fieldmark.progress import Quiet
+from fieldmark.runs.dataset import prepare_dataset
+from fieldmark.runs.folder import Run
+from fieldmark.runs.train import resume, train
+
+COLUMNS = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr(storage, "_opened", {})
+
+
+@pytest.fixture
+def memory():
+    import fsspec
+
+    made = fsspec.filesystem("memory")
+    made.store.clear()
+    made.pseudo_dirs[:] = [""]
+    yield made
+    made.store.clear()
+
+
+def make_tar(path: Path, members: dict[str, bytes], *, mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def members_of(folder: Path) -> dict[str, bytes]:
+    """Every photo of a folder, in the order of its index."""
+    index = load_index(folder, **COLUMNS)
+    return {photo.path: (folder / photo.path).read_bytes() for photo in index.photos}
+
+
+def cut(members: dict[str, bytes], folder: Path, *, size: int = 13) -> Path:
+    """Tar files of `size` photos each."""
+    items = list(members.items())
+    for number, start in enumerate(range(0, len(items), size)):
+        make_tar(folder / f"s-{number}.tar", dict(items[start : start + size]))
+    return folder
+
+
+def load(path, **columns):
+    return load_index(path, **{**COLUMNS, **columns})
+
+
+def rows(index):
+    return [(photo.path, photo.label, photo.split, photo.group) for photo in index.photos]
+
+
+def contents(index):
+    return [file.read_bytes() for file in index.files()]
+
+
+def test_photos_of_tars_have_the_labels_and_splits_of_the_folders_that_they_unpack_to(photos, tmp_path):
+    members = members_of(photos)
+    index, plain = load(cut(members, tmp_path / "shards")), load(photos)
+    assert [photo.path.split("/", 1)[1] for photo in index.photos] == list(members)
+    assert [row[1:] for row in rows(index)] == [row[1:] for row in rows(plain)]
+    assert contents(index) == list(members.values())
+    assert index.classes == plain.classes
+    assert load(f"{tmp_path}/shards/s-[0-9].tar").photos == index.photos
+    table = tmp_path / "split.csv"
+    save_split_table(index, table)
+    again = load_split_table(table, tmp_path / "shards")
+    assert contents(again) == contents(index)
+    assert again.fingerprint() == index.fingerprint()
+
+
+def test_a_shard_is_scanned_once_until_it_changes(tmp_path, monkeypatch):
+    scanned = []
+    scan = shards._scan_tar
+    monkeypatch.setattr(shards, "_scan_tar", lambda *given: scanned.append(given) or scan(*given))
+    path = make_tar(tmp_path / "s.tar", {"a/1.jpg": b"one", "b/2.jpg": b"two"})
+    load(path), load(path)
+    assert len(scanned) == 1
+    make_tar(path, {"a/1.jpg": b"three", "b/2.jpg": b"four"})
+    assert contents(load(path)) == [b"three", b"four"]
+    assert len(scanned) == 2
+
+
+def test_labels_may_stand_beside_the_photos_in_the_table_or_in_a_list(tmp_path):
+    noted = {"a.jpg": b"a", "a.json": json.dumps({"label": "jay", "split": "val", "group": 7}).encode(),
+             "b.jpg": b"b", "b.cls": b"wren\n", "c.jpg": b"c", "c.json": b'{"label": 3}'}  # fmt: skip
+    make_tar(tmp_path / "train-0.tar", noted)
+    expected = [("train-0.tar/a.jpg", "jay", "val", "7"), ("train-0.tar/b.jpg", "wren", "", ""),
+                ("train-0.tar/c.jpg", "3", "", "")]  # fmt: skip
+    assert rows(load(tmp_path)) == expected
+    (tmp_path / "list.csv").write_text("path,label,split\ntrain-0.tar/b.jpg,robin,val\ntrain-0.tar/a.jpg,jay,\n")
+    listed = load(tmp_path / "list.csv")
+    assert rows(listed) == [("train-0.tar/a.jpg", "jay", "", ""), ("train-0.tar/b.jpg", "robin", "val", "")]
+    assert contents(listed) == [b"a", b"b"]
+
+
+def test_what_cannot_be_read_one_by_one_or_has_no_label_is_one_sentence(tmp_path):
+    make_tar(tmp_path / "a" / "s.tar.gz", {"a/1.jpg": b""}, mode="w:gz")
+    for path in (tmp_path / "a", tmp_path / "a" / "s.tar.gz"):
+        with pytest.raises(DataError, match=r"s.tar.gz is packed, so no photo can be read by itself. Give it as"):
+            load(path)
+    make_tar(tmp_path / "b" / "s.tar", {"1.jpg": b"", "2.jpg": b"", "2.cls": b"jay"})
+    with pytest.raises(DataError, match=r"1 of 2 photos in shards have no label, such as 's.tar/1.jpg'. Put a .cls"):
+        load(tmp_path / "b")
+    make_tar(tmp_path / "c" / "s.tar", {"1.jpg": b"", "2.jpg": b""})
+    with pytest.raises(DataError, match=r"no class folders, only photos"):
+        load(tmp_path / "c")
+
+
+def test_what_a_damaged_shard_lost_is_named_and_no_label_moves(photos, tmp_path):
+    members = members_of(photos)
+    folder = cut(members, tmp_path / "shards")
+    whole = (folder / "s-1.tar").read_bytes()
+    (folder / "s-1.tar").write_bytes(whole[: len(whole) // 2])
+    index = load(folder)
+    lost = len(members) - len(index.photos)
+    assert 3 < lost < 12
+    assert [path for path, _ in index.damaged] == ["s-1.tar"]
+    assert "photos behind that are lost" in index.damaged[0][1]
+    config = load_config(None, [f"data.path={folder}"]).data
+    with pytest.raises(DataError, match=r"'s-1.tar' is damaged after '.*': unexpected end of data"):
+        prepare_dataset(config, progress=Quiet())
+    found = prepare_dataset(config.model_copy(update={"broken": "skip"}), progress=Quiet())
+    assert found.broken[0][0] == "s-1.tar"
+    for photo, file in zip(found.index.photos, found.index.files(), strict=True):
+        inner = photo.path.split("/", 1)[1]
+        assert photo.label == inner.split("/")[1]
+        assert file.read_bytes() == members[inner]
+    (folder / "s-0.tar").unlink()
+    gone = load_split_table(_saved(index, tmp_path), folder).files()
+    with pytest.raises(PhotoError, match=r"s-0.tar/train/2/0.png: has vanished"):
+        read_bytes(gone[0])
+
+
+def _saved(index, folder: Path) -> Path:
+    save_split_table(index, folder / "split.csv")
+    return folder / "split.csv"
+
+
+def settings(path, *more):
+    return load_config(None, [f"data.path={path}", *TINY, *more])
+
+
+def test_training_from_shards_gives_the_bits_of_training_from_the_folder(photos, tmp_path, monkeypatch):
+    """With workers and without, with the cache and without, interrupted and resumed."""
+    members = members_of(photos)
+    list(train(settings(photos), tmp_path / "plain"))
+    folder = cut(members, tmp_path / "shards")
+    list(train(settings(folder, "loader.workers=2", "cache.mode=off"), tmp_path / "tars"))
+    for _ in train(settings(folder), tmp_path / "halves"):
+        break
+    list(resume(tmp_path / "halves"))
+    for name in ("tars", "halves"):
+        assert_same_result(tmp_path / "plain", tmp_path / name)
+    run = Run(tmp_path / "tars")
+    assert evaluate(run).metrics["top1"] == evaluate(Run(tmp_path / "plain")).metrics["top1"]
+
+
+def upload(bucket, folder: Path, place: str) -> str:
+    """Every file of a folder into the stand-in store; gives its URL."""
+    bucket.makedirs(place.split("/")[0], exist_ok=True)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            bucket.pipe(f"{place}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+    return f"s3://{place}"
+
+
+def test_training_from_an_object_store_gives_the_bits_of_the_folder_and_later_epochs_do_not_ask_it(
+    photos, tmp_path, s3, monkeypatch
+):
+    bucket = s3()
+    list(train(settings(photos), tmp_path / "plain"))
+    cut(members_of(photos), tmp_path / "shards")
+    url = upload(bucket, tmp_path / "shards", "train-bucket/shards")
+    asked = []
+    fetch = shards.fetch
+    monkeypatch.setattr(shards, "fetch", lambda *given: asked.append(given) or fetch(*given))
+    list(train(settings(url), tmp_path / "far"))
+    assert_same_result(tmp_path / "plain", tmp_path / "far")
+    times = Counter(given[:2] for given in asked)
+    learned = Run(tmp_path / "far").split.of("train").files()
+    assert {times[file.location, file.start] for file in learned} <= {1, 2}  # one for the size in its header
+    assert evaluate(Run(tmp_path / "far")).metrics["top1"] == evaluate(Run(tmp_path / "plain")).metrics["top1"]
+    bucket.rm("train-bucket/shards/s-0.tar")
+    with pytest.raises(PhotoError, match=r"s-0.tar/train/2/0.png: has vanished"):
+        read_bytes(Run(tmp_path / "far").split.files()[0])
+    s3.server.stop()
+    with pytest.raises(DataError, match=r"cannot be reached"):
+        list(train(settings(url), tmp_path / "gone"))
