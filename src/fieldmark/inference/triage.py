@@ -19,6 +19,7 @@ from fieldmark.data.audit import near_pairs
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import Inspection, name_folder
+from fieldmark.data.shards import PhotoFile
 from fieldmark.errors import DataError, needs_extra
 from fieldmark.files import user_folder
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities
@@ -117,7 +118,7 @@ def near_duplicates(index: PhotoIndex, *, max_distance: int) -> list[tuple[int, 
 
 
 def hash_photos(
-    files: Sequence[Path], *, root: str | Path | None, progress: Progress
+    files: Sequence[PhotoFile], *, root: str | Path | None, progress: Progress
 ) -> tuple[list[int], NDArray[np.uint64]]:
     """Numbers of the photos that can be read, and their perceptual hashes.
 
