@@ -102,9 +102,10 @@ def preparing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     sys.path.remove(str(folder))
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Loader]:
-    with Loader(workers=2, threads=1) as loader:
+@pytest.fixture(scope="module", params=[None, pytest.param("spawn", marks=pytest.mark.slow)])
+def pair(request: pytest.FixtureRequest) -> Iterator[Loader]:
+    """Two workers, started as on Linux, and by spawn as on macOS and Windows."""
+    with Loader(workers=2, threads=1, start_method=request.param) as loader:
         yield loader
 
 

@@ -49,6 +49,7 @@ FLOORS = {
     "typer": "0.19",
     "imagehash": "4.3.1",
     "pyarrow": "23.0.1",
+    "timm": "1.0.22",
 }
 
 
