@@ -43,7 +43,7 @@ def test_a_group_is_no_answer_to_a_photo_of_none(tmp_path):
     table.write_text("class,family\njay,crow\nrobin,thrush\nwren,wren\n")
     tree = load_taxonomy(table, CLASSES)
     assert tree.nodes == (CLASSES, ("_none", "crow", "thrush", "wren"))
-    fallback = Fallback(tree, (0.9, 0.2), ())
+    fallback = Fallback(tree.levels, tree.rows, (0.9, 0.2), ())
     assert answer(0.3, 0.35, 0.3, 0.05, fallback=fallback).answer.name == "crow"
     assert answer(0.5, 0.3, 0.1, 0.1, fallback=fallback).answer.level == ""
 
