@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from fieldmark.progress import StreamProgress, format_seconds, open_progress
+from fieldmark.progress import NotebookProgress, StreamProgress, format_seconds, open_progress
 
 
 class Clock:
@@ -64,3 +66,27 @@ def test_a_terminal_gets_a_bar_and_messages_without_markup():
 )
 def test_durations_roll_over_at_the_minute_and_the_hour(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_notebook_gets_a_bar_that_is_renewed_in_place_and_messages_that_stay(monkeypatch, capsys):
+    """IPython's display gives a handle; a shell with a kernel is a notebook, one without is a terminal."""
+    shown = []
+    handle = SimpleNamespace(update=lambda data, raw: shown.append(data))
+    shell = SimpleNamespace(kernel=None)
+    modules = {
+        "IPython": SimpleNamespace(get_ipython=lambda: shell),
+        "IPython.display": SimpleNamespace(display=lambda data, raw, display_id: handle),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert not isinstance(open_progress("train"), NotebookProgress)
+    shell.kernel = object()
+    monkeypatch.setattr(NotebookProgress, "seconds_between", 0.0)
+    with open_progress("<train>") as progress:
+        assert isinstance(progress, NotebookProgress)
+        progress.start(10, 0)
+        progress.advance(5)
+        progress.message("epoch 1")
+    assert shown[0]["text/html"].startswith('<progress value="5" max="10"></progress> &lt;train&gt;: 5/10, ')
+    assert shown[-1] == {"text/plain": ""}
+    assert capsys.readouterr() == ("epoch 1\n", "")

@@ -1,15 +1,16 @@
-"""Numbers become matplotlib figures, and figures become PNG or SVG. No window is shown, and pyplot is not touched.
+"""Numbers become matplotlib figures, and figures become PNG, SVG or what a notebook shows. No window is opened.
 
 Shape letters: K classes, N values.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import re
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.shards import PhotoFile
+from fieldmark.errors import PhotoError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,3 +220,33 @@ def thumbnail(photo: PhotoFile, side: int, decoding: DecodeSpec, *, max_bytes: i
         if max_bytes is None or len(content) <= max_bytes:
             break
     return content
+
+
+def thumbnail_uri(photo: PhotoFile, side: int, decoding: DecodeSpec, *, max_bytes: int | None = None) -> str:
+    """A `thumbnail` as a data URI for a page; "" where the photo is gone or cannot be read."""
+    try:
+        content = thumbnail(photo, side, decoding, max_bytes=max_bytes)
+    except (PhotoError, OSError, ValueError):
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
+
+
+def fill_template(
+    file: str,
+    values: Mapping[str, Any],
+    *,
+    package: str = "fieldmark",
+    filters: Mapping[str, Callable[..., str]] | None = None,
+) -> str:
+    """Fill in a Jinja template of a folder `templates`, without a newline at its end; in HTML all values are text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader(package),
+        autoescape=select_autoescape(("html",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters or {}
+    return environment.get_template(file).render(values).rstrip("\n")

@@ -1,13 +1,15 @@
-"""Progress on stderr: a bar with the time to finish on a terminal, plain lines anywhere else."""
+"""Progress: a bar with the time to finish on a terminal or in a notebook, plain lines anywhere else."""
 
 from __future__ import annotations
 
+import html
 import io
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -53,13 +55,18 @@ class Logged(Progress):
 
 
 def open_progress(title: str, *, stream: TextIO | None = None) -> StreamProgress:
-    """Progress for a terminal or a file, under a title such as "train"; on stderr unless told otherwise."""
+    """Progress under a title such as "train", for a terminal, a notebook or a file; on stderr unless told otherwise."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if stream is None and getattr(shell, "kernel", None) is not None:
+        return NotebookProgress(title)
     # Windows programs without a console have no stderr at all.
     return StreamProgress(title, stream=stream or sys.stderr or io.StringIO())
 
 
 class StreamProgress(Progress):
     """On a terminal a bar with count and time to finish; in log files and pipes a line at most each ten seconds."""
+
+    seconds_between = SECONDS_BETWEEN_LINES
 
     def __init__(self, title: str, *, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
@@ -96,18 +103,43 @@ class StreamProgress(Progress):
 
     def advance(self, n: int) -> None:  # noqa: D102
         self._bar.advance(self._task, n)
-        if not self._bar.disable or self._clock() - self._last_line < SECONDS_BETWEEN_LINES:
+        if not self._bar.disable or self._clock() - self._last_line < self.seconds_between:
             return
         self._last_line = self._clock()
         task = self._bar.tasks[0]
         done = task.completed - self._done_at_start
         left = format_seconds((task.elapsed or 0) * (task.remaining or 0) / done) if done else "unknown time"
-        self.message(f"{task.description}: {task.completed:.0f}/{task.total:.0f}, {left} to finish")
+        self._show(f"{task.description}: {task.completed:.0f}/{task.total:.0f}, {left} to finish")
+
+    def _show(self, state: str) -> None:
+        self.message(state)
 
     def message(self, text: str) -> None:  # noqa: D102
         from rich.text import Text
 
         self._bar.console.print(Text(text), soft_wrap=True)  # a class name in brackets is no markup
+
+
+class NotebookProgress(StreamProgress):
+    """A bar in the output of a notebook's cell, renewed in place; messages stay as lines."""
+
+    seconds_between = 0.5
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title, stream=io.StringIO())
+        display: Any = import_module("IPython.display").display
+        self._output = display({"text/plain": title}, raw=True, display_id=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._output.update({"text/plain": ""}, raw=True)
+
+    def _show(self, state: str) -> None:
+        task = self._bar.tasks[0]
+        bar = f'<progress value="{task.completed}" max="{task.total}"></progress> {html.escape(state)}'
+        self._output.update({"text/html": bar, "text/plain": state}, raw=True)
+
+    def message(self, text: str) -> None:  # noqa: D102
+        sys.stdout.write(text + "\n")  # notebooks show stderr as if it were an error
 
 
 def format_seconds(seconds: float) -> str:

@@ -225,3 +225,22 @@ def test_predicting_imports_nothing_that_only_training_needs(run, files):
     )
     done = subprocess.run([sys.executable, "-c", code, str(run.path), str(files[0])], capture_output=True, text=True)
     assert done.stdout.splitlines()[1:] == ["set()"], done.stdout + done.stderr
+
+
+def test_answers_say_what_they_are_in_a_terminal_and_in_a_notebook(predictor, run, tmp_path):
+    """One line each; a notebook gets the photo, if it is on this machine, and a bar for each class, as text."""
+    first = next(predictor.predict(run.data_info["root"]))
+    assert repr(first).startswith("Prediction('a/0.png': ")
+    assert "%, " in repr(first)
+    assert "array" not in repr(first)
+    page = first._repr_html_()
+    assert 'src="data:image/jpeg;base64,' in page
+    assert all(f">{name}<" in page for name in "abc")
+    assert f"{100 * first.probability:.1f} %" in page
+    (tmp_path / "<b>.png").write_bytes(b"no photo")
+    (broken,) = predictor.predict([tmp_path / "<b>.png"])
+    assert broken.problem in repr(broken)
+    assert "&lt;b&gt;.png" in broken._repr_html_()
+    assert "<img" not in broken._repr_html_()
+    assert repr(replace(first, threshold=1.0)).endswith("(too unsure to count))")
+    assert ">Unknown<" in replace(first, threshold=1.0)._repr_html_()

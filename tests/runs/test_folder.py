@@ -142,3 +142,22 @@ def test_an_epoch_that_is_none_is_named_in_one_sentence(make_run, line):
     (path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(RunError, match=r"metrics\.jsonl"):
         _ = Run(path).metrics
+
+
+def test_a_run_shows_its_result_and_its_confusions_in_a_notebook(make_run):
+    path = make_run("<one>")
+    summary = json.loads((path / "summary.json").read_text())
+    summary["val"]["top1_interval"] = [0.7, 0.9]
+    (path / "summary.json").write_text(json.dumps(summary))
+    run = Run(path)
+    result = f"finished, 4 classes, validation top-1 {summary['val']['top1']:.4f}, 95 % interval 0.7000 to 0.9000)"
+    assert repr(run) == f"Run({str(path)!r}, {result}"
+    page = run._repr_html_()
+    assert page.count("<svg") == 1
+    assert "&lt;one&gt;" in page
+    assert "auk → auk: " in page
+    (path / "predictions/val.parquet").unlink()
+    (path / "classes.json").write_text("{")
+    (path / "metrics.jsonl").write_text("{\n")
+    assert repr(Run(path)) == f"Run({str(path)!r}, finished)"
+    assert "<svg" not in Run(path)._repr_html_()

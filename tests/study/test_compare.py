@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 
 import numpy as np
@@ -315,3 +316,12 @@ def test_a_probe_that_beats_its_fine_tuning_is_said(make_run):
     probe["val"]["top1"] = 0.1
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [probe, *rows]))
     assert not any("probe" in note for note in compare_runs([run]).notes)
+
+
+def test_a_comparison_is_a_table_with_its_verdicts_in_a_terminal_and_in_a_notebook(make_run):
+    found = compare_runs([make_run("a"), make_run("b", overrides=_overrides(0.4), accuracy=0.5)])
+    for text in (repr(found), found._repr_html_()):
+        assert all(variant.name in text for variant in found.variants)
+        assert html.escape(found.pairs[0].verdict, quote=False) in text
+    assert f"{found.variants[0].interval.low:.3f} to" in repr(found)
+    assert found.shown.interval(found.variants[0].interval) in found._repr_html_()

@@ -38,6 +38,7 @@ from fieldmark.budget.tune import (
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError, command
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
+from fieldmark.plots import fill_template
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import prepare_dataset
@@ -617,29 +618,14 @@ def _key(entry: Entry) -> str:
 def format_result(run: Run) -> str:
     """Return what was tried, what is kept, and what to do with it."""
     summary = run.summary
-    minutes, budget = summary["seconds"] / 60, summary["budget_seconds"] / 60
-    lines = [f"run: {run.path}, {minutes:.1f} of {budget:g} minutes", f"kept: {summary['kept']}"]
     raced = {row["what"]: row for row in summary["tried"] if "photos" in row}
-    lines += [
-        f"  {name:36} {row['seconds']:5.0f} s  top-1 {row['top1']:.4f}, cross-validated on {row['photos']} photos"
-        for name, row in sorted(raced.items(), key=lambda item: item[1]["log_loss"])[:SHOWN]
-    ]
-    for row in summary["tried"]:
-        if "updates" in row:
-            lines.append(f"  {row['what']}: {row['updates']} updates in {row['seconds']:.0f} s")
     chosen_from = [row for row in summary["tried"] if "top1" in row and "photos" not in row]
-    lines += [
-        f"  {row['what']}: validation top-1 {row['top1']:.4f}, log loss {row['log_loss']:.3f}"
-        for row in sorted(chosen_from, key=lambda row: row["log_loss"])[:SHOWN_CHOICES]
-    ]
-    if "val" in summary:
-        val = summary["val"]
-        lines.append(f"validation: {format_accuracy(val)}")
-        if val["optimistic_bias"]:
-            lines.append(f"  these photos chose among the last models: expect {val['optimistic_bias']:.4f} less")
-        more = val["more_time"]
-        lines.append(
-            f"more time: the second half earned {more['second_half_earned']:+.4f} (95 % interval {more['low']:+.4f} to "
-            f"{more['high']:+.4f}); as much time again would probably earn no more than that"
-        )
-    return "\n".join([*lines, *next_steps(run)])
+    values = {
+        "path": run.path,
+        "summary": summary,
+        "raced": sorted(raced.items(), key=lambda item: item[1]["log_loss"])[:SHOWN],
+        "chosen_from": sorted(chosen_from, key=lambda row: row["log_loss"])[:SHOWN_CHOICES],
+        "accuracy": format_accuracy(summary["val"]) if "val" in summary else "",
+        "next_steps": next_steps(run),
+    }
+    return fill_template("budget.md", values)

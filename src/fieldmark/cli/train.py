@@ -26,7 +26,6 @@ from fieldmark.errors import RunError, command
 from fieldmark.progress import format_seconds, open_progress
 
 if TYPE_CHECKING:
-    from fieldmark.study.compare import Comparison
     from fieldmark.study.sweep import SweepStatus
 
 STARTED = time.monotonic()
@@ -219,7 +218,7 @@ def compare(
 
         typer.echo(markdown_table(effects_table(comparison) if comparison.baseline else pairs_table(comparison)))
     else:
-        print_result(comparison.as_dict(), _format_comparison(comparison), as_json=as_json)
+        print_result(comparison.as_dict(), str(comparison), as_json=as_json)
 
 
 def report(
@@ -235,19 +234,6 @@ def report(
 
     for path in write_report(runs, out, metric=metric, split=split, title=title, with_photos=photos):
         typer.echo(f"wrote {path}")
-
-
-def _format_comparison(comparison: Comparison) -> str:
-    """A table of the variants, and a sentence for every two of them."""
-    width = max(len(variant.name) for variant in comparison.variants)
-    lines = [f"{comparison.metric} on {comparison.num_photos} photos, {comparison.level:.0%} intervals"]
-    for variant in comparison.variants:
-        seeds, interval = len(variant.seeds), variant.interval
-        lines.append(
-            f"  {variant.name:{width}}  {interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f}), "
-            f"{seeds} seed{'s' * (seeds > 1)}"
-        )
-    return "\n".join([*lines, *(pair.verdict for pair in comparison.pairs), *comparison.notes])
 
 
 def _progress_line(status: SweepStatus) -> str:

@@ -23,7 +23,7 @@ from fieldmark.data.folders import NONE
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import Positive, Share, read_values, write_whole
 from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
-from fieldmark.plots import figure_png, new_figure
+from fieldmark.plots import figure_png, fill_template, new_figure
 from fieldmark.runs.folder import Run, write_json
 from fieldmark.study.statistics import Interval, widen_to_wilson
 from fieldmark.training.metrics import calibration_error, log_loss
@@ -387,32 +387,7 @@ def apply_prior(probabilities: FloatArray, prior: FloatArray, shares: FloatArray
 
 def describe_calibration(found: Calibration) -> str:
     """A few lines for people."""
-    lines = [f"temperature       {found.temperature:.3f}, from {found.num_photos} validation photos"]
-    if found.refused_temperature is not None:
-        lines.append(
-            f"                  (the fitted {found.refused_temperature:.3f} would raise the log loss from "
-            f"{found.log_loss_before:.3f} to {found.refused_log_loss:.3f}: probabilities stay as they are. "
-            "More validation photos may show a better one)"
-        )
-    lines += [
-        f"log loss          {found.log_loss_before:.3f} before, {found.log_loss_after:.3f} after",
-        f"calibration error {found.calibration_error_before:.3f} before, {found.calibration_error_after:.3f} after",
-    ]
-    if found.wanted == "none":
-        lines.append('every photo is answered; ask for --accuracy or --coverage to allow "unknown"')
-    else:
-        lines.append(
-            f"unknown           below {found.threshold:.3f}: {found.coverage:.1%} of the photos are answered, "
-            f"{found.accuracy:.1%} of the answers are right (wanted: {found.wanted} {found.wanted_value:.1%})"
-        )
-    if (none := found.none) is not None:
-        auroc, fpr95 = none.auroc, none.fpr95
-        lines += [
-            f"{NONE:17} {none.photos} photos, of which {none.answered:.1%} are answered",
-            f"  AUROC           {auroc.estimate:.3f} ({auroc.low:.3f} to {auroc.high:.3f})",
-            f"  as sure as 95 % of the others: {fpr95.estimate:.1%} ({fpr95.low:.1%} to {fpr95.high:.1%})",
-        ]
-    return "\n".join([*lines, "Numbers after calibration are cross-fitted: no photo counts with a fit to it."])
+    return fill_template("calibration.md", {"found": found, "name_of_none": NONE})
 
 
 def save_calibration_figure(run: Run, found: Calibration) -> Path:

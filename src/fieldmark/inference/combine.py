@@ -20,6 +20,7 @@ from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.evaluation import align_rows, evaluate, labeled_photos, score_predictions
 from fieldmark.inference.predictor import class_order, mean_probabilities, predict_split
 from fieldmark.models.classifier import check_parameter_budget
+from fieldmark.plots import fill_template
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.environment import describe_environment
@@ -77,7 +78,7 @@ def combine(
     out = Path(out)
     if out.exists():
         raise RunError(f"{out} exists already; choose another --out, or remove it")
-    members = open_combinable([run.path if isinstance(run, Run) else run for run in runs])
+    members = open_combinable(list(map(Path, runs)))
     if method == "soup":
         _refuse_different_networks(members)
     named = [run.config.model.max_parameters_millions for run in members]
@@ -112,24 +113,16 @@ def combine(
 
 def format_combined(run: Run) -> str:
     """Return what was made, for people."""
-    summary, val = run.summary, run.summary["val"]
+    summary = run.summary
     members: dict[str, dict[str, Any]] = summary["members"]
-    budget = summary["max_parameters_millions"]
-    allowed = "no budget was given" if budget is None else f"the budget is {budget:g} M"
-    width = max(map(len, members))
-    lines = [f"{summary['combined']}: {run.path}, {summary['parameters'] / 1e6:.2f} M parameters in all ({allowed})"]
-    for name, row in members.items():
-        kept = "" if row.get("kept", True) else "  left out"
-        temperature = f"  temperature {row['temperature']:.3f}" if "temperature" in row else ""
-        lines.append(f"  {name:{width}}  top-1 {row['top1']:.4f}{temperature}{kept}")
-    lines.append(f"validation: {format_accuracy(val)}")
-    as_they_are = [name for name, row in members.items() if row.get("temperature", 1.0) == 1]
-    if 0 < len(as_they_are) < len(members):
-        lines.append(
-            f"warning: {', '.join(as_they_are)} not calibrated, but the others are: the surest outvote the rest. "
-            "Calibrate all members or none, and combine them again"
-        )
-    return "\n".join([*lines, summary["note"]])
+    values = {
+        "path": run.path,
+        "summary": summary,
+        "width": max(map(len, members)),
+        "accuracy": format_accuracy(summary["val"]),
+        "as_they_are": [name for name, row in members.items() if row.get("temperature", 1.0) == 1],
+    }
+    return fill_template("combined.md", values)
 
 
 def open_combinable(paths: Sequence[str | Path]) -> list[Run]:

@@ -19,7 +19,7 @@ from fieldmark.data.storage import is_url
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import ResourceError, RunError
 from fieldmark.files import require_path, write_whole
-from fieldmark.plots import confusion_figure, figure_png
+from fieldmark.plots import confusion_figure, figure_png, fill_template
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.folder import PhotoPredictions, Run
@@ -52,7 +52,7 @@ class ClassScore:
     taken_for_photos: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """Says how well a run does on one split.
 
@@ -78,6 +78,9 @@ class Evaluation:
     predictions: PhotoPredictions
     confusion: NDArray[np.int64]
     flips: Difference | None = None
+
+    def __repr__(self) -> str:
+        return format_evaluation(self)
 
     def score_classes(self) -> list[ClassScore]:
         """One row per class, in order of class index."""
@@ -220,36 +223,17 @@ def score_predictions(run: Run, predictions: PhotoPredictions, split: str) -> Ev
 
 def format_evaluation(found: Evaluation) -> str:
     """A table for people: the metrics, then the classes with the lowest recall."""
-    lines = [f"{found.split}: {len(found.predictions.labels)} photos, {len(found.classes)} classes", ""]
-    for name, title in METRIC_NAMES.items():
-        if name != "top5" or len(found.classes) > 5:
-            low, high = found.top1_interval
-            interval = f"  ({low:.4f} to {high:.4f})" if name == "top1" else ""
-            lines.append(f"{title:36}{found.metrics[name]:.4f}{interval}")
-    if found.flips is not None:
-        change = found.flips.interval
-        lines.append(
-            f"{'by test-time augmentation, points':36}{100 * change.estimate:+.1f}  "
-            f"({100 * change.low:+.1f} to {100 * change.high:+.1f}; p = {found.flips.p_value:.2g})"
-        )
-    return "\n".join([*lines, *_format_classes(found.score_classes())])
-
-
-def _format_classes(rows: Sequence[ClassScore]) -> list[str]:
+    rows = found.score_classes()
     shown = sorted((row for row in rows if row.photos), key=lambda row: (row.recall, -row.photos))[:MOST_CLASSES_SHOWN]
-    width = min(max(len(row.name) for row in shown), 40)
-    head = "classes" if len(shown) == len(rows) else f"{len(shown)} classes with the lowest recall"
-    lines = ["", f"{head}:", f"{'class':{width}}  photos  recall  95 % interval    precision  taken for"]
-    for row in shown:
-        other = f"{row.taken_for} ({row.taken_for_photos})" if row.taken_for else ""
-        interval = f"{row.recall_low:.3f} to {row.recall_high:.3f}"
-        precision = "-" if math.isnan(row.precision) else f"{row.precision:.3f}"
-        line = f"{row.name[:width]:{width}}  {row.photos:6d}  {row.recall:6.3f}  {interval}  {precision:>9}  {other}"
-        lines.append(line.rstrip())
-    absent = [row.name for row in rows if not row.photos]
-    if absent:
-        lines.append(f"without a photo here: {', '.join(absent[:10])}{' ...' if len(absent) > 10 else ''}")
-    return lines
+    values = {
+        "found": found,
+        "titles": METRIC_NAMES,
+        "rows": rows,
+        "shown": shown,
+        "width": min(max(len(row.name) for row in shown), 40),
+        "absent": [row.name for row in rows if not row.photos],
+    }
+    return fill_template("evaluation.md", values)
 
 
 def save_evaluation(found: Evaluation, path: Path) -> list[Path]:

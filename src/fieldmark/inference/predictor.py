@@ -31,6 +31,7 @@ from fieldmark.inference.calibration import apply_temperature, load_calibration,
 from fieldmark.inference.exported import FILE, ExportedModel
 from fieldmark.inference.sources import PhotoSource, open_source
 from fieldmark.inference.taxonomy import Answer, Fallback
+from fieldmark.plots import fill_template, thumbnail_uri
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
 from fieldmark.runs.environment import keep_freed_memory, usable_cores
@@ -40,10 +41,13 @@ from fieldmark.training.evaluate import predict_batches, softmax
 if TYPE_CHECKING:
     import pandas as pd
 
+THUMBNAIL_PIXELS = 160
+_THUMBNAIL = DecodeSpec((255, 255, 255), max_pixels=100_000_000)
+
 Logits = Callable[[Tensor], NDArray[np.floating[Any]]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """Holds what the model says of one photo.
 
@@ -54,6 +58,7 @@ class Prediction:
         problem: Why there is no answer; "" if there is one.
         threshold: Least probability that counts as an answer, in [0, 1].
         fallback: Groups to answer with where the class is not sure; None if there are none.
+        root: The folder on this machine that `path` begins at; "" is the current one.
 
     Examples:
         >>> answer = fieldmark.Predictor.load("runs/mine")("photos/jay/0.png")
@@ -67,6 +72,17 @@ class Prediction:
     problem: str
     threshold: float = 0.0
     fallback: Fallback | None = None
+    root: str = ""
+
+    def __repr__(self) -> str:
+        said = self.problem or ", ".join(f"{name} {share:.1%}" for name, share in self.top(3))
+        doubt = " (too unsure to count)" if self.is_unknown and not self.problem else ""
+        return f"Prediction({self.path!r}: {said}{doubt})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the photo, and a bar for each of the likeliest classes."""
+        photo = thumbnail_uri(Path(self.root, self.path), THUMBNAIL_PIXELS, _THUMBNAIL) if self.path else ""
+        return fill_template("prediction.html", {"prediction": self, "photo": photo})
 
     @property
     def label(self) -> str:
@@ -236,20 +252,20 @@ class Predictor:
         files = [Path(source.root, name) for name in names]
         prepare = _prepare_photos(files, self.decoding, self.spec, keeps_broken=True)
         for batch in _load_batches(prepare, range(len(files)), self.batch_size):
-            yield from self._answers(batch, [names[int(number)] for number in batch.numbers])
+            yield from self._answers(batch, [names[int(number)] for number in batch.numbers], root=str(source.root))
 
     def probabilities(self, images: NDArray[np.float32] | Tensor) -> NDArray[np.float32]:
         """(B, K) calibrated probabilities of pictures that `augment.reference.eval_picture` made by `spec`."""
         return softmax(self.logits(torch.as_tensor(images)), temperature=self.temperature)
 
-    def _answers(self, batch: Batch, names: Sequence[str]) -> list[Prediction]:
+    def _answers(self, batch: Batch, names: Sequence[str], *, root: str = "") -> list[Prediction]:
         probabilities = self.probabilities(batch.images)
         problems = dict(batch.problems)
         for row in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)).tolist():
             problems.setdefault(row, "has no answer: the model's output is not finite, its weights may be damaged")
         probabilities[list(problems)] = np.nan
         return [
-            Prediction(name, self.classes, row, problems.get(number, ""), self.threshold, self.fallback)
+            Prediction(name, self.classes, row, problems.get(number, ""), self.threshold, self.fallback, root)
             for number, (name, row) in enumerate(zip(names, probabilities, strict=True))
         ]
 

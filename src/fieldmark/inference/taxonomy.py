@@ -19,6 +19,7 @@ from fieldmark.data.folders import NONE
 from fieldmark.data.tables import read_table
 from fieldmark.errors import DataError
 from fieldmark.files import Share
+from fieldmark.plots import fill_template
 from fieldmark.runs.folder import Run
 
 
@@ -164,17 +165,10 @@ class Fallback(Taxonomy):
 
 def describe_fallback(found: Fallback) -> str:
     """A line for each level, for people."""
+    levels = list(zip(found.scores, found.thresholds, strict=True))
     width = max(len(score.level) for score in found.scores)
-    lines: list[str] = []
-    for score, threshold in zip(found.scores, found.thresholds, strict=True):
-        if threshold is None:
-            said = "is not used: it is not right often enough, or too few photos are left to show it"
-        else:
-            right = "none" if score.right is None else f"{score.right:.1%} of these are right"
-            said = f"answers {score.answered:.1%} of the photos, from a probability of {threshold:.3f}; {right}"
-        lines.append(f"{score.level:{width}}  {said}")
     unknown = 1 - sum(score.answered for score in found.scores)
-    return "\n".join([*lines, f"unknown remain {unknown:.1%} of the photos"])
+    return fill_template("fallback.md", {"levels": levels, "width": width, "unknown": unknown})
 
 
 def taxonomy_scores(run: Run, table: Path) -> dict[str, float]:

@@ -23,6 +23,7 @@ from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, WeightsError
 from fieldmark.models.catalog import InputConfig, pretrained_file, resolve_name, timm_config
 from fieldmark.models.classifier import count_parameters, create_classifier
+from fieldmark.plots import fill_template
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs import build
 from fieldmark.runs.dataset import divide, find_photos, inspect
@@ -211,35 +212,8 @@ def _divide_usable(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Confi
 def format_checkup(checkup: Checkup) -> str:
     """A table for people: classes, photos, cost, then what to know and what to fix."""
     found = checkup.audit
-    classes = f"{len(found.counts)} class" + "es" * (len(found.counts) != 1)
-    lines = [f"{found.root}: {found.num_photos} photos, {classes}", *_class_table(found.counts)]
-    if found.num_unlabeled:
-        lines.append(f"without a label: {found.num_unlabeled}")
-    lines.append(found.reading)
-    if found.sizes is not None:
-        sizes = found.sizes
-        lines.append(
-            f"sizes: short side {sizes.min_short_side} to {sizes.max_short_side}, median "
-            f"{sizes.median_short_side:.0f} pixels; aspect {sizes.median_aspect:.2f}; {sizes.num_bytes / 1e6:.0f} MB"
-        )
-    lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in found.formats.items()))
-    if checkup.crop_fallback_rate is not None:
-        lines.append(f"random crops that are one fixed center crop in fact: {checkup.crop_fallback_rate:.1%}")
-    if checkup.preflight is not None:
-        cost = checkup.preflight
-        whole, epoch = (format_seconds(seconds) for seconds in (cost.run_hours * 3600, cost.epoch_seconds))
-        lines.append(
-            f"cost: about {whole} in all, {epoch} an epoch, {cost.memory_gigabytes:.1f} GB of memory, "
-            f"{cost.parameters_millions:.1f} M parameters; most of the time goes into {cost.bottleneck}"
-        )
-    lines += [f"broken: {path!r} {reason}" for path, reason in found.broken[:MOST_BROKEN]]
-    if len(found.broken) > MOST_BROKEN:
-        lines.append(f"broken: ... and {len(found.broken) - MOST_BROKEN} more (--json lists all)")
-    lines += [f"note: {text}" for text in found.warnings]
-    lines += [f"recipe: {text}" for text in checkup.recipe_warnings]
-    lines += [f"fix: {text}" for text in checkup.must_fix]
-    lines.append("not ready to train" if checkup.must_fix else "ready to train")
-    return "\n".join(lines)
+    values = {"checkup": checkup, "audit": found, "classes": _class_table(found.counts), "most_broken": MOST_BROKEN}
+    return fill_template("checkup.md", values, filters={"time": format_seconds, "repr": repr})
 
 
 def _class_table(counts: dict[str, dict[str, int]]) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -152,8 +152,33 @@ class Run:
         if not (self.path / RECIPE).stat().st_size:  # else all defaults, which no run ever meant
             raise RunError(f"{self.path} is not a run: its {RECIPE} is empty. Begin a new run")
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r})"
+        facts = [repr(str(self.path))]
+        with suppress(RunError, LookupError, TypeError, ValueError):  # of a damaged run, what can be told
+            facts.append(str(self.summary["status"]))
+            facts.append(f"{len(self.classes)} classes")
+            val = self.summary["val"]
+            low, high = val["top1_interval"]
+            facts.append(f"validation top-1 {val['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}")
+        return f"{type(self).__name__}({', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the result with its interval, and the confusion matrix."""
+        from fieldmark.plots import confusion_figure, confusion_tips, figure_svg, fill_template
+        from fieldmark.training.metrics import confusion_matrix
+
+        pictures: list[str] = []
+        with suppress(RunError):  # what is not there is not shown
+            found = self.predictions()
+            predicted = found.probabilities.argmax(axis=1).astype(np.int64)
+            confusion = confusion_matrix(predicted, found.labels, num_classes=len(self.classes))
+            figure = confusion_figure(confusion, self.classes)
+            tips = confusion_tips(figure, confusion, self.classes)
+            pictures.append(figure_svg(figure, tips, key=f"{self.path}-confusion"))
+        return fill_template("run.html", {"text": repr(self), "pictures": pictures})
 
     @property
     def name(self) -> str:
@@ -419,14 +444,18 @@ def read_epochs(path: Path) -> NDArray[np.integer[Any]]:
         return predicted
 
 
-def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+def find_runs(paths: Iterable[Run | str | Path]) -> list[Path]:
     """Find the finished runs among `paths` and, where a path is a sweep or another folder of runs, right under it.
 
-    A path that is neither a run folder nor holds one, or that names a run that is not finished, is a RunError.
+    A path that is neither a run folder nor holds one, or that names a run that is not finished, is a RunError; a `Run`
+    is taken as it is, also while it trains.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
-        if (path / SUMMARY).is_file():
+    for given in paths:
+        path = Path(given)
+        if isinstance(given, Run):
+            inside = [path]
+        elif (path / SUMMARY).is_file():
             if run_status(path) != "finished":
                 raise RunError(f"{path} is not finished (its status is {run_status(path)!r}): resume it first")
             inside = [path]

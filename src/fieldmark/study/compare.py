@@ -16,7 +16,8 @@ import numpy as np
 
 from fieldmark.config import Metric
 from fieldmark.errors import RunError
-from fieldmark.runs.folder import RunResults, find_runs
+from fieldmark.plots import fill_template
+from fieldmark.runs.folder import Run, RunResults, find_runs
 from fieldmark.study import statistics
 from fieldmark.study.statistics import Difference, Interval, Scores
 from fieldmark.study.variants import Group, check_same_photos, group_runs, join_folds, name_against
@@ -93,7 +94,7 @@ class Pair:
     verdict: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """All variants, and every two of them against each other; or, with a baseline, each against the baseline."""
 
@@ -109,6 +110,14 @@ class Comparison:
     def shown(self) -> Shown:
         """Return how the metric is shown."""
         return SHOWN[self.metric]
+
+    def __repr__(self) -> str:
+        """A table of the variants, and a sentence for every two of them."""
+        width = max(len(variant.name) for variant in self.variants)
+        return fill_template("comparison.md", {**vars(self), "width": width})
+
+    def _repr_html_(self) -> str:
+        return fill_template("comparison.html", {"comparison": self})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
@@ -139,7 +148,7 @@ class Comparison:
 
 
 def compare_runs(
-    paths: Sequence[str | Path],
+    paths: Sequence[Run | str | Path],
     *,
     metric: Metric = "top1",
     split: str = "val",
@@ -151,7 +160,7 @@ def compare_runs(
     """Compare run folders, or all runs of a sweep.
 
     Args:
-        paths: Run folders, or folders of run folders.
+        paths: Runs, run folders, or folders of run folders.
         metric: `top1`; `macro_recall`, where every class counts alike; `prior_top1`, where classes count as they come
             in training; `log_loss` in nats, shown negated so that higher is better.
         split: `val` or `test`.

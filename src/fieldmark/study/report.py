@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import re
@@ -22,7 +21,7 @@ from fieldmark.data.shards import locate_photos
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import write_whole
 from fieldmark.models.catalog import describe_pretraining
-from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, thumbnail
+from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, fill_template, thumbnail_uri
 from fieldmark.runs.folder import Run, RunResults, flatten, format_value
 from fieldmark.study.charts import Chart, minutes, parameters, report_charts
 from fieldmark.study.compare import Comparison, Pair, Shown, Variant, compare_runs
@@ -98,8 +97,7 @@ def write_report(
     kind = path.suffix.lower()
     if kind not in (".html", ".md"):
         raise RunError(f"a report is .html or .md; got {path.name!r}")
-    folders = [run.path if isinstance(run, Run) else run for run in runs]
-    comparison = compare_runs(folders, metric=metric, split=split)
+    comparison = compare_runs(runs, metric=metric, split=split)
     # The highest estimate; whether it is truly the best, the verdicts say.
     best = max(comparison.variants, key=lambda variant: variant.interval.estimate)
     charts = [*report_charts(comparison), _confusion_chart(best)]
@@ -130,18 +128,9 @@ def write_report(
 
 
 def render_template(package: str, template: str, page: dict[str, Any]) -> str:
-    """Fill in a Jinja template of a package's folder `templates`."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    environment = Environment(
-        loader=PackageLoader(package, "templates"),
-        autoescape=select_autoescape(("html",)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"text": markdown_text, "table": markdown_table, "json": json.dumps}
-    return environment.get_template(template).render(page) + "\n"
+    """Fill in a page's template, which may show text and tables as Markdown."""
+    filters = {"text": markdown_text, "table": markdown_table, "json": json.dumps}
+    return fill_template(template, page, package=package, filters=filters) + "\n"
 
 
 def _page_parts(
@@ -155,6 +144,7 @@ def _page_parts(
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "is_single": len(variants) == 1,
+        "is_running": best.runs[0].summary["status"] == "running",
         "facts": _run_facts(best, table),
         "pictures": {chart.key: figure_svg(chart.figure, chart.tips, key=chart.key) for chart in charts},
         "rows_open": ROWS_OPEN,
@@ -334,7 +324,6 @@ def _show_example(run: RunResults, index: int) -> ShownPhoto | None:
 def _show_photo(run: RunResults, photo: str) -> ShownPhoto:
     try:
         [file] = locate_photos(str(run.data_info.get("root", "")), [photo])
-        content = thumbnail(file, THUMBNAIL_PIXELS, run.decode_spec(), max_bytes=THUMBNAIL_BYTES)
     except (DataError, OSError, ValueError):
         return ShownPhoto(photo, "")
-    return ShownPhoto(photo, "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii"))
+    return ShownPhoto(photo, thumbnail_uri(file, THUMBNAIL_PIXELS, run.decode_spec(), max_bytes=THUMBNAIL_BYTES))
