@@ -84,7 +84,8 @@ def served(model):  # noqa: F811
     words = [sys.executable, "-c", PROGRAM, str(model), str(port)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=surroundings) as process:
         assert any(line == b"ready\n" for line in process.stdout)
-        yield process, httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"x-api-key": "secret"}, timeout=60)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"x-api-key": "secret"}, timeout=60) as client:
+            yield process, client
         process.stdin.close()
         assert process.wait(120) == 0
 
