@@ -197,10 +197,16 @@ def test_results_that_find_no_room_are_one_message():
 
 
 def test_a_split_table_that_cannot_be_written_is_one_message_and_leaves_nothing(fieldmark, photos, tiny, tmp_path):
-    assert_told(fieldmark("split", photos, "--out", tmp_path / "none" / "s.csv", *tiny()), "s.csv could not be written")
     (tmp_path / "folder.csv").mkdir()
     assert_told(fieldmark("split", photos, "--out", tmp_path / "folder.csv", *tiny()), "folder.csv could not be")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.csv"]
+    (tmp_path / "file").touch()
+    assert_told(fieldmark("split", photos, "--out", tmp_path / "file" / "s.csv", *tiny()), "s.csv could not be written")
+
+
+def test_a_split_table_may_be_in_a_folder_that_is_not_there_yet(fieldmark, photos, tiny, tmp_path):
+    assert fieldmark("split", photos, "--out", tmp_path / "new" / "s.csv", *tiny()).code == 0
+    assert (tmp_path / "new" / "s.csv").read_text().startswith("path,label,split")
 
 
 @pytest.mark.parametrize("verb", ["predict", "check", "train", "evaluate", "split", "preview"])

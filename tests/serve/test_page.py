@@ -215,6 +215,7 @@ def test_many_photos_are_a_list_and_a_table_for_a_spreadsheet(browser, url, tmp_
     page.goto(url)
     page.get_by_text("Model colors").wait_for()
     choose(page, *[(0, 255, 0)] * 12, (120, 120, 120), (255, 0, 0))
+    page.locator("#status.quiet").wait_for(state="attached")  # all are answered
     page.set_input_files("#files", {"name": 'a, "b".jpg', "mimeType": "image/jpeg", "buffer": b"text"})
     page.locator(".failed").wait_for()
     assert page.get_by_role("button", name="List").get_attribute("aria-pressed") == "true"
