@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fieldmark.runs.train import resume, train
     from fieldmark.study.compare import compare_runs
     from fieldmark.study.report import write_report
-    from fieldmark.study.sweep import run_sweep, sweep
+    from fieldmark.study.sweep import run_sweep
 
 # Read once, when torch is loaded. By default threads of a network spin where they meet, which on a core that another
 # program uses too costs four fifths of the speed. A short spin loses little on a quiet machine (docs/performance.md).
@@ -45,7 +45,7 @@ _NAMES = {
     "runs.train": ("resume", "train"),
     "study.compare": ("compare_runs",),
     "study.report": ("write_report",),
-    "study.sweep": ("run_sweep", "sweep"),
+    "study.sweep": ("run_sweep",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -68,7 +68,6 @@ __all__ = [
     "resume",
     "run_sweep",
     "suggest",
-    "sweep",
     "train",
     "write_report",
 ]

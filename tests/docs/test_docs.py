@@ -154,8 +154,10 @@ def test_the_python_of_the_page_on_sweeps_runs(workplace):
     codes = blocks(ROOT / "docs/verbs/sweep.md", "python")
     assert len(codes) == 2
     tiny = ", ".join(map(repr, TINY))
+    settings = str(dict(pair.split("=") for pair in TINY))[1:-1]
     for code in codes:
         code = code.replace('"data.path=photos"', f'"data.path=photos", {tiny}').replace("n_trials=20", "n_trials=2")
+        code = code.replace('"data.path": "photos"', f'"data.path": "photos", {settings}')
         exec(compile(code, "sweep.md", "exec"), {})
     assert {path.name for path in Path("sweeps/lr").iterdir() if path.name[0].isdigit()} == {"0", "1"}
 

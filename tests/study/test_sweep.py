@@ -14,8 +14,8 @@ import pytest
 from fieldmark.config import load_config
 from fieldmark.errors import RunError
 from fieldmark.study.cell import BOOKS, run_job
-from fieldmark.study.grid import base_settings, grid_cells, parse_grid
-from fieldmark.study.sweep import run_sweep, sweep
+from fieldmark.study.grid import parse_grid
+from fieldmark.study.sweep import run_sweep
 
 HERE = Path(__file__).parent
 
@@ -207,14 +207,10 @@ def test_two_cells_run_at_a_time_when_asked(tmp_path):
     assert max(status.num("running") for status in seen) == 2
 
 
-def test_the_python_call_trains_all_combinations_of_lists(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr("fieldmark.study.sweep.run_sweep", lambda grid, out, **_: asked.update(grid=grid, out=out))
-    sweep(
-        load_config(None, ["train.epochs=1"]), {"mix.share": (0.1, 0.2), "optim.lr": [1e-3]}, out=tmp_path, seeds=(1, 2)
-    )
-    cells = grid_cells(asked["grid"], base_settings(asked["grid"], []))
-    assert [(cell.config.mix.share, cell.config.optim.lr, cell.config.train.seed) for cell in cells] == [
-        (0.1, 1e-3, 1), (0.1, 1e-3, 2), (0.2, 1e-3, 1), (0.2, 1e-3, 2)
-    ]  # fmt: skip
-    assert {cell.config.train.epochs for cell in cells} == {1}
+def test_a_plan_may_be_a_mapping(tmp_path):
+    plan = {"seeds": (1, 2), "set": {"train.epochs": 1}, "grid": {"mix.share": [0.1, 0.2]}}
+    status = _run(plan, tmp_path)
+    assert [cell.name for cell in status.cells] == [
+        f"mix.share={share},seed={seed}" for share in (0.1, 0.2) for seed in (1, 2)
+    ]
+    assert status.num("finished") == 4

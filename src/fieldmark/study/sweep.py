@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fieldmark.config import Config
 from fieldmark.data.storage import resolve
 from fieldmark.errors import first_line
 from fieldmark.files import exclusive_lock
@@ -78,39 +77,8 @@ class SweepStatus:
         return [self.out / cell.name for cell in self.cells if cell.state == "finished"]
 
 
-def sweep(
-    config: Config,
-    space: Mapping[str, Sequence[Any]],
-    *,
-    out: str | Path,
-    seeds: Sequence[int] = (0,),
-    on_status: Callable[[SweepStatus], None] | None = None,
-) -> SweepStatus:
-    """Train variations of a recipe: all combinations of lists of values.
-
-    Args:
-        config: The base.
-        space: Dotted key to a list of values.
-        out: Folder of the run folders.
-        seeds: Each combination is trained with each.
-        on_status: Called whenever something changed.
-
-    Raises:
-        ConfigError: A key or a value is not one of a recipe.
-
-    Examples:
-        >>> config = fieldmark.load_config("recipe.toml", ["data.path=photos"])
-        >>> status = fieldmark.sweep(config, {"optim.lr": [1e-3]}, out="sweeps/lr")
-        >>> len(status.runs)
-        1
-    """
-    grid = {key: list(values) for key, values in space.items()}
-    content = {"set": config.model_dump(mode="json"), "seeds": list(seeds), "grid": grid}
-    return run_sweep(parse_grid(content, "sweep"), out, on_status=on_status)
-
-
 def run_sweep(
-    grid: Grid | str | Path,
+    grid: Grid | Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
     data: str | Path | None = None,
@@ -125,7 +93,7 @@ def run_sweep(
     """Train every cell of a grid that is not finished yet.
 
     Args:
-        grid: The plan, its path, or the name of a shipped one.
+        grid: The plan, its path, the name of a shipped one, or what a file of one holds.
         out: Folder of the run folders; the same again to go on.
         data: `data.path` of all cells; None is what recipe and overrides say.
         overrides: `key=value` pairs over recipe and grid, for all cells.
@@ -144,11 +112,12 @@ def run_sweep(
         RunError: A cell's folder holds a run of other settings, or another sweep is at work in `out`.
 
     Examples:
-        >>> status = fieldmark.run_sweep("grid.toml", "sweeps/mixing", data="photos")
+        >>> status = fieldmark.run_sweep("grid.toml", "sweeps/mixing", data="photos")  # or {"grid": {"mix.share": ...}}
         >>> [run.name for run in status.runs]
         ['mix.share=0', 'mix.share=0.4']
     """
-    grid = grid if isinstance(grid, Grid) else load_grid(grid)
+    if not isinstance(grid, Grid):
+        grid = parse_grid(grid, "the sweep") if isinstance(grid, Mapping) else load_grid(grid)
     base = base_settings(grid, overrides)
     if data is not None:
         base["data"]["path"] = resolve(data)
