@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.utils import estimator_checks
+from sklearn.utils.estimator_checks import check_estimator
 
 import fieldmark
 from fieldmark.errors import ConfigError, DataError, PhotoError
@@ -75,3 +81,71 @@ def test_a_classifier_answers_with_the_labels_it_was_given(photos):
 def test_lists_that_cannot_be_learned_from_are_refused(files, labels, words):
     with pytest.raises(DataError, match=words):
         fieldmark.Classifier(recipe="laptop").fit(files, labels)
+
+
+# Those of scikit-learn's checks that do not fit on a table of random numbers.
+WITHOUT_A_TABLE = {
+    "check_estimator_cloneable",
+    "check_estimator_tags_renamed",
+    "check_valid_tag_types",
+    "check_estimator_repr",
+    "check_no_attributes_set_in_init",
+    "check_estimators_unfitted",
+    "check_do_not_raise_errors_in_init_or_set_params",
+    "check_mixin_order",
+    "check_parameters_default_constructible",
+    "check_get_params_invariance",
+    "check_set_params",
+    "check_classifiers_regression_target",
+    "check_estimators_partial_fit_n_features",
+    "check_non_transformer_estimators_n_iter",
+    "check_decision_proba_consistency",
+}
+
+
+def test_the_checks_of_scikit_learn_that_need_no_table_of_numbers_pass():
+    found = check_estimator(fieldmark.Classifier(minutes=1), on_skip=None, on_fail=None)
+    assert {one["check_name"] for one in found if one["status"] == "passed"} >= WITHOUT_A_TABLE
+
+
+class Rendered(fieldmark.Classifier):
+    """A classifier of tables, for scikit-learn's checks: each row becomes a photo of stripes."""
+
+    def fit(self, X, y):  # noqa: N803
+        return super().fit(render(X), y)
+
+    def predict_proba(self, X):  # noqa: N803
+        return super().predict_proba(render(X))
+
+
+def render(table):
+    rows = np.asarray(table, float)
+    folder = Path(tempfile.gettempdir())
+    files = [folder / f"{hashlib.sha256(row.tobytes()).hexdigest()[:16]}.png" for row in rows]
+    for file, row in zip(files, rows, strict=True):
+        stripes = (128 + 30 * np.resize(row, 32)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(np.tile(stripes[None, :, None], (32, 1, 3))).save(file)
+    return files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "check",
+    [
+        estimator_checks.check_dict_unchanged,
+        estimator_checks.check_estimators_overwrite_params,
+        estimator_checks.check_estimators_fit_returns_self,
+        estimator_checks.check_fit_check_is_fitted,
+        estimator_checks.check_fit_idempotent,
+        estimator_checks.check_methods_sample_order_invariance,
+        estimator_checks.check_methods_subset_invariance,
+        estimator_checks.check_classifiers_classes,
+        estimator_checks.check_estimators_pickle,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_the_checks_of_scikit_learn_that_fit_pass_on_photos_of_their_tables(check, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    settings = {**TINY, "train": {**TINY["train"], "precision": "32-true"}}
+    check("Rendered", Rendered(recipe="laptop", settings=settings))

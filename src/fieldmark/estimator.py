@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from fieldmark.config import apply_overrides, parse_config, read_recipe
@@ -109,8 +110,11 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             DataError: Not as many labels as photos, or fewer than two classes.
+            ValueError: The labels are no classes but measured numbers, or one is missing.
         """
-        files, labels = _paths(X), np.asarray(y)
+        labels = np.asarray(y)
+        check_classification_targets(labels)
+        files = _paths(X)
         if labels.shape != (len(files),):
             raise DataError(f"fit needs one label for each photo; got {len(files)} photos and labels {labels.shape}")
         self.classes_, numbers = np.unique(labels, return_inverse=True)

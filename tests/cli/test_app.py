@@ -161,3 +161,8 @@ def test_a_notebooks_backend_of_matplotlib_does_not_matter(monkeypatch):
     with pytest.raises(SystemExit):
         main()
     assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_models_are_timed_here_on_request():
+    row = json.loads(invoke("models", "test_resnet", "--measure", "--json").output)[0]
+    assert row["photos_per_second"] > 0

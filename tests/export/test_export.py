@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.errors import ExportError, ResourceError
-from fieldmark.export.export import Photos, export_model, require_parity, require_small_loss
+from fieldmark.export.export import Photos, export_model, push_export, require_parity, require_small_loss
 from fieldmark.export.model_card import evidence_text, model_card
 from fieldmark.inference.calibration import calibrate
 from fieldmark.inference.exported import ExportedModel, ModelMetadata
@@ -301,6 +302,39 @@ def test_the_card_has_calibrated_figures_and_nothing_of_the_machine():
     assert "| photos that are answered | 80.0% |" in card
     assert 'path = "birds"\ncorrections = "mine.csv"\nbroken = "refuse"' in card
     assert "ada" not in card
+
+
+def test_the_front_matter_of_the_card_is_what_the_hub_reads():
+    """The hub's own parser finds license, library and results; "top-5" of three classes says nothing."""
+    summary = {"val": {"top1": 0.9, "top1_interval": [0.85, 0.94], "top5": 1.0, "log_loss": 0.5, "prior_top1": 0.8}}
+    metadata = replace(make_metadata("onnx"), run='a: "b"')
+    counts = {"a": {"train": 5, "val": 7}}
+    data = ModelCard(write_card(metadata, data={"counts": counts}, summary=summary, calibration=None, recipe="")).data
+    assert (data.license, data.library_name, data.metrics) == ("cc-by-nc-4.0", "fieldmark", ["accuracy"])
+    assert data.model_name == 'a: "b"'
+    found = {(one.metric_type, one.metric_name): one.metric_value for one in data.eval_results}
+    assert found == {("accuracy", "top-1 accuracy"): 0.9, ("log_loss", "log loss (nats)"): 0.5}
+    assert {one.dataset_name for one in data.eval_results} == {f"7 validation photos of {len(CLASSES)} classes"}
+    empty = write_card(metadata, data={}, summary={}, calibration=None, recipe="")
+    assert ModelCard(empty).data.eval_results is None
+
+
+def test_an_export_is_uploaded_to_a_private_repository_or_the_way_on_is_said(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.create_repo", lambda name, **_: asked.append((name, _)) or f"hub/{name}")
+    monkeypatch.setattr("huggingface_hub.upload_folder", lambda **options: asked.append(options))
+    assert push_export(tmp_path, "ada/birds") == "hub/ada/birds"
+    assert asked == [
+        ("ada/birds", {"private": True, "exist_ok": True}),
+        {"repo_id": "ada/birds", "folder_path": tmp_path},
+    ]
+
+    def refuse(*_, **__):
+        raise OSError("401: no token.\nmore")
+
+    monkeypatch.setattr("huggingface_hub.create_repo", refuse)
+    with pytest.raises(ExportError, match=r"could not be uploaded to ada/birds: 401: no token. Log in with"):
+        push_export(tmp_path, "ada/birds")
 
 
 @pytest.mark.parametrize(

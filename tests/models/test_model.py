@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fieldmark.errors import ConfigError, WeightsError
-from fieldmark.models.catalog import ALIASES, resolve_name
+from fieldmark.models.catalog import ALIASES, format_models, list_models, resolve_name
 from fieldmark.models.classifier import (
     Classifier,
     check_parameter_budget,
@@ -386,3 +386,21 @@ def test_timms_private_grouping_still_groups_as_the_stages_need():
         ["layer2.0.weight"],
         ["fc.weight"],
     ]
+
+
+def test_backbones_worth_a_look_are_listed_with_what_they_cost_and_are_timms():
+    """Each has weights in timm and the parameters that are said of it; a pattern finds the same numbers."""
+    rows = list_models("")
+    names = [row["name"] for row in rows]
+    assert {"tf_efficientnet_lite1.in1k", "convnext_tiny.in12k_ft_in1k", *ALIASES.values()} <= set(names)
+    assert all(timm.is_model_pretrained(name) for name in names)
+    assert all(row["parameters_millions"] and row["gmacs"] for row in rows)
+    lite = list_models("tf_efficientnet_lite0.in1k")[0]
+    assert lite == rows[names.index(lite["name"])]
+    model = timm.create_model("tf_efficientnet_lite0")
+    assert lite["parameters_millions"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.05)
+    unknown = list_models("efficientnet_lite0.ra_in1k")
+    assert unknown[0]["top1"] is None
+    assert " –  " in format_models(unknown)
+    assert "photos/s" not in format_models(rows)
+    assert "  512.0 " in format_models([{**lite, "photos_per_second": 512.0}])

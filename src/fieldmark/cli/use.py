@@ -157,15 +157,20 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Quantize (onnx, openvino): smaller and faster.")] = False,
     max_accuracy_loss: Annotated[float, typer.Option(help="Most accuracy that int8 may lose; 0.01 is a point.")] = 0.01,
     photos: Annotated[int, typer.Option(help="Most validation photos to prove it on.", min=1)] = 600,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Also upload it to the model hub; a new one is private.")
+    ] = None,
 ) -> None:
     """Write the model for elsewhere, proven to give the same answers."""
-    from fieldmark.export.export import export_run
+    from fieldmark.export.export import export_run, push_export
     from fieldmark.export.model_card import evidence_text
     from fieldmark.runs.folder import Run
 
     folder = out or run.with_name(f"{run.resolve().name}-{to}{'-int8' if int8 else ''}")
     written = export_run(Run(run), folder, to=to, is_int8=int8, max_accuracy_loss=max_accuracy_loss, max_photos=photos)
     typer.echo(f"wrote {folder}\n{evidence_text(written.evidence)}")
+    if push is not None:
+        typer.echo(f"uploaded to {push_export(folder, push)}")
 
 
 def serve(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.augment.reference import eval_reference
-from fieldmark.errors import ExportError
+from fieldmark.errors import ExportError, first_line
 from fieldmark.export import formats
 from fieldmark.export.model_card import model_card
 from fieldmark.files import whole_folder
@@ -126,6 +126,25 @@ def export_model(
         for file in part.iterdir():
             file.chmod(0o644)  # safetensors makes private files; an export is for others
     return metadata
+
+
+def push_export(folder: Path, repository: str) -> str:
+    """Upload an export, with its card, to a repository of the model hub ("USER/NAME"), and give its address.
+
+    A repository that is not there is made, private. Raises ExportError where the hub refuses: no token, no network.
+    """
+    import huggingface_hub as hub
+
+    try:
+        address = hub.create_repo(repository, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # the client raises its HTTP library's errors, and that library changes
+        reason = first_line(error).rstrip(".")
+        raise ExportError(
+            f"{folder} is written, but could not be uploaded to {repository}: {reason}. Log in with `hf auth login`, "
+            f"then `hf upload {repository} {folder}`"
+        ) from None
+    return str(address)
 
 
 def describe_run(run: Run, to: str) -> ModelMetadata:

@@ -30,12 +30,13 @@ def model_card(run: Run, metadata: ModelMetadata) -> str:
     intervals = {"top1": scores.get("top1_interval")}
     if num_val and "top5" in scores:
         intervals["top5"] = wilson_interval(round(scores["top5"] * num_val), num_val)
+    shown = {key: name for key, name in METRIC_NAMES.items() if key != "top5" or len(metadata.classes) > 5}
     page = {
         "model": metadata,
         "library": "timm" if metadata.kind == "timm" else "fieldmark",
         "spec": metadata.preprocessing,
         "levels": metadata.back_off.levels[1:] if metadata.back_off else (),
-        "metrics": [(name, scores[key], intervals.get(key)) for key, name in METRIC_NAMES.items() if key in scores],
+        "metrics": [(name, scores[key], intervals.get(key)) for key, name in shown.items() if key in scores],
         "num_val": num_val,
         "select": run.summary.get("select"),
         "note": run.summary.get("note"),  # of a soup

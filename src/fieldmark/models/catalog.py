@@ -37,6 +37,7 @@ class Package:
     pretraining: str  # as in timm's tags
 
 
+NUMBERS = {"top1": "top-1", "parameters_millions": "M params", "gmacs": "GMACs"}  # of backbones worth a look
 _KNOWN: dict[str, Any] = tomllib.loads((resources.files("fieldmark.models") / "known.toml").read_text("utf-8"))
 ALIASES: dict[str, str] = _KNOWN["aliases"]
 PACKAGES = {name: Package(**fields) for name, fields in _KNOWN["packages"].items()}
@@ -86,15 +87,15 @@ def _suggest(name: str) -> str:
 
 
 def list_models(pattern: str) -> list[dict[str, Any]]:
-    """List models with what one wants to know before choosing.
+    """List models with what one wants to know before choosing; None for a number that is not known.
 
-    `pattern` is "" for the short names alone; else a part of a timm name, or a pattern with `*`. Raises ConfigError
+    `pattern` is "" for backbones worth a look; else a part of a timm name, or a pattern with `*`. Raises ConfigError
     where no pre-trained model fits.
     """
     import timm
 
     alias_of = {name: alias for alias, name in ALIASES.items()}
-    names = list(alias_of)
+    names = list(_KNOWN["backbones"])
     if pattern:
         names = timm.list_pretrained(pattern if "*" in pattern else f"*{pattern}*")
         if not names:
@@ -104,6 +105,7 @@ def list_models(pattern: str) -> list[dict[str, Any]]:
         settings = timm_config(name)
         picture = input_config(settings, is_own=True)
         row = {"name": name, "alias": alias_of.get(name, "")}
+        row |= dict.fromkeys(NUMBERS) | _KNOWN["backbones"].get(name, {})
         row |= {"train_size": picture.train_size, "test_size": picture.test_size}
         rows.append(row | {"license": settings.license or "unknown", "pretraining": describe_pretraining(settings.tag)})
     return rows
@@ -111,12 +113,19 @@ def list_models(pattern: str) -> list[dict[str, Any]]:
 
 def format_models(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the rows of `list_models` as a table for people."""
-    width = max(len(row["name"]) for row in rows)
-    lines = [f"{'alias':16}{'timm name':{width}}  pixels (test)  license         pre-trained on"]
-    for row in rows:
-        pixels = f"{row['train_size']} ({row['test_size']})"
-        lines.append(f"{row['alias']:16}{row['name']:{width}}  {pixels:14} {row['license']:15} {row['pretraining']}")
-    return "\n".join(lines)
+    columns = {"name": "timm name", "alias": "short name", **NUMBERS, "photos_per_second": "photos/s",
+               "train_size": "pixels", "license": "license", "pretraining": "pre-trained on"}  # fmt: skip
+    keys = [key for key in columns if key in rows[0]]
+    shown = [[_as_text(row[key]) for key in keys] for row in rows]
+    cells = [[columns[key] for key in keys], *shown]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def _as_text(value: Any) -> str:
+    return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def hub_repository(name: str) -> str:

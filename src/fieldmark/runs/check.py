@@ -65,7 +65,7 @@ def measure(config: Config, index: PhotoIndex, sizes: NDArray[np.int64]) -> Pref
     reader = build.build_reader(config, index)
     prepare = build.build_train_photos(config, reader, sizes, size=size, evaluation=evaluation)
     numbers = np.flatnonzero(sizes[:, 0])[:PHOTOS_PREPARED].tolist()
-    prepared = _rate(lambda: len(prepare(numbers, 0).numbers))
+    prepared = measure_rate(lambda: len(prepare(numbers, 0).numbers))
     model = create_classifier(**build.create_arguments(config, num_classes=len(index.classes))).train()
     if build.is_channels_last(config):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -86,7 +86,7 @@ def measure(config: Config, index: PhotoIndex, sizes: NDArray[np.int64]) -> Pref
         return len(images)
 
     activations = _saved_bytes(loss) / len(images) * (config.train.micro_batch_size or config.train.batch_size)
-    trained, parameters = _rate(step), count_parameters(model)
+    trained, parameters = measure_rate(step), count_parameters(model)
     counts = Counter(photo.split for photo in index.photos)
     num_train, num_val = counts["train"], counts["val"]
     # A forward pass is a third of a training step.
@@ -104,7 +104,7 @@ def measure(config: Config, index: PhotoIndex, sizes: NDArray[np.int64]) -> Pref
     )
 
 
-def _rate(work: Callable[[], int]) -> float:
+def measure_rate(work: Callable[[], int]) -> float:
     """Units per second of `work`, which says how many it did; the first call warms up (a kernel may be compiled)."""
     work()
     started, done = time.perf_counter(), 0

@@ -92,7 +92,8 @@ def train(config: Config, out: str | Path, *, progress: Progress | None = None) 
         progress: Where to report how far the work is.
 
     Yields:
-        A report after each epoch; epoch 0 is the probe, where the settings ask for one. Leave the `for` to stop.
+        A report after each epoch; epoch 0 is the probe, where the settings ask for one. Nothing happens before the
+        first is asked for: loop over them, and leave the `for` to stop. `fieldmark.fit` trains at once.
 
     Raises:
         FieldmarkError: Settings, data, weights or machine don't allow it. What was saved stays.
