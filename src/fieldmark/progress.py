@@ -7,6 +7,7 @@ import io
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
@@ -49,8 +50,8 @@ class Logged(Progress):
         self._inner.message(text)
 
     def write(self, text: str) -> None:
-        """Add a line to the file alone."""
-        with self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+        """Add a line to the file alone. A full disk is told by whoever saves more than a line."""
+        with suppress(OSError), self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 

@@ -261,7 +261,7 @@ def test_killed_at_every_stage_a_run_ends_as_the_unbroken_one(forker, unbroken, 
         assert training.wait() == 0, training.told()
     assert_same_result(out, unbroken)
     assert not list(out.rglob("*.part"))
-    assert finished >= 3
+    assert finished
     assert set(hit) >= {"inspect", "cache", "epoch", "record", "save", "end"}, hit
 
 
