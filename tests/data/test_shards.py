@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.inference.test_remote import s3
+from tests.inference.test_remote import _fresh, make_tar, memory, s3
 from tests.runs.test_train import TINY, assert_same_result, own_cache, photos
 
 from fieldmark.config import load_config
@@ -26,32 +26,6 @@ from fieldmark.runs.folder import Run
 from fieldmark.runs.train import resume, train
 
 COLUMNS = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
-    monkeypatch.setattr(storage, "_opened", {})
-
-
-@pytest.fixture
-def memory():
-    import fsspec
-
-    made = fsspec.filesystem("memory")
-    made.store.clear()
-    made.pseudo_dirs[:] = [""]
-    yield made
-    made.store.clear()
-
-
-def make_tar(path: Path, members: dict[str, bytes], *, mode: str = "w") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def members_of(folder: Path) -> dict[str, bytes]:

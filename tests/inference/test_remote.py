@@ -70,6 +70,7 @@ def contents(source):
 
 
 def make_tar(path, members, *, mode="w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from fieldmark.budget.candidates import change
 from fieldmark.budget.heads import fit_head, refit_head
-from fieldmark.budget.race import FEW_FOLDS, STORED, Features, Numbers, make_folds
+from fieldmark.budget.race import FEW_FOLDS, STORED, Features, make_folds
 from fieldmark.budget.shelf import Answer, Model, Shelf, choose_temperature
 from fieldmark.config import Config
 from fieldmark.data.folders import quote
@@ -22,13 +23,13 @@ from fieldmark.data.index import join_indexes
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import DataError, RunError, command
 from fieldmark.files import whole_folder
-from fieldmark.inference.predictor import predict_split
-from fieldmark.models.classifier import count_parameters
+from fieldmark.inference.predictor import predict_features
+from fieldmark.models.classifier import Classifier, count_parameters
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.dataset import Dataset, prepare_dataset
-from fieldmark.runs.folder import Run
-from fieldmark.runs.train import format_accuracy, next_steps
+from fieldmark.runs.folder import Run, format_accuracy
+from fieldmark.runs.train import next_steps
 from fieldmark.study.statistics import paired_difference
 from fieldmark.training.evaluate import softmax
 
@@ -77,10 +78,11 @@ def extend(
         raise RunError(f"{run.path} is not finished (its status is {status!r}): resume it first")
     dataset = _gather(run, photos, log)
     index = dataset.index
-    keys = [row["folder"] for row in run.ensemble_info["members"]] if run.is_ensemble else ["extended"]
-    members = [Run(run.path / folder.MEMBERS / key) for key in keys] if run.is_ensemble else [run]
-    features = [_collect_features(run, member, dataset, log) for member in members]
-    models = [_fit(dataset, *parts, out) for parts in zip(keys, members, features, strict=True)]
+    members = run.members
+    networks = [member.load_model() for member in members]
+    features = [_collect_features(run, *parts, dataset, log) for parts in zip(members, networks, strict=True)]
+    keys = [member.path.name if run.is_ensemble else "extended" for member in members]
+    models = [_fit(dataset, *parts, out) for parts in zip(keys, members, networks, features, strict=True)]
     num_new, new_classes = len(index) - len(run.split), [name for name in index.classes if name not in run.classes]
     answer = Answer(f"{run.name}, extended by {num_new} photos", tuple(models))
     old = _compare_old(run, dataset, answer)
@@ -128,34 +130,25 @@ def _gather(run: Run, photos: str | Path, log: Progress) -> Dataset:
     return Dataset(joined, (), more.broken)
 
 
-def _collect_features(run: Run, member: Run, dataset: Dataset, log: Progress) -> Features:
+def _collect_features(run: Run, member: Run, network: Classifier, dataset: Dataset, log: Progress) -> Features:
     """Features of all photos that learn or validate, by one network; those of old photos are kept in its folder."""
     used = np.sort(np.concatenate([dataset.index.numbers("train"), dataset.index.numbers("val")]))
     old, new = used[used < len(run.split)], used[used >= len(run.split)]
     known = Features.load(member.path / STORED)
     missing = np.setdiff1d(old, known.numbers)
+    compute = partial(predict_features, member, dataset.index, network=network, progress=log)
     if len(missing):
         if not (first := run.split.files()[missing[0]]).is_file():
             lacks = f"{member.path} keeps no features of {len(missing)} of its photos"
             raise RunError(f"{lacks}, and {first} is gone. Bring the photos back, or train on all photos together")
         log.message(f"features of {len(missing)} old photos: computed once, and kept in {member.path}")
-        known = _compute(known, member, dataset, missing, log)
+        known = known.join(missing, compute(missing))
         known.save(member.path / STORED, kind=torch.float16)
     log.message(f"features of {len(new)} new photos")
-    return _compute(known, member, dataset, new, log)
+    return known.join(new, compute(new)) if len(new) else known
 
 
-def _compute(known: Features, member: Run, dataset: Dataset, numbers: Numbers, log: Progress) -> Features:
-    """Known features, and those of more photos."""
-    if not len(numbers):
-        return known
-    network = member.load_model()
-    network.head = torch.nn.Identity()
-    values = predict_split(member, dataset.index, numbers, progress=log, model=network, is_raw=True)
-    return known.join(numbers, values)
-
-
-def _fit(dataset: Dataset, key: str, member: Run, features: Features, out: Path) -> Model:
+def _fit(dataset: Dataset, key: str, member: Run, network: Classifier, features: Features, out: Path) -> Model:
     """The network of a run with a head for all classes, fitted on the training photos."""
     labels, index = dataset.labels, dataset.index
     train, val, num_classes = index.numbers("train"), index.numbers("val"), len(index.classes)
@@ -169,8 +162,7 @@ def _fit(dataset: Dataset, key: str, member: Run, features: Features, out: Path)
     if member.config.data.train_on == "train+val":  # what is said of the validation photos stays the first head's
         everything = np.concatenate([train, val])
         head = refit_head(features.select(everything), labels[everything], head)
-    network, info = member.load_model(), member.model_info
-    network.head = head.as_linear()
+    network.head, info = head.as_linear(), member.model_info
     create = {**info["create"], "num_classes": num_classes, "head": "linear"}
     described = {**info, "create": create, "parameters": count_parameters(network)}
     config, temperature = _configure(member.config, dataset, out), choose_temperature(answers, labels[val])

@@ -245,6 +245,14 @@ class Course:
         self._save(candidate, found)
         return found
 
+    def time_photos(self, candidate: Candidate) -> float:
+        """Seconds per photo of a few; those before them warm up."""
+        sample = self.order[:64]
+        self.collect_features(candidate, sample[:16])
+        began = time.perf_counter()
+        self.collect_features(candidate, sample)
+        return (time.perf_counter() - began) / max(len(sample) - 16, 1)
+
     def _file(self, candidate: Candidate) -> Path:
         return self.path / FEATURES / f"{candidate.key}.safetensors"
 

@@ -43,9 +43,9 @@ from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import prepare_dataset
 from fieldmark.runs.environment import usable_cores
-from fieldmark.runs.folder import Run
+from fieldmark.runs.folder import Run, format_accuracy
 from fieldmark.runs.session import setup_fabric
-from fieldmark.runs.train import StopRequest, format_accuracy, next_steps, stop_requests
+from fieldmark.runs.train import StopRequest, next_steps, stop_requests
 from fieldmark.runs.writer import claim_folder
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.evaluate import softmax
@@ -84,7 +84,7 @@ def describe_plan(config: Config) -> str:
             work = _prepare(config, Path(path), Plan(Path(path) / PLAN, math.inf), None, StopRequest())
             count = len(work.course.order) + len(work.course.val)
             firsts = [list_candidates(config, [backbone])[0] for backbone in work.backbones]
-            costs = [(candidate, count * work.time_photos(candidate)) for candidate in firsts]
+            costs = [(candidate, count * work.course.time_photos(candidate)) for candidate in firsts]
     except FieldmarkError as error:
         return f"train without a recipe is not possible here: {error}"
     lines = [
@@ -216,7 +216,7 @@ class _Work:
             return
         smallest = min(list_candidates(self.course.config, self.backbones[:1]), key=lambda one: one.size)
         with TemporaryDirectory() as path:
-            seconds = replace(self, course=replace(self.course, path=Path(path), kept={})).time_photos(smallest)
+            seconds = replace(self.course, path=Path(path), kept={}).time_photos(smallest)
         if seconds * pace > 1:
             raise ConfigError(
                 f"model.min_photos_per_second: {pace:g} are wanted; {smallest.backbone.name}, the smallest backbone at "
@@ -227,7 +227,7 @@ class _Work:
         """The cheapest backbone's features and a head: from here on the folder answers."""
         course, plan = self.course, self.course.plan
         own = list_candidates(self.course.config, self.backbones[:1])
-        seconds = self.time_photos(own[0])  # computed also where the choice is on record: batches must be the same
+        seconds = course.time_photos(own[0])  # computed also where the choice is on record: batches must be the same
         size = plan.decide("size of the floor", lambda: self._choose_floor(own, seconds))
         candidate = replace(own[0], size=size)
         least = min(len(course.order), max(2 * course.num_classes, 20))
@@ -242,14 +242,6 @@ class _Work:
                 f"the {plan.seconds / 60:g} minutes were over before the least that answers was made: "
                 f"this took {plan.elapsed:.0f} s"
             )
-
-    def time_photos(self, candidate: Candidate) -> float:
-        """Seconds per photo of a few; those before them warm up."""
-        sample = self.course.order[:64]
-        self.course.collect_features(candidate, sample[:16])
-        began = time.perf_counter()
-        self.course.collect_features(candidate, sample)
-        return (time.perf_counter() - began) / max(len(sample) - 16, 1)
 
     def _choose_floor(self, own: Sequence[Candidate], seconds: float) -> int:
         """The largest side, up to the picture's own, that all photos fit into by the time of a few; else the smallest.

@@ -219,10 +219,9 @@ def choose_mode(
     half_memory = psutil.virtual_memory().total / 2
     for preset in presets:
         num_bytes = preset.num_bytes(sizes)
-        there = sum(list_stored(folder / preset.name).values())
         if num_bytes > disk_gigabytes * _GIGA:
             limit = f"cache.disk_gigabytes = {disk_gigabytes:g}"
-        elif num_bytes - there > half_free:
+        elif num_bytes > half_free and num_bytes - sum(list_stored(folder / preset.name).values()) > half_free:
             limit = f"half of the free disk, {half_free / _GIGA:.2f} GB"
         elif mode == "auto" and preset.mode == "uint8" and num_bytes > half_memory:
             limit = f"half of the memory, {half_memory / _GIGA:.2f} GB"

@@ -24,8 +24,7 @@ from fieldmark.plots import fill_template
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.environment import describe_environment
-from fieldmark.runs.folder import WEIGHTS, Run, find_runs
-from fieldmark.runs.train import format_accuracy
+from fieldmark.runs.folder import WEIGHTS, Run, find_runs, format_accuracy
 from fieldmark.training.checkpoint import greedy_soup, load_saved_weights, save_weights
 
 Method = Literal["ensemble", "soup"]

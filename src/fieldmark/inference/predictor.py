@@ -35,11 +35,13 @@ from fieldmark.plots import fill_template, thumbnail_uri
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
 from fieldmark.runs.environment import keep_freed_memory, usable_cores
-from fieldmark.runs.folder import ENSEMBLE, MEMBERS, WEIGHTS, Run
+from fieldmark.runs.folder import ENSEMBLE, WEIGHTS, Run
 from fieldmark.training.evaluate import predict_batches, softmax
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from fieldmark.models.classifier import Classifier
 
 THUMBNAIL_PIXELS = 160
 _THUMBNAIL = DecodeSpec((255, 255, 255), max_pixels=100_000_000)
@@ -296,6 +298,14 @@ def predict_split(
     return np.concatenate(rows)
 
 
+def predict_features(
+    run: Run, index: PhotoIndex, numbers: NDArray[np.int64], *, network: Classifier, progress: Progress
+) -> NDArray[np.float32]:
+    """(N, F) what a run's network, which loses its head here, gives a head of each of these photos of an index."""
+    network.head = nn.Identity()
+    return predict_split(run, index, numbers, progress=progress, model=network, is_raw=True)
+
+
 def _prepare_photos(
     sources: Sequence[Source | PhotoError], decoding: DecodeSpec, spec: EvalSpec | Views, *, keeps_broken: bool
 ) -> EvalPhotos:
@@ -345,7 +355,7 @@ class Networks:
 
     def __init__(self, run: Run, *, flips: bool, model: nn.Module | None = None) -> None:
         members: list[dict[str, Any]] = run.ensemble_info["members"] if run.is_ensemble else []
-        runs = [Run(run.path / MEMBERS / row["folder"]) for row in members] or [run]
+        runs = run.members
         for one in runs:
             if set(one.classes) != set(run.classes):
                 raise RunError(f"{run.path / ENSEMBLE} names {one.path}, whose classes are not the ensemble's")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from fieldmark.data.audit import near_pairs
 from fieldmark.data.folders import Photo
@@ -22,12 +21,12 @@ from fieldmark.data.tables import write_csv
 from fieldmark.errors import DataError, command
 from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.predict import report_predictions
-from fieldmark.inference.predictor import Predictor, predict_split
+from fieldmark.inference.predictor import Predictor, predict_features
 from fieldmark.inference.sources import PhotoSource, open_source
 from fieldmark.inference.triage import hash_photos
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs.check import NEAR_DISTANCE_BITS
-from fieldmark.runs.folder import MEMBERS, Run
+from fieldmark.runs.folder import Run
 
 CANDIDATES = 5
 """Of so many times as many photos as are asked for, those that the model is least sure of, some are chosen."""
@@ -134,13 +133,9 @@ def cover(features: NDArray[np.float32], count: int) -> tuple[list[int], list[in
 def _compute_features(run: Run, files: Sequence[Path]) -> NDArray[np.float32]:
     """(N, F) what the head of a run is given of each photo; of an ensemble that of all members, side by side."""
     index = PhotoIndex(Path(), tuple(Photo(str(file.absolute()), None, "", "") for file in files), (), {})
-    folders = [run.path / MEMBERS / row["folder"] for row in run.ensemble_info["members"]] if run.is_ensemble else []
-    columns: list[NDArray[np.float32]] = []
-    for member in [Run(folder) for folder in folders] or [run]:
-        network = member.load_model()
-        network.head = nn.Identity()
-        numbers = np.arange(len(files))
-        columns.append(predict_split(member, index, numbers, progress=Quiet(), model=network, is_raw=True))
+    networks = ((member, member.load_model()) for member in run.members)
+    numbers, quiet = np.arange(len(files)), Quiet()
+    columns = [predict_features(one, index, numbers, network=network, progress=quiet) for one, network in networks]
     return np.concatenate(columns, axis=1)
 
 

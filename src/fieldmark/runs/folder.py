@@ -160,9 +160,7 @@ class Run:
         with suppress(RunError, LookupError, TypeError, ValueError):  # of a damaged run, what can be told
             facts.append(str(self.summary["status"]))
             facts.append(f"{len(self.classes)} classes")
-            val = self.summary["val"]
-            low, high = val["top1_interval"]
-            facts.append(f"validation top-1 {val['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}")
+            facts.append(f"validation {format_accuracy(self.summary['val'])}")
         return f"{type(self).__name__}({', '.join(facts)})"
 
     def _repr_html_(self) -> str:
@@ -229,6 +227,13 @@ class Run:
     def ensemble_info(self) -> dict[str, Any]:
         """Folders, names and temperatures of an ensemble's members."""
         return _read_json(self._file(ENSEMBLE), _Ensemble)
+
+    @property
+    def members(self) -> list[Run]:
+        """The runs of an ensemble, in its order; of any other run the run itself."""
+        if not self.is_ensemble:
+            return [self]
+        return [Run(self.path / MEMBERS / row["folder"]) for row in self.ensemble_info["members"]]
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -486,6 +491,12 @@ def flatten(settings: Config | Mapping[str, Any], prefix: str = "", *, separator
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}{separator}", separator=separator) if is_table else {name: value}
     return flat
+
+
+def format_accuracy(metrics: Mapping[str, Any]) -> str:
+    """Top-1 accuracy with its interval."""
+    low, high = metrics["top1_interval"]
+    return f"top-1 {metrics['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
 
 
 def format_value(value: Any) -> str:

@@ -27,7 +27,7 @@ from fieldmark.errors import (
 )
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
-from fieldmark.runs.folder import Run
+from fieldmark.runs.folder import Run, format_accuracy
 from fieldmark.runs.session import Session, Start, open_session, require_photos_of
 from fieldmark.runs.tracking import Trackers, flatten
 from fieldmark.training import metrics
@@ -376,12 +376,6 @@ def _describe_probe(summary: Mapping[str, Any]) -> str:
         f"fine-tuning did not help: {metric} {found['value']:.4f} after the probe, at best "
         f"{found['best_fine_tuned']:.4f} in the epochs after it. {kept}"
     )
-
-
-def format_accuracy(metrics: dict[str, Any]) -> str:
-    """Top-1 accuracy with its interval."""
-    low, high = metrics["top1_interval"]
-    return f"top-1 {metrics['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
 
 
 def new_run_folder(config: Config, recipe: str) -> Path:
