@@ -17,8 +17,7 @@ from fieldmark.models.weights import data_config
 View = Literal["whole", "center"]
 
 SIZE_STEP = 32
-SMALLER, LARGER = 0.72, 1.25
-"""Sides besides the weights' own test size, as shares of it."""
+SMALLER, LARGER = 0.72, 1.25  # sides besides the weights' own test size, as shares of it
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,8 @@ def find_backbones(config: Config) -> list[Backbone]:
     """Backbones that may be used, cheapest first by their parameters.
 
     If the recipe or the user names a model, it is the only one; else those in installed packages and in the hub's
-    cache, as far as the limit of parameters allows.
-
-    Raises:
-        WeightsError: There is none, and what would change that.
-        ConfigError: The head is not a linear one, or the model named is over the limit.
+    cache, as far as the limit of parameters allows. Raises WeightsError where there is none, and ConfigError where the
+    head is not a linear one or the model named is over the limit.
     """
     if config.model.head != "linear":
         raise ConfigError(
@@ -106,11 +102,9 @@ def find_backbones(config: Config) -> list[Backbone]:
     allowed = [backbone for backbone in found if limit is None or backbone.parameters <= limit * 1e6]
     if not allowed:
         smallest = f"{found[0].name} has {found[0].parameters / 1e6:.2f} M"
-        way_out = (
-            "Raise it, or leave the choice of the model to the plan"
-            if is_named
-            else ("No backbone at hand is smaller: raise the limit")
-        )
+        way_out = "No backbone at hand is smaller: raise the limit"
+        if is_named:
+            way_out = "Raise it, or leave the choice of the model to the plan"
         raise ConfigError(f"model.max_parameters_millions: the limit is {limit:g} M; {smallest}. {way_out}")
     return allowed
 
@@ -183,9 +177,8 @@ def _cached() -> list[Backbone]:
         return []
     names = [name.removeprefix("timm/") for name in sorted(repositories) if name.startswith("timm/")]
     known = [name for name in names if timm.is_model(name.partition(".")[0]) and timm.is_model_pretrained(name)]
-    whole = [
-        name
+    return [
+        _describe(name, "pretrained")
         for name in known
         if any(isinstance(try_to_load_from_cache(f"timm/{name}", file), str) for file in WEIGHT_FILES)
     ]
-    return [_describe(name, "pretrained") for name in whole]

@@ -33,8 +33,7 @@ from fieldmark.runs.train import next_steps
 from fieldmark.study.statistics import paired_difference
 from fieldmark.training.evaluate import softmax
 
-TABLE = "photos.csv"
-"""All photos of an extended run with their splits, for a full training."""
+TABLE = "photos.csv"  # all photos of an extended run with their splits, for a full training
 
 
 def extend(

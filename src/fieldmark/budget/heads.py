@@ -15,14 +15,11 @@ from torch.nn import functional
 
 from fieldmark.training.metrics import log_loss
 
+# L2 penalties that are tried, from the strongest: of the mean loss in nats, on standardized features.
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
-"""L2 penalties that are tried, from the strongest: of the mean loss in nats, on standardized features."""
-
+# Assumed second derivative of the loss along a feature of variance 1, which scales the search and not its result.
 CURVATURE = 1e-3
-"""Assumed second derivative of the loss along a feature of variance 1, which scales the search and not its result."""
-
-COARSE, FINE = 30, 60
-"""Iterations of a fit that is compared in cross-validation, and of the one that is kept."""
+COARSE, FINE = 30, 60  # iterations of a fit that is compared in cross-validation, and of the one that is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,19 +51,13 @@ def fit_head(
 
     The features are rotated onto their principal axes, of which there are at most N: exact under an L2 penalty, and it
     makes the search well conditioned. Strengths are tried from strong to weak, each fold from its own previous
-    solution, until the out-of-fold loss rises.
-
-    Args:
-        features: (N, F).
-        labels: (N,) class indices.
-        folds: (N,) fold of each photo, at least two different.
-        num_classes: K.
-        strengths: Falling.
+    solution, until the out-of-fold loss rises. Of (N, F) features with (N,) class numbers and (N,) folds, at least two
+    different; strengths fall.
     """
     basis = _Basis.of(torch.from_numpy(features))
     targets = torch.from_numpy(labels)
     parts = [torch.from_numpy(folds == fold) for fold in np.unique(folds)]
-    weights = [basis.zeros(num_classes) for _ in parts]
+    weights = [torch.zeros(len(basis.variances) + 1, num_classes) for _ in parts]  # along the axes; last, the bias
     best: tuple[float, float, Tensor, Tensor] | None = None
     for l2 in strengths:
         probabilities = torch.empty(len(labels), num_classes)
@@ -117,12 +108,8 @@ class _Basis:
         axes = scaled.T @ vectors / (values * len(features)).sqrt() if is_wide else vectors
         return cls(mean, std, axes, values, scaled @ axes)
 
-    def zeros(self, num_classes: int) -> Tensor:
-        """(R + 1, K) weights along the axes, and the bias in the last row."""
-        return torch.zeros(len(self.variances) + 1, num_classes)
-
     def unrotate(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, F) weight and (K,) bias for raw features."""
+        """(K, F) weight and (K,) bias for raw features, of (R + 1, K) along the axes with the bias in the last row."""
         weight = (self.axes @ weights[:-1] / self.std[:, None]).T.contiguous()
         return weight, weights[-1] - weight @ self.mean
 

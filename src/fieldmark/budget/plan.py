@@ -18,12 +18,9 @@ PLAN = "plan.jsonl"
 CPU_MINUTES_OF_TWO_CORES = 10.0
 GPU_MINUTES = 60.0
 
-WARMUP_SHARE, COOLDOWN_SHARE = 0.05, 0.4
-"""Shares of all updates in which the rate rises, and in which it falls to zero."""
-
+WARMUP_SHARE, COOLDOWN_SHARE = 0.05, 0.4  # of all updates, in which the rate rises, and in which it falls to zero
 REPLAN_EVERY = 10
-TOLERANCE = 0.04
-"""Of the planned updates: a smaller difference is not worth another plan."""
+TOLERANCE = 0.04  # of the planned updates: a smaller difference is not worth another plan
 
 Value = TypeVar("Value")
 Clock = Callable[[], float]
@@ -57,11 +54,7 @@ class Plan:
 
     @classmethod
     def resume(cls, path: Path, *, minutes: float | None, clock: Clock = time.monotonic) -> Plan:
-        """Take up a record: with what was left of its budget, or with new minutes from now.
-
-        Raises:
-            RunError: There is no record, or nothing is left.
-        """
+        """Take up a record: with what was left of its budget, or with new minutes from now."""
         records = _read(path)
         if not records or records[0]["what"] != "budget":
             raise RunError(f"{path} does not begin with a budget: begin a new run with --minutes")
@@ -91,10 +84,7 @@ class Plan:
     def decide(self, what: str, choose: Callable[[], Value]) -> Value:
         """The recorded decision of this name, or a new one, a plain JSON value, which is recorded.
 
-        The order of names must be the same in every run of the same settings.
-
-        Raises:
-            RunError: The record holds another decision here: it was made by another version or other settings.
+        The order of names must be the same in every run of the same settings: else this is a RunError.
         """
         if self.is_repeating:
             record = self._recorded[self._position]

@@ -37,21 +37,14 @@ from fieldmark.training.metrics import log_loss
 
 FEATURES = "features"
 
+# In a run folder: what its network gives before the head, so that `fieldmark extend` needs no old photos.
 STORED = "features.safetensors"
-"""In a run folder: what its network gives before the head, so that `fieldmark extend` needs no old photos."""
-
-CHUNK = 64
-"""Photos between two looks at the clock."""
-
+CHUNK = 64  # photos between two looks at the clock
+# Photos of a pass on a core: activations stay in its caches. Lite0 at 224 pixels: 37 photos/s of one core in batches of
+# 8, 24 in batches of 32 (docs/performance.md).
 CPU_BATCH = 8
-"""Photos of a pass on a core: activations stay in its caches. Lite0 at 224 pixels: 37 photos/s of one core in
-batches of 8, 24 in batches of 32 (docs/performance.md)."""
-
-FEW_PHOTOS, MANY_FOLDS, FEW_FOLDS = 1000, 5, 3
-"""Below so many photos heads are compared on more folds, since each photo counts."""
-
-MIN_PER_CLASS = 8
-"""Photos of a class below which a comparison of candidates says nothing."""
+FEW_PHOTOS, MANY_FOLDS, FEW_FOLDS = 1000, 5, 3  # of few photos heads are compared on more folds, since each counts
+MIN_PER_CLASS = 8  # photos of a class below which a comparison of candidates says nothing
 
 Numbers = NDArray[np.int64]
 
@@ -219,7 +212,8 @@ class Course:
 
     def collect_features(self, candidate: Candidate, numbers: Numbers, *, deadline: float = math.inf) -> Features:
         """Features of at least the first of `numbers`: of as many as are done by `deadline`, in elapsed seconds."""
-        known = self._load(candidate)
+        file = self.path / FEATURES / f"{candidate.key}.safetensors"
+        known = self.kept.get(candidate.key) or Features.load(file)
         missing = numbers[~np.isin(numbers, known.numbers)]
         if not len(missing):
             return known
@@ -241,8 +235,8 @@ class Course:
                 if self.plan.elapsed > deadline or self.stop:
                     break
         seconds = known.seconds + median(rates) * sum(map(len, done[1:]))
-        found = Features(np.concatenate(done), np.concatenate(parts), seconds)
-        self._save(candidate, found)
+        self.kept[candidate.key] = found = Features(np.concatenate(done), np.concatenate(parts), seconds)
+        found.save(file)
         return found
 
     def time_photos(self, candidate: Candidate) -> float:
@@ -252,16 +246,6 @@ class Course:
         began = time.perf_counter()
         self.collect_features(candidate, sample)
         return (time.perf_counter() - began) / max(len(sample) - 16, 1)
-
-    def _file(self, candidate: Candidate) -> Path:
-        return self.path / FEATURES / f"{candidate.key}.safetensors"
-
-    def _load(self, candidate: Candidate) -> Features:
-        return self.kept.get(candidate.key) or Features.load(self._file(candidate))
-
-    def _save(self, candidate: Candidate, features: Features) -> None:
-        self.kept[candidate.key] = features
-        features.save(self._file(candidate))
 
     def enter(self, candidate: Candidate, count: int, *, deadline: float) -> Entry | None:
         """Score a candidate on the first `count` training photos, or on as many as fit; None if they are too few."""

@@ -52,20 +52,14 @@ from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import EpochReport
 from fieldmark.training.metrics import log_loss
 
+# Shares of the budget by which the floor stands, by which all photos' features of its picture could be had, by which
+# the race ends where fine-tuning follows, and by which it ends where none does.
 FLOOR_SHARE, FEATURE_SHARE, RACE_SHARE, PROBE_SHARE = 0.15, 0.75, 0.40, 0.93
-"""Shares of the budget by which the floor stands, by which all photos' features of its picture could be had, by which
-the race ends where fine-tuning follows, and by which it ends where none does."""
-
-TUNE_SHARE = 0.5
-"""Of the budget, for fine-tuning."""
-
+TUNE_SHARE = 0.5  # of the budget, for fine-tuning
 SHOWN, SHOWN_CHOICES = 8, 4
-
+# Photos x features x classes of a head of which the products take as long as the search around them (measured).
 SEARCH_SIZE = 1.3e8
-"""Photos x features x classes of a head of which the products take as long as the search around them (measured)."""
-
-MEMBERS = 4
-"""The most networks with fitted heads that answer together; a fine-tuned one may join them."""
+MEMBERS = 4  # the most networks with fitted heads that answer together; a fine-tuned one may join them
 
 
 class _StoppedError(Exception):
@@ -87,14 +81,13 @@ def describe_plan(config: Config) -> str:
             costs = [(candidate, count * work.course.time_photos(candidate)) for candidate in firsts]
     except FieldmarkError as error:
         return f"train without a recipe is not possible here: {error}"
+    minutes = machine_minutes(config)
     lines = [
-        f"train without a recipe: {machine_minutes(config):g} minutes on this machine; by a trial of a second each,"
-    ]
-    lines += [
         f"  {candidate.key}: a head on all photos takes {seconds:.0f} s, an epoch of fine-tuning {3 * seconds:.0f} s"
         for candidate, seconds in costs
     ]
-    return "\n".join(lines)
+    head = f"train without a recipe: {minutes:g} minutes on this machine; by a trial of a second each,"
+    return "\n".join([head, *lines])
 
 
 def train_within(
@@ -109,11 +102,8 @@ def train_within(
     """Make the best model that fits a time, and write a run folder, which must not exist, or be empty.
 
     What the settings name explicitly (model, evaluation size, view) is not varied. `spent_seconds` of the minutes are
-    gone already: those of a program that took time to start.
-
-    Raises:
-        FieldmarkError: Settings, data, weights or machine do not allow it.
-        InterruptedRunError: Ctrl-C or SIGTERM came; the folder holds the best model so far.
+    gone already: those of a program that took time to start. After an InterruptedRunError (Ctrl-C or SIGTERM) the
+    folder holds the best model so far.
     """
     if (processes := config.train.devices * config.train.nodes) > 1:
         raise ConfigError(
@@ -133,11 +123,7 @@ def train_within(
 def resume_within(
     out: str | Path, *, minutes: float | None, progress: Progress | None = None, clock: Clock = time.monotonic
 ) -> Run:
-    """Go on with a run that a budget was set for: with what was left of it, or with new minutes.
-
-    Raises:
-        RunError: It is no such run, or it is finished and no new minutes are given.
-    """
+    """Go on with a run that a budget was set for: with what was left of it, or with new minutes."""
     path = Path(out)
     plan = Plan.resume(path / PLAN, minutes=minutes, clock=clock)
     if minutes is None and folder.run_status(path) == "finished":
@@ -299,8 +285,10 @@ class _Work:
         for number, count in enumerate(counts[:-1], start=1):
             share = number / len(counts) * 0.5
             deadline = plan.decide(f"round of {count}", lambda share=share: plan.elapsed + share * (end - plan.elapsed))
-            entries = self._round(running, count, deadline)
-            running = self._survivors(entries, most=max(2, -(-len(running) // 3)))
+            ranked = sorted(self._round(running, count, deadline), key=lambda entry: entry.log_loss)
+            firsts = _firsts(ranked)  # the best picture of each backbone, then the next best
+            best = (*firsts, *(one for one in ranked if one not in firsts))
+            running = [entry.candidate for entry in best[: max(2, -(-len(running) // 3))]]
         # What was not compared for lack of time may still fit into what is left.
         untried = sorted((one for one in everything if one.key not in self.entries), key=lambda one: -one.size)
         for number, candidate in enumerate(dict.fromkeys([*running, *untried])):
@@ -329,12 +317,6 @@ class _Work:
             if entry is not None:
                 entries.append(entry)
         return entries
-
-    def _survivors(self, entries: Sequence[Entry], *, most: int) -> list[Candidate]:
-        """The best picture of each backbone first, then the next best."""
-        ranked = sorted(entries, key=lambda entry: entry.log_loss)
-        firsts = _firsts(ranked)
-        return [entry.candidate for entry in (*firsts, *(one for one in ranked if one not in firsts))][:most]
 
     def _fits(self, wanted: Sequence[Candidate], end: float) -> bool:
         """Whether the features of all photos, and heads on them, can be had of these candidates together by `end`."""
@@ -414,7 +396,9 @@ class _Work:
     def tune(self) -> None:
         """Fine-tune the best backbone that the time left allows, and choose among all that answers."""
         ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
-        reserve = self._reserve(ranked[0])
+        # For what follows: the evaluations, and the folder.
+        evaluations = 5 * 1.3 * ranked[0].seconds_per_photo * len(self.course.val)
+        reserve = evaluations + 5 + 0.01 * self.course.plan.seconds
         record = self.course.plan.decide("fine-tune", lambda: self._choose_tuning(ranked, reserve))
         self._check()
         if not record:
@@ -431,10 +415,6 @@ class _Work:
             raise _StoppedError
         self.tried.append({"what": f"fine-tuning of {key}", "updates": tuned.updates, "seconds": tuned.seconds})
         self._choose(entry, tuned, probed)
-
-    def _reserve(self, entry: Entry) -> float:
-        """Seconds for what follows fine-tuning: its evaluations, and the folder."""
-        return 5 * 1.3 * entry.seconds_per_photo * len(self.course.val) + 5 + 0.01 * self.course.plan.seconds
 
     def _choose_tuning(self, ranked: Sequence[Entry], reserve: float) -> list[Any]:
         """Key and option of the best entry whose network can be fine-tuned for long enough; [] for none."""
@@ -481,14 +461,12 @@ class _Work:
 
     def _loss(self, answer: Answer) -> float:
         """Validation log loss at the temperature that fits best: an average of sure answers is less sure than it is."""
-        labels = self.course.dataset.labels[self.course.val]
-        temperature = choose_temperature(answer.val, labels)
-        return log_loss(apply_temperature(log_probabilities(answer.val), temperature), labels)
+        temperature = choose_temperature(answer.val, self._labels)
+        return log_loss(apply_temperature(log_probabilities(answer.val), temperature), self._labels)
 
     def _tuned_model(self, entry: Entry, name: str, config: Config, weights: Weights, val: Floats) -> Model:
         key = f"{entry.candidate.key}-tuned-{name.replace(' ', '-').replace('%', '')}"
-        temperature = choose_temperature(val, self.course.dataset.labels[self.course.val])
-        pace = entry.seconds_per_photo
+        temperature, pace = choose_temperature(val, self._labels), entry.seconds_per_photo
         return Model(key, config, self._describe(entry, config), dict(weights), val, temperature, pace)
 
     def _probed_model(self, entry: Entry) -> Model:
@@ -591,7 +569,11 @@ class _Work:
 
     def _hits(self, answer: Answer) -> NDArray[np.bool_]:
         """(M,) whether each validation photo is named correctly."""
-        return answer.val.argmax(1) == self.course.dataset.labels[self.course.val]
+        return answer.val.argmax(1) == self._labels
+
+    @property
+    def _labels(self) -> NDArray[np.int64]:
+        return self.course.dataset.labels[self.course.val]
 
 
 def _firsts(ranked: Sequence[Entry]) -> list[Entry]:

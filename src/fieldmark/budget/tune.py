@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fieldmark.budget.candidates import SMALLER, Candidate, change, round_size
-from fieldmark.budget.heads import Head, refit_head
+from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import Pace, Shape
 from fieldmark.budget.race import Course, Entry
 from fieldmark.config import Config
@@ -27,38 +27,25 @@ from fieldmark.data.loader import compute_alone
 from fieldmark.models.classifier import freeze_stages
 from fieldmark.runs import build, folder
 from fieldmark.runs.session import Session, assemble
-from fieldmark.training.loop import (
-    EpochReport,
-    TrainBatch,
-    TrainState,
-    UpdateOptions,
-    compute_gradients,
-    train_epochs,
-)
+from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, UpdateOptions, compute_gradients, train_epochs
 from fieldmark.training.optim import Schedule
 
 TUNING = "tuning"
+MOVES = "end of fine-tuning"
+MEASURED_PHOTOS = 32
+# Photos of a pass on a core. Lite0 at 160 pixels in updates of 32, photos/s of two cores of an AMD EPYC: 100 with 16
+# and 91 with 8 in bf16, 57 and 50 in 32 bit.
+MICRO_BATCH = 16
+# Epochs that are wanted of a depth and size, those below which fine-tuning earns nothing, and those from which batches
+# are mixed: with fewer, regularizers cost more than they earn.
+ENOUGH_EPOCHS, LEAST_EPOCHS, MANY_EPOCHS = 8.0, 5.0, 10.0
+MOST_EPOCHS = 30.0  # after which a probed network has learned what a small data set can teach it
+# Least L2 penalty of the head that fine-tuning starts from. With 1e-4, birds100 fell from .90 to .46 in an epoch.
+SOFT_L2 = 1e-2
 
 Weights = Mapping[str, Tensor]
 
-MEASURED_PHOTOS = 32
-
-MICRO_BATCH = 16
-"""Photos of a pass on a core. Lite0 at 160 pixels in updates of 32, photos/s of two cores of an AMD EPYC: 100 with 16
-and 91 with 8 in bf16, 57 and 50 in 32 bit."""
-
-ENOUGH_EPOCHS, LEAST_EPOCHS, MANY_EPOCHS = 8.0, 5.0, 10.0
-"""Epochs that are wanted of a depth and size, those below which fine-tuning earns nothing, and those from which
-batches are mixed: with fewer, regularizers cost more than they earn."""
-
-MOST_EPOCHS = 30.0
-"""Epochs after which a probed network has learned what a small data set can teach it."""
-
-SOFT_L2 = 1e-2
-"""Least L2 penalty of the head that fine-tuning starts from. With 1e-4, birds100 fell from .90 to .46 in an epoch."""
-
-MOVES = "end of fine-tuning"
-
+# What fine-tuning takes where the recipe and its user say nothing.
 SETTINGS: dict[str, dict[str, Any]] = {
     # A probed head is ruined by a high rate in its first epochs (clothing10 fell from .76 to .63 at lr 1e-3).
     "optim": {"lr": 4e-4, "backbone_lr_scale": 0.5, "layer_decay": 0.9, "weight_decay": 0.01, "clip_norm": 1.0},
@@ -66,7 +53,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"freeze_batchnorm": True},
     "train": {"label_smoothing": 0.1, "ema_decay": 0.98, "select": "last"},
 }
-"""What fine-tuning takes where the recipe and its user say nothing."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +108,12 @@ def choose_option(options: Sequence[Option]) -> Option | None:
 def list_options(course: Course, candidate: Candidate, *, seconds: float, depths: int = 3) -> list[Option]:
     """Ways to fine-tune a candidate in so many seconds, all stages at the evaluation size first.
 
-    Args:
-        course: Networks, device, photos and settings.
-        candidate: Which.
-        seconds: That training may take.
-        depths: How many depths of freezing to measure, from none.
+    `depths` is how many depths of freezing to measure, from none.
     """
     num_stages = course.load_model(candidate).model.count_stages()
-    small = course.config.augment.size or _training_size(candidate)
+    # Smaller than the evaluation picture, in which objects then look as large as in training's crops.
+    is_fixed = candidate.backbone.picture.is_size_fixed
+    small = course.config.augment.size or (candidate.size if is_fixed else round_size(candidate.size * SMALLER))
     large = course.config.augment.size or max(candidate.size, small)
     found: list[Option] = []
     for freeze in (0, num_stages // 3, 2 * num_stages // 3)[:depths]:
@@ -139,13 +123,6 @@ def list_options(course: Course, candidate: Candidate, *, seconds: float, depths
             found.append(Option(side, freeze, each, min(seconds / (len(course.order) * each), MOST_EPOCHS)))
     # All stages at a small size before fewer at a large one: sizes cost more than they earn until epochs are plenty.
     return sorted(found, key=lambda option: (option.freeze, -option.size if option.epochs >= MANY_EPOCHS else 0))
-
-
-def _training_size(candidate: Candidate) -> int:
-    """Smaller than the evaluation picture, in which objects then look as large as in training's crops."""
-    if candidate.backbone.picture.is_size_fixed:
-        return candidate.size
-    return round_size(candidate.size * SMALLER)
 
 
 def tuning_config(config: Config, candidate: Candidate, option: Option) -> Config:
@@ -180,12 +157,7 @@ OnEpoch = Callable[[EpochReport, Config, Weights], None]
 def tune(course: Course, entry: Entry, option: Option, *, reserve: float, on_epoch: OnEpoch) -> Tuned | None:
     """Fine-tune a candidate from its head, and mix with it; None if a signal came, with the state saved.
 
-    Args:
-        course: What candidates share.
-        entry: The candidate and its head.
-        option: How.
-        reserve: Seconds to leave for what follows.
-        on_epoch: Takes the report, the settings and the weights of each epoch.
+    `reserve` are seconds to leave for what follows; `on_epoch` takes report, settings and weights of each epoch.
     """
     started = course.plan.elapsed
     session = _open_session(course, entry, option)
@@ -208,19 +180,15 @@ def _open_session(course: Course, entry: Entry, option: Option) -> Session:
     fabric, dataset, log = course.fabric, course.dataset, course.log
     config = tuning_config(course.config, entry.candidate, option)
     built = copy.deepcopy(course.load_model(entry.candidate))
-    built.model.head = _soften_head(course, entry).as_linear()
+    # A head of smaller weights to begin with: large ones turn each small step of the backbone into a large one.
+    features = course.collect_features(entry.candidate, entry.numbers).select(entry.numbers)
+    soft = replace(entry.head, l2=max(entry.head.l2, SOFT_L2))
+    built.model.head = refit_head(features, dataset.labels[entry.numbers], soft).as_linear()
     path = course.path / TUNING
     path.mkdir(exist_ok=True)
     session, _, note = assemble(config, path, fabric, dataset, built, select="last", progress=log)
     log.message(note)
     return session
-
-
-def _soften_head(course: Course, entry: Entry) -> Head:
-    """A head of smaller weights to begin with: large ones turn each small step of the backbone into a large one."""
-    features = course.collect_features(entry.candidate, entry.numbers).select(entry.numbers)
-    soft = replace(entry.head, l2=max(entry.head.l2, SOFT_L2))
-    return refit_head(features, course.dataset.labels[entry.numbers], soft)
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,13 +96,7 @@ class Audit:
         return plain
 
 
-def audit(
-    index: PhotoIndex,
-    facts: Sequence[PhotoFacts],
-    *,
-    near_distance: int,
-    skip_broken: bool,
-) -> Audit:
+def audit(index: PhotoIndex, facts: Sequence[PhotoFacts], *, near_distance: int, skip_broken: bool) -> Audit:
     """Examine a data set whose splits are decided; facts are of an `Inspection`.
 
     Photos of different splits whose perceptual hashes differ in no more than `near_distance` bits are near-duplicates.

@@ -22,15 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fieldmark.errors import (
-    DataError,
-    FieldmarkError,
-    PredictionError,
-    ResourceError,
-    RunError,
-    command,
-    first_line,
-)
+from fieldmark.errors import DataError, FieldmarkError, PredictionError, ResourceError, RunError, command, first_line
 from fieldmark.files import exclusive_lock, write_whole
 from fieldmark.inference import sources, writers
 from fieldmark.inference.calibration import apply_prior, estimate_prior, load_calibration

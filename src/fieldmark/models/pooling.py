@@ -10,18 +10,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+# Directions of the channels whose covariance is taken. On birds100, 24, 48 and 64 gave the same within 0.3 points; on
+# signs10, 64 gave 0.8 more at twice the features (cross-validated heads on EfficientNet-Lite0).
 DIRECTIONS = 32
-"""Directions of the channels whose covariance is taken. On birds100, 24, 48 and 64 gave the same within 0.3 points; on
-signs10, 64 gave 0.8 more at twice the features (cross-validated heads on EfficientNet-Lite0)."""
-
-POWER = 3.0
-"""Exponent of the generalized mean: 1 is the mean, infinity the maximum."""
-
-STEPS = 5
-"""Newton-Schulz steps of the square root, as in the source."""
-
+POWER = 3.0  # exponent of the generalized mean: 1 is the mean, infinity the maximum
+STEPS = 5  # Newton-Schulz steps of the square root, as in the source
+# Share of the mean variance that is added to each, so that the root exists where a photo shows less than D things.
 RIDGE = 1e-3
-"""Share of the mean variance that is added to each, so that the root exists where a photo shows less than D things."""
 
 
 class CovariancePool(nn.Module):

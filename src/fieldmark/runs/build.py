@@ -44,10 +44,7 @@ if TYPE_CHECKING:
 
 
 Value = TypeVar("Value", str, int)
-
-
-POOL_PHOTOS = 64
-"""Photos of which the feature maps choose the directions of covariance pooling."""
+POOL_PHOTOS = 64  # of which the feature maps choose the directions of covariance pooling
 
 
 @dataclass(frozen=True)

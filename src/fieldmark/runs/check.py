@@ -171,12 +171,7 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
     if with_recipe and not no_weights and sizes.any() and len(index.classes) > 1:
         progress.message("measuring a few photos and updates")
         preflight = measure(config, index, sizes)
-    audited = audit(
-        index,
-        facts,
-        near_distance=NEAR_DISTANCE_BITS,
-        skip_broken=config.data.broken == "skip",
-    )
+    audited = audit(index, facts, near_distance=NEAR_DISTANCE_BITS, skip_broken=config.data.broken == "skip")
     # Without a split the audit cannot help noticing that nothing is in train; the reason says more.
     must_fix = [problem] if problem else list(audited.must_fix)
     must_fix += [no_weights] if no_weights else []

@@ -22,17 +22,7 @@ from fieldmark.errors import first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster, require_slots
 from fieldmark.runs.folder import read_metrics, write_json
-from fieldmark.study.cell import (
-    BOOKS,
-    Cell,
-    Job,
-    State,
-    book,
-    clear_broken,
-    is_settled,
-    refuse_other_recipe,
-    run_job,
-)
+from fieldmark.study.cell import BOOKS, Cell, Job, State, book, clear_broken, is_settled, refuse_other_recipe, run_job
 from fieldmark.study.grid import Grid, base_settings, grid_cells, load_grid, parse_grid
 
 MAX_RETRIES = 3
