@@ -54,7 +54,7 @@ class InProcess:
     num_slots = 1
 
     def start(self, job):
-        from fieldmark.study.cell import run_job
+        from fieldmark.study.grid import run_job
 
         run_job(dataclasses.replace(job, parent=0))
         return lambda: ""

@@ -279,7 +279,7 @@ class ModelConfig(Section):
     """`pretrained` (timm's hub), `random`, a .safetensors or .pth file, or `package:efficientnet-lite0` (to lite2)."""
 
     pool: Pool = "average"
-    """How a feature map becomes features: `covariance` also tells what appears together (`models.pooling`)."""
+    """How a feature map becomes features: `covariance` also tells what appears together (`models.classifier`)."""
 
     head: Literal["linear", "mlp"] = "linear"
     """`mlp` is the competition's Linear-Dropout-ReLU-Linear."""

@@ -7,15 +7,15 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmentWide, autoaugment
 
-from fieldmark.augment.policy import (
+from fieldmark.augment.sample import (
     OPERATIONS,
     apply_operation,
     is_geometric,
     num_policy_uniforms,
     operation_matrix,
     sample_policy,
+    uniforms,
 )
-from fieldmark.augment.sample import uniforms
 
 FILL = (10, 200, 30)
 

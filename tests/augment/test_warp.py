@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from fieldmark.augment.fast import augment_fast
-from fieldmark.augment.policy import OPERATIONS
 from fieldmark.augment.reference import augment_reference
-from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
+from fieldmark.augment.sample import OPERATIONS, AugmentSpec, BatchParams, sample_params
 from fieldmark.errors import DataError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

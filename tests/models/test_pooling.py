@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fieldmark.errors import ConfigError
-from fieldmark.models.classifier import create_classifier
-from fieldmark.models.pooling import CovariancePool
+from fieldmark.models.classifier import CovariancePool, create_classifier
 
 SETTINGS = {
     "num_classes": 3, "head": "linear", "head_hidden": 8, "head_dropout": 0.0, "feature_dropout": 0.0, "drop_path": 0.0,

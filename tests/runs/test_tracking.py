@@ -10,7 +10,7 @@ import pytest
 
 from fieldmark.config import load_config
 from fieldmark.errors import MissingExtraError, ResourceError
-from fieldmark.runs import tracking
+from fieldmark.runs import writer
 from fieldmark.runs.train import train
 
 ROW = {"epoch": 2, "lr": 1e-3, "is_best": True, "train_top1_mixed": None, "val": {"top1": 0.5, "log_loss": 1.25}}
@@ -36,11 +36,11 @@ class Recorder(ModuleType):
 
 
 def test_a_row_becomes_numbers_by_name():
-    assert tracking.flatten(ROW) == FLAT
+    assert writer.flatten(ROW) == FLAT
 
 
 def test_tensorboard_files_hold_every_figure(tmp_path):
-    tracker = tracking.Trackers(["tensorboard"], tmp_path, {}, warn=pytest.fail)
+    tracker = writer.Trackers(["tensorboard"], tmp_path, {}, warn=pytest.fail)
     tracker.log(FLAT, epoch=2)
     tracker.log({"val/top1": 0.75}, epoch=3)
     tracker.close()
@@ -55,7 +55,7 @@ def test_tensorboard_files_hold_every_figure(tmp_path):
 def test_weights_and_biases_is_given_settings_rows_and_the_end(tmp_path, monkeypatch):
     wandb = Recorder("wandb")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    tracker = tracking.Trackers(["wandb"], tmp_path / "mine", {"train": {"epochs": 3}}, warn=pytest.fail)
+    tracker = writer.Trackers(["wandb"], tmp_path / "mine", {"train": {"epochs": 3}}, warn=pytest.fail)
     tracker.log(FLAT, epoch=2)
     tracker.close()
     started = {
@@ -70,7 +70,7 @@ def test_weights_and_biases_is_given_settings_rows_and_the_end(tmp_path, monkeyp
 def test_mlflow_is_given_settings_rows_and_the_end(tmp_path, monkeypatch):
     mlflow = Recorder("mlflow")
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    tracker = tracking.Trackers(["mlflow"], tmp_path / "mine", {"train": {"epochs": 3}}, warn=pytest.fail)
+    tracker = writer.Trackers(["mlflow"], tmp_path / "mine", {"train": {"epochs": 3}}, warn=pytest.fail)
     tracker.log(FLAT, epoch=2)
     tracker.close()
     assert [name for name, _, _ in mlflow.calls] == [
@@ -92,7 +92,7 @@ def test_a_tracker_that_does_not_start_is_an_error_and_closes_the_others(tmp_pat
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(ResourceError, match=r"wandb does not start: no key: log in\. .*leave it out of train.trackers"):
-        tracking.Trackers(["mlflow", "wandb"], tmp_path, {}, warn=pytest.fail)
+        writer.Trackers(["mlflow", "wandb"], tmp_path, {}, warn=pytest.fail)
     assert mlflow.calls[-1][0] == "end_run"
 
 
@@ -105,7 +105,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(tmp_path, mon
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     told = []
-    tracker = tracking.Trackers(["mlflow", "wandb"], tmp_path, {}, warn=told.append)
+    tracker = writer.Trackers(["mlflow", "wandb"], tmp_path, {}, warn=told.append)
     for epoch in (1, 2):
         tracker.log(FLAT, epoch=epoch)
     tracker.close()
@@ -117,7 +117,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(tmp_path, mon
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_missing_tracker_is_told_before_anything_is_written(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(tracking, "find_spec", lambda package: None if package == name else SimpleNamespace())
+    monkeypatch.setattr(writer, "find_spec", lambda package: None if package == name else SimpleNamespace())
     config = load_config(None, [f'train.trackers=["{name}"]', f"data.path={tmp_path}"])
     with pytest.raises(MissingExtraError, match=rf"{name} is not installed.*fieldmark\[{name}\]"):
         list(train(config, tmp_path / "run"))
@@ -125,5 +125,5 @@ def test_a_missing_tracker_is_told_before_anything_is_written(tmp_path, monkeypa
 
 
 def test_no_package_is_asked_for_where_no_tracker_is(monkeypatch):
-    monkeypatch.setattr(tracking, "find_spec", None)
-    tracking.require_trackers([])
+    monkeypatch.setattr(writer, "find_spec", None)
+    writer.require_trackers([])

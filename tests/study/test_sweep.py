@@ -13,8 +13,7 @@ import pytest
 
 from fieldmark.config import load_config
 from fieldmark.errors import RunError
-from fieldmark.study.cell import BOOKS, run_job
-from fieldmark.study.grid import parse_grid
+from fieldmark.study.grid import BOOKS, parse_grid, run_job
 from fieldmark.study.sweep import run_sweep
 
 HERE = Path(__file__).parent

@@ -18,9 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fieldmark.augment.kernels import finish, soften, warp
-from fieldmark.augment.policy import apply_operation, is_geometric, operation_matrix
 from fieldmark.augment.reference import require_photo, resize_box, to_pil
-from fieldmark.augment.sample import AugmentSpec, BatchParams, noise_bank
+from fieldmark.augment.sample import (
+    AugmentSpec,
+    BatchParams,
+    apply_operation,
+    is_geometric,
+    noise_bank,
+    operation_matrix,
+)
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]

@@ -18,8 +18,7 @@ from PIL import Image
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from fieldmark.augment.policy import apply_operation
-from fieldmark.augment.sample import RGB, AugmentSpec, BatchParams, noise_bank
+from fieldmark.augment.sample import RGB, AugmentSpec, BatchParams, apply_operation, noise_bank
 from fieldmark.errors import DataError
 from fieldmark.files import Positive
 

@@ -1,23 +1,27 @@
 """One batch's random parameters from (seed, epoch, photo number), drawn once and executed elsewhere.
 
 The numbers come from a counter-based generator, so a photo's augmentation depends on nothing but those three: neither
-on the batch around it, nor on how many workers or processes share the work. The law of each parameter is torchvision's.
+on the batch around it, nor on how many workers or processes share the work. The law of each parameter is torchvision's,
+and so are the operations of TrivialAugment and RandAugment with their ranges.
 
 Shape letters: B photos of a batch, N draws, n operations of a policy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fieldmark.augment.policy import num_policy_uniforms, sample_policy
 from fieldmark.errors import DataError
+
+if TYPE_CHECKING:
+    from torchvision.transforms import InterpolationMode
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of `BatchParams.factors`, values of `color_order`
 Floats = NDArray[np.float64]
@@ -27,6 +31,16 @@ NOISE_SIZE = 1 << 20  # length of the noise bank
 # Streams: each part draws from its own, so switching one off leaves the others' numbers alone.
 CROP, FLIP, AFFINE, COLOR, POLICY, ERASE, MIX = range(7)
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop and RandomErasing give up after as many
+# Their positions are the numbers in `BatchParams.ops`.
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+_SIGNED = np.array([1 <= number <= 9 for number in range(len(OPERATIONS))])
+_NUM_BINS = 31
+_DRAWS = 3  # operation, strength, sign
+
+Policy = Literal["none", "trivial", "rand"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +64,7 @@ class AugmentSpec:
     contrast: float
     saturation: float
     hue: float
-    policy: Literal["none", "trivial", "rand"]
+    policy: Policy
     rand_ops: int
     rand_magnitude: int
     erase: float
@@ -83,7 +97,7 @@ class BatchParams:
     shift: NDArray[np.float64]  # (B, 2) x, y in whole output pixels
     factors: NDArray[np.float64]  # (B, 4) of brightness, contrast, saturation (1 = as is), and turns of hue (0 = as is)
     color_order: NDArray[np.int64]  # (B, 4) permutation of `BRIGHTNESS` to `HUE`: first applied first
-    ops: NDArray[np.int64]  # (B, n) numbers in `policy.OPERATIONS`
+    ops: NDArray[np.int64]  # (B, n) numbers in `OPERATIONS`
     magnitudes: NDArray[np.float64]  # (B, n) signed strength of each, in the operation's own unit
     erase: NDArray[np.int64]  # (B, 4) x, y, width, height in output pixels; width 0 erases nothing
     noise_offset: NDArray[np.int64]  # (B,) start in the noise bank; (c, y, x) takes the number at + (c S + y) S + x
@@ -215,6 +229,79 @@ def _erase(spec: AugmentSpec, chances: Floats) -> tuple[NDArray[np.int64], NDArr
 def _between(u: Floats, ends: ArrayLike) -> Floats:
     low, high = np.asarray(ends, dtype=np.float64)
     return low + u * (high - low)
+
+
+def is_geometric(op: int) -> bool:
+    """Whether operation number `op` moves pixels rather than changing their color."""
+    return 1 <= op <= 5
+
+
+def num_policy_uniforms(policy: Policy, num_ops: int) -> int:
+    """Return how many uniform numbers `sample_policy` takes per photo."""
+    return {"none": 0, "trivial": _DRAWS, "rand": _DRAWS * num_ops}[policy]
+
+
+def sample_policy(policy: Policy, chances: Floats, *, magnitude: int, size: int) -> tuple[NDArray[np.int64], Floats]:
+    """(B, n) operations and their signed strengths, in their own unit, from (B, num_policy_uniforms) numbers.
+
+    `trivial` draws one operation and its strength; `rand` draws operations with the strength of bin `magnitude` of 0 to
+    30, shifts relative to the image's side of `size` pixels; `none` draws nothing.
+
+    Source:
+        Müller and Hutter, "TrivialAugment", arXiv:2103.10158, table 5 (wide); Cubuk et al., "RandAugment",
+        arXiv:1909.13719, sec. 3.
+    """
+    if policy == "none":
+        return np.zeros((len(chances), 0), dtype=np.int64), np.zeros((len(chances), 0))
+    draws = chances.reshape(len(chances), -1, _DRAWS)
+    ops = (draws[..., 0] * len(OPERATIONS)).astype(np.int64)
+    bins = (draws[..., 1] * _NUM_BINS).astype(np.int64) if policy == "trivial" else magnitude
+    strengths = _strengths(policy, size)[ops, bins]
+    return ops, np.where(_SIGNED[ops] & (draws[..., 2] < 0.5), -strengths, strengths)
+
+
+@cache
+def _strengths(policy: Policy, size: int) -> Floats:
+    """(operations, bins) strengths of torchvision's augmentation space."""
+    bins = np.linspace(0.0, 1.0, _NUM_BINS)
+    is_wide = policy == "trivial"
+    shear, shift, turn = (0.99, 32.0, 135.0) if is_wide else (0.3, 150 / 331 * size, 30.0)
+    color, bits = (0.99, 6) if is_wide else (0.9, 4)
+    table = np.zeros((len(OPERATIONS), _NUM_BINS))
+    table[1:3], table[3:5], table[5], table[6:10] = shear * bins, shift * bins, turn * bins, color * bins
+    table[10] = 8 - np.rint(np.arange(_NUM_BINS) / ((_NUM_BINS - 1) / bits))
+    table[11] = 255.0 - 255.0 * bins
+    return table
+
+
+def operation_matrix(op: int, magnitude: float, size: int) -> Floats:
+    """(2, 3) matrix from output to input, in pixels with the image spanning [0, size]; colors move nothing.
+
+    An executor composes it with its own warp.
+    """
+    half = size / 2
+    cos, sin = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
+    matrices = {
+        "ShearX": [[1.0, magnitude, 0.0], [0.0, 1.0, 0.0]],
+        "ShearY": [[1.0, 0.0, 0.0], [magnitude, 1.0, 0.0]],
+        "TranslateX": [[1.0, 0.0, -int(magnitude)], [0.0, 1.0, 0.0]],
+        "TranslateY": [[1.0, 0.0, 0.0], [0.0, 1.0, -int(magnitude)]],
+        # counter-clockwise, about the center
+        "Rotate": [[cos, -sin, half - cos * half + sin * half], [sin, cos, half - sin * half - cos * half]],
+    }
+    return np.array(matrices.get(OPERATIONS[op], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+
+
+def apply_operation(
+    image: Any, op: int, magnitude: float, *, interpolation: InterpolationMode, fill: tuple[int, int, int]
+) -> Any:
+    """Apply one operation to a PIL image, or a (..., 3, H, W) uint8 tensor, as torchvision's policies do."""
+    from torchvision.transforms.v2 import TrivialAugmentWide
+
+    name = OPERATIONS[op]
+    strength = magnitude / 255 if name == "Solarize" else magnitude  # there a share of the largest value
+    apply: Any = TrivialAugmentWide()._apply_image_or_video_transform  # pyright: ignore[reportPrivateUsage]
+    return apply(image, name, strength, interpolation, {"others": list(fill)})
 
 
 def uniforms(seed: int, epoch: int, numbers: ArrayLike, *, stream: int, count: int) -> Floats:

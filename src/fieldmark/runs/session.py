@@ -39,8 +39,7 @@ from fieldmark.runs.dataset import (
     prepare_dataset,
 )
 from fieldmark.runs.environment import usable_cores
-from fieldmark.runs.tracking import require_trackers
-from fieldmark.runs.writer import RunWriter, claim_folder, write_beginning
+from fieldmark.runs.writer import RunWriter, claim_folder, require_trackers, write_beginning
 from fieldmark.training import metrics
 from fieldmark.training.evaluate import Predictions, Validation, predict_batches
 from fieldmark.training.loop import EpochTally, TrainBatch, TrainState

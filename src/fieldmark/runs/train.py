@@ -29,7 +29,7 @@ from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.folder import Run, format_accuracy
 from fieldmark.runs.session import Session, Start, open_session, require_photos_of
-from fieldmark.runs.tracking import Trackers, flatten
+from fieldmark.runs.writer import Trackers, flatten
 from fieldmark.training import metrics
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs, train_head
 

@@ -22,8 +22,22 @@ from fieldmark.errors import first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster, require_slots
 from fieldmark.runs.folder import read_metrics, write_json
-from fieldmark.study.cell import BOOKS, Cell, Job, State, book, clear_broken, is_settled, refuse_other_recipe, run_job
-from fieldmark.study.grid import Grid, base_settings, grid_cells, load_grid, parse_grid
+from fieldmark.study.grid import (
+    BOOKS,
+    Cell,
+    Grid,
+    Job,
+    State,
+    base_settings,
+    book,
+    clear_broken,
+    grid_cells,
+    is_settled,
+    load_grid,
+    parse_grid,
+    refuse_other_recipe,
+    run_job,
+)
 
 MAX_RETRIES = 3
 SECONDS_TO_SAVE = 120.0
@@ -227,7 +241,7 @@ class LocalCells:
         with book(job.sweep, job.name, "log").open("ab") as log:
             # A session of its own: Ctrl-C reaches this process alone, which then asks the cells to save.
             process = subprocess.Popen(
-                [sys.executable, "-m", "fieldmark.study.cell", str(job.path)],
+                [sys.executable, "-m", "fieldmark.study.grid", str(job.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

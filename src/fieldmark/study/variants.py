@@ -12,7 +12,7 @@ import numpy as np
 
 from fieldmark.errors import RunError
 from fieldmark.runs.folder import RunResults, flatten, format_value
-from fieldmark.study.cell import NO_EFFECT
+from fieldmark.study.grid import NO_EFFECT
 
 # Runs that differ in chance alone are runs of one variant. Where the photos are stored is no difference either: whether
 # they are the same photos is checked by name.
