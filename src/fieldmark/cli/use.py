@@ -246,6 +246,9 @@ def review(
     out: Annotated[Path | None, typer.Option(help="Table; corrections.csv beside the run, or LIST-labels.csv.")] = None,
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8001,
     near: Annotated[int, typer.Option(help="Near-duplicates differ in at most so many of 64 bits.", min=0, max=11)] = 6,
+    to_file: Annotated[Path | None, typer.Option("--export", help="Only write guesses and decisions as JSON.")] = None,
+    form: Annotated[Literal["label-studio", "fiftyone"], typer.Option(help="Of --export.")] = "label-studio",
+    from_file: Annotated[Path | None, typer.Option("--import", help="Only take decisions from such a file.")] = None,
 ) -> None:
     """Fix labels, or give new ones, in a local web page.
 
@@ -254,15 +257,27 @@ def review(
     """
     from fieldmark.data.tables import TABLE_SUFFIXES
     from fieldmark.runs.folder import Run
+    from fieldmark.serve.exchange import export_decisions, import_decisions
     from fieldmark.serve.review import open_labeling, open_review
     from fieldmark.serve.server import run_server
 
     first, *others = runs
-    if len(others) == 1 and others[0].suffix.lower() in TABLE_SUFFIXES:
-        table = out or others[0].with_name(f"{others[0].stem}-labels.csv")
+    is_labeling = len(others) == 1 and others[0].suffix.lower() in TABLE_SUFFIXES
+    beside, name = (others[0], f"{others[0].stem}-labels.csv") if is_labeling else (first.resolve(), "corrections.csv")
+    table = out or beside.with_name(name)
+    if to_file or from_file:
+        if is_labeling or (to_file and from_file):
+            raise typer.BadParameter("give --export or --import, with run folders alone")
+        if to_file:
+            written = export_decisions([Run(run) for run in runs], table, to_file, form=form)
+            typer.echo(f"wrote {', '.join(map(str, written))}")
+        elif from_file:
+            count = import_decisions([Run(run) for run in runs], table, from_file)
+            typer.echo(f"took {count} decisions from {from_file} into {table}")
+        return
+    if is_labeling:
         app = open_labeling(Run(first), others[0], table)
     else:
-        table = out or first.resolve().with_name("corrections.csv")
         app = open_review([Run(run) for run in runs], table, max_distance=near)
     typer.echo(f"review at http://127.0.0.1:{port}, decisions go to {table} (stop with Ctrl-C)", err=True)
     run_server(app, host="127.0.0.1", port=port, drain_seconds=5, max_connections=200)

@@ -262,12 +262,22 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
     """
     content = read_table(require_path(table))
     columns = [content.column(name, is_text=name != "path") for name in ("path", "action", "label")]
+    rows = enumerate(zip(*columns, strict=True))
+    decisions = check_decisions(index, ((content.where(row), *values) for row, values in rows))
+    kept = [photo for photo in index.photos if decisions.get(photo.path) != ("drop", "")]
+    photos = [replace(photo, label=decisions.get(photo.path, ("", ""))[1] or photo.label) for photo in kept]
+    ignored = Counter(index.ignored)
+    ignored["dropped by corrections"] += len(index.photos) - len(photos)
+    return replace(index, photos=tuple(photos), ignored=dict(+ignored))
+
+
+def check_decisions(index: PhotoIndex, rows: Iterable[tuple[str, str, str, str]]) -> dict[str, tuple[str, str]]:
+    """The decisions (action, label) by path of rows (where, path, action, label), as `apply_corrections` takes them."""
     known = {photo.path for photo in index.photos}
     composed = {_compose(path): path for path in known}
     decisions: dict[str, tuple[str, str]] = {}
-    for row, (given, action, label) in enumerate(zip(*columns, strict=True)):
+    for where, given, action, label in rows:
         path = given if given in known else composed.get(_compose(given.replace("\\", "/")), given)
-        where = content.where(row)
         if path not in known:
             raise DataError(f"{where}: there is no photo {path!r} in {index.root}{did_you_mean(str(path), known)}")
         if action not in ("keep", "relabel", "drop"):
@@ -278,11 +288,7 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
         decision = (action, label if action == "relabel" else "")
         if decisions.setdefault(path, decision) != decision:
             raise DataError(f"{where}: there are two decisions about {path!r}. Keep one of the rows")
-    kept = [photo for photo in index.photos if decisions.get(photo.path) != ("drop", "")]
-    photos = [replace(photo, label=decisions.get(photo.path, ("", ""))[1] or photo.label) for photo in kept]
-    ignored = Counter(index.ignored)
-    ignored["dropped by corrections"] += len(index.photos) - len(photos)
-    return replace(index, photos=tuple(photos), ignored=dict(+ignored))
+    return decisions
 
 
 def _list_classes(photos: Iterable[Photo]) -> tuple[str, ...]:

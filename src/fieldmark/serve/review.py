@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -71,8 +71,12 @@ class Corrections:
 
     def decide(self, path: str, action: str, label: str) -> None:
         """Decide about a photo; an earlier decision is replaced."""
+        self.take({path: Decision(action, label if action == "relabel" else "")})
+
+    def take(self, decisions: Mapping[str, Decision]) -> None:
+        """Decide about several photos at once."""
         with self._lock:
-            self._write(path, Decision(action, label if action == "relabel" else ""))
+            self._write(decisions)
 
     def undo(self) -> str | None:
         """Take back the latest change; its path, or None if there is none."""
@@ -80,18 +84,17 @@ class Corrections:
             if not self._history:
                 return None
             path, before = self._history[-1]
-            self._write(path, before)
+            self._write({path: before})
             del self._history[-2:]  # the change, and that it was taken back
             return path
 
-    def _write(self, path: str, decision: Decision | None) -> None:
-        """Write the table with another decision about one photo, and only then take it."""
-        decisions = {key: value for key, value in self.decisions.items() if key != path}
-        if decision:
-            decisions[path] = decision
+    def _write(self, changes: Mapping[str, Decision | None]) -> None:
+        """Write the table with other decisions about some photos, and only then take them."""
+        decisions = {key: value for key, value in self.decisions.items() if key not in changes}
+        decisions |= {key: value for key, value in changes.items() if value}
         rows = [{"path": key, **value._asdict()} for key, value in decisions.items()]
         write_csv(self.file, self.columns, [[row[name] for name in self.columns] for row in rows])
-        self._history.append((path, self.decisions.get(path)))
+        self._history += [(path, self.decisions.get(path)) for path in changes]
         self.decisions = decisions
 
     def _read(self) -> dict[str, Decision]:
