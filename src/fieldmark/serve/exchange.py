@@ -122,7 +122,7 @@ def _read_tasks(path: Path, tasks: list[_Task]) -> Iterator[Row]:
             if len(words) > 1:
                 raise DataError(f"{where}: {name!r} has the choices {[word for _, word in words]}. Leave one")
             [(is_action, word)] = words
-            yield where, name, *((word, "") if is_action else ("relabel", word))
+            yield where, name, word if is_action else "relabel", "" if is_action else word
 
 
 def _read_labels(path: Path, content: _Labels, index: PhotoIndex) -> Iterator[Row]:
@@ -131,8 +131,8 @@ def _read_labels(path: Path, content: _Labels, index: PhotoIndex) -> Iterator[Ro
         photo, given = photos.get(name), target["label"] if isinstance(target, dict) else target
         label = content["classes"][given] if isinstance(given, int) else given
         if photo is None or label != photo.label:
-            action = ("drop", "") if label is None else ("relabel", label)
-            yield f"{path}, {name!r}", photo.path if photo else name, *action
+            action = "drop" if label is None else "relabel"
+            yield f"{path}, {name!r}", photo.path if photo else name, action, label or ""
 
 
 def _without_extension(path: str) -> str:
