@@ -1,4 +1,4 @@
-"""Laws of the exchange with other tools: what they are told is their form, and what they decide comes back unchanged."""
+"""Laws of the exchange with other tools: they are told in their form, and what they decide comes back unchanged."""
 
 from __future__ import annotations
 
