@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from fieldmark.progress import NotebookProgress, StreamProgress, format_seconds, open_progress
+from fieldmark.progress import NotebookProgress, Quiet, StreamProgress, format_seconds, open_progress
 
 
 class Clock:
@@ -90,3 +91,40 @@ def test_a_notebook_gets_a_bar_that_is_renewed_in_place_and_messages_that_stay(m
     assert shown[0]["text/html"].startswith('<progress value="5" max="10"></progress> &lt;train&gt;: 5/10, ')
     assert shown[-1] == {"text/plain": ""}
     assert capsys.readouterr() == ("epoch 1\n", "")
+
+
+@pytest.fixture
+def logger():
+    """The library's logger, as a program finds it."""
+    found = logging.getLogger("fieldmark")
+    yield found
+    found.setLevel(logging.NOTSET)
+
+
+def test_messages_go_to_the_logger_and_a_level_silences_what_is_shown(logger, caplog):
+    stream = io.StringIO()
+    logger.setLevel(logging.WARNING)
+    with StreamProgress("x", stream=stream, clock=Clock()) as progress:
+        progress.message("epoch 1")
+    assert (stream.getvalue(), caplog.text) == ("", "")
+    Quiet().message("100 % of nothing")
+    assert caplog.records == []
+
+
+def test_a_program_that_handles_the_logger_has_the_messages_and_the_terminal_has_not(logger, caplog):
+    stream = io.StringIO()
+    logger.setLevel(logging.INFO)  # the handlers are those of `caplog`
+    with StreamProgress("x", stream=stream, clock=Clock()) as progress:
+        progress.message("epoch 1: 100 %")
+    Quiet().message("epoch 2")
+    assert [record.getMessage() for record in caplog.records] == ["epoch 1: 100 %", "epoch 2"]
+    assert stream.getvalue() == ""
+
+
+def test_without_a_handler_messages_are_shown_as_ever(logger, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    logger.setLevel(logging.INFO)
+    with StreamProgress("x", stream=stream, clock=Clock()) as progress:
+        progress.message("epoch 1")
+    assert stream.getvalue() == "epoch 1\n"

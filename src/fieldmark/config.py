@@ -30,7 +30,8 @@ from pydantic import (
 )
 
 from fieldmark.errors import ConfigError
-from fieldmark.overrides import RENAMED_RECIPES, describe_problems, note, parse_pair, read_old_names, set_value
+from fieldmark.overrides import RENAMED_RECIPES, describe_problems, parse_pair, read_old_names, set_value
+from fieldmark.progress import note
 
 
 def _check_range(values: tuple[float, float]) -> tuple[float, float]:

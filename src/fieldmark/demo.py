@@ -59,19 +59,15 @@ def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress
     save_evaluation(found, folder / "evaluation")
     picture = folder / "predictions.png"
     write_whole(picture, plots.figure_png(_prediction_figure(run, found)))
-    lines = [
-        f"test accuracy on {len(found.predictions.labels)} photos that neither training nor any choice has seen:",
-        "  {:.4f}  (95 % interval {:.4f} to {:.4f})".format(found.metrics["top1"], *found.top1_interval),
-        f"  published: {PUBLISHED}",
-        f"took {format_seconds(time.perf_counter() - started)} on {usable_cores()} cores ({processor_name()})",
-        f"picture: {picture}",
-        f"tables:  {folder / 'evaluation'}",
-        "next, with a folder of your own that holds a folder of photos for each class:",
-        "  fieldmark check PHOTOS",
-        "  fieldmark train PHOTOS --minutes 10 --out runs/mine",
-        "  fieldmark predict runs/mine NEW_PHOTOS --out prediction.csv",
-    ]
-    return "\n".join(lines)
+    values = {
+        "num_photos": len(found.predictions.labels),
+        "accuracy": (found.metrics["top1"], *found.top1_interval),
+        "published": PUBLISHED,
+        "took": f"{format_seconds(time.perf_counter() - started)} on {usable_cores()} cores ({processor_name()})",
+        "picture": picture,
+        "tables": folder / "evaluation",
+    }
+    return plots.fill_template("demo.md", values)
 
 
 def write_table(path: Path) -> tuple[int, int]:

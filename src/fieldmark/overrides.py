@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from fieldmark.errors import ConfigError
+from fieldmark.progress import note
 
 _MEANT: dict[str, str] = tomllib.loads((resources.files("fieldmark") / "synonyms.toml").read_text("utf-8"))
 SYNONYMS = {word: key for key, words in _MEANT.items() for word in words.split()}
@@ -152,12 +152,6 @@ def _read_mix_prob(mix: dict[str, Any]) -> None:
     changed = " and ".join(f"mix.{key} = {value}" for key, value in given.items())
     share_text = f"mix.share = {mix['share']:g} and mix.cutmix_share = {mix.get('cutmix_share', 0.5):g}"
     note(f"{changed} of earlier versions is read as {share_text}: shares of the batches, not per method")
-
-
-@cache
-def note(text: str) -> None:
-    """Say once in a process what a user should know of a setting's name."""
-    logging.getLogger("fieldmark").warning("note: %s", text)
 
 
 def _fit(annotation: Any, text: str) -> Any:

@@ -1,18 +1,31 @@
-"""Progress: a bar with the time to finish on a terminal or in a notebook, plain lines anywhere else."""
+"""Progress: a bar with the time to finish on a terminal or in a notebook, plain lines anywhere else.
+
+All messages of the library go through the logger `fieldmark`: those on how work goes at level INFO, what a user should
+know of a setting's name as a WARNING. What no program handles there, and no level silences, is shown beside the bar.
+"""
 
 from __future__ import annotations
 
 import html
 import io
+import logging
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
+_LOG = logging.getLogger("fieldmark")
+
+
+@cache
+def note(text: str) -> None:
+    """Say once in a process what a user should know of a setting's name."""
+    _LOG.warning("note: %s", text)
 
 
 class Progress(Protocol):
@@ -29,7 +42,10 @@ class Progress(Protocol):
 
 
 class Quiet(Progress):
-    """Progress that is shown nowhere."""
+    """Progress that is shown nowhere; its messages go to the logger alone."""
+
+    def message(self, text: str) -> None:  # noqa: D102
+        _LOG.info("%s", text)
 
 
 class Logged(Progress):
@@ -116,6 +132,12 @@ class StreamProgress(Progress):
         self.message(state)
 
     def message(self, text: str) -> None:  # noqa: D102
+        _LOG.info("%s", text)
+        is_handled = _LOG.isEnabledFor(logging.INFO) and _LOG.hasHandlers()
+        if _LOG.level <= logging.INFO and not is_handled:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         from rich.text import Text
 
         self._bar.console.print(Text(text), soft_wrap=True)  # a class name in brackets is no markup
@@ -139,7 +161,7 @@ class NotebookProgress(StreamProgress):
         bar = f'<progress value="{task.completed}" max="{task.total}"></progress> {html.escape(state)}'
         self._output.update({"text/html": bar, "text/plain": state}, raw=True)
 
-    def message(self, text: str) -> None:  # noqa: D102
+    def _print(self, text: str) -> None:
         sys.stdout.write(text + "\n")  # notebooks show stderr as if it were an error
 
 

@@ -78,6 +78,7 @@ def train(
     track: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or mlflow (train.trackers); may be repeated.")
     ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Serve the report of the training while it runs.")] = False,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -94,7 +95,7 @@ def train(
         )
     if moved is not None and resume is None:
         raise typer.BadParameter("--data goes with --resume: give the photos of a new run as DATA")
-    run_training(data or moved, recipe, out, overrides, minutes=minutes, resume=resume, as_json=as_json)
+    run_training(data or moved, recipe, out, overrides, minutes=minutes, resume=resume, watch=watch, as_json=as_json)
 
 
 def run_training(
@@ -105,6 +106,7 @@ def run_training(
     *,
     minutes: float | None,
     resume: Path | None,
+    watch: bool,
     as_json: bool,
 ) -> None:
     """Train by a recipe or within a time, and print the result."""
@@ -120,6 +122,10 @@ def run_training(
         raise typer.BadParameter(f"{resume} was trained within a budget: its photos must be where they were")
     path = resume or out or runs.new_run_folder(config, recipe or "minutes")
     with open_progress("train") as progress:
+        if watch and is_main_process():
+            from fieldmark.study.watch import start_watching
+
+            progress.message(f"the report of this training, as it goes: {start_watching(path)}")
         if not has_budget:
             resumed = runs.resume(path, data=data, progress=progress)
             for report in resumed if resume else runs.train(config, path, progress=progress):

@@ -25,6 +25,7 @@ from fieldmark.data.tables import read_table, write_rows
 from fieldmark.errors import DataError, PredictionError, first_line
 from fieldmark.files import whole_or_absent
 from fieldmark.inference.predictor import Prediction, Predictor
+from fieldmark.plots import fill_template
 
 Form = Literal["short", "long", "leaderboard"]
 
@@ -79,18 +80,7 @@ class PredictedPhotos:
 
     def table(self) -> str:
         """What the terminal shows: without a file one line each, up to three classes for a single photo."""
-        if self.out is not None:
-            return f"wrote {self.count} rows to {self.out}"
-        if len(self.shown) == 1 and not self.shown[0].problem:
-            [only] = self.shown
-            lines = [f"{probability:7.2%}  {name}" for name, probability in only.top(3)]
-            return "\n".join([*lines, *_describe_doubt(only)])
-        return "\n".join(
-            f"{one.path}\t(could not be read: {one.problem})"
-            if one.problem
-            else "\t".join([one.path, one.label, f"{one.probability:.4f}", *_describe_doubt(one)])
-            for one in self.shown
-        )
+        return fill_template("predictions.md", vars(self))
 
     def prior_message(self) -> str:
         """That the answers were corrected for other class shares than in training, and the largest changes."""
@@ -109,14 +99,6 @@ class PredictedPhotos:
         more = [f"  ... and {left} more"] if left else []
         head = f"error: {len(self.failed)} of {self.count} photos could not be read; their rows have no label:"
         return "\n".join([head, *lines, *more])
-
-
-def _describe_doubt(prediction: Prediction) -> list[str]:
-    """That the model is not sure enough of the class, and which group it is sure of; nothing where it is sure."""
-    if prediction.problem or not prediction.is_unknown:
-        return []
-    answer = prediction.answer
-    return [f"unknown, but {answer.level} {answer.name} {answer.probability:.4f}" if answer.level else "unknown"]
 
 
 def save_predictions(

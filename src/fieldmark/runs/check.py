@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -206,34 +207,23 @@ def _divide_usable(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Confi
 
 def format_checkup(checkup: Checkup) -> str:
     """A table for people: classes, photos, cost, then what to know and what to fix."""
-    found = checkup.audit
-    values = {"checkup": checkup, "audit": found, "classes": _class_table(found.counts), "most_broken": MOST_BROKEN}
+    shown = dict(islice(checkup.audit.counts.items(), MOST_CLASSES))
+    width = min(max(map(len, shown), default=0), 40)
+    values = {"checkup": checkup, "audit": checkup.audit, "shown": shown, "width": width, "most_broken": MOST_BROKEN}
     return fill_template("checkup.md", values, filters={"time": format_seconds, "repr": repr})
 
 
-def _class_table(counts: dict[str, dict[str, int]]) -> list[str]:
-    if not counts:
-        return []
-    shown = list(counts)[:MOST_CLASSES]
-    width = min(max(map(len, shown)), 40)
-    totals = {split: sum(by_split[split] for by_split in counts.values()) for split in next(iter(counts.values()))}
-    more = [f"... and {len(counts) - len(shown)} more classes"] if len(counts) > len(shown) else []
-    return [
-        f"{'class':{width}}" + "".join(f"{split or 'photos':>8}" for split in totals),
-        *(f"{name[:width]:{width}}" + "".join(f"{counts[name][split]:8d}" for split in totals) for name in shown),
-        *more,
-        f"{'all':{width}}" + "".join(f"{total:8d}" for total in totals.values()),
-    ]
-
-
 CROPS_DRAWN = 20_000
-LEFT_RIGHT = ({"left", "links", "gauche", "l"}, {"right", "rechts", "droite", "r"})
-UP_DOWN = ({"up", "top", "upper", "upright"}, {"down", "bottom", "lower", "inverted"})
+DIRECTIONS = {
+    "horizontal_flip": ({"left", "links", "gauche", "l"}, {"right", "rechts", "droite", "r"}),
+    "vertical_flip": ({"up", "top", "upper", "upright"}, {"down", "bottom", "lower", "inverted"}),
+}
+"""Words that a flip turns into each other, by its setting."""
 
 
 @dataclass(frozen=True)
 class LintInput:
-    """Holds what the rules look at."""
+    """Holds what the rules of `lint.md` look at."""
 
     config: Config
     weights: InputConfig  # the picture that the weights expect
@@ -254,7 +244,25 @@ class LintInput:
 
 def lint_recipe(given: LintInput) -> list[str]:
     """One sentence per finding, each with the way out; empty where nothing looks wrong."""
-    return [text for rule in (_crop, _affine, _flips, _mixing, _pictures, _training) for text in rule(given)]
+    config, weights, sizes = given.config, given.weights, given.sizes
+    size, steps = build.train_size(config, weights), config.train.epochs * given.steps_per_epoch
+    pairs = {flip: _opposites(given.classes, words) for flip, words in DIRECTIONS.items()}
+    values = {
+        "augment": config.augment,
+        "mix": config.mix,
+        "train": config.train,
+        "weights": weights,
+        "size": size,
+        "evaluation": build.build_eval_spec(config, weights),
+        "fallback_rate": fallback_rate(config, weights, sizes),
+        "small": float((sizes.min(axis=1) < size).mean()) if len(sizes) else 0.0,
+        "aspect": float(np.median(sizes.max(axis=1) / np.maximum(sizes.min(axis=1), 1))) if len(sizes) else 1.0,
+        "opposites": {flip: pair for flip, pair in pairs.items() if pair and getattr(config.augment, flip)},
+        "schedule": build.build_schedule_spec(config).warnings(),
+        "steps": steps,
+        "num_val": given.num_val,
+    }
+    return list(filter(None, fill_template("lint.md", values, filters={"repr": repr}).split("\n")))
 
 
 def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]) -> float:
@@ -267,53 +275,6 @@ def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]
     return crop_fallback_rate(spec, some, draws=CROPS_DRAWN // len(some))
 
 
-def _crop(given: LintInput) -> Iterable[str]:
-    augment = given.config.augment
-    if augment.crop != "random_resized":
-        return
-    low, high = augment.crop_scale
-    rate = fallback_rate(given.config, given.weights, given.sizes)
-    if high > 1:
-        yield (
-            f"crop_scale reaches {high:g}, but random_resized never zooms out: draws larger than the photo are "
-            'rejected. Set augment.crop="zoom" for real zoom-out, or an upper end of 1'
-        )
-    if rate >= 0.01:
-        yield (
-            f"{rate:.1%} of the random crops of these photos are a fixed center crop instead, because ten draws in a "
-            f'row did not fit (crop_scale [{low:g}, {high:g}]). Lower crop_scale, or set augment.crop="zoom"'
-        )
-
-
-def _affine(given: LintInput) -> Iterable[str]:
-    augment = given.config.augment
-    has_affine = bool(augment.degrees or augment.shear or any(augment.translate))
-    if not has_affine or augment.executor != "reference":
-        return
-    yield (
-        "the reference executor resamples twice, crop and then affine; "
-        'augment.executor="fast" composes both into one filtered warp'
-    )
-    if augment.affine_interpolation == "nearest":
-        yield 'nearest-neighbor affine leaves jagged edges: set augment.affine_interpolation="bilinear"'
-    if augment.fill == (0, 0, 0):
-        yield "black corners show the model how far a photo was turned: set augment.fill to the mean color"
-
-
-def _flips(given: LintInput) -> Iterable[str]:
-    augment = given.config.augment
-    for prob, name, words in (
-        (augment.horizontal_flip, "horizontal_flip", LEFT_RIGHT),
-        (augment.vertical_flip, "vertical_flip", UP_DOWN),
-    ):
-        pair = _opposites(given.classes, words) if prob else None
-        if pair:
-            yield (
-                f"classes {pair[0]!r} and {pair[1]!r} differ by direction, and {name} turns one into the other with "
-                f"probability {prob:g}: set augment.{name}=0"
-            )
-
-
 def _opposites(classes: Sequence[str], words: tuple[set[str], set[str]]) -> tuple[str, str] | None:
     """Two classes whose names differ in a pair of opposite words alone."""
     names = {tuple(re.findall(r"[^\W_]+", name.lower())): name for name in classes}
@@ -324,69 +285,3 @@ def _opposites(classes: Sequence[str], words: tuple[set[str], set[str]]) -> tupl
                 if other is not None:
                     return name, other
     return None
-
-
-def _mixing(given: LintInput) -> Iterable[str]:
-    config = given.config
-    mix, smoothing = config.mix, config.train.label_smoothing
-    if not mix.share:
-        return
-    if mix.share > 0.95:
-        yield (
-            f"mix.share {mix.share:g} leaves {1 - mix.share:.0%} of the batches as they are: train accuracy on clean "
-            "batches is unknown, and the model hardly sees a whole photo"
-        )
-    if smoothing:
-        yield (
-            f"mixing and label smoothing {smoothing:g} both soften the targets: probabilities will be too low, until "
-            "`fieldmark calibrate` corrects them"
-        )
-    if not mix.off_epochs and config.train.epochs >= 10:
-        yield "mixing goes on to the last epoch: mix.off_epochs=3 or so lets the model end on whole photos"
-
-
-def _pictures(given: LintInput) -> Iterable[str]:
-    weights, sizes = given.weights, given.sizes
-    size, evaluation = build.train_size(given.config, weights), build.build_eval_spec(given.config, weights)
-    if size != weights.train_size:
-        cost = (size / weights.train_size) ** 2
-        yield (
-            f"training at {size} pixels, while the weights were trained at {weights.train_size}: "
-            f"{cost:.2g} times the work per photo, and features at another scale"
-        )
-    if evaluation.size < size:
-        yield (
-            f"evaluation at {evaluation.size} pixels is smaller than training at {size}; random crops enlarge objects, "
-            f"so evaluate at the same size or more (arXiv:1906.06423): set eval.size={size}"
-        )
-    small = float((sizes.min(axis=1) < size).mean()) if len(sizes) else 0.0
-    if small > 0.5:
-        yield f"{small:.0%} of the photos are smaller than {size} pixels and will be enlarged"
-    aspect = float(np.median(sizes.max(axis=1) / np.maximum(sizes.min(axis=1), 1))) if len(sizes) else 1.0
-    if evaluation.transform == "squash" and aspect > 1.05:
-        yield (
-            f"evaluation squashes photos of median aspect {aspect:.2f} to a square, while the "
-            "weights expect an undistorted center crop: set eval.transform=pretrained"
-        )
-    if evaluation.interpolation != weights.interpolation:
-        yield (
-            f"evaluation resizes {evaluation.interpolation}, the weights expect {weights.interpolation}: "
-            "leave eval.interpolation out"
-        )
-
-
-def _training(given: LintInput) -> Iterable[str]:
-    train = given.config.train
-    yield from build.build_schedule_spec(given.config).warnings()
-    steps = train.epochs * given.steps_per_epoch
-    if train.ema_decay and steps and 1 / (1 - train.ema_decay) > steps / 3:
-        fitting = f"{1 - 10 / steps:.3g} or 0" if steps > 10 else "0"
-        yield (
-            f"the average of decay {train.ema_decay:g} remembers {1 / (1 - train.ema_decay):.0f} updates, and the run "
-            f"has {steps}: much of it will be the start. Set train.ema_decay={fitting}"
-        )
-    if train.select == "best" and train.epochs > 1 and 0 < given.num_val < 500:
-        yield (
-            f"the best of {train.epochs} epochs is chosen on {given.num_val} photos, where one photo is "
-            f'{1 / given.num_val:.2%}: its accuracy will be too high. train.select="last" chooses nothing'
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from fieldmark.errors import (
     TrainingError,
     command,
 )
+from fieldmark.plots import fill_template
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.folder import Run, format_accuracy
@@ -353,29 +354,15 @@ def format_epoch(report: EpochReport) -> str:
 def format_result(run: Run) -> str:
     """Say what a finished run reached, and what to do with it."""
     summary = run.summary
-    lines = [f"run: {run.path}"]
-    if "val" in summary:
-        lines.append(f"validation: {format_accuracy(summary['val'])}  ({_describe_kept(summary)})")
-    if "probe" in summary:
-        lines.append(_describe_probe(summary))
-    return "\n".join([*lines, *next_steps(run)])
+    accuracy = format_accuracy(summary["val"]) if "val" in summary else ""
+    values = {"path": run.path, "summary": summary, "accuracy": accuracy, "next_steps": next_steps(run)}
+    return fill_template("training.md", values)
 
 
 def next_steps(run: Run) -> list[str]:
     """List what to do with a finished run, as commands."""
     predict = command("predict", run.path, "PHOTOS", "--out", "prediction.csv")
     return ["next:", f"  {command('evaluate', run.path)}", f"  {predict}"]
-
-
-def _describe_probe(summary: Mapping[str, Any]) -> str:
-    found, metric = summary["probe"], summary["metric"]
-    kept = "The last epoch's weights are kept, as train.select=last asks; train.select=best keeps the probe's"
-    if found["is_kept"]:
-        kept = "The probe's weights are kept"
-    return (
-        f"fine-tuning did not help: {metric} {found['value']:.4f} after the probe, at best "
-        f"{found['best_fine_tuned']:.4f} in the epochs after it. {kept}"
-    )
 
 
 def new_run_folder(config: Config, recipe: str) -> Path:
@@ -390,11 +377,3 @@ def free_folder(folder: Path) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
-
-
-def _describe_kept(summary: dict[str, Any]) -> str:
-    if summary["select"] == "last":
-        return "weights of the last epoch"
-    if summary["best_epoch"] == 0:
-        return f"weights of the probe, the best by {summary['metric']}"
-    return f"weights of epoch {summary['best_epoch']}, the best by {summary['metric']}: biased upward by the choice"

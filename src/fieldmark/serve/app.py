@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +19,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 
+from fieldmark.runs.environment import package_versions
 from fieldmark.serve.limits import Access, Limits, RequestLimits
 from fieldmark.serve.service import Classes, Health, PhotoAnswers, PhotoService, Problem, ServedModel, ServerMetrics
 
 _LOG = logging.getLogger(__name__)
+_VERSION = package_versions(["fieldmark"]).get("fieldmark", "unknown")
 _COUNTED = {"/predict", "/health", "/classes", "/metrics", "/"}
 _STATIC = resources.files("fieldmark.serve") / "static"
 # Not by the system's list of types, which may call a script plain text.
@@ -61,7 +63,7 @@ def create_app(model: ServedModel, *, limits: Limits, access: Access, decode_thr
     app = FastAPI(
         title="Fieldmark",
         summary=f"Names for photographs, from {len(model.classes)} classes.",
-        version=_version(),
+        version=_VERSION,
         lifespan=service.run,
         docs_url=None,  # both load scripts from elsewhere; /docs is a page of our own
         redoc_url=None,
@@ -77,13 +79,6 @@ def create_app(model: ServedModel, *, limits: Limits, access: Access, decode_thr
 def open_app(path: Path, decode_threads: int, *, limits: Limits, access: Access) -> FastAPI:
     """`create_app` of a run folder, an ensemble or an export."""
     return create_app(ServedModel(path), limits=limits, access=access, decode_threads=decode_threads)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("fieldmark")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 async def _find_service(request: Request) -> PhotoService:
@@ -136,7 +131,7 @@ async def health(service: Service) -> Health:
     model = service.model
     return Health(
         status="ok",
-        version=_version(),
+        version=_VERSION,
         model=model.name,
         classes=len(model.classes),
         accuracy=model.accuracy,
