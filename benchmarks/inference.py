@@ -34,7 +34,7 @@ from fieldmark.augment.reference import EvalSpec, eval_reference
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.export.formats import quantize_onnx, quantize_openvino, write_onnx, write_openvino
 from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata
-from fieldmark.models.fusion import fuse_batch_norm
+from fieldmark.models.weights import fuse_batch_norm
 from fieldmark.runs.environment import usable_cores
 
 BATCH, SIZE = 16, 224

@@ -62,7 +62,7 @@ class Model:
         import torch
 
         from fieldmark.augment.reference import EvalSpec
-        from fieldmark.models.fusion import fuse_batch_norm
+        from fieldmark.models.weights import fuse_batch_norm
 
         torch.set_num_threads(os.cpu_count() or 1)
         model = timm.create_model("tf_efficientnet_lite0").eval()

@@ -23,7 +23,7 @@ from experiments.heads import POOLED, Trial
 from fieldmark.budget.heads import fit_head
 from fieldmark.budget.race import make_folds, stratified_order
 from fieldmark.inference.calibration import apply_temperature, fit_temperature, log_probabilities
-from fieldmark.inference.suggestion import cover, rank_by_doubt
+from fieldmark.inference.triage import cover, rank_by_doubt
 from fieldmark.study.statistics import paired_difference
 
 NETWORK = "tf_efficientnet_lite0"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fieldmark.inference.combine import combine
     from fieldmark.inference.evaluation import Evaluation, evaluate
     from fieldmark.inference.predictor import Prediction, Predictor
-    from fieldmark.inference.suggestion import suggest
+    from fieldmark.inference.triage import suggest
     from fieldmark.runs.folder import Run
     from fieldmark.runs.train import resume, train
     from fieldmark.study.compare import compare_runs
@@ -40,7 +40,7 @@ _NAMES = {
     "inference.combine": ("combine",),
     "inference.evaluation": ("Evaluation", "evaluate"),
     "inference.predictor": ("Prediction", "Predictor"),
-    "inference.suggestion": ("suggest",),
+    "inference.triage": ("suggest",),
     "runs.folder": ("Run",),
     "runs.train": ("resume", "train"),
     "study.compare": ("compare_runs",),

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-DEFECTIVE = 0.5
-"""Experts' probability of a defect above which a cell counts as defective."""
-
+DEFECTIVE = 0.5  # experts' probability of a defect above which a cell counts as defective
 PUBLISHED = "CNN 88.4 %, SVM 82.4 % (Deitsch et al. 2019, Solar Energy 185, their own split of the same photos)"
 SETTINGS = {
     "data.val_fraction": 0.15,
@@ -57,17 +55,9 @@ def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress
     progress.message(format_result(run))
     found = evaluate(run.path, split="test", progress=progress)
     save_evaluation(found, folder / "evaluation")
-    picture = folder / "predictions.png"
-    write_whole(picture, plots.figure_png(_prediction_figure(run, found)))
-    values = {
-        "num_photos": len(found.predictions.labels),
-        "accuracy": (found.metrics["top1"], *found.top1_interval),
-        "published": PUBLISHED,
-        "took": f"{format_seconds(time.perf_counter() - started)} on {usable_cores()} cores ({processor_name()})",
-        "picture": picture,
-        "tables": folder / "evaluation",
-    }
-    return plots.fill_template("demo.md", values)
+    write_whole(folder / "predictions.png", plots.figure_png(_prediction_figure(run, found)))
+    took = f"{format_seconds(time.perf_counter() - started)} on {usable_cores()} cores ({processor_name()})"
+    return plots.fill_template("demo.md", {"found": found, "published": PUBLISHED, "took": took, "folder": folder})
 
 
 def write_table(path: Path) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -98,6 +99,12 @@ def require_path(path: Path) -> Path:
     except OSError:
         hint = ""
     raise DataError(f"{path} does not exist: there is no {missing!r} in {parent}{hint or '. Check the path'}")
+
+
+def digest_file(path: Path) -> str:
+    """64 hex digits: the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def user_folder(name: str) -> Path:

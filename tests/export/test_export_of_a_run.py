@@ -11,8 +11,9 @@ import torch
 from tests.inference.test_predictor import run  # noqa: F401, a fixture
 
 import fieldmark
-from fieldmark.inference.predictor import Device, Predictor
+from fieldmark.inference.predictor import Predictor
 from fieldmark.runs.folder import Run
+from fieldmark.training.evaluate import Device
 
 OPTIONS = {"to": "timm", "is_int8": False, "max_accuracy_loss": 0.01, "max_photos": 6}
 

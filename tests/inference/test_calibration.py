@@ -13,14 +13,12 @@ from sklearn.linear_model import LogisticRegression
 from fieldmark.config import dump_config, load_config
 from fieldmark.errors import DataError, RunError
 from fieldmark.inference.calibration import (
-    apply_prior,
     apply_temperature,
     calibrate,
     calibrate_run,
     coverage_curve,
     cross_fit,
     describe_calibration,
-    estimate_prior,
     fit_temperature,
     load_calibration,
     log_probabilities,
@@ -28,6 +26,7 @@ from fieldmark.inference.calibration import (
     threshold_for_accuracy,
     threshold_for_coverage,
 )
+from fieldmark.inference.predict import apply_prior, estimate_prior
 from fieldmark.inference.taxonomy import taxonomy_scores
 from fieldmark.runs.folder import Run, write_predictions
 

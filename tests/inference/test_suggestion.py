@@ -15,7 +15,7 @@ from fieldmark.config import load_config
 from fieldmark.errors import DataError, RunError
 from fieldmark.inference.combine import combine
 from fieldmark.inference.predictor import Predictor
-from fieldmark.inference.suggestion import cover, rank_by_doubt, suggest
+from fieldmark.inference.triage import cover, rank_by_doubt, suggest
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import train

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from fieldmark.models.fusion import fuse_batch_norm
+from fieldmark.models.weights import fuse_batch_norm
 
 
 def make_model(name, seed=0):

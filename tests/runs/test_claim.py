@@ -170,7 +170,7 @@ def test_an_empty_recipe_is_no_run(tmp_path):
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("stage", ["runs.dataset.Inspection", "data.cache.open_cache", "runs.build.load_weights"])
+@pytest.mark.parametrize("stage", ["runs.dataset.Inspection", "runs.build.open_cache", "runs.build.load_weights"])
 def test_a_signal_before_the_first_update_says_so_and_leaves_what_can_go_on(photos, tmp_path, monkeypatch, stage):
     target = f"fieldmark.{stage}"
     original = pkgutil.resolve_name(target)

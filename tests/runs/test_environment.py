@@ -12,7 +12,7 @@ from fieldmark.runs.environment import usable_cores
 CODE = """
 import resource, sys
 import numpy as np
-from fieldmark.runs.environment import keep_freed_memory
+from fieldmark.training.evaluate import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for turn in range(7):

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmark.config import load_config
-from fieldmark.runs import build
-from fieldmark.runs.build import TrainPlan, build_phase, count_updates, cut_updates
+from fieldmark.runs import dataset
+from fieldmark.runs.build import build_phase
+from fieldmark.runs.dataset import TrainPlan, count_updates, cut_updates
 
 CONFIG = load_config(
     None,
@@ -43,7 +44,7 @@ def test_updates_are_counted_without_cutting_them(num, size, processes):
 
 
 def test_asking_for_the_number_of_updates_sorts_nothing(monkeypatch):
-    monkeypatch.setattr(build, "epoch_order", None)
+    monkeypatch.setattr(dataset, "epoch_order", None)
     assert make_plan(10**6).steps_per_epoch == 125_000
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from fieldmark.config import load_config
 from fieldmark.errors import ConfigError, DataError, InterruptedRunError, ResourceError, RunError, TrainingError
 from fieldmark.inference.evaluation import evaluate
-from fieldmark.runs.build import cut_updates
+from fieldmark.runs.dataset import cut_updates
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import resume, train
 from fieldmark.runs.writer import RunWriter

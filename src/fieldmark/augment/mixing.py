@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fieldmark.augment.sample import MIX, uniforms
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 Method = Literal["mixup", "cutmix"]
 
@@ -81,8 +79,6 @@ def lambda_draws(spec: MixSpec, method: Method, *, count: int, seed: int, image_
 
 def apply_mix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
     """Blend every photo (B, C, H, W), and its target (B, K), with its partner; the arguments are left as they were."""
-    import torch
-
     if mix.kind == "none":
         return images, targets
     partners = torch.from_numpy(mix.partners).to(images.device, non_blocking=True)
@@ -102,8 +98,6 @@ def one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     Source:
         Szegedy et al., "Rethinking the Inception Architecture", arXiv:1512.00567, sec. 7.
     """
-    import torch
-
     even = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), even, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1.0 - smoothing + even)

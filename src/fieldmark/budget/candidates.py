@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fieldmark.config import Config, Pool, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, WeightsError
 from fieldmark.models.catalog import PACKAGES, WEIGHT_FILES, InputConfig, package_file, resolve_name
@@ -143,8 +145,6 @@ def round_size(pixels: float) -> int:
 
 
 def _describe(name: str, weights: str, *, stride_in_1x1: bool = False) -> Backbone:
-    import torch
-
     with torch.device("meta"):
         model = create_classifier(
             name, num_classes=1, head="linear", head_hidden=1, head_dropout=0.0, feature_dropout=0.0, drop_path=0.0,

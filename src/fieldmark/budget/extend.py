@@ -31,18 +31,12 @@ from fieldmark.runs.dataset import Dataset, prepare_dataset
 from fieldmark.runs.folder import Run, format_accuracy
 from fieldmark.runs.train import next_steps
 from fieldmark.study.statistics import paired_difference
-from fieldmark.training.evaluate import softmax
 
 TABLE = "photos.csv"  # all photos of an extended run with their splits, for a full training
 
 
 def extend(
-    run: Run | str | Path,
-    photos: str | Path,
-    out: str | Path,
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
+    run: Run | str | Path, photos: str | Path, out: str | Path, *, force: bool = False, progress: Progress | None = None
 ) -> Run:
     """Teach a finished run more photos, of old classes or new ones, by a new head on its backbone's features.
 
@@ -154,10 +148,7 @@ def _fit(dataset: Dataset, key: str, member: Run, network: Classifier, features:
     groups = [index.photos[number].group for number in train]
     folds = make_folds(labels[train], groups, folds=FEW_FOLDS, seed=member.config.train.seed)
     head = fit_head(features.select(train), labels[train], folds, num_classes=num_classes)
-    answers = np.zeros((0, num_classes), np.float32)
-    if len(val):
-        with torch.inference_mode():
-            answers = softmax(head.as_linear()(torch.from_numpy(features.select(val))).numpy())
+    answers = head.answer(features.select(val))
     if member.config.data.train_on == "train+val":  # what is said of the validation photos stays the first head's
         everything = np.concatenate([train, val])
         head = refit_head(features.select(everything), labels[everything], head)

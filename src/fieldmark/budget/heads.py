@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fieldmark.training.evaluate import softmax
 from fieldmark.training.metrics import log_loss
 
 # L2 penalties that are tried, from the strongest: of the mean loss in nats, on standardized features.
@@ -30,6 +31,11 @@ class Head:
     bias: Tensor  # (K,) float32
     l2: float  # the strength that was chosen
     out_of_fold: NDArray[np.float32]  # (N, K) probabilities, each photo's by a head that was fitted without its fold
+
+    def answer(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(M, K) probabilities of raw features (M, F)."""
+        with torch.inference_mode():
+            return softmax(self.as_linear()(torch.from_numpy(features)).numpy())
 
     def as_linear(self) -> nn.Linear:
         """The head as a module."""

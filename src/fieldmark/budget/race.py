@@ -26,7 +26,7 @@ from fieldmark.config import Config
 from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches
 from fieldmark.models.catalog import InputConfig
 from fieldmark.models.classifier import Classifier
-from fieldmark.models.fusion import fuse_batch_norm
+from fieldmark.models.weights import fuse_batch_norm
 from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.dataset import Dataset, EvalPhotos, PhotoReader

@@ -19,22 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fieldmark.budget import tune as tuning
 from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, find_backbones, list_candidates
 from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
 from fieldmark.budget.race import FEATURES, STORED, Course, Entry, best_average, rungs, stratified_order
 from fieldmark.budget.shelf import Answer, Floats, Model, Shelf, choose_temperature
-from fieldmark.budget.tune import (
-    ENOUGH_EPOCHS,
-    LEAST_EPOCHS,
-    TUNING,
-    Option,
-    Tuned,
-    Weights,
-    choose_option,
-    list_options,
-    tune,
-)
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError, command
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
@@ -48,7 +38,6 @@ from fieldmark.runs.session import setup_fabric
 from fieldmark.runs.train import StopRequest, next_steps, stop_requests
 from fieldmark.runs.writer import claim_folder
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
-from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import EpochReport
 from fieldmark.training.metrics import log_loss
 
@@ -254,13 +243,13 @@ class _Work:
             # An update takes the time of some three predictions: where those alone do not fit, none is measured.
             seconds = TUNE_SHARE * self.course.plan.seconds
             guess = seconds / (3 * entry.seconds_per_photo * len(self.course.order))
-            if guess < LEAST_EPOCHS / 3:
+            if guess < tuning.LEAST_EPOCHS / 3:
                 return guess
-            options = list_options(self.course, entry.candidate, seconds=seconds, depths=1)
+            options = tuning.list_options(self.course, entry.candidate, seconds=seconds, depths=1)
             return max(option.epochs for option in options)
 
         epochs = self.course.plan.decide("epochs of fine-tuning that half of the time allows", count_epochs)
-        is_enough = epochs >= LEAST_EPOCHS
+        is_enough = epochs >= tuning.LEAST_EPOCHS
         what = "about half of the time goes to it" if is_enough else "too few to pay, so all time goes to the race"
         self.course.log.message(f"fine-tuning: {TUNE_SHARE:.0%} of the time would allow {epochs:.1f} epochs; {what}")
         self._check()
@@ -405,12 +394,12 @@ class _Work:
             self.course.log.message("fine-tuning: the time left allows too few epochs to pay")
             return
         key, *values = record
-        entry, option = self.entries[key], Option(*values)
+        entry, option = self.entries[key], tuning.Option(*values)
         self.course.log.message(
             f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, {option.epochs:.1f} epochs"
         )
         probed = self.best
-        tuned = tune(self.course, entry, option, reserve=reserve, on_epoch=partial(self._keep_epoch, entry))
+        tuned = tuning.tune(self.course, entry, option, reserve=reserve, on_epoch=partial(self._keep_epoch, entry))
         if tuned is None:
             raise _StoppedError
         self.tried.append({"what": f"fine-tuning of {key}", "updates": tuned.updates, "seconds": tuned.seconds})
@@ -420,16 +409,17 @@ class _Work:
         """Key and option of the best entry whose network can be fine-tuned for long enough; [] for none."""
         fallback: list[Any] = []
         for entry in _firsts([entry for entry in ranked if self._may_answer([entry])]):
-            option = choose_option(list_options(self.course, entry.candidate, seconds=self.course.plan.left - reserve))
+            left = self.course.plan.left - reserve
+            option = tuning.choose_option(tuning.list_options(self.course, entry.candidate, seconds=left))
             if option is None:
                 continue
             found = [entry.candidate.key, *astuple(option)]
-            if option.epochs >= ENOUGH_EPOCHS:
+            if option.epochs >= tuning.ENOUGH_EPOCHS:
                 return found
             fallback = fallback or found
         return fallback
 
-    def _keep_epoch(self, entry: Entry, report: EpochReport, config: Config, weights: Weights) -> None:
+    def _keep_epoch(self, entry: Entry, report: EpochReport, config: Config, weights: tuning.Weights) -> None:
         """Let the network of an epoch answer if it is better than what answers."""
         if report.predictions is None:
             return
@@ -440,7 +430,7 @@ class _Work:
         if self._loss(answer) < self._loss(self.best):
             self._put(answer)
 
-    def _choose(self, entry: Entry, tuned: Tuned, probed: Answer) -> None:
+    def _choose(self, entry: Entry, tuned: tuning.Tuned, probed: Answer) -> None:
         """Choose by validation loss among probes, fine-tuned weights, interpolations, and their averages."""
         alone: list[Answer] = []
         for name, (weights, val) in tuned.networks.items():
@@ -464,29 +454,22 @@ class _Work:
         temperature = choose_temperature(answer.val, self._labels)
         return log_loss(apply_temperature(log_probabilities(answer.val), temperature), self._labels)
 
-    def _tuned_model(self, entry: Entry, name: str, config: Config, weights: Weights, val: Floats) -> Model:
+    def _tuned_model(self, entry: Entry, name: str, config: Config, weights: tuning.Weights, val: Floats) -> Model:
         key = f"{entry.candidate.key}-tuned-{name.replace(' ', '-').replace('%', '')}"
         temperature, pace = choose_temperature(val, self._labels), entry.seconds_per_photo
         return Model(key, config, self._describe(entry, config), dict(weights), val, temperature, pace)
 
     def _probed_model(self, entry: Entry) -> Model:
         """The network of an entry, with its answers on the validation photos."""
-        course = self.course
-        config = entry.candidate.configure(self.course.config)
-        head = entry.head.as_linear()
-        logits = np.zeros((0, course.num_classes), np.float32)
-        if len(course.val):
-            features = course.collect_features(entry.candidate, course.val).select(course.val)
-            with torch.inference_mode():
-                logits = head(torch.from_numpy(features)).numpy()
-        weights = {
-            name: tensor
-            for name, tensor in course.load_model(entry.candidate).model.state_dict().items()
-            if not name.startswith("head.")
-        } | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-        temperature = choose_temperature(entry.head.out_of_fold, course.dataset.labels[entry.numbers])
+        course, head = self.course, entry.head
+        config = entry.candidate.configure(course.config)
+        val = head.answer(course.collect_features(entry.candidate, course.val).select(course.val))
+        own = course.load_model(entry.candidate).model.state_dict()
+        weights = {name: tensor for name, tensor in own.items() if not name.startswith("head.")}
+        weights |= {"head.weight": head.weight, "head.bias": head.bias}
+        temperature = choose_temperature(head.out_of_fold, course.dataset.labels[entry.numbers])
         pace = entry.seconds_per_photo
-        return Model(_key(entry), config, self._describe(entry, config), weights, softmax(logits), temperature, pace)
+        return Model(_key(entry), config, self._describe(entry, config), weights, val, temperature, pace)
 
     def _describe(self, entry: Entry, config: Config) -> dict[str, Any]:
         """Return the model.json of an entry's network."""
@@ -512,7 +495,7 @@ class _Work:
         if status == "finished":
             self.shelf.clear(answer)
             self._store_features(answer)
-            for name in (FEATURES, TUNING):
+            for name in (FEATURES, tuning.TUNING):
                 shutil.rmtree(self.course.path / name, ignore_errors=True)
         figures = self.shelf.score(answer)
         if figures:

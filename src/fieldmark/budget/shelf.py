@@ -25,7 +25,7 @@ from fieldmark.inference.calibration import apply_temperature, calibrate_run, fi
 from fieldmark.inference.predictor import mean_probabilities
 from fieldmark.runs import folder
 from fieldmark.runs.dataset import Dataset
-from fieldmark.runs.writer import write_beginning
+from fieldmark.runs.writer import write_beginning, write_validation
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import save_weights
 
@@ -108,7 +108,8 @@ class Shelf:
             {"folder": member.key, "name": member.key, "temperature": member.temperature} for member in answer.members
         ]
         folder.write_json(self.path / folder.MODEL, _describe(answer))
-        self._write_predictions(answer.val)
+        if len(self._val):
+            write_validation(self.path, self._dataset, self._val, answer.val)
         folder.write_json(self.path / folder.ENSEMBLE, {"members": listed})
         (self.path / CALIBRATION).unlink(missing_ok=True)
 
@@ -118,7 +119,8 @@ class Shelf:
         if len(answer.members) == 1:
             (only,) = answer.members
             _write_model(self.path, only)
-            self._write_predictions(only.val)
+            if len(self._val):
+                write_validation(self.path, self._dataset, self._val, only.val)
             (self.path / folder.ENSEMBLE).unlink()
         if len(self._val) > 1:
             run = folder.Run(self.path)
@@ -145,17 +147,6 @@ class Shelf:
         found = metrics.summarize(answer.val, self._labels, self._prior)
         interval = metrics.wilson_interval(round(found["top1"] * len(self._val)), len(self._val))
         return {**found, "top1_interval": list(interval)}
-
-    def _write_predictions(self, probabilities: Floats) -> None:
-        if len(self._val):
-            index = self._dataset.index
-            folder.write_predictions(
-                self.path / "predictions" / "val.parquet",
-                paths=[index.photos[number].path for number in self._val],
-                labels=self._labels,
-                probabilities=probabilities,
-                classes=index.classes,
-            )
 
 
 def _write_model(path: Path, model: Model) -> None:

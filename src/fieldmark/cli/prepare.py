@@ -126,8 +126,8 @@ def measure_speed(name: str, size: int) -> float:
     import timm
     import torch
 
-    from fieldmark.inference.predictor import Device
     from fieldmark.runs.check import measure_rate
+    from fieldmark.training.evaluate import Device
 
     where = Device.choose("bf16-mixed")
     model = timm.create_model(name.partition(".")[0], pretrained=False).eval().to(where.device)

@@ -231,7 +231,7 @@ def suggest(
     them in the page of `fieldmark review RUN LIST`, then teach the model by `fieldmark extend`.
     """
     from fieldmark.errors import command
-    from fieldmark.inference.suggestion import suggest as suggest_photos
+    from fieldmark.inference.triage import suggest as suggest_photos
 
     with open_progress("suggest") as progress:
         rows = suggest_photos(run, pool, out, count=count, progress=progress)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec, Pixels
@@ -111,8 +112,6 @@ class PhotoCache:
         self._checked[number] = True
         if not self.is_jpeg:
             return data.reshape(height, width, 3)
-        import simplejpeg
-
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
@@ -202,8 +201,6 @@ class Preset:
         if self.mode == "uint8":
             data = pixels.tobytes()
         else:
-            import simplejpeg
-
             data = simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorsubsampling="420")
         return data + _FOOTER.pack(len(data), height, width, _checksum(data, height, width))
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from fieldmark.data.folders import RAW_EXTENSIONS
@@ -195,8 +196,6 @@ def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float 
 
     None for what Pillow should decide: warnings, and colors that it alone knows.
     """
-    import simplejpeg
-
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:

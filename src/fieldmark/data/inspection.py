@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
+from PIL import Image, ImageCms
 
 from fieldmark.data.decode import DecodeSpec, Pixels, explain_reading, read_bytes, silence_pillow
 from fieldmark.data.shards import PhotoFile, StoredPhoto
@@ -69,8 +71,6 @@ class Inspection:
     def __init__(
         self, files: Sequence[PhotoFile], *, decoding: DecodeSpec, with_hash: bool, cache_folder: Path | None
     ) -> None:
-        import PIL
-
         # Another limit, or another Pillow, may accept what this one refuses.
         settings = f"{FORMAT} {PIL.__version__} {decoding.background} {decoding.max_pixels}"
         self.files = files
@@ -89,8 +89,6 @@ class Inspection:
 
     def estimate_sizes(self) -> NDArray[np.int64]:
         """(N, 2) width and height in pixels; of photos not yet read those of a sample, as they lie; 0 if broken."""
-        from PIL import Image
-
         silence_pillow()
         sizes = np.zeros((len(self.files), 2), np.int64)
         for number, facts in self._facts.items():
@@ -176,7 +174,6 @@ def perceptual_hash(photo: Pixels) -> str:
         in the library ImageHash. Its own resize reads every pixel, so large photos are averaged down before.
     """
     import imagehash
-    from PIL import Image
 
     image = Image.fromarray(photo)
     factor = min(image.size) // HASH_SIDE_PIXELS
@@ -228,8 +225,6 @@ def name_folder(root: str | Path) -> str:
 
 
 def _read_header(data: bytes) -> dict[str, Any]:
-    from PIL import Image
-
     silence_pillow()
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -246,8 +241,6 @@ def _read_header(data: bytes) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)  # cameras write the same few profiles
 def _name_profile(profile: bytes) -> str:
     """The name of an ICC profile that is not sRGB; "" where there is none, or none that can be read."""
-    from PIL import ImageCms
-
     try:
         name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).strip()
     except (ImageCms.PyCMSError, OSError):

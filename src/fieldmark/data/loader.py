@@ -378,10 +378,9 @@ def _answer(prepare: Prepare | Exception, task: _Task, slots: list[Tensor]) -> B
 
 
 def _use_one_thread() -> None:
-    """One thread for each library: the cores belong to the model and the other workers."""
     import cv2
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the cores belong to the model and the other workers
     cv2.setNumThreads(0)
     if "numba" in sys.modules:
         import numba

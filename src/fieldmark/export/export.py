@@ -22,9 +22,10 @@ from fieldmark.export.model_card import model_card
 from fieldmark.files import whole_folder
 from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata, compute_with, digest_file
-from fieldmark.inference.predictor import Device, Predictor
+from fieldmark.inference.predictor import Predictor
 from fieldmark.models.classifier import Classifier
 from fieldmark.runs.folder import Run
+from fieldmark.training.evaluate import Device
 
 KINDS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "model.safetensors"}
 INT8_KINDS = ("onnx", "openvino")

@@ -358,33 +358,6 @@ def fit_fallback(
     return Fallback(taxonomy.levels, taxonomy.rows, tuple(thresholds), scores)
 
 
-def estimate_prior(probabilities: FloatArray, prior: FloatArray) -> NDArray[np.float64]:
-    """The (K,) class shares among photos whose classes may come in other shares than the `prior` of training.
-
-    As many photos as there are classes are counted with the shares of training: few photos change little, and no class
-    is given up. Balance is not assumed.
-
-    Source:
-        Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori Probabilities", Neural
-        Computation 14 (2002), section 2.2 (expectation-maximization), here with a Dirichlet prior.
-    """
-    shares = np.asarray(prior, np.float64)
-    for _ in range(1000):
-        found = apply_prior(probabilities, prior, shares).sum(axis=0) + len(prior) * prior
-        before, shares = shares, found / found.sum()
-        if np.abs(shares - before).max() < 1e-7:
-            break
-    return shares
-
-
-def apply_prior(probabilities: FloatArray, prior: FloatArray, shares: FloatArray) -> FloatArray:
-    """(N, K) probabilities where the classes come in `shares` instead of `prior`, both (K,)."""
-    ratio = np.divide(shares, prior, out=np.zeros(len(prior)), where=np.asarray(prior) > 0)
-    weighted = np.asarray(probabilities, np.float64) * ratio
-    total = weighted.sum(axis=1, keepdims=True)
-    return np.where(total > 0, weighted / np.where(total > 0, total, 1), probabilities)
-
-
 def describe_calibration(found: Calibration) -> str:
     """A few lines for people."""
     return fill_template("calibration.md", {"found": found, "name_of_none": NONE})

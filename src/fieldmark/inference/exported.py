@@ -5,7 +5,6 @@ Letters: B batch, K classes, S side in pixels.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -18,13 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.errors import DataError, ExportError, MissingExtraError, first_line, needs_extra
-from fieldmark.files import Positive, Share, read_values
+from fieldmark.files import Positive, Share, digest_file, read_values
 from fieldmark.inference.taxonomy import Fallback
 
 Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -98,12 +98,6 @@ class ModelMetadata:
         if twice:
             raise ExportError(f"{where}, key 'classes': {twice[0]!r} is there twice. Export the run again")
         return metadata
-
-
-def digest_file(path: Path) -> str:
-    """64 hex digits: the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +197,6 @@ def _load_torch(path: Path) -> Compute:
 
 def compute_with(model: Any) -> Compute:
     """Logits by a torch model on the CPU."""
-    import torch
 
     def compute(images: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -238,7 +231,6 @@ _STRINGS = {
 
 def _require_harmless_program(path: Path) -> None:
     """Refuse a .pt2 that could run code: torch unpickles some of its members, evaluates its sizes, calls by name."""
-    import torch
     from torch.export.pt2_archive._package import PT2ArchiveReader
 
     with PT2ArchiveReader(str(path)) as archive:

@@ -23,16 +23,18 @@ import torch
 from numpy.typing import NDArray
 
 from fieldmark.errors import DataError, FieldmarkError, PredictionError, ResourceError, RunError, command, first_line
-from fieldmark.files import exclusive_lock, write_whole
+from fieldmark.files import digest_file, exclusive_lock, write_whole
 from fieldmark.inference import sources, writers
-from fieldmark.inference.calibration import apply_prior, estimate_prior, load_calibration
-from fieldmark.inference.exported import FILE, digest_file
+from fieldmark.inference.calibration import load_calibration
+from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.inference.sources import FileList, PhotoSource, Piece
 from fieldmark.inference.writers import Form, PredictedPhotos, save_predictions
 from fieldmark.progress import Progress
 from fieldmark.runs.environment import open_cluster, require_slots
 from fieldmark.runs.folder import Run, write_json
+
+Floats = NDArray[np.floating[Any]]
 
 PHOTOS_BETWEEN_LINES = 10_000
 FORMAT = 3
@@ -107,6 +109,33 @@ def correct_prior(
     estimated = estimate_prior(rows, prior)
     corrected = iter(apply_prior(rows, prior, estimated).astype(np.float32))
     return [one if one.problem else replace(one, probabilities=next(corrected)) for one in predictions], estimated
+
+
+def estimate_prior(probabilities: Floats, prior: Floats) -> NDArray[np.float64]:
+    """The (K,) class shares among photos whose classes may come in other shares than the `prior` of training.
+
+    As many photos as there are classes are counted with the shares of training: few photos change little, and no class
+    is given up. Balance is not assumed.
+
+    Source:
+        Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori Probabilities", Neural
+        Computation 14 (2002), section 2.2 (expectation-maximization), here with a Dirichlet prior.
+    """
+    shares = np.asarray(prior, np.float64)
+    for _ in range(1000):
+        found = apply_prior(probabilities, prior, shares).sum(axis=0) + len(prior) * prior
+        before, shares = shares, found / found.sum()
+        if np.abs(shares - before).max() < 1e-7:
+            break
+    return shares
+
+
+def apply_prior(probabilities: Floats, prior: Floats, shares: Floats) -> Floats:
+    """(N, K) probabilities where the classes come in `shares` instead of `prior`, both (K,)."""
+    ratio = np.divide(shares, prior, out=np.zeros(len(prior)), where=np.asarray(prior) > 0)
+    weighted = np.asarray(probabilities, np.float64) * ratio
+    total = weighted.sum(axis=1, keepdims=True)
+    return np.where(total > 0, weighted / np.where(total > 0, total, 1), probabilities)
 
 
 def _training_prior(model: Path) -> NDArray[np.float64]:

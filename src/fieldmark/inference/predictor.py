@@ -9,7 +9,6 @@ Shape letters: B batch, N photos, K classes, H and W pixels, S side of the model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -34,9 +33,9 @@ from fieldmark.inference.taxonomy import Answer, Fallback
 from fieldmark.plots import fill_template, thumbnail_uri
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
-from fieldmark.runs.environment import keep_freed_memory, usable_cores
+from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import ENSEMBLE, WEIGHTS, Run
-from fieldmark.training.evaluate import predict_batches, softmax
+from fieldmark.training.evaluate import Device, predict_batches, softmax
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -319,35 +318,6 @@ def _load_batches(prepare: EvalPhotos, numbers: Sequence[int], batch_size: int) 
     workers = auto_workers(cores=usable_cores(), is_cached=False, has_gpu=has_gpu)[0] if len(plan) > 2 else 0
     with Loader(workers=workers, threads=usable_cores()) as loader:
         yield from loader.batches(prepare, plan, epoch=0)
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where a model answers, and in what precision: what `predict_batches` needs of a Fabric, without its imports."""
-
-    device: torch.device
-    precision: str
-    world_size: int = 1
-
-    @classmethod
-    def choose(cls, precision: str) -> Device:
-        """The GPU or the processor, in the precision that the run was evaluated in, where it is fast here.
-
-        A run's accuracy, temperature and threshold were measured in that precision, so it is what answers; a processor
-        without bf16, which would emulate it slowly, and fp16 on a processor give way to 32 bit.
-        """
-        if torch.cuda.is_available():
-            return cls(torch.device("cuda"), precision)
-        keep_freed_memory()
-        is_kept = precision == "bf16-mixed" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return cls(torch.device("cpu"), precision if is_kept else "32-true")
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context that the model computes in."""
-        if self.precision == "32-true":
-            return nullcontext()
-        kind = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
-        return torch.autocast(self.device.type, dtype=kind)
 
 
 class Networks:

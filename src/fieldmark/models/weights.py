@@ -1,11 +1,11 @@
-"""Weights for a backbone from the hub, a file, a folder or an installed package, with a report of what matched.
+"""Weights for a backbone from the hub, a file, a folder or a package, with a report; and BatchNorm folded into them.
 
 Nothing here unpickles code: files are read as safetensors or with `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import pickle
 import re
 import warnings
@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.fx import Graph, Node, Tracer
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fieldmark.errors import WeightsError, first_line
+from fieldmark.files import digest_file
 from fieldmark.models import catalog
 from fieldmark.models.catalog import InputConfig, describe_pretraining
 from fieldmark.models.classifier import Classifier
@@ -135,18 +139,22 @@ def _fill(
     file: Path | None,
 ) -> WeightsReport:
     state, target = model.backbone.state_dict(), _tensors(model)
+    own: Any = getattr(model.backbone, "pretrained_cfg", {}).get("classifier") or ()
+    heads = tuple(f"{head}." for head in (*((own,) if isinstance(own, str) else own), "head", "fc", "classifier"))
     fitting: dict[str, Tensor] = {}
     counters: dict[str, Tensor] = {}
     mismatched: dict[str, str] = {}
     skipped: list[str] = []
     unexpected: list[str] = []
     for given, tensor in tensors.items():
-        name = _strip(given, state)
+        name = given
+        while name not in state and name.startswith(_PREFIXES):  # of wrappers, but never one that the model itself has
+            name = name.partition(".")[2]
         if name in target and tensor.shape == target[name].shape:
             fitting[name] = _as_float32(tensor, given, label)
         elif name in target:
             mismatched[name] = f"{name}: {tuple(tensor.shape)} for {tuple(target[name].shape)}"
-        elif _is_classifier(name, model.backbone):
+        elif name.startswith(heads):
             skipped.append(given)
         elif name in state:
             counters[name] = tensor
@@ -170,26 +178,13 @@ def _fill(
         skipped=tuple(skipped),
         license=terms or "unknown",
         pretraining=pretraining or "unknown",
-        sha256=_digest(file) if file else "",
+        sha256=digest_file(file) if file else "",
     )
 
 
 def _tensors(model: Classifier) -> dict[str, Tensor]:
     """Tensors of the backbone without BatchNorm's counters of batches."""
     return {name: tensor for name, tensor in model.backbone.state_dict().items() if not name.endswith(_COUNTER)}
-
-
-def _strip(name: str, known: Mapping[str, Tensor]) -> str:
-    """Drop wrappers' prefixes, but never one that the model itself has."""
-    while name not in known and name.startswith(_PREFIXES):
-        name = name.partition(".")[2]
-    return name
-
-
-def _is_classifier(name: str, backbone: nn.Module) -> bool:
-    own: Any = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (own,) if isinstance(own, str) else tuple(own)
-    return name.startswith(tuple(f"{head}." for head in (*heads, "head", "fc", "classifier")))
 
 
 def _as_float32(tensor: Tensor, name: str, label: str) -> Tensor:
@@ -206,11 +201,6 @@ def _as_float32(tensor: Tensor, name: str, label: str) -> Tensor:
 
 def _list_some(names: Sequence[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_from_hub(model: Classifier) -> WeightsReport:
@@ -291,8 +281,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises WeightsError where there is no such file, or it is of another kind, damaged, with pickled code, or has no
     tensors.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise WeightsError(
             f"model.weights: there is no file or folder {str(path)!r}. Give pretrained, random, package:NAME, or "
@@ -337,3 +325,56 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     items = cast("Mapping[Any, Any]", content)
     nested = next((items[nest] for nest in NESTS if isinstance(items.get(nest), Mapping)), items)
     return {str(name): value for name, value in nested.items() if isinstance(value, Tensor)}
+
+
+def fuse_batch_norm(model: nn.Module) -> tuple[nn.Module, int]:
+    """Return a copy of a model for inference, each BatchNorm folded into its convolution, and the number of those.
+
+    The copy is of the same class and in evaluation mode. Models whose forward pass cannot be traced are copied as they
+    are. The folding itself is torch's; what is ours is finding the pairs: torch.fx.experimental.optimization misses
+    timm's norm layers that carry their activation, and returns a graph, without the model's other methods.
+
+    Source:
+        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        arXiv:1712.05877, section 3.2 (folding of batch normalization).
+    """
+    fused = copy.deepcopy(model).eval()
+    pairs = _find_pairs(fused)
+    for conv_name, norm_name in pairs:
+        conv, norm = fused.get_submodule(conv_name), fused.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        fused.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+        # timm's BatchNormAct2d applies its (inference: idle) dropout and its activation after the norm.
+        activation = getattr(norm, "act", None)
+        fused.set_submodule(norm_name, activation if isinstance(activation, nn.Module) else nn.Identity())
+    return fused, len(pairs)
+
+
+class _LeafTracer(Tracer):
+    """Stops at convolutions and norms, also at timm's subclasses of them, which fx would trace into."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _find_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """(convolution, BatchNorm) module names where the norm is all that reads the convolution, each used once."""
+    try:
+        graph: Graph = _LeafTracer().trace(model)
+    except Exception:  # fx raises whatever the traced code runs into
+        return []
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    targets = [str(node.target) for node in calls]
+    pairs: list[tuple[str, str]] = []
+    for node in calls:
+        source: Any = node.args[0] if node.args else None
+        if not (isinstance(source, Node) and source.op == "call_module" and len(source.users) == 1):
+            continue
+        conv, norm = str(source.target), str(node.target)
+        if not (isinstance(modules[conv], nn.Conv2d) and isinstance(modules[norm], nn.BatchNorm2d)):
+            continue
+        if modules[norm].track_running_stats and targets.count(conv) == targets.count(norm) == 1:
+            pairs.append((conv, norm))
+    return pairs

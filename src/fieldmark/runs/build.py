@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from fieldmark.augment.mixing import MixSpec
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.augment.sample import AugmentSpec
 from fieldmark.config import Config
+from fieldmark.data.cache import PhotoCache, Read, open_cache
 from fieldmark.data.index import PhotoIndex
-from fieldmark.data.loader import auto_workers, cut_plan, epoch_order
+from fieldmark.data.loader import auto_workers, cut_plan
 from fieldmark.data.shards import PhotoFile
 from fieldmark.errors import ConfigError, FieldmarkError
 from fieldmark.files import user_folder
@@ -33,15 +33,12 @@ from fieldmark.models.classifier import (
 )
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
-from fieldmark.runs.dataset import Cached, EvalPhotos, PhotoReader, TrainPhotos, decode_spec
-from fieldmark.runs.environment import keep_freed_memory, processor_name, quiet_fabric, usable_cores
+from fieldmark.runs.dataset import Cached, EvalPhotos, PhotoReader, TrainPhotos, TrainPlan, decode_spec
+from fieldmark.runs.environment import processor_name, quiet_fabric, usable_cores
+from fieldmark.training.evaluate import keep_freed_memory
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import ScheduleSpec, create_optimizer, parameter_groups
 from fieldmark.training.trial import Computation, choose_computation
-
-if TYPE_CHECKING:
-    from fieldmark.data.cache import PhotoCache, Read
-
 
 Value = TypeVar("Value", str, int)
 POOL_PHOTOS = 64  # of which the feature maps choose the directions of covariance pooling
@@ -107,9 +104,6 @@ def fill_cache(
     settings = config.cache
     if config.augment.executor == "reference":
         return None, "cache: off (the reference executor works on whole photos)"
-
-    from fieldmark.data.cache import open_cache
-
     cache, report = open_cache(
         files,
         sizes=sizes,
@@ -346,50 +340,6 @@ def build_phase(config: Config, epoch: int, built: BuiltModel, evaluation: EvalS
         is_fixres=is_fixres,
         is_mixing=epoch < train.epochs - config.mix.off_epochs,
     )
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """The order of the photos over all epochs: a pure function of these values."""
-
-    epochs: int
-    train_numbers: NDArray[np.int64]  # photos of the training split
-    val_numbers: NDArray[np.int64]  # photos of the validation split
-    seed: int
-    batch_size: int  # photos per update over all processes
-    eval_batch_size: int
-    processes: int  # that train together
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Updates of one epoch: arithmetic alone, since it is asked for often."""
-        return count_updates(len(self.train_numbers), self.batch_size, processes=self.processes)
-
-    def updates(self, epoch: int) -> list[Sequence[int]]:
-        """Shuffle an epoch and cut it into updates of photo numbers, over all processes."""
-        order = epoch_order(len(self.train_numbers), seed=self.seed, epoch=epoch)
-        return cut_updates(self.train_numbers[order], self.batch_size, processes=self.processes)  # type: ignore[arg-type]
-
-    def eval_share(self, numbers: NDArray[np.int64], rank: int) -> list[Sequence[int]]:
-        """Give one process every n-th evaluation batch, so that batches do not depend on the number of processes."""
-        return cut_plan(numbers.tolist(), self.eval_batch_size)[rank :: self.processes]
-
-
-def count_updates(num_photos: int, batch_size: int, *, processes: int) -> int:
-    """Count the updates of an epoch.
-
-    A last batch that would leave a process with fewer than two photos joins the one before: BatchNorm has no variance
-    of one value, which is what a single photo amounts to at the end of a network on small images.
-    """
-    count = -(-num_photos // batch_size)
-    last = num_photos - (count - 1) * batch_size
-    return count - (count > 1 and last < 2 * processes)
-
-
-def cut_updates(order: Sequence[int], batch_size: int, *, processes: int) -> list[Sequence[int]]:
-    """Cut an epoch's order into updates; no photo is dropped."""
-    count = count_updates(len(order), batch_size, processes=processes)
-    return [order[start:end] for start, end in pairwise([*range(0, count * batch_size, batch_size), len(order)])]
 
 
 def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPlan:

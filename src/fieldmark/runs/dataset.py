@@ -1,12 +1,13 @@
-"""Settings and a path become photos that can be trained on: found, divided, inspected."""
+"""Settings and a path become photos that can be trained on: found, divided, inspected, read, and put in an order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Union
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,19 +19,17 @@ from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.config import DataConfig
 from fieldmark.data import splits
 from fieldmark.data.audit import find_doubts, find_gaps_in_training
+from fieldmark.data.cache import PhotoCache
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, apply_corrections, load_index
 from fieldmark.data.inspection import Inspection, PhotoFacts, name_folder
-from fieldmark.data.loader import Batch
+from fieldmark.data.loader import Batch, cut_plan, epoch_order
 from fieldmark.errors import ConfigError, DataError, PhotoError
 from fieldmark.files import user_folder
 from fieldmark.progress import Progress
 from fieldmark.runs.environment import usable_cores
 
-if TYPE_CHECKING:
-    from fieldmark.data.cache import PhotoCache
-
-Cached = tuple[Union["PhotoCache", None], str]  # the cache of some photos, if there is one, and what was done about it
+Cached = tuple[PhotoCache | None, str]  # the cache of some photos, if there is one, and what was done about it
 # Of (files, their (N, 2) sizes); what is missing comes by `read=`, and `progress=` is told.
 Fill = Callable[..., Cached]
 
@@ -228,16 +227,13 @@ class TrainPhotos:
         return sample_params(self.spec, self.sizes[rows], seed=self.seed, epoch=epoch, numbers=rows)
 
     def _read(self, rows: NDArray[np.int64], params: BatchParams) -> list[NDArray[np.uint8]]:
-        return [self._pixels(int(number), params, row) for row, number in enumerate(rows)]
-
-    def _pixels(self, number: int, params: BatchParams, row: int) -> NDArray[np.uint8]:
-        cached = self.cache.get(number) if self.cache is not None else None
-        if cached is not None:
-            return cached
         # Decode no larger than the crop needs: its shorter side becomes `size` pixels.
-        _, _, width, height = params.box[row]
-        needed = self.spec.size * float(min(self.sizes[number])) / max(float(min(width, height)), 1.0)
-        return self.reader.read(number, min_short_side=needed)
+        needed = self.spec.size * self.sizes[rows].min(axis=1) / np.maximum(params.box[:, 2:].min(axis=1), 1.0)
+        photos: list[NDArray[np.uint8]] = []
+        for number, side in zip(rows.tolist(), needed.tolist(), strict=True):
+            cached = self.cache.get(number) if self.cache is not None else None
+            photos.append(self.reader.read(number, min_short_side=side) if cached is None else cached)
+        return photos
 
 
 @dataclass(frozen=True)
@@ -262,3 +258,47 @@ class EvalPhotos:
                 problems.append((row, error.reason))
         labels = torch.from_numpy(self.reader.labels[rows])
         return Batch(images, torch.from_numpy(rows), labels, tuple(problems))
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The order of the photos over all epochs: a pure function of these values."""
+
+    epochs: int
+    train_numbers: NDArray[np.int64]  # photos of the training split
+    val_numbers: NDArray[np.int64]  # photos of the validation split
+    seed: int
+    batch_size: int  # photos per update over all processes
+    eval_batch_size: int
+    processes: int  # that train together
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of one epoch: arithmetic alone, since it is asked for often."""
+        return count_updates(len(self.train_numbers), self.batch_size, processes=self.processes)
+
+    def updates(self, epoch: int) -> list[Sequence[int]]:
+        """Shuffle an epoch and cut it into updates of photo numbers, over all processes."""
+        order = epoch_order(len(self.train_numbers), seed=self.seed, epoch=epoch)
+        return cut_updates(self.train_numbers[order], self.batch_size, processes=self.processes)  # type: ignore[arg-type]
+
+    def eval_share(self, numbers: NDArray[np.int64], rank: int) -> list[Sequence[int]]:
+        """Give one process every n-th evaluation batch, so that batches do not depend on the number of processes."""
+        return cut_plan(numbers.tolist(), self.eval_batch_size)[rank :: self.processes]
+
+
+def count_updates(num_photos: int, batch_size: int, *, processes: int) -> int:
+    """Count the updates of an epoch.
+
+    A last batch that would leave a process with fewer than two photos joins the one before: BatchNorm has no variance
+    of one value, which is what a single photo amounts to at the end of a network on small images.
+    """
+    count = -(-num_photos // batch_size)
+    last = num_photos - (count - 1) * batch_size
+    return count - (count > 1 and last < 2 * processes)
+
+
+def cut_updates(order: Sequence[int], batch_size: int, *, processes: int) -> list[Sequence[int]]:
+    """Cut an epoch's order into updates; no photo is dropped."""
+    count = count_updates(len(order), batch_size, processes=processes)
+    return [order[start:end] for start, end in pairwise([*range(0, count * batch_size, batch_size), len(order)])]

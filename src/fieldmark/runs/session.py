@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fieldmark.augment.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config, dump_config
+from fieldmark.data.cache import PhotoCache
 from fieldmark.data.loader import Loader, shard_plan
 from fieldmark.data.storage import is_url, resolve
 from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError, command
@@ -34,6 +35,7 @@ from fieldmark.runs.dataset import (
     EvalPhotos,
     Fill,
     PhotoReader,
+    TrainPlan,
     inspect,
     list_broken,
     prepare_dataset,
@@ -44,9 +46,6 @@ from fieldmark.training import metrics
 from fieldmark.training.evaluate import Predictions, Validation, predict_batches
 from fieldmark.training.loop import EpochTally, TrainBatch, TrainState
 from fieldmark.training.optim import Schedule
-
-if TYPE_CHECKING:
-    from fieldmark.data.cache import PhotoCache
 
 Start = Literal["new", "again", "resumed"]
 Result = TypeVar("Result")
@@ -65,7 +64,7 @@ class Session:
     evaluation: EvalSpec
     cache: PhotoCache | None
     loader: Loader
-    plan: build.TrainPlan
+    plan: TrainPlan
     writer: RunWriter
     prior: NDArray[np.float64]  # (K,) share of each class among the training photos
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -372,8 +373,5 @@ def new_run_folder(config: Config, recipe: str) -> Path:
 
 def free_folder(folder: Path) -> Path:
     """`folder`, or the same with the first number behind it that is not taken."""
-    free, number = folder, 1
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(free for free in chain([folder], numbered) if not free.exists())

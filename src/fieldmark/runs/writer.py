@@ -31,7 +31,6 @@ from fieldmark.runs.dataset import Dataset
 from fieldmark.runs.environment import describe_environment
 from fieldmark.training import metrics
 from fieldmark.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from fieldmark.training.evaluate import Predictions
 from fieldmark.training.loop import EpochReport, EpochTally, TrainState
 
 LOCK = ".lock"
@@ -129,6 +128,19 @@ def write_beginning(
     write_whole(path / folder.RECIPE, recipe)
 
 
+def write_validation(
+    path: Path, dataset: Dataset, numbers: NDArray[np.int64], probabilities: NDArray[np.float32]
+) -> None:
+    """Store what a run answers for these validation photos."""
+    folder.write_predictions(
+        path / "predictions" / "val.parquet",
+        paths=[dataset.index.photos[number].path for number in numbers],
+        labels=dataset.labels[numbers],
+        probabilities=probabilities,
+        classes=dataset.index.classes,
+    )
+
+
 class RunWriter:
     """Writes the files of a run; on all processes but the first it keeps the history and writes nothing.
 
@@ -158,7 +170,7 @@ class RunWriter:
             if row["is_best"]:
                 save_weights(self.path / folder.WEIGHTS, model.state_dict())
                 if predictions is not None:
-                    self._write_predictions(predictions)
+                    write_validation(self.path, self._dataset, predictions.numbers, predictions.probabilities())
             with (self.path / folder.METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             if predictions is not None:
@@ -220,15 +232,6 @@ class RunWriter:
         if self._fabric.is_global_zero:
             with _continuable(self.path):
                 folder.write_json(self.path / folder.SUMMARY, content)
-
-    def _write_predictions(self, predictions: Predictions) -> None:
-        folder.write_predictions(
-            self.path / "predictions" / "val.parquet",
-            paths=[self._dataset.index.photos[number].path for number in predictions.numbers],
-            labels=self._dataset.labels[predictions.numbers],
-            probabilities=predictions.probabilities(),
-            classes=self._dataset.index.classes,
-        )
 
     def _write_epochs(self, labels: NDArray[np.int64]) -> None:
         """Write the predicted classes of every epoch, from which the optimistic bias of "best" is estimated."""

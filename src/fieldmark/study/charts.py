@@ -235,11 +235,13 @@ def cost_chart(
     variants = [one for one in variants if costs[one.name] > 0]
     if not variants:
         return None
-    title = comparison.shown.title
+    title, (what, unit), tips = comparison.shown.title, label.split(" in "), list[Tip]()
     figure = new_figure(WIDTH, 3.0 + 0.19 * len(variants))
     axes = figure.subplots()
     for index, one in enumerate(variants):
         value, cost, color = one.interval, costs[one.name], COLORS[index % len(COLORS)]
+        text = f"{_describe(one, comparison)}, {cost:.3g} {unit}"
+        tips.append(Tip(axes, (0.95 * cost, 1.05 * cost), (value.low, value.high), text))
         axes.plot([cost, cost], [value.low, value.high], color=color, linewidth=2)
         axes.plot([cost], [value.estimate], "o", color=color, markersize=7, label=plain_text(one.name))
     spent = [costs[one.name] for one in variants]
@@ -251,16 +253,6 @@ def cost_chart(
     if comparison.metric != "log_loss":
         _set_percent(axes.yaxis)
     figure.legend(loc="outside lower left", frameon=False, fontsize=8)
-    what, unit = label.split(" in ")
-    tips = (
-        Tip(
-            axes,
-            (0.95 * cost, 1.05 * cost),
-            (one.interval.low, one.interval.high),
-            f"{_describe(one, comparison)}, {cost:.3g} {unit}",
-        )
-        for one, cost in zip(variants, spent, strict=True)
-    )
     return Chart(key, f"{title} against {what}", note, figure, tuple(tips))
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fieldmark.errors import RunError
@@ -76,8 +78,6 @@ def _has_damaged_record(path: Path) -> bool:
 
 def save_weights(path: Path, weights: Weights) -> None:
     """Write tensors as safetensors, whole or not at all."""
-    from safetensors.torch import save_file
-
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     whole_or_absent(path, lambda part: save_file(tensors, part, metadata={"sha256": _digest(tensors)}))
 
@@ -92,8 +92,6 @@ def _digest(tensors: Weights) -> str:
 
 def load_saved_weights(path: Path) -> dict[str, Tensor]:
     """Read what `save_weights` wrote, on the CPU, or raise RunError."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise RunError(f"{path} does not exist: the run has no weights yet")
     try:

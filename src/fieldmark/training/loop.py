@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
 
+MEMORY_SIGNS = ("can't allocate memory", "out of memory")  # of the processor, and of libraries below torch
 PROBE_WEIGHT_DECAY, PROBE_BATCH_SIZE = 1e-2, 256
 READ_TOGETHER = 32  # numbers of a GPU that are read at once: it waits for the host so much more seldom
 
@@ -206,7 +207,7 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
             fabric, state.network, batch.images, batch.targets, state.micro_batch_size, options, scale=scale
         )
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in MEMORY_SIGNS):
             raise
         state.optimizer.zero_grad(set_to_none=True)
         raise MemoryExhaustedError(min(state.micro_batch_size, len(batch.images)), batch.images.shape[-1]) from error
@@ -360,19 +361,8 @@ def _clip_gradients(fabric: Fabric, state: TrainState, clip_norm: float) -> Tens
     return None if is_scaled else norm
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text
-
-
 def train_head(
-    head: nn.Module,
-    features: Tensor,
-    targets: Tensor,
-    *,
-    epochs: int,
-    lr: float,
-    generator: torch.Generator,
+    head: nn.Module, features: Tensor, targets: Tensor, *, epochs: int, lr: float, generator: torch.Generator
 ) -> Iterator[float]:
     """Fit a head in place, on (N, F) float32 features and (N, K) distributions, with AdamW under a cosine to zero.
 
