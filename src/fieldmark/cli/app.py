@@ -58,7 +58,7 @@ def fieldmark_options(
 
 
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    PREPARE: (prepare.check, prepare.models, prepare.doctor),
+    PREPARE: (prepare.check, prepare.pack, prepare.models, prepare.doctor),
     TRAIN: (train.demo, use.app, train.train, train.extend, train.sweep),
     USE: (use.evaluate, use.predict, use.calibrate, use.combine, use.export, use.serve),
     COMPARE: (use.suggest, use.review, train.compare, train.report),

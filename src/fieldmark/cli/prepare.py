@@ -70,6 +70,28 @@ def split(
         typer.echo(f"{name}: " + ", ".join(f"{number} {part}" for part, number in counts.items()))
 
 
+def pack(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of tar files to make, or to go on with.")],
+    megabytes: Annotated[float, typer.Option(min=1, help="Size of a tar file, about.")] = 256,
+    photos: Annotated[int | None, typer.Option(min=1, help="Photos in a tar file, whatever their size.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Pack photos into tar files, to train from an object store.
+
+    With their labels and splits. A call that was stopped goes on when it is repeated; each file is read again.
+    """
+    from fieldmark.data.packing import pack_photos
+    from fieldmark.runs.dataset import find_photos
+
+    with open_progress("pack") as progress:
+        index = find_photos(read_settings(None, data, set_).data)
+        packed = pack_photos(index, out, max_bytes=megabytes * 1e6, max_photos=photos, progress=progress)
+    kept = f", {packed.kept} of them from before" if packed.kept else ""
+    size = f"{packed.num_bytes / 1e6:,.1f} MB"
+    typer.echo(f"packed {packed.photos} photos into {packed.tars} tar files ({size}) in {out}{kept}")
+
+
 def cache(data: Data, recipe: Recipe = DEFAULT_RECIPE, set_: Overrides = None) -> None:
     """Decode the photos once and keep them small.
 

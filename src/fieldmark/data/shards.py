@@ -140,8 +140,11 @@ def _scan_tar(location: str, shard: str) -> tuple[list[tuple[str, str, int, int]
                 places[name] = member.size, member.offset_data
     except PhotoError as error:
         problem = error.reason
-    named = ((name, notes.get(os.path.splitext(name)[0], ""), *place) for name, place in places.items())  # noqa: PTH122
-    return [photo for photo in named if is_photo_path(photo[0])], problem
+    found: list[tuple[str, str, int, int]] = []
+    for name, place in places.items():
+        if is_photo_path(name):
+            found.append((name, notes.get(name) or notes.get(os.path.splitext(name)[0], ""), *place))  # noqa: PTH122
+    return found, problem
 
 
 def locate(root: str, path: str) -> str:
