@@ -162,11 +162,11 @@ def _index_of_source(text: str, columns: _Columns) -> PhotoIndex:
 
 def _index_of_table(path: Path, columns: _Columns) -> PhotoIndex:
     table, (path_column, label_column, split_column, group_column) = read_table(path), columns
-    labels = table.column(label_column, setting="data.label_column")
+    labels = table.column(label_column, option="--set data.label_column=NAME")
     splits = [_read_split(table.where(row), value) for row, value in enumerate(table.optional_column(split_column))]
     groups = table.optional_column(group_column, is_text=False)
     root, names = _Paths(path.parent, table).resolve(
-        table.column(path_column, setting="data.path_column", is_text=False)
+        table.column(path_column, option="--set data.path_column=NAME", is_text=False)
     )
     photos, ignored = _read_rows(table, label_column, zip(names, labels, splits, groups, strict=True))
     has_split = "its splits" if any(splits) else "no splits"

@@ -8,7 +8,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,12 +52,13 @@ def pack_photos(
     names = [f"photos-{number:06d}.tar" for number in range(len(shards))]
     sums = _read_sums(out, plan, names)
     kept = len(sums)
-    _write_sums(out, plan, sums)  # so that what is there is known as ours, whenever this is stopped
     progress.start(len(index), 0)
-    for name, shard in zip(names, shards, strict=True):
-        if name not in sums:
+    for name, shard in zip((*names, ""), (*shards, []), strict=True):
+        # Before a file as after it, so that whatever is there is known as ours, whenever this is stopped.
+        lines = "".join(f"{digest}  {done}\n" for done, digest in sorted(sums.items()))
+        write_whole(out / SUMS, f"{_HEAD}{plan}\n{lines}")
+        if name and name not in sums:
             sums[name] = _write_tar(out / name, shard)
-            _write_sums(out, plan, sums)
         progress.advance(len(shard))
     columns = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
     read = load_index(out, **columns)  # remembers, too, where each photo is
@@ -105,11 +106,6 @@ def _read_sums(out: Path, plan: str, names: Sequence[str]) -> dict[str, str]:
         )
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     return {name: digest for name, digest in sums.items() if name in there and _digest(out / name) == digest}
-
-
-def _write_sums(out: Path, plan: str, sums: Mapping[str, str]) -> None:
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-    write_whole(out / SUMS, f"{_HEAD}{plan}\n{lines}")
 
 
 def _digest(path: Path) -> str:

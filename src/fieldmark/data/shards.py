@@ -17,9 +17,9 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import glob
 from itertools import accumulate
@@ -28,7 +28,7 @@ from typing import IO, Any, NamedTuple
 
 from fieldmark.data.folders import is_photo_path, is_skipped, natural_key
 from fieldmark.data.storage import Found, absolute, fetch, find_file, find_files, is_file, is_url, opened
-from fieldmark.data.tables import cell_text
+from fieldmark.data.tables import cell_text, open_parquet
 from fieldmark.errors import DataError, PhotoError, ResourceError, first_line
 from fieldmark.files import require_path, user_folder, write_whole
 
@@ -377,20 +377,6 @@ def row_shards(location: str, name: str, version: str) -> list[RowShard]:
         RowShard(location, name, version, number, start, count, image, key)
         for number, (start, count) in enumerate(zip(starts, rows, strict=False))
     ]
-
-
-@contextmanager
-def open_parquet(location: str, name: str) -> Generator[Any]:
-    """A Parquet file of this machine or behind a URL for reading; a DataError where it is none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with opened(location) as file:
-        try:
-            table = pq.ParquetFile(file)
-        except (pa.ArrowException, ValueError) as error:
-            raise DataError(f"{name} is not a Parquet table: {first_line(error)}") from None
-        yield table
 
 
 def _holds_bytes(kind: Any) -> bool:

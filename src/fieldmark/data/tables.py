@@ -10,12 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from fieldmark.errors import DataError, did_you_mean
+from fieldmark.data.storage import opened
+from fieldmark.errors import DataError, did_you_mean, first_line
 from fieldmark.files import write_whole
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -39,10 +41,10 @@ class Table:
         """Name a row for a message: the table and the line."""
         return f"{self.name}, line {self.lines[row]}"
 
-    def column(self, name: str, *, setting: str = "", is_text: bool = True) -> list[str]:
+    def column(self, name: str, *, option: str = "", is_text: bool = True) -> list[str]:
         """Read the values of a column, one for each row.
 
-        The DataError for a column that is not there names the setting that would say which it is. Bytes that are not
+        The DataError for a column that is not there names the option that would say which it is. Bytes that are not
         UTF-8 are refused in text; else they come as lone surrogates, as paths may.
         """
         if name in self.unusable:
@@ -51,7 +53,7 @@ class Table:
             names = [*self.values, *self.unusable]
             there = ", ".join(repr(column) for column in names)
             hint = did_you_mean(name, names) or "."
-            way_out = f" Rename one, or say which it is: --set {setting}=NAME" if setting else ""
+            way_out = f" Rename one, or say which it is: {option}" if option else ""
             raise DataError(f"{self.name} has no column {name!r}; it has {there}{hint}{way_out}")
         if is_text:
             for row, value in enumerate(self.values[name]):
@@ -79,15 +81,18 @@ def encoding_problem(text: str) -> str:
     return ""
 
 
-def read_table(path: Path) -> Table:
-    """Read a CSV (comma, semicolon or tab; UTF-8 or UTF-16) or Parquet file as text; raises DataError."""
-    suffix = path.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise DataError(f"{path} is a file, but not a table ({', '.join(TABLE_SUFFIXES)}). Give a folder or a table")
-    try:
-        return _read_parquet(path) if suffix == ".parquet" else read_csv(str(path), path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+def read_table(location: Path | str) -> Table:
+    """Read a CSV (comma, semicolon or tab; UTF-8 or UTF-16) or Parquet file, here or behind a URL, as text.
+
+    Raises DataError.
+    """
+    name = str(location)
+    if not name.lower().endswith(TABLE_SUFFIXES):
+        raise DataError(f"{name} is a file, but not a table ({', '.join(TABLE_SUFFIXES)}). Give a folder or a table")
+    if name.lower().endswith(".parquet"):
+        return _read_parquet(name)
+    with opened(name) as file:
+        return read_csv(name, file.read())
 
 
 def read_csv(path: str, data: bytes) -> Table:
@@ -161,24 +166,34 @@ def _decode_text(path: str, data: bytes) -> str:
         raise DataError(f"{path} is not a CSV table: it begins as UTF-16; {error.reason}. Save it as UTF-8") from None
 
 
-def _read_parquet(path: Path) -> Table:
+@contextmanager
+def open_parquet(location: str, name: str) -> Generator[Any]:
+    """A Parquet file of this machine or behind a URL for reading; a DataError where it is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:  # unlike read_table, makes no column of a folder named "year=2024"
-            content = file.read()
-    except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"{path} is not a Parquet table: {error}") from None
+    with opened(location) as file:
+        try:
+            table = pq.ParquetFile(file)  # unlike pq.read_table, makes no column of a folder named "year=2024"
+        except (pa.ArrowException, ValueError) as error:
+            raise DataError(f"{name} is not a Parquet table: {first_line(error)}") from None
+        yield table
+
+
+def _read_parquet(path: str) -> Table:
+    import pyarrow as pa
+
+    with open_parquet(path, path) as file:
+        content = file.read()
     values: dict[str, list[str]] = {}
     unusable: dict[str, str] = {}
-    names = _check_header(str(path), content.column_names)
+    names = _check_header(path, content.column_names)
     for name, column in zip(names, content.columns, strict=True):
         if pa.types.is_floating(column.type):
             unusable[name] = f"holds {column.type} numbers: is it 1 or 1.0? Store it as text or as integers"
         else:
             values[name] = [cell_text(value) for value in column.to_pylist()]
-    return Table(str(path), values, unusable, range(1, content.num_rows + 1))
+    return Table(path, values, unusable, range(1, content.num_rows + 1))
 
 
 def cell_text(value: Any) -> str:

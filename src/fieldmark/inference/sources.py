@@ -21,9 +21,9 @@ from fieldmark.data.folders import find_photos, is_photo_path, require_photos
 from fieldmark.data.index import find_spelling, list_names, path_problem
 from fieldmark.data.inspection import map_in_threads
 from fieldmark.data.shards import NamedPhoto, RowShard, TarShard
-from fieldmark.data.storage import Found, absolute, fetch, find_file, is_url, opened
-from fieldmark.data.tables import TABLE_SUFFIXES, cell_text, read_csv
-from fieldmark.errors import DataError, PhotoError, did_you_mean
+from fieldmark.data.storage import Found, absolute, fetch, find_file, is_url
+from fieldmark.data.tables import TABLE_SUFFIXES, Table, cell_text, open_parquet, read_table
+from fieldmark.errors import DataError, PhotoError
 from fieldmark.files import require_path
 
 PATH_COLUMN = "path"
@@ -81,29 +81,18 @@ def cut_list(
 
 def open_list(location: str, path_column: str) -> tuple[int, Callable[[], Iterator[str]]]:
     """The number of rows of a CSV or Parquet table, and what yields the paths in its column, of Parquet bit by bit."""
+    option = "--path-column NAME. A shard needs `image`, as bytes"
     if location.lower().endswith(".parquet"):
-        with shards.open_parquet(location, location) as table:
-            names, num_rows = table.schema_arrow.names, table.metadata.num_rows
-        _require_column(location, path_column, names)
+        with open_parquet(location, location) as table:
+            columns, num_rows = {name: list[str]() for name in table.schema_arrow.names}, table.metadata.num_rows
+        Table(location, columns, {}, ()).column(path_column, option=option)
         return num_rows, partial(_parquet_paths, location, path_column)
-    with opened(location) as file:
-        table = read_csv(location, file.read())
-    _require_column(location, path_column, list(table.values))
-    paths = table.column(path_column, is_text=False)
+    paths = read_table(location).column(path_column, option=option, is_text=False)
     return len(paths), partial(iter, paths)
 
 
-def _require_column(location: str, path_column: str, names: Sequence[str]) -> None:
-    if path_column not in names:
-        there, hint = ", ".join(map(repr, names)), did_you_mean(path_column, names) or "."
-        raise DataError(
-            f"{location} has no column {path_column!r}; it has {there}{hint} Say which column of a list holds the "
-            "paths with --path-column NAME; a shard needs `image`, as bytes"
-        )
-
-
 def _parquet_paths(location: str, path_column: str) -> Iterator[str]:
-    with shards.open_parquet(location, location) as table:
+    with open_parquet(location, location) as table:
         for batch in table.iter_batches(_LIST_ROWS_AT_ONCE, columns=[path_column]):
             yield from map(cell_text, batch.column(0).to_pylist())
 
