@@ -20,6 +20,7 @@ MakeRun = Callable[..., Path]
 SKIPS = {
     "no shared data": "photographs and weights that may stand beside the repository are not there",
     "no browser": "Debian's chromium is not installed",
+    "no node": "no node to run the page's scripts by themselves",
     "no GPU": "no CUDA device",
     "slow": "needs what only `make bench` installs",
     "not on this system": "the law is about another operating system",

@@ -9,22 +9,27 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from fieldmark.budget.extend import extend
-    from fieldmark.config import Config, load_config
-    from fieldmark.errors import FieldmarkError
-    from fieldmark.estimator import Classifier, fit
-    from fieldmark.export.export import export_run
-    from fieldmark.inference.calibration import calibrate_run
-    from fieldmark.inference.combine import combine
-    from fieldmark.inference.evaluation import Evaluation, evaluate
-    from fieldmark.inference.predictor import Prediction, Predictor
-    from fieldmark.inference.triage import suggest
-    from fieldmark.runs.folder import Run
-    from fieldmark.runs.train import resume, train
-    from fieldmark.study.compare import compare_runs
-    from fieldmark.study.report import write_report
-    from fieldmark.study.sweep import run_sweep
+if TYPE_CHECKING:  # "as": what checkers of types may pass on
+    from fieldmark.budget.extend import extend as extend
+    from fieldmark.config import Config as Config
+    from fieldmark.config import load_config as load_config
+    from fieldmark.errors import FieldmarkError as FieldmarkError
+    from fieldmark.estimator import Classifier as Classifier
+    from fieldmark.estimator import fit as fit
+    from fieldmark.export.export import export_run as export_run
+    from fieldmark.inference.calibration import calibrate_run as calibrate_run
+    from fieldmark.inference.combine import combine as combine
+    from fieldmark.inference.evaluation import Evaluation as Evaluation
+    from fieldmark.inference.evaluation import evaluate as evaluate
+    from fieldmark.inference.predictor import Prediction as Prediction
+    from fieldmark.inference.predictor import Predictor as Predictor
+    from fieldmark.inference.triage import suggest as suggest
+    from fieldmark.runs.folder import Run as Run
+    from fieldmark.runs.train import resume as resume
+    from fieldmark.runs.train import train as train
+    from fieldmark.study.compare import compare_runs as compare_runs
+    from fieldmark.study.report import write_report as write_report
+    from fieldmark.study.sweep import run_sweep as run_sweep
 
 # Read once, when torch is loaded. By default threads of a network spin where they meet, which on a core that another
 # program uses too costs four fifths of the speed. A short spin loses little on a quiet machine (docs/performance.md).
@@ -49,28 +54,7 @@ _NAMES = {
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [
-    "Classifier",
-    "Config",
-    "Evaluation",
-    "FieldmarkError",
-    "Prediction",
-    "Predictor",
-    "Run",
-    "calibrate_run",
-    "combine",
-    "compare_runs",
-    "evaluate",
-    "export_run",
-    "extend",
-    "fit",
-    "load_config",
-    "resume",
-    "run_sweep",
-    "suggest",
-    "train",
-    "write_report",
-]
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,19 +15,11 @@ from pydantic import BaseModel
 from fieldmark.errors import ConfigError
 from fieldmark.progress import note
 
-_MEANT: dict[str, str] = tomllib.loads((resources.files("fieldmark") / "synonyms.toml").read_text("utf-8"))
-SYNONYMS = {word: key for key, words in _MEANT.items() for word in words.split()}
+_NAMES: dict[str, dict[str, Any]] = tomllib.loads((resources.files("fieldmark") / "synonyms.toml").read_text("utf-8"))
+SYNONYMS: dict[str, str] = {word: key for key, words in _NAMES["meant"].items() for word in words.split()}
 
 RENAMED_RECIPES = {"report": "competition"}
 OLD_KEYS = ("mix.prob", "mix.methods")
-REMOVED = {
-    "data.group_gap_seconds": 60.0,
-    "probe.weight_decay": 0.01,
-    "probe.batch_size": 256,
-    "schedule.min_factor": 0.0,
-    "train.fit_memory": True,
-}
-"""Settings of earlier versions that nobody changed, and what they always are now."""
 RENAMED_VALUES = {("eval", "transform"): {"weights": "pretrained"}, ("augment", "crop"): {"weights": "pretrained"}}
 
 
@@ -118,7 +110,7 @@ def read_old_names(settings: dict[str, Any]) -> None:
         if isinstance(table, dict) and isinstance(old := table.get(name), str) and old in values:
             table[name] = values[old]
             note(f'{section}.{name} = "{old}" is now called "{values[old]}"')
-    for key, value in REMOVED.items():
+    for key, value in _NAMES["removed"].items():
         section, _, name = key.partition(".")
         table = settings.get(section)
         if isinstance(table, dict) and name in table and (given := table.pop(name)) != value:
@@ -182,21 +174,6 @@ def _last(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-# What pydantic found, in words that name what to give.
-_WORDS = {
-    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
-    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "a number"),
-    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
-    **dict.fromkeys(("tuple_type", "list_type"), "a list, such as [a, b]"),
-    "string_type": "text",
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "more than {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "less than {lt:g}",
-    "literal_error": "{expected}",
-}
-
-
 def describe_problems(model: type[BaseModel], problems: list[Mapping[str, Any]]) -> list[str]:
     """Return a line for each setting that pydantic refused: which, what it takes, what was given."""
     refused: dict[str, list[Mapping[str, Any]]] = {}
@@ -221,5 +198,6 @@ def _describe(model: type[BaseModel], key: str, problems: list[Mapping[str, Any]
         return f"{key}: is a group of settings; give one of them, such as {inside}; got {given!r}"
     if kind in ("missing", "too_short", "too_long"):  # in a list: pairs are all that have a length
         return f"{key}: must be a list of {len(get_args(list_settings(model)[key]))} values; got {given!r}"
-    words = [_WORDS[p["type"]].format(**p.get("ctx", {})) if p["type"] in _WORDS else str(p["msg"]) for p in problems]
+    known = _NAMES["words"]
+    words = [known[p["type"]].format(**p.get("ctx", {})) if p["type"] in known else str(p["msg"]) for p in problems]
     return f"{key}: must be {' or '.join(dict.fromkeys(words))}; got {given!r}"

@@ -48,7 +48,13 @@ def make_model(head="linear", pool="average"):
 
 
 def make_metadata(kind):
-    files = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "model.safetensors"}
+    files = {
+        "onnx": "model.onnx",
+        "openvino": "model.xml",
+        "torch": "model.pt2",
+        "timm": "model.safetensors",
+        "web": "model.onnx",
+    }
     return ModelMetadata(
         kind=kind,
         precision="float32",
@@ -217,7 +223,7 @@ def test_int8_that_loses_too_much_is_refused_with_both_accuracies():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "torch", "is_int8": True}, "int8 is made for onnx and openvino, not for torch"),
+        ({"kind": "torch", "is_int8": True}, "int8 is made for onnx, openvino, web, not for torch"),
         ({"kind": "timm", "head": "mlp"}, "timm form holds a linear head only.*export --to onnx or torch"),
         ({"kind": "timm", "pool": "covariance"}, "cannot say that strides were moved"),
         ({"kind": "onnx", "is_int8": True, "count": 3}, "at least 4 labeled photos"),

@@ -152,9 +152,9 @@ def calibrate(
 
 def export(
     run: RunFolder,
-    to: Annotated[Literal["onnx", "openvino", "torch", "timm"], typer.Option(help="Form of the model.")] = "onnx",
+    to: Annotated[Literal["onnx", "openvino", "torch", "timm", "web"], typer.Option(help="Its form.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="Folder to create; RUN-FORM if not given.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize (onnx, openvino): smaller and faster.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize (onnx, openvino, web): smaller.")] = False,
     max_accuracy_loss: Annotated[float, typer.Option(help="Most accuracy that int8 may lose; 0.01 is a point.")] = 0.01,
     photos: Annotated[int, typer.Option(help="Most validation photos to prove it on.", min=1)] = 600,
     push: Annotated[

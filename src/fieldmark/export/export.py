@@ -19,16 +19,19 @@ from fieldmark.augment.reference import eval_reference
 from fieldmark.errors import ExportError, first_line
 from fieldmark.export import formats
 from fieldmark.export.model_card import model_card
-from fieldmark.files import whole_folder
+from fieldmark.export.web import measure_probe, write_page
+from fieldmark.files import digest_file, whole_folder
 from fieldmark.inference.calibration import load_calibration
-from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata, compute_with, digest_file
+from fieldmark.inference.exported import FILE, ExportedModel, ModelMetadata, compute_with
 from fieldmark.inference.predictor import Predictor
 from fieldmark.models.classifier import Classifier
 from fieldmark.runs.folder import Run
 from fieldmark.training.evaluate import Device
 
 KINDS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "model.safetensors"}
-INT8_KINDS = ("onnx", "openvino")
+KINDS["web"] = KINDS["onnx"]  # which the page opens
+INT8_KINDS = ("onnx", "openvino", "web")
+PRECISIONS = {"openvino": ("float16",), "web": ("float16", "float32")}  # the first that is proven; of others float32
 # Largest difference of a logit over the largest logit: rounding in float32, and in float16 weights.
 LIMITS = {"float32": 1e-3, "float16": 2e-2}
 _CHUNK = 16
@@ -61,8 +64,8 @@ def export_run(
     Args:
         run: A finished run whose validation photos are still there: they prove the export.
         out: Folder to create.
-        to: "onnx", "openvino", "torch" or "timm".
-        is_int8: Quantize (onnx and openvino).
+        to: "onnx", "openvino", "torch", "timm" or "web".
+        is_int8: Quantize (onnx, openvino and web).
         max_accuracy_loss: Largest loss of accuracy by int8, as a share.
         max_photos: Most validation photos to use; half of them calibrate int8, the other half evaluate it.
 
@@ -109,23 +112,30 @@ def export_model(
     the answers of `predict` differ where it computes in less than 32 bit.
     """
     _check(metadata.kind, out, photos, is_int8=is_int8)
-    precision = "int8" if is_int8 else "float16" if metadata.kind == "openvino" else "float32"
-    metadata = replace(metadata, precision=precision)
+    precisions = ("int8",) if is_int8 else PRECISIONS.get(metadata.kind, ("float32",))
     with whole_folder(out) as part:
-        _write(model, metadata, part, photos)
-        metadata = replace(metadata, digests={file.name: digest_file(file) for file in part.iterdir()})
-        (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
-        evidence = _prove(model, metadata, part, photos, max_accuracy_loss=max_accuracy_loss)
+        for precision in precisions:
+            metadata = replace(metadata, precision=precision)
+            _write(model, metadata, part, photos)
+            metadata = replace(metadata, digests={f.name: digest_file(f) for f in part.iterdir() if f.name != FILE})
+            (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
+            try:
+                metadata = replace(metadata, evidence=_prove(model, metadata, part, photos, limit=max_accuracy_loss))
+                break
+            except ExportError:
+                if precision == precisions[-1]:
+                    raise
         if run is not None and (arithmetic := Device.choose(str(run.model_info["precision"])).precision) != "32-true":
             # How far `predict` of the export is from `predict` of the run.
             answers = photos.ask(range(len(photos.labels)), *(Predictor.load(one).probabilities for one in (run, part)))
-            evidence["predict"] = {"precision": arithmetic, **_measure_agreement(*answers)}
-        metadata = replace(metadata, evidence=evidence)
+            metadata.evidence["predict"] = {"precision": arithmetic, **_measure_agreement(*answers)}
         (part / FILE).write_text(metadata.to_json(), encoding="utf-8")
         if run is not None:
             (part / "README.md").write_text(model_card(run, metadata), encoding="utf-8")
         for file in part.iterdir():
             file.chmod(0o644)  # safetensors makes private files; an export is for others
+        if metadata.kind == "web":
+            write_page(part)
     return metadata
 
 
@@ -200,7 +210,7 @@ def _check(kind: str, out: Path, photos: Photos, *, is_int8: bool) -> None:
     if kind not in KINDS:
         raise ExportError(f"there is no form {kind!r}; choose one of {', '.join(KINDS)}")
     if is_int8 and kind not in INT8_KINDS:
-        raise ExportError(f"int8 is made for {' and '.join(INT8_KINDS)}, not for {kind}")
+        raise ExportError(f"int8 is made for {', '.join(INT8_KINDS)}, not for {kind}")
     if out.exists():
         raise ExportError(f"{out} exists already; give another --out, or remove it")
     if is_int8 and (len(photos.labels) < 4 or photos.labels.min() < 0):
@@ -219,27 +229,28 @@ def _write(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Pho
             plain = Path(scratch) / "model.onnx"
             formats.write_onnx(model, plain, size=size, metadata=text)
             if metadata.precision == "int8":
-                quantize = formats.quantize_onnx if metadata.kind == "onnx" else formats.quantize_openvino
+                quantize = formats.quantize_openvino if metadata.kind == "openvino" else formats.quantize_onnx
                 quantize(plain, path, calibration=photos.load(range(0, len(photos.labels), 2)), metadata=text)
             elif metadata.kind == "openvino":
                 formats.write_openvino(plain, path, metadata=text)
+            elif metadata.precision == "float16":
+                formats.halve_onnx(plain, path, metadata=text)
             else:
                 plain.rename(path)
 
 
-def _prove(
-    model: Classifier, metadata: ModelMetadata, folder: Path, photos: Photos, *, max_accuracy_loss: float
-) -> dict[str, Any]:
+def _prove(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Photos, *, limit: float) -> dict[str, Any]:
     """Evidence that the model in the folder is the run's, as the metadata keep it."""
     ask_original = compute_with(model)
     exported = ExportedModel.load(folder, threads=0, precision="f32")
+    evidence = {"browser": measure_probe(exported.logits, metadata)} if metadata.kind == "web" else {}
     if metadata.precision != "int8":
         reference, measured = photos.ask(range(len(photos.labels)), ask_original, exported.logits)
-        return {"parity": require_parity(reference, measured, limit=LIMITS[metadata.precision])}
+        return evidence | {"parity": require_parity(reference, measured, limit=LIMITS[metadata.precision])}
     others = range(1, len(photos.labels), 2)  # the rest calibrated it: no photo does both
     reference, quantized = photos.ask(others, ask_original, exported.logits)
-    loss = require_small_loss(reference, quantized, photos.labels[others], limit=max_accuracy_loss)
-    return {"int8": {**loss, "calibration_photos": len(photos.labels) - len(others)}}
+    loss = require_small_loss(reference, quantized, photos.labels[others], limit=limit)
+    return evidence | {"int8": {**loss, "calibration_photos": len(photos.labels) - len(others)}}
 
 
 def _measure_agreement(ours: Floats, theirs: Floats) -> dict[str, Any]:

@@ -56,6 +56,22 @@ def write_onnx(model: nn.Module, path: Path, *, size: int, metadata: str) -> Non
     onnx.save_model(proto, path)
 
 
+def halve_onnx(source: Path, path: Path, *, metadata: str) -> None:
+    """Write a copy of an ONNX file with weights in 16 bits, which runtimes widen once when they load it."""
+    with needs_extra("onnx", "export"):
+        import onnx
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32 and values.size > 64 and np.abs(values).max() < np.finfo(np.float16).max:
+            name, tensor.name = tensor.name, f"{tensor.name}.half"
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), tensor.name))
+            widened = onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT)
+            model.graph.node.insert(0, widened)
+    onnx.helper.set_model_props(model, {KEY: metadata})
+    onnx.save_model(model, path)
+
+
 def quantize_onnx(source: Path, path: Path, *, calibration: NDArray[np.float32], metadata: str) -> None:
     """Write an int8 copy of an ONNX file: weights per channel, ranges of activations by (N, 3, S, S) normalized photos.
 

@@ -40,7 +40,7 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 class ModelMetadata:
     """Everything between a photo and a named probability."""
 
-    kind: str  # "onnx", "openvino", "torch" or "timm"
+    kind: str  # "onnx", "openvino", "torch", "timm" or "web"
     precision: str  # "float32", "float16" (weights only) or "int8"
     file: str  # of the model, in the same folder
     architecture: str  # timm name of the backbone
@@ -127,6 +127,7 @@ class ExportedModel:
                 )
         loaders: dict[str, Callable[[], Compute]] = {
             "onnx": lambda: _load_onnx(path, threads),
+            "web": lambda: _load_onnx(path, threads),
             "openvino": lambda: _load_openvino(path, threads, precision),
             "torch": lambda: _load_torch(path),
             "timm": lambda: compute_with(

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 
 from fieldmark.runs.environment import package_versions
-from fieldmark.serve.limits import Access, Limits, RequestLimits
+from fieldmark.serve.limits import HTTP, Access, Limits, RequestLimits
 from fieldmark.serve.service import Classes, Health, PhotoAnswers, PhotoService, Problem, ServedModel, ServerMetrics
 
 _LOG = logging.getLogger(__name__)
@@ -29,29 +29,12 @@ _COUNTED = {"/predict", "/health", "/classes", "/metrics", "/"}
 _STATIC = resources.files("fieldmark.serve") / "static"
 # Not by the system's list of types, which may call a script plain text.
 _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "The body is not a form with photos, or the Host is another server's."},
-    401: {"model": Problem, "description": "The key is missing or wrong."},
-    403: {"model": Problem, "description": "The page of another site asked, and it may not."},
-    408: {"model": Problem, "description": "The body took too long to arrive."},
-    413: {"model": Problem, "description": "The body or the number of photos is over the limit."},
-    422: {"model": Problem, "description": "No photo could be read, or a parameter is out of range."},
-    503: {"model": Problem, "description": "Too much to do: come back after Retry-After seconds."},
+_REFUSALS: dict[int | str, Any] = {
+    int(n): {"model": Problem, "description": why} for n, why in HTTP["refusals"].items()
 }
 _GENERAL_REFUSALS = {status: refusal for status, refusal in _REFUSALS.items() if status not in (422, 503)}
 # The names that clients of other servers use, too.
 _FIELDS = ("photos", "photo", "files", "file", "images", "image", "photos[]", "files[]", "images[]")
-_PHOTO = {"type": "string", "format": "binary"}
-_FORM = {
-    "type": "object",
-    "required": ["photos"],
-    "properties": {"photos": {"type": "array", "minItems": 1, "items": _PHOTO}},
-}
-_KINDS = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
-_BODY = {
-    "required": True,
-    "content": {"multipart/form-data": {"schema": _FORM}, **{kind: {"schema": _PHOTO} for kind in _KINDS}},
-}
 _router = APIRouter()
 
 
@@ -107,7 +90,7 @@ async def _read_photos(request: Request) -> list[bytes]:
     return contents
 
 
-@_router.post("/predict", responses=_REFUSALS, openapi_extra={"requestBody": _BODY})
+@_router.post("/predict", responses=_REFUSALS, openapi_extra={"requestBody": HTTP["body"]})
 async def predict(
     request: Request,
     service: Service,

@@ -10,8 +10,11 @@ import hmac
 import ipaddress
 import re
 import socket
+import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import resources
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -20,22 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fieldmark.errors import ConfigError
 
-# The pages load nothing from elsewhere, and no page elsewhere may frame them or show their photos.
-_SAFE_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-}
-# What a browser asks before it lets a page of another site send a request.
-_PREFLIGHT = {
-    "access-control-allow-methods": "GET, POST",
-    "access-control-allow-headers": "Authorization, Content-Type, X-API-Key",
-    "access-control-max-age": "600",
-}
+HTTP: dict[str, Any] = tomllib.loads((resources.files("fieldmark.serve") / "http.toml").read_text("utf-8"))
 _RETRY_SECONDS = "2"
 # The pages, their files and /health need no key.
 _OPEN_PATHS = re.compile(r"/|/docs|/health|/(static|examples)/[^/]+")
@@ -152,7 +140,7 @@ class RequestLimits:
         origin = headers.get("origin", "")
         self._access.require_own_name(headers.get("host", ""), origin)
         if scope["method"] == "OPTIONS" and origin and "access-control-request-method" in headers:
-            await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, send)
+            await Response(status_code=204, headers=HTTP["preflight"])(scope, receive, send)
             return
         self._access.require_key(scope["path"], headers)
         body = bytearray()
@@ -192,7 +180,7 @@ class RequestLimits:
         What the request of such a client holds would be held for ever. `shared_with` is another site that may read the
         answer, or "".
         """
-        fields = dict(_SAFE_HEADERS)
+        fields: dict[str, str] = dict(HTTP["safe_headers"])
         if shared_with:
             fields |= {"access-control-allow-origin": shared_with, "vary": "Origin"}
             fields |= {"access-control-expose-headers": "Retry-After"}

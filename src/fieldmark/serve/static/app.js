@@ -2,6 +2,8 @@
 
 // Everything that comes from the server or from a file name enters the page as text, never as HTML.
 const byId = (id) => document.getElementById(id);
+// An exported page answers by itself (export/page/local.js).
+const ask = globalThis.askModel ?? ((path, options) => fetch(path, options));
 const results = byId("results");
 let model = { has_attention: false, max_photos: 1 };
 let names = [];
@@ -25,25 +27,27 @@ async function reasonOf(response) {
 
 async function open() {
   try {
-    model = await (await fetch("health")).json();
+    model = await (await ask("health")).json();
     byId("about").textContent = describe(model);
     showExamples(model.examples);
     document.title = `${model.model} – Fieldmark`;
     await loadClasses();
-  } catch {
-    byId("about").textContent = "The server does not answer. Is it still running?";
+  } catch (error) {
+    byId("about").textContent = error.reason ? `Not ready: ${error.reason}.`
+      : "The server does not answer. Is it still running?";
   }
 }
 
-function describe({ model, classes, accuracy, is_calibrated, version }) {
+function describe({ model, classes, accuracy, is_calibrated, version, runtime }) {
   const right = accuracy ? `, ${percent(accuracy.value)} right on validation photos `
     + `(95\u00a0% interval ${percent(accuracy.low)} to ${percent(accuracy.high)})` : "";
   const sure = is_calibrated ? "" : " Its probabilities are not calibrated: they may claim too much.";
-  return `Model ${model}: ${classes} classes${right}.${sure} Fieldmark ${version}.`;
+  const by = version ? ` Fieldmark ${version}.` : ` A photo takes ${runtime.seconds.toFixed(2)}\u00a0s here.`;
+  return `Model ${model}: ${classes} classes${right}.${sure}${by}`;
 }
 
 async function loadClasses() {
-  const response = await fetch("classes", { headers: headers() });
+  const response = await ask("classes", { headers: headers() });
   byId("key-box").hidden = response.ok && !byId("key").value;
   if (response.status === 401) byId("key-box").open = true;
   if (!response.ok) return;
@@ -168,10 +172,11 @@ async function send(files) {
   byId("status").textContent = `Looking at ${files.length} ${files.length === 1 ? "photo" : "photos"} …`;
   let response;
   try {
-    response = await fetch(`predict?attention=${model.has_attention}`, { method: "POST", body: form, headers: headers() });
-  } catch {
-    cards.forEach((card) => fail(card, "the server does not answer."));
-    byId("status").textContent = "The server does not answer.";
+    response = await ask(`predict?attention=${model.has_attention}`, { method: "POST", body: form, headers: headers() });
+  } catch (error) {
+    const reason = error.reason || "the server does not answer";
+    cards.forEach((card) => fail(card, `${reason}.`));
+    byId("status").textContent = `Not answered: ${reason}.`;
     return;
   }
   if (!response.ok) {
