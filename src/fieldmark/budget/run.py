@@ -70,13 +70,7 @@ def describe_plan(config: Config) -> str:
             costs = [(candidate, count * work.course.time_photos(candidate)) for candidate in firsts]
     except FieldmarkError as error:
         return f"train without a recipe is not possible here: {error}"
-    minutes = machine_minutes(config)
-    lines = [
-        f"  {candidate.key}: a head on all photos takes {seconds:.0f} s, an epoch of fine-tuning {3 * seconds:.0f} s"
-        for candidate, seconds in costs
-    ]
-    head = f"train without a recipe: {minutes:g} minutes on this machine; by a trial of a second each,"
-    return "\n".join([head, *lines])
+    return fill_template("plan.md", {"minutes": machine_minutes(config), "costs": costs})
 
 
 def train_within(

@@ -314,36 +314,16 @@ def _needed(pair: Pair, shown: Shown) -> str:
 
 
 def _notes(variants: Sequence[Variant]) -> tuple[str, ...]:
-    notes: list[str] = []
-    if len(variants) == 1:
-        notes.append("There is one variant only, so nothing is compared: the runs differ in nothing but chance.")
-    if (photos := variants[0].scores.shape[1]) < FEW_PHOTOS:
-        notes.append(f"Only {photos} photos: accuracies and intervals are rough, and small differences cannot be seen.")
-    single = [variant.name for variant in variants if len(variant.seeds) == 1]
-    if single:
-        names = "Every variant: one" if len(single) == len(variants) else f"{', '.join(single)}: one"
-        notes.append(
-            f"{names if len(variants) > 1 else 'One'} run only. Intervals cover the choice of photos, not the chance "
-            "of training; train with more seeds (sweep --seeds 3) to include it."
-        )
-    worst = max(variants, key=lambda variant: variant.optimism or 0.0)
-    if worst.optimism and worst.optimism >= 0.0005:
-        largest = f" (largest: {worst.name})" if len(variants) > 1 else ""
-        notes.append(
-            "The best epoch was chosen on these photos: an optimistic bias of about "
-            f"{100 * worst.optimism:.1f} points of accuracy{largest}."
-        )
-    return (*notes, *filter(None, (_probe_note(run) for variant in variants for run in variant.runs)))
-
-
-def _probe_note(run: RunResults) -> str:
-    """A sentence where the probe (the head alone, backbone frozen) scored higher than all fine-tuning; else ""."""
-    metric = run.config.train.metric
-    found = compare_with_probe(run.metrics, metric=metric, select=run.config.train.select)
-    if not found:
-        return ""
-    return (
-        f"{run.name}: the probe (the head alone, before fine-tuning) reached {metric} {found['value']:.3f}, and no "
-        f"epoch of fine-tuning more than {found['best_fine_tuned']:.3f}. "
-        "Fine-tuning did not help: try a lower optim.lr."
-    )
+    runs = [(run, run.config.train) for variant in variants for run in variant.runs]
+    probes = [
+        (run.name, t.metric, compare_with_probe(run.metrics, metric=t.metric, select=t.select)) for run, t in runs
+    ]
+    values = {
+        "variants": variants,
+        "num_photos": variants[0].scores.shape[1],
+        "few_photos": FEW_PHOTOS,
+        "single": [variant.name for variant in variants if len(variant.seeds) == 1],
+        "worst": max(variants, key=lambda variant: variant.optimism or 0.0),
+        "probes": [row for row in probes if row[2]],  # those that beat all fine-tuning
+    }
+    return tuple(filter(None, fill_template("notes.md", values).split("\n")))
