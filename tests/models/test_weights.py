@@ -277,7 +277,7 @@ def test_an_unreachable_hub_is_asked_once_and_answered_with_the_ways_out(monkeyp
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(
-        WeightsError, match=r"Name or service not known\. Give model\.weights a .*package:.*HTTPS_PROXY"
+        WeightsError, match=r"Name or service not known\. Without a network: take the recipe laptop.*HTTPS_PROXY"
     ):
         load_weights(make_classifier("test_resnet.r160_in1k"), "pretrained")
     assert calls == [catalog.TIMEOUT_SECONDS]

@@ -18,10 +18,9 @@ TIMEOUT_SECONDS = 5.0  # for the hub to answer whether a file is there
 # Names under which timm looks for weights on the hub, in its order.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 WAYS_OUT = (
-    "Give model.weights a .safetensors or .pth file, or a folder with config.json and model.safetensors; "
-    "or an installed package (model.weights=package:efficientnet-lite0 with model.name=tf_efficientnet_lite0); "
-    "or random. Behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT; files that are in the cache already need "
-    "no network"
+    "Without a network: take the recipe laptop, or none, whose weights are installed. Or give model.weights a "
+    ".safetensors or .pth file, a folder with config.json and model.safetensors, or random; behind a proxy set "
+    "HTTPS_PROXY, for a mirror HF_ENDPOINT"
 )
 
 
