@@ -226,14 +226,18 @@ def _run_facts(variant: Variant, table: Table) -> dict[str, str]:
     run = variant.runs[0]
     val: dict[str, Any] = run.summary.get("val") or {}
     best = f"the best ({run.summary.get('best_epoch')})" if run.config.train.select == "best" else "the last"
+    # Of one run the score is that of its one seed, and the accuracy that the headline has; of few classes top-5 is 1.
+    left_out = {"top1", "top5"} if len(run.classes) <= 5 else {"top1"}
+    scores = {key: value for key, value in val.items() if isinstance(value, float) and key not in left_out}
+    names = {"prior_top1": "Accuracy under the training prior"}
     facts = {
         **dict(zip(table.head[1:], table.rows[0][1:], strict=True)),
-        **{
-            key.replace("_", " ").capitalize(): f"{value:.3f}" for key, value in val.items() if isinstance(value, float)
-        },
+        **{names.get(key, key.replace("_", " ").capitalize()): f"{value:.3f}" for key, value in scores.items()},
         "Epochs": f"{run.config.train.epochs}; kept: {best}",
         "Backbone": str(run.model_info.get("create", {}).get("name", run.config.model.name)),
     }
+    if len(variant.seeds) == 1:
+        facts |= {"Seeds": "–", "Each seed": "–"}
     return {name: value for name, value in facts.items() if value != "–"}
 
 
