@@ -37,11 +37,7 @@ RIGHT, WRONG = "#1a7f37", "#c62828"
 
 
 def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress: Progress) -> str:
-    """Make the best model that some minutes can make, in a new folder, evaluate it, draw, and return what to print.
-
-    Raises:
-        MissingExtraError: The photos are not installed.
-    """
+    """Make the best model that some minutes can make, in a new folder, evaluate it, draw, and return what to print."""
     started = time.perf_counter()
     table = folder / "photos.csv"
     num_photos, num_defective = write_table(table)
@@ -61,11 +57,7 @@ def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress
 
 
 def write_table(path: Path) -> tuple[int, int]:
-    """Write the photos of the installed package as a table to train from; return their number, and of defective ones.
-
-    Raises:
-        MissingExtraError: The package is not installed.
-    """
+    """Write the installed package's photos as a table to train from; return their number and that of defective ones."""
     with needs_extra("elpv-dataset", "demo"):
         data = resources.files("elpv_dataset") / "data"
     rows: list[tuple[str, str]] = []

@@ -275,10 +275,7 @@ def _strengths(policy: Policy, size: int) -> Floats:
 
 
 def operation_matrix(op: int, magnitude: float, size: int) -> Floats:
-    """(2, 3) matrix from output to input, in pixels with the image spanning [0, size]; colors move nothing.
-
-    An executor composes it with its own warp.
-    """
+    """(2, 3) matrix from output to input, in pixels with the image spanning [0, size]; colors move nothing."""
     half = size / 2
     cos, sin = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
     matrices = {

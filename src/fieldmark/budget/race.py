@@ -261,10 +261,7 @@ class Course:
         return self.score(candidate, wanted[:number])
 
     def score(self, candidate: Candidate, numbers: Numbers) -> Entry:
-        """Fit and cross-validate a head on these training photos.
-
-        Once a head of this data is known, only strengths near its own are tried.
-        """
+        """Fit and cross-validate a head on these training photos; after the first, of strengths near the last one's."""
         features = self.collect_features(candidate, numbers)
         labels = self.dataset.labels[numbers]
         groups = [self.dataset.index.photos[number].group for number in numbers]

@@ -115,8 +115,8 @@ class PhotoCache:
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
+# By identity of a cache, whether the checksum of each photo was found right in this process.
 _CHECKED: dict[str, bytearray] = {}
-"""By identity of a cache, whether the checksum of each photo was found right in this process."""
 
 
 def open_cache(

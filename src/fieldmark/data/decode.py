@@ -192,10 +192,7 @@ def _read_jpeg_orientation(data: bytes) -> int:
 
 
 def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float | None) -> Decoded | None:
-    """Decode with libjpeg-turbo, as in `DecodeSpec.decode`.
-
-    None for what Pillow should decide: warnings, and colors that it alone knows.
-    """
+    """Decode with libjpeg-turbo; None for what Pillow should decide: warnings, and colors that it alone knows."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:

@@ -130,10 +130,7 @@ def near_duplicates(index: PhotoIndex, *, max_distance: int) -> list[tuple[int, 
 def hash_photos(
     files: Sequence[PhotoFile], *, root: str | Path | None, progress: Progress
 ) -> tuple[list[int], NDArray[np.uint64]]:
-    """Numbers of the photos that can be read, and their perceptual hashes.
-
-    What was seen of them is remembered as of the data set below `root`, if there is one.
-    """
+    """Numbers of the photos that can be read, and their hashes, remembered as of the data set below `root` if any."""
     decoding = DecodeSpec((255, 255, 255), 178_956_970)
     memory = user_folder("inspections") / name_folder(root) if root else None
     with Inspection(files, decoding=decoding, with_hash=True, cache_folder=memory) as inspection:
@@ -242,11 +239,8 @@ def cover(features: NDArray[np.float32], count: int) -> tuple[list[int], list[in
     """Choose the photos that stand best for all, the one that adds most first; and say for how many each stands.
 
     A photo is covered as well as the chosen one that is most like it, by the cosine of their features. Each next photo
-    is the one that adds most to the sum over all photos.
-
-    Args:
-        features: (N, F); N is a few hundred, as all are compared with all.
-        count: How many to choose; all N where there are fewer.
+    is the one that adds most to the sum over all photos. Of (N, F) features N is a few hundred, as all are compared
+    with all; where there are fewer than `count`, all are chosen.
 
     Source:
         Wei, Iyer and Bilmes, "Submodularity in Data Subset Selection and Active Learning", ICML 2015 (facility location

@@ -261,11 +261,7 @@ class Run:
         return prior
 
     def predictions(self, split: str = "val") -> PhotoPredictions:
-        """Give the stored predictions of the kept weights.
-
-        Raises:
-            RunError: None are stored for this split.
-        """
+        """Give the stored predictions of the kept weights; a RunError where none are stored for this split."""
         path = self.path / "predictions" / f"{split}.parquet"
         if path.is_file():
             return _read_predictions(path, self.classes)
