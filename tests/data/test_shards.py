@@ -7,19 +7,24 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.inference.test_remote import _fresh, make_tar, memory, s3
 from tests.runs.test_train import TINY, assert_same_result, own_cache, photos
 
 from fieldmark.config import load_config
 from fieldmark.data import shards, storage
-from fieldmark.data.decode import read_bytes
+from fieldmark.data.decode import DecodeSpec, read_bytes
 from fieldmark.data.index import load_index, load_split_table, save_split_table
+from fieldmark.data.inspection import Inspection
 from fieldmark.errors import DataError, PhotoError
 from fieldmark.inference.evaluation import evaluate
+from fieldmark.inference.sources import open_source
 from fieldmark.progress import Quiet
 from fieldmark.runs.dataset import prepare_dataset
 from fieldmark.runs.folder import Run
@@ -187,3 +192,114 @@ def test_training_from_an_object_store_gives_the_bits_of_the_folder_and_later_ep
     s3.server.stop()
     with pytest.raises(DataError, match=r"cannot be reached"):
         list(train(settings(url), tmp_path / "gone"))
+
+
+def write_table(folder: Path, path: Path, *, names: bool = True, struct: bool = True, **options) -> Path:
+    """The photos of a folder as a Parquet table with their contents, as Hugging Face writes it."""
+    index = load(folder)
+    data = [file.read_bytes() for file in index.files()]
+    columns = {
+        "image": [{"bytes": one, "path": None} for one in data] if struct else data,
+        "label": [photo.label for photo in index.photos],
+        "split": [photo.split for photo in index.photos],
+    }
+    columns |= {"path": [photo.path for photo in index.photos]} if names else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=7, **options)
+    return path
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_training_from_a_table_of_photos_gives_the_bits_of_the_folder(photos, tmp_path, names):
+    table = write_table(photos, tmp_path / "t" / "t.parquet", names=names, struct=names)
+    index, plain = load(table.parent), load(photos)
+    assert [row[1:] for row in rows(index)] == [row[1:] for row in rows(plain)]
+    assert contents(index) == contents(plain)
+    again = load_split_table(_saved(index, tmp_path), index.root)
+    assert again.files() == index.files()
+    assert list(open_source(str(table)).names()) == [photo.path for photo in index.photos]
+    list(train(settings(photos, "train.epochs=1"), tmp_path / "plain"))
+    list(train(settings(table, "train.epochs=1", "cache.mode=off", "loader.workers=2"), tmp_path / "table"))
+    assert_same_result(tmp_path / "plain", tmp_path / "table")
+
+
+def test_tables_of_hugging_face_have_names_of_classes_apart_and_splits_in_their_own_names(tmp_path):
+    feature = {"info": {"features": {"label": {"names": ["jay", "wren"], "_type": "ClassLabel"}}}}
+    for name, labels in (("train-00000-of-00001", [1, 0]), ("validation-00000-of-00001", [0, None])):
+        table = pa.table({"image": [{"bytes": b"x", "path": "a.jpg"}] * 2, "label": labels})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "data" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"1 of 4 photos in shards have no label"):
+        load(tmp_path / "data")
+    found = load(f"{tmp_path}/data/train-*.parquet")
+    assert rows(found) == [
+        ("train-00000-of-00001.parquet/0", "wren", "train", ""),
+        ("train-00000-of-00001.parquet/1", "jay", "train", ""),
+    ]
+
+
+def test_what_is_wrong_with_a_table_of_photos_is_one_sentence(photos, tmp_path):
+    pq.write_table(pa.table({"image": ["a"], "label": ["b"]}), tmp_path / "none.parquet")
+    (tmp_path / "two").mkdir()
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"label": ["b"]}), tmp_path / "two" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"a.parquet holds no photos: none of its columns image, .* holds bytes"):
+        load(tmp_path / "two")
+    table = write_table(photos, tmp_path / "t.parquet")
+    index = load(table)
+    damaged = bytearray(table.read_bytes())
+    damaged[4:3000] = b"\xff" * 2996
+    table.write_bytes(damaged)
+    with pytest.raises(PhotoError, match=r"t.parquet/train/2/0.png: cannot be had: .*t.parquet is damaged"):
+        read_bytes(index.files()[0])
+
+
+def test_photos_lists_and_tables_in_a_store_train_as_the_folder(photos, tmp_path, s3):
+    """With relative paths and URLs, in a list there and one here; a photo that is gone is named and skipped."""
+    bucket = s3()
+    far = upload(bucket, photos, "list-bucket/photos")
+    index = load(photos)
+    lines = [f"{photo.path},{photo.label},{photo.split}" for photo in index.photos]
+    bucket.pipe("list-bucket/photos/list.csv", "\n".join(["path,label,split", *lines]).encode())
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *(f"{far}/{line}" for line in lines)]))
+    bucket.put(str(write_table(photos, tmp_path / "t.parquet")), "list-bucket/tables/t.parquet")
+    list(train(settings(photos, "train.epochs=1"), tmp_path / "plain"))
+    places = {
+        "folder": far,
+        "far": f"{far}/list.csv",
+        "near": tmp_path / "list.csv",
+        "table": "s3://list-bucket/tables",
+    }
+    for name, place in places.items():
+        found = load(place)
+        assert [row[1:] for row in rows(found)] == [row[1:] for row in rows(index)], name
+        assert contents(found) == contents(index)
+        again = load_split_table(_saved(found, tmp_path), found.root)
+        assert again.fingerprint() == found.fingerprint()
+    list(train(settings(f"{far}/list.csv", "train.epochs=1", "loader.workers=2"), tmp_path / "far"))
+    assert_same_result(tmp_path / "plain", tmp_path / "far")
+    assert evaluate(Run(tmp_path / "far")).metrics["top1"] == evaluate(Run(tmp_path / "plain")).metrics["top1"]
+    bucket.rm("list-bucket/photos/train/2/3.png")
+    config = load_config(None, [f"data.path={far}/list.csv"]).data
+    with pytest.raises(DataError, match=r"'train/2/3.png' has vanished"):
+        prepare_dataset(config, progress=Quiet())
+    skipped = prepare_dataset(config.model_copy(update={"broken": "skip"}), progress=Quiet())
+    assert [path for path, _ in skipped.broken] == ["train/2/3.png"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_far_photos_are_fetched_side_by_side_and_as_often_as_one_by_one(photos, memory, monkeypatch, threads):
+    """50 requests of 40 ms take well under the 2 s that they would take one after another."""
+    for name, content in members_of(photos).items():
+        memory.pipe(f"/slow/{name}", content)
+    asked, fetch = [], shards.fetch
+    monkeypatch.setattr(shards, "fetch", lambda *given: asked.append(given[0]) or time.sleep(0.04) or fetch(*given))
+    index = load("memory://slow")
+    started = time.monotonic()
+    with Inspection(index.files(), decoding=DecodeSpec((0, 0, 0), 10**8), with_hash=False, cache_folder=None) as seen:
+        facts = seen.finish(threads=threads, progress=Quiet())
+    assert time.monotonic() - started < 1
+    assert not any(fact.problem for fact in facts)
+    assert sorted(asked) == sorted(f"memory://slow/{photo.path}" for photo in index.photos)
+    assert not shards._coming

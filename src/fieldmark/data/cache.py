@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec, Pixels
 from fieldmark.data.inspection import map_in_threads, name_folder, name_photo
-from fieldmark.data.shards import PhotoFile, StoredPhoto
+from fieldmark.data.shards import PhotoFile, StoredPhoto, expect
 from fieldmark.errors import PhotoError, RunError
 from fieldmark.files import exclusive_lock
 from fieldmark.progress import Progress
@@ -156,7 +156,7 @@ def open_cache(
         hits = sum(name in stored for name in names)
         if hits < len(files):
             room_bytes, make = int(disk_gigabytes * _GIGA), partial(_make, preset, read)
-            fault = _fill(place, names, make, room_bytes=room_bytes, threads=threads, progress=progress)
+            fault = _fill(place, names, files, make, room_bytes=room_bytes, threads=threads, progress=progress)
             reason, stored = fault or reason, list_stored(place)
         sizes_there = [stored[name] for name in names if name in stored]
         if sizes_there:
@@ -251,6 +251,7 @@ def reduce_photo(pixels: Pixels, short_side: int) -> Pixels:
 def _fill(
     place: Path,
     names: Sequence[str],
+    files: Sequence[PhotoFile],
     make: Callable[[int], bytes],
     *,
     room_bytes: int,
@@ -273,7 +274,7 @@ def _fill(
             room = room_bytes - sum(stored.values())
             missing = [number for number, name in enumerate(names) if name and name not in stored]
             progress.start(len(names), len(names) - len(missing))
-            for number, content in zip(missing, map_in_threads(make, missing, threads), strict=True):
+            for number, content in zip(missing, map_in_threads(make, expect(missing, files), threads), strict=True):
                 room -= len(content)
                 if room < 0:
                     return f"cache.disk_gigabytes = {room_bytes / _GIGA:g} is used up"

@@ -21,10 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fieldmark.data import shards
-from fieldmark.data.folders import Photo, find_photos, natural_key, photo_extensions, quote, read_folders, split_of
+from fieldmark.data.folders import (
+    Photo,
+    find_photos,
+    is_photo_path,
+    natural_key,
+    photo_extensions,
+    quote,
+    read_folders,
+    split_of,
+)
 from fieldmark.data.shards import PhotoFile, Scan, StoredPhoto
 from fieldmark.data.storage import Found, absolute, is_url
-from fieldmark.data.tables import Table, cell_text, encoding_problem, read_table, write_csv
+from fieldmark.data.tables import TABLE_SUFFIXES, Table, cell_text, encoding_problem, read_table, write_csv
 from fieldmark.errors import DataError, did_you_mean
 from fieldmark.files import require_path
 
@@ -106,6 +115,7 @@ class PhotoIndex:
         return digest.hexdigest()
 
 
+_SPLIT_OF_FILE = re.compile(r"-\d{5}-of-\d{5}\.parquet$")  # as Hugging Face names them: train-00000-of-00004.parquet
 _Columns = tuple[str, str, str, str | None]  # names of the columns of paths, labels, splits and groups
 
 
@@ -117,8 +127,8 @@ def load_index(
     The path is a folder with train/ and perhaps val/ (or valid/, validation/) and test/, each holding class folders
     (test/ may hold photos without labels); a folder of class folders; a CSV or Parquet table, whose paths are
     absolute or relative to its folder, or `SHARD.tar/NAME`, and whose columns of splits and groups may be absent; or
-    tar files that hold the photos, here or behind a URL, of which wildcards and braces stand for several. Photos
-    without a split are undecided; only test photos may have no label.
+    tar files or Parquet tables that hold the photos. All of these may be here or behind a URL; of shards wildcards and
+    braces stand for several. Photos without a split are undecided; only test photos may have no label.
     """
     text, columns = str(path), (path_column, label_column, split_column, group_column)
     if problem := encoding_problem(text):  # recipes and reports name it, and they are text
@@ -142,47 +152,58 @@ def _index_of_path(path: Path, columns: _Columns) -> PhotoIndex:
         return PhotoIndex(path, tuple(photos), (), dict(+ignored), layout)
     if path.suffix.lower() in photo_extensions():
         raise DataError(f"{path} is one photo. Give the folder that holds the class folders")
-    if path.name.lower().endswith(shards.TAR_SUFFIXES):
+    if shards.is_shard(path.name):
         return _index_of_source(absolute(path), columns)
     if path.suffix.lower() in ARCHIVE_SUFFIXES:
         raise DataError(f"{path} is an archive. Unpack it, and give the folder that it becomes")
-    return _index_of_table(path, columns)
+    return _index_of_table(str(path), str(path.parent), columns)
 
 
 def _index_of_source(text: str, columns: _Columns) -> PhotoIndex:
-    """Photos in the tar files that a path, URL or pattern stands for."""
+    """Photos that a path, URL or pattern stands for: in shards, in a list, or files of their own."""
     root, found = shards.list_source(text)
     packed = [file for file in found if file.path.lower().endswith(shards.TAR_SUFFIXES)]
-    if not packed:
-        raise DataError(
-            f"{text} holds no tar files: {len(found)} others there. Give tar files, or a folder of this machine"
-        )
-    return _index_of_shards(root, packed, columns)
+    packed = packed or [file for file in found if shards.is_shard(file.path)]
+    if len(found) == 1 and found[0].path.lower().endswith(TABLE_SUFFIXES):
+        location = shards.locate(root, found[0].path)
+        if not packed or not shards.row_shards(location, location, ""):
+            return _index_of_table(location, root, columns)
+    if packed:
+        return _index_of_shards(root, packed, columns)
+    ignored = Counter("not a photo" for file in found if not is_photo_path(file.path))
+    names = [file.path for file in found if is_photo_path(file.path)]
+    photos, layout = read_folders(text, names, ignored)
+    places = (StoredPhoto(file.path, shards.locate(root, file.path), file.version, file.num_bytes) for file in found)
+    known = {place.name: place for place in places} if is_url(root) else {}
+    return PhotoIndex(root if is_url(root) else Path(root), tuple(photos), (), dict(+ignored), layout, known)
 
 
-def _index_of_table(path: Path, columns: _Columns) -> PhotoIndex:
-    table, (path_column, label_column, split_column, group_column) = read_table(path), columns
+def _index_of_table(location: str, folder: str, columns: _Columns) -> PhotoIndex:
+    table, (path_column, label_column, split_column, group_column) = read_table(location), columns
     labels = table.column(label_column, option="--set data.label_column=NAME")
     splits = [_read_split(table.where(row), value) for row, value in enumerate(table.optional_column(split_column))]
     groups = table.optional_column(group_column, is_text=False)
-    root, names = _Paths(path.parent, table).resolve(
-        table.column(path_column, option="--set data.path_column=NAME", is_text=False)
-    )
+    names = table.column(path_column, option="--set data.path_column=NAME", is_text=False)
+    root, known = folder, dict[str, StoredPhoto]()
+    if is_url(folder) or any(map(is_url, names)):
+        known = {file.name: file for file in shards.locate_photos(folder, names) if isinstance(file, StoredPhoto)}
+    else:
+        root, names = _Paths(Path(folder), table).resolve(names)
     photos, ignored = _read_rows(table, label_column, zip(names, labels, splits, groups, strict=True))
     has_split = "its splits" if any(splits) else "no splits"
     layout = f"read as a table: path from {path_column!r}, class from {label_column!r}, {has_split}"
-    return PhotoIndex(root, tuple(photos), (), ignored, layout)
+    return PhotoIndex(root if is_url(folder) else Path(root), tuple(photos), (), ignored, layout, known)
 
 
 def _index_of_shards(root: str, found: Sequence[Found], columns: _Columns) -> PhotoIndex:
     """Photos in shards, with the labels that stand there, or else those of the folders that the shards unpack to."""
-    scans = shards.scan_shards(root, found)
+    scans = shards.scan_shards(root, found, [name for name in (*columns[1:], "cls") if name])
     known: dict[str, StoredPhoto] = {}
     inner: list[str] = []
     photos: list[Photo] = []
     for shard, scan in zip(found, scans, strict=True):
         known |= {place.name: place for place in scan.photos}
-        rows = _read_notes(scan, columns)
+        rows = _read_notes(scan, columns, split_of(_SPLIT_OF_FILE.sub("", Path(shard.path).name)))
         for place, (label, split, group) in zip(scan.photos, rows, strict=True):
             inner.append(place.name[len(shard.path) + 1 :])
             photos.append(Photo(place.name, (label.strip() and label) or None, split, group))
@@ -204,15 +225,15 @@ def _index_of_shards(root: str, found: Sequence[Found], columns: _Columns) -> Ph
     return PhotoIndex(root if is_url(root) else Path(root), tuple(photos), (), dict(+ignored), layout, known, damaged)
 
 
-def _read_notes(scan: Scan, columns: _Columns) -> list[tuple[str, str, str]]:
-    """Label, split and group of each photo of a shard, "" for what it does not say."""
+def _read_notes(scan: Scan, columns: _Columns, split: str) -> list[tuple[str, str, str]]:
+    """Label, split and group of each photo of a shard, "" for what it does not say; `split` for all without one."""
     rows: list[tuple[str, str, str]] = []
     for place, note in zip(scan.photos, scan.notes, strict=True):
-        values: Any = {}
+        values: Any = {} if isinstance(note, str) else note
         with suppress(ValueError):  # then it has no label, which is told
-            values = json.loads(note)
+            values = json.loads(note) if isinstance(note, str) else note
         told = [cell_text(values.get(name)) if isinstance(values, dict) else "" for name in (*columns[1:], "cls")]
-        rows.append((told[0] or told[3], _read_split(f"what lies beside {place.name!r}", told[1]), told[2]))
+        rows.append((told[0] or told[3], _read_split(f"what lies beside {place.name!r}", told[1]) or split, told[2]))
     return rows
 
 

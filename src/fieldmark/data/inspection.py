@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from fieldmark.data.decode import DecodeSpec, Pixels, explain_reading, read_bytes, silence_pillow
-from fieldmark.data.shards import PhotoFile, StoredPhoto
+from fieldmark.data.shards import PhotoFile, StoredPhoto, expect
 from fieldmark.data.storage import absolute
 from fieldmark.errors import PhotoError
 from fieldmark.progress import Progress
@@ -135,7 +135,7 @@ class Inspection:
         """Read the photos that nobody has read, and give the N facts in order; no photo raises."""
         new = self._list_new()
         progress.start(len(self.files), len(self.files) - len(new))
-        for _ in map_in_threads(self._note, new, threads):
+        for _ in map_in_threads(self._note, expect(new, self.files), threads):
             progress.advance(1)
         return [self._facts[number] for number in range(len(self.files))]
 

@@ -16,7 +16,7 @@ from fieldmark.data.decode import explain_reading, read_bytes
 from fieldmark.data.folders import Photo, is_photo_path, is_skipped
 from fieldmark.data.index import PhotoIndex, load_index
 from fieldmark.data.inspection import map_in_threads
-from fieldmark.data.shards import PhotoFile, StoredPhoto, TarShard
+from fieldmark.data.shards import FETCHES_AT_ONCE, PhotoFile, StoredPhoto, TarShard
 from fieldmark.errors import DataError, PhotoError, ResourceError
 from fieldmark.files import remove_dead_parts, whole_or_absent, write_whole
 from fieldmark.progress import Progress
@@ -25,7 +25,6 @@ SUMS = "SHA256SUMS"  # of the tar files that are done, as `sha256sum -c` reads i
 _HEAD = "# fieldmark pack 1, plan "
 _GUESSED_BYTES = 100_000  # of a photo whose storage does not say
 _EXTRA_BYTES = 2048  # two headers, what fills the last blocks, and what is said of the photo
-_READS_AT_ONCE = 16
 
 Row = tuple[Photo, PhotoFile]
 
@@ -122,7 +121,7 @@ def _write_tar(path: Path, rows: Sequence[Row]) -> str:
         written, read = hashlib.sha256(), hashlib.sha256()
         notes: dict[str, bytes] = {}
         with part.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            contents = map_in_threads(read_bytes, [file for _, file in rows], _READS_AT_ONCE)
+            contents = map_in_threads(read_bytes, [file for _, file in rows], FETCHES_AT_ONCE)
             for (photo, _), content in zip(rows, contents, strict=True):
                 told = {"cls": photo.label, "split": photo.split, "group": photo.group}
                 note = json.dumps({key: value for key, value in told.items() if value}).encode("ascii")

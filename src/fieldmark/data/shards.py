@@ -1,7 +1,8 @@
 """Photos in tar files and Parquet tables and behind URLs: one after another for prediction, any by itself for training.
 
 A tar file is scanned once, which gives the place of each photo in it; then a photo is a range of its bytes. What a scan
-found is remembered until the file changes.
+found is remembered until the file changes. A photo in a table comes with its row group, of which the last two are kept:
+in order each is read once.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import lzma
 import os
 import re
 import tarfile
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import glob
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from fieldmark.data.folders import is_photo_path, is_skipped, natural_key
-from fieldmark.data.storage import Found, absolute, fetch, find_file, find_files, is_file, is_url, opened
+from fieldmark.data.storage import Found, absolute, fetch, find_file, find_files, find_objects, is_file, is_url, opened
 from fieldmark.data.tables import cell_text, open_parquet
 from fieldmark.errors import DataError, PhotoError, ResourceError, first_line
 from fieldmark.files import require_path, user_folder, write_whole
@@ -39,22 +42,25 @@ KEY_COLUMNS = ("path", "__key__", "key", "file_name", "filename", "name", "id")
 # More than any photo within the limit of pixels: a packed archive of a few megabytes may claim members of any size.
 MAX_MEMBER_BYTES = 2**30
 _SHARD_ROWS_AT_ONCE = 32
+FETCHES_AT_ONCE = 16  # a request to a store takes tens of milliseconds, of which most is waiting
 _READ_AHEAD_BYTES = 2**20
 _SCANS_AT_ONCE = 8
 _WILD = re.compile(r"[*?\[{]")
-_IN_SHARD = re.compile(r"\.tar/(?=.)", re.IGNORECASE | re.DOTALL)
+_IN_SHARD = re.compile(r"\.(tar|parquet)/(?=.)", re.IGNORECASE | re.DOTALL)
 _PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPhoto:
-    """A photo that is no file of this machine: a member of a tar file, or an object by URL."""
+    """A photo that is no file of this machine: a member of a tar file, a row of a table, or an object by URL."""
 
     name: str  # as tables name it
     location: str  # absolute path or URL of the file that holds it
     version: str  # as `storage.Found.version`, of that file; "" for a photo that is not there
     num_bytes: int  # of its content; -1 where its storage does not say
-    start: int = -1  # its first byte in a tar file; -1 for a file of its own
+    start: int = -1  # its first byte in a tar file, or its number in a row group; -1 for a file of its own
+    group: int = -1  # the row group of a table
+    column: str = ""  # of contents in the table
 
     def __str__(self) -> str:
         return self.name
@@ -72,9 +78,19 @@ class StoredPhoto:
 
     def read_bytes(self) -> bytes:
         """Its content, by one read or one request; raises PhotoError, and DataError for a storage out of reach."""
+        coming = _coming.pop(self, None)
+        return self._fetch() if coming is None else coming.result()
+
+    def _fetch(self) -> bytes:
         if not self.version:
             raise PhotoError(self.name, "has vanished")
         try:
+            if self.column:
+                with _reading:
+                    rows = _read_group(self.location, self.version, self.group, self.column)
+                if isinstance(content := _cell(rows[self.start].as_py(), self.name), PhotoError):
+                    raise content
+                return content
             if is_url(self.location) and self.num_bytes:
                 data = fetch(self.location, None if self.start < 0 else self.start, self.num_bytes)
             else:
@@ -89,26 +105,65 @@ class StoredPhoto:
 
 
 PhotoFile = Path | StoredPhoto
+_coming: dict[StoredPhoto, Future[bytes]] = {}  # what is being fetched
+_reading = threading.Lock()
+
+
+@functools.cache
+def _fetchers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-fetch")
+
+
+def fetch_ahead(files: Iterable[object]) -> None:
+    """Begin to fetch those files that are objects in a store or parts of such: whoever reads them soon waits less."""
+    for file in files:
+        if isinstance(file, StoredPhoto) and is_url(file.location) and not file.column and file not in _coming:
+            _coming[file] = _fetchers().submit(file._fetch)
+
+
+def expect(numbers: Iterable[int], files: Sequence[object]) -> Iterator[int]:
+    """The numbers of files as they are, while the next of these are fetched."""
+    ahead: deque[int] = deque()
+    for number in numbers:
+        fetch_ahead([files[number]])
+        ahead.append(number)
+        if len(ahead) > 2 * FETCHES_AT_ONCE:
+            yield ahead.popleft()
+    yield from ahead
+
+
+@functools.lru_cache(maxsize=2)
+def _read_group(location: str, version: str, group: int, column: str) -> Any:
+    """The contents in one row group; the version keeps those of a table that has changed apart."""
+    import pyarrow as pa
+
+    try:
+        with open_parquet(location, location) as table:
+            return table.read_row_group(group, [column]).column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise PhotoError(location, f"cannot be had: {location} is damaged: {first_line(error)}") from None
 
 
 class Scan(NamedTuple):
     """What was found in a shard."""
 
     photos: list[StoredPhoto]
-    notes: list[str]  # what the .json or else the .cls beside each photo says, as JSON; else ""
+    notes: list[Any]  # what the .json or else the .cls beside each photo says, as JSON, or its row; else ""
     problem: str = ""  # what is wrong with the shard; photos behind that are not among these
 
 
-def scan_shards(root: str, shards: Sequence[Found]) -> list[Scan]:
-    """Find the photos of tar files. A packed one is a DataError."""
+def scan_shards(root: str, shards: Sequence[Found], columns: Sequence[str] = ()) -> list[Scan]:
+    """Find the photos of tar files, and of tables with the values of some columns. A packed tar is a DataError."""
     with ThreadPoolExecutor(_SCANS_AT_ONCE, "fieldmark-scan") as pool:
-        return list(pool.map(functools.partial(_scan, root), shards))
+        return list(pool.map(functools.partial(_scan, root, columns=columns), shards))
 
 
-def _scan(root: str, shard: Found) -> Scan:
+def _scan(root: str, shard: Found, columns: Sequence[str]) -> Scan:
     location = absolute(locate(root, shard.path))
     if not shard.version:
         return Scan([], [], "has vanished")
+    if shard.path.lower().endswith(".parquet"):
+        return _scan_table(location, shard, columns)
     text = f"1\0{location}\0{shard.version}".encode(errors="surrogateescape")
     memory = user_folder("shards") / f"{hashlib.blake2b(text, digest_size=16).hexdigest()}.json"
     try:
@@ -147,6 +202,30 @@ def _scan_tar(location: str, shard: str) -> tuple[list[tuple[str, str, int, int]
     return found, problem
 
 
+def _scan_table(location: str, shard: Found, columns: Sequence[str]) -> Scan:
+    """The rows of a table as photos, with the names that prediction gives them, if no two are the same."""
+    pieces = row_shards(location, shard.path, shard.version)
+    if not pieces:
+        raise DataError(f"{location} holds no photos: none of its columns {', '.join(IMAGE_COLUMNS)} holds bytes")
+    with open_parquet(location, shard.path) as file:
+        features = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        there = [name for name in dict.fromkeys((pieces[0].key, *columns)) if name in file.schema_arrow.names]
+        rows: list[dict[str, Any]] = file.read(there).to_pylist() if there else [{}] * file.metadata.num_rows
+    for name in there:  # Hugging Face stores the numbers of classes, and their names apart
+        if names := features.get("features", {}).get(name, {}).get("names"):
+            rows = [{**row, name: names[row[name]] if row[name] in range(len(names)) else None} for row in rows]
+    keys = [cell_text(row.get(pieces[0].key or "")) or str(number) for number, row in enumerate(rows)]
+    keys = keys if len({*keys}) == len(keys) else list(map(str, range(len(keys))))
+    places = ((piece, row) for piece in pieces for row in range(piece.num_rows))
+    return Scan(
+        [
+            StoredPhoto(f"{shard.path}/{key}", location, shard.version, -1, row, piece.group, piece.image)
+            for key, (piece, row) in zip(keys, places, strict=True)
+        ],
+        rows,
+    )
+
+
 def locate(root: str, path: str) -> str:
     """Return where a listed photo is: `path` itself if it is a URL or absolute, else below `root`."""
     if is_url(path) or Path(path).is_absolute():
@@ -158,21 +237,25 @@ def locate(root: str, path: str) -> str:
 
 def split_path(root: str, path: str) -> tuple[str, str] | None:
     """The path of the shard that a photo lies in, and its name there; None for a photo that is a file of its own."""
-    found = _IN_SHARD.search(path)
-    if found is None:
-        return None
-    shard, name = path[: found.end() - 1], path[found.end() :]
-    location = locate(root, shard)
-    return (shard, name) if is_url(location) or os.path.isfile(location) else None  # noqa: PTH113
+    for found in _IN_SHARD.finditer(path):
+        shard, name = path[: found.end() - 1], path[found.end() :]
+        location = locate(root, shard)
+        if is_url(location) or os.path.isfile(location):  # noqa: PTH113
+            return shard, name
+    return None
 
 
 def locate_photos(root: str, paths: Sequence[str]) -> list[PhotoFile]:
-    """The file of each photo of a data set, or its place in a shard, as they are now."""
+    """The file of each photo of a data set, or its place in a shard or behind a URL, as they are now."""
     members = {path: found[0] for path in paths if (found := split_path(root, path))}
     locations = {shard: locate(root, shard) for shard in dict.fromkeys(members.values())}
     found = [find_file(location, shard) for shard, location in locations.items()]
     known = {photo.name: photo for scan in scan_shards(root, found) for photo in scan.photos}
     gone = {path: StoredPhoto(path, "", "", -1) for path in members if path not in known}
+    places = {path: locate(root, path) for path in paths if path not in members}
+    far = {path: url for path, url in places.items() if is_url(url)}
+    for (path, url), file in zip(far.items(), find_objects(list(far.values())), strict=True):
+        known[path] = StoredPhoto(path, url, file.version, file.num_bytes)
     return [known.get(path) or gone.get(path) or Path(root, path) for path in paths]
 
 

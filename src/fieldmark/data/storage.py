@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -23,6 +25,8 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_mod
 _S3_OPTIONS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; for public data FSSPEC_S3_ANON=true"
 
 _READ_AHEAD_BYTES = 4 * 2**20  # of a file that is read from its beginning: the time of a request is then no matter
+
+_LISTED_FROM = 16  # photos in a folder: a listing names a thousand by one request
 
 _opened: dict[str, Any] = {}
 _opening = threading.Lock()
@@ -97,6 +101,17 @@ def find_files(folder: str, pattern: str = "") -> list[Found]:
         )
     files = {name: info for name, info in found.items() if info["type"] == "file"}
     return [_found(name[len(root) :].lstrip("/"), info) for name, info in files.items()]
+
+
+def find_objects(urls: Sequence[str]) -> list[Found]:
+    """Files by URL, in this order: by a listing of each folder of which many are asked for, else one by one."""
+    folders = Counter(url.rpartition("/")[0] for url in urls if not url.startswith("http"))
+    known: dict[str, Found] = {}
+    for folder in (folder for folder, count in folders.items() if count > _LISTED_FROM):
+        with suppress(DataError):  # said file by file
+            known |= {f"{folder}/{file.path}": file for file in find_files(folder)}
+    with ThreadPoolExecutor(_LISTED_FROM, "fieldmark-find") as pool:
+        return list(pool.map(lambda url: known.get(url) or find_file(url, url), urls))
 
 
 def find_file(location: str, name: str) -> Found:

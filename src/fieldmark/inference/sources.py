@@ -20,15 +20,13 @@ from fieldmark.data import shards
 from fieldmark.data.folders import find_photos, is_photo_path, require_photos
 from fieldmark.data.index import find_spelling, list_names, path_problem
 from fieldmark.data.inspection import map_in_threads
-from fieldmark.data.shards import NamedPhoto, RowShard, TarShard
+from fieldmark.data.shards import FETCHES_AT_ONCE, NamedPhoto, RowShard, TarShard
 from fieldmark.data.storage import Found, absolute, fetch, find_file, is_url
 from fieldmark.data.tables import TABLE_SUFFIXES, Table, cell_text, open_parquet, read_table
 from fieldmark.errors import DataError, PhotoError
 from fieldmark.files import require_path
 
 PATH_COLUMN = "path"
-# A request to an object store takes tens of milliseconds, of which most is waiting.
-FETCHES_AT_ONCE = 16
 _LIST_ROWS_AT_ONCE = 4096
 
 

@@ -24,6 +24,7 @@ from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, apply_corrections, load_index
 from fieldmark.data.inspection import Inspection, PhotoFacts, name_folder
 from fieldmark.data.loader import Batch, cut_plan, epoch_order
+from fieldmark.data.shards import fetch_ahead
 from fieldmark.errors import ConfigError, DataError, PhotoError
 from fieldmark.files import user_folder
 from fieldmark.progress import Progress
@@ -197,6 +198,7 @@ class TrainPhotos:
             array = augment_fast(photos, self.sizes[rows], params, self.spec)
             images = torch.from_numpy(array)
         else:
+            fetch_ahead(self.reader.files[number] for number in rows)
             whole = (self.reader.read(int(number)) for number in rows)  # one at a time: they are large
             images = torch.stack([augment_reference(photo, params, row, self.spec) for row, photo in enumerate(whole)])
         return Batch(images, torch.from_numpy(rows), torch.from_numpy(self.reader.labels[rows]), ())
@@ -227,13 +229,15 @@ class TrainPhotos:
         return sample_params(self.spec, self.sizes[rows], seed=self.seed, epoch=epoch, numbers=rows)
 
     def _read(self, rows: NDArray[np.int64], params: BatchParams) -> list[NDArray[np.uint8]]:
+        numbers = rows.tolist()
+        photos = [self.cache.get(number) if self.cache is not None else None for number in numbers]
+        fetch_ahead(self.reader.files[number] for number, photo in zip(numbers, photos, strict=True) if photo is None)
         # Decode no larger than the crop needs: its shorter side becomes `size` pixels.
         needed = self.spec.size * self.sizes[rows].min(axis=1) / np.maximum(params.box[:, 2:].min(axis=1), 1.0)
-        photos: list[NDArray[np.uint8]] = []
-        for number, side in zip(rows.tolist(), needed.tolist(), strict=True):
-            cached = self.cache.get(number) if self.cache is not None else None
-            photos.append(self.reader.read(number, min_short_side=side) if cached is None else cached)
-        return photos
+        return [
+            self.reader.read(number, min_short_side=side) if photo is None else photo
+            for number, side, photo in zip(numbers, needed.tolist(), photos, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,7 @@ class EvalPhotos:
         rows = np.asarray(numbers, np.int64)
         images = torch.zeros((len(rows), *picture_shape(self.spec)))
         problems: list[tuple[int, str]] = []
+        fetch_ahead(self.reader.files[number] for number in rows)
         for row, number in enumerate(rows):
             try:
                 images[row] = eval_picture(self.reader.read(int(number)), self.spec)
