@@ -1,4 +1,4 @@
-"""Paths that must exist, and files that are whole or absent, whatever happens while they are written."""
+"""Paths that must exist, texts from templates, and files that are whole or absent, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -167,3 +167,24 @@ def remove_dead_parts(folder: Path, pattern: str = "**/*.part") -> None:
         if number.isdecimal() and not psutil.pid_exists(int(number)):
             with suppress(OSError):
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def fill_template(
+    file: str,
+    values: Mapping[str, Any],
+    *,
+    package: str = "fieldmark",
+    filters: Mapping[str, Callable[..., str]] | None = None,
+) -> str:
+    """Fill in a Jinja template of a folder `templates`, without a newline at its end; in HTML all values are text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader(package),
+        autoescape=select_autoescape(("html",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters or {}
+    return environment.get_template(file).render(values).rstrip("\n")

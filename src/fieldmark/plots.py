@@ -10,7 +10,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.shards import PhotoFile
 from fieldmark.errors import PhotoError
+from fieldmark.files import fill_template as fill_template
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,24 +230,3 @@ def thumbnail_uri(photo: PhotoFile, side: int, decoding: DecodeSpec, *, max_byte
     except (PhotoError, OSError, ValueError):
         return ""
     return "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
-
-
-def fill_template(
-    file: str,
-    values: Mapping[str, Any],
-    *,
-    package: str = "fieldmark",
-    filters: Mapping[str, Callable[..., str]] | None = None,
-) -> str:
-    """Fill in a Jinja template of a folder `templates`, without a newline at its end; in HTML all values are text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    environment = Environment(
-        loader=PackageLoader(package),
-        autoescape=select_autoescape(("html",)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= filters or {}
-    return environment.get_template(file).render(values).rstrip("\n")

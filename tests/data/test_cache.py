@@ -233,7 +233,7 @@ def test_broken_photos_are_not_cached(tmp_path: Path) -> None:
 
 
 def stored_file(files: list[Path], folder: Path, number: int = 0) -> Path:
-    (path,) = folder.rglob(cache_module._name(files[number].absolute()))
+    (path,) = folder.rglob(cache_module.look_up(files[number])[0])
     return path
 
 

@@ -277,7 +277,7 @@ def test_photos_lists_and_tables_in_a_store_train_as_the_folder(photos, tmp_path
         assert contents(found) == contents(index)
         again = load_split_table(_saved(found, tmp_path), found.root)
         assert again.fingerprint() == found.fingerprint()
-    list(train(settings(f"{far}/list.csv", "train.epochs=1", "loader.workers=2"), tmp_path / "far"))
+    list(train(settings(f"{far}/list.csv", "train.epochs=1"), tmp_path / "far"))
     assert_same_result(tmp_path / "plain", tmp_path / "far")
     assert evaluate(Run(tmp_path / "far")).metrics["top1"] == evaluate(Run(tmp_path / "plain")).metrics["top1"]
     bucket.rm("list-bucket/photos/train/2/3.png")

@@ -1,5 +1,7 @@
 """The commands and the Python of README and docs run as written, on generated photos and with a tiny model."""
 
+# ruff: noqa: F401, F811, fixtures of other tests
+
 from __future__ import annotations
 
 import re
@@ -9,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.data.test_shards import upload
+from tests.inference.test_remote import s3
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs/reference"
@@ -189,3 +193,15 @@ def test_every_pitfall_has_an_anchor_and_says_what_fieldmark_does():
     assert (
         len(re.findall(r"^## .* \{ #[a-z-]+ \}$", text, re.MULTILINE)) == text.count("**What Fieldmark does.**") == 15
     )
+
+
+@pytest.mark.slow
+def test_the_commands_for_photos_in_a_store_work(workplace, s3, monkeypatch):
+    """The page's shards, uploaded to a stand-in, trained on and evaluated as the page says."""
+    page = ROOT / "docs/how-to/millions.md"
+    assert run(commands(page)[0], monkeypatch) == 0
+    upload(s3(), Path("shards"), "bucket/shards")
+    asked = [command for command in other_commands(page) if "runs/far" in command]
+    assert len(asked) == 2
+    for command in asked:
+        assert run(command, monkeypatch) == 0, command

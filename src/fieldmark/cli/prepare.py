@@ -86,10 +86,8 @@ def pack(
 
     with open_progress("pack") as progress:
         index = find_photos(read_settings(None, data, set_).data)
-        packed = pack_photos(index, out, max_bytes=megabytes * 1e6, max_photos=photos, progress=progress)
-    kept = f", {packed.kept} of them from before" if packed.kept else ""
-    size = f"{packed.num_bytes / 1e6:,.1f} MB"
-    typer.echo(f"packed {packed.photos} photos into {packed.tars} tar files ({size}) in {out}{kept}")
+        tars, kept = pack_photos(index, out, max_bytes=megabytes * 1e6, max_photos=photos, progress=progress)
+    typer.echo(f"packed {len(index)} photos into {tars} tar files in {out}; {kept} of these were there before")
 
 
 def cache(data: Data, recipe: Recipe = DEFAULT_RECIPE, set_: Overrides = None) -> None:

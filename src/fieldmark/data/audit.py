@@ -18,6 +18,7 @@ from fieldmark.data.folders import quote
 from fieldmark.data.index import SPLITS, PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.data.splits import split_gaps
+from fieldmark.files import fill_template
 
 MOST_NEAR_DUPLICATES = 1000  # only so many pairs are listed; all are counted
 FEW_PHOTOS = 10  # a class with fewer training photos is pointed out
@@ -139,8 +140,11 @@ def audit(index: PhotoIndex, facts: Sequence[PhotoFacts], *, near_distance: int,
         crossing_groups=_find_crossing_groups(index),
         similar_names=_find_similar_names(index.classes),
     )
-    warnings = [*_list_doubts(found, skip_broken), *_list_weaknesses(found)]
-    return replace(found, must_fix=list(_list_faults(found, skip_broken)), warnings=warnings)
+    few = [name for _, name in sorted((count, name) for name, count in num_train.items() if 0 < count < FEW_PHOTOS)]
+    values = {"skip_broken": skip_broken, "few": few, "least": FEW_PHOTOS, "most": IMBALANCE}
+    conflicts, similar = _conflict_text(found.conflicting_labels), map(_similar_text, found.similar_names)
+    must_fix = [*find_gaps_in_training(num_train), *conflicts, *_say("faults.md", found, **values)]
+    return replace(found, must_fix=must_fix, warnings=[*similar, *_say("doubts.md", found, **values)])
 
 
 def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
@@ -155,7 +159,8 @@ def find_gaps_in_training(num_train: Mapping[str, int]) -> Iterator[str]:
         only = f"there is only {quote(list(num_train))}" if num_train else "there is none"
         yield f"A classifier needs at least 2 classes; {only}. Add a class folder with photos"
     if untrained := [name for name, count in num_train.items() if not count]:
-        yield f"{_classes(untrained)} no photo in train: {quote(untrained)}. Add some, or leave the class out"
+        words = _count(untrained, "class has", "classes have")
+        yield f"{words} no photo in train: {quote(untrained)}. Add some, or leave the class out"
 
 
 def near_pairs(first: Hashes, second: Hashes, *, max_distance: int) -> tuple[Numbers, Numbers, Numbers]:
@@ -242,68 +247,10 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(value for value in values if value).most_common())
 
 
-def _list_faults(found: Audit, skip_broken: bool) -> Iterator[str]:
-    """List what must be fixed before training."""
-    yield from find_gaps_in_training(found.num_train)
-    if found.crossing_groups:
-        name, splits = next(iter(found.crossing_groups.items()))
-        yield (
-            f"{_count(found.crossing_groups, 'group lies', 'groups lie')} in more than one split: {name!r} is "
-            f"in {' and '.join(splits)}. Move each to one side"
-        )
-    if found.broken and not skip_broken:
-        first = found.broken[0]
-        yield (
-            f"{_count(found.broken, 'photo', 'photos')} cannot be used, such as {first.path!r}: {first.reason}. "
-            'Replace or delete them, or set data.broken = "skip"'
-        )
-    yield from _conflict_text(found.conflicting_labels)
-    if across := found.exact_across_splits:
-        yield (
-            f"{_count(across, 'photo lies', 'photos lie')} in more than one split, such as {quote(across[0])}. "
-            "The result would be too good: delete the copies"
-        )
-
-
-def _list_doubts(found: Audit, skip_broken: bool) -> Iterator[str]:
-    """List what may make the result better than it is, or other than it seems."""
-    if found.broken and skip_broken:
-        yield f"{_count(found.broken, 'photo', 'photos')} cannot be used and will be left out"
-    if copies := found.exact_in_unlabeled:
-        words = _count(copies, "photo", "photos")
-        yield f"{words} of the unlabeled test also in train or val, such as {quote(copies[0])}"
-    if found.num_near_duplicates:
-        pair = found.near_duplicates[0]
-        yield (
-            f"{_count(found.num_near_duplicates, 'pair', 'pairs')} of photos in different splits look alike, such as "
-            f"{pair.path!r} and {pair.other_path!r}. If they show the same moment, group them: the result is too good "
-            "otherwise"
-        )
-    if profiles := found.color_profiles:
-        names = ", ".join(f"{name} ({count})" for name, count in list(profiles.items())[:3])
-        yield (
-            f"{_count(sum(profiles.values()), 'photo has', 'photos have')} a color profile other than sRGB, which is "
-            f"ignored: {names}. Convert to sRGB if exact colors matter"
-        )
-    repeated = len(found.exact_duplicates) - len(found.exact_across_splits) - len(found.exact_in_unlabeled)
-    if repeated:
-        yield f"{_count(repeated, 'photo is', 'photos are')} there more than once in a split: each copy counts"
-    yield from map(_similar_text, found.similar_names)
-
-
-def _list_weaknesses(found: Audit) -> Iterator[str]:
-    """List what makes the classifier worse than it could be, or its measure coarse."""
-    for split in ("val", "test"):
-        if absent := [name for name, gap in found.gaps if gap == split]:
-            yield f"{_classes(absent)} no photo in {split}: {quote(absent)}. Nothing is measured there"
-    few = sorted((count, name) for name, count in found.num_train.items() if 0 < count < FEW_PHOTOS)
-    if names := [name for _, name in few]:
-        yield f"{_classes(names)} fewer than {FEW_PHOTOS} photos to train on: {quote(names)}"
-    if found.imbalance is not None and found.imbalance > IMBALANCE:
-        yield (
-            f"The largest class has {found.imbalance:.0f} times the training photos of the smallest. Look at macro "
-            'recall beside accuracy, or set train.class_weights = "balanced"'
-        )
+def _say(template: str, found: Audit, **values: object) -> list[str]:
+    """The sentences of a template, one for each line of it that has a reason."""
+    filters = {"quote": quote, "repr": repr, "count": _count}
+    return list(filter(None, fill_template(template, {"found": found, **values}, filters=filters).split("\n")))
 
 
 def _similar_text(names: Sequence[str]) -> str:
@@ -319,7 +266,3 @@ def _conflict_text(conflicts: Sequence[Sequence[str]]) -> Iterator[str]:
 def _count(things: int | Sequence[object] | Mapping[str, object], one: str, many: str) -> str:
     number = things if isinstance(things, int) else len(things)
     return f"{number} {one if number == 1 else many}"
-
-
-def _classes(names: Sequence[str]) -> str:
-    return _count(names, "class has", "classes have")

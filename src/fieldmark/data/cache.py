@@ -32,7 +32,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec, Pixels
-from fieldmark.data.inspection import map_in_threads, name_folder, name_photo
+from fieldmark.data.inspection import look_up, map_in_threads, name_folder
 from fieldmark.data.shards import PhotoFile, StoredPhoto, expect
 from fieldmark.errors import PhotoError, RunError
 from fieldmark.files import exclusive_lock
@@ -93,7 +93,7 @@ class PhotoCache:
 
         None where the original must be decoded: it is not cached, has changed or vanished, or the copy is damaged.
         """
-        name = _name(self.files[number])
+        name, _ = look_up(self.files[number])
         # Copied instead of mapped: a map would count as this process's memory, growing with the data set, and would
         # kill the process where a file is cut short or a disk fails.
         if not name:
@@ -151,7 +151,7 @@ def open_cache(
         presets = [Preset(one, short_side, decoding) for one in (("uint8", "jpeg") if mode == "auto" else (mode,))]
         preset, reason = choose_mode(mode, presets, sizes, folder=home, disk_gigabytes=disk_gigabytes)
     if preset is not None:
-        place, names = home / preset.name, [_name(file) for file in absolute]
+        place, names = home / preset.name, [look_up(file)[0] for file in absolute]
         stored = list_stored(place)
         hits = sum(name in stored for name in names)
         if hits < len(files):
@@ -309,16 +309,6 @@ def _make_room(place: Path, names: Sequence[str], room_bytes: int) -> dict[str, 
             _remove(place / name)
             del stored[name]
     return stored
-
-
-def _name(file: PhotoFile) -> str:
-    """Return what a photo as it is now is called in the cache; "" if it is gone."""
-    if isinstance(file, StoredPhoto):
-        return file.key
-    try:
-        return name_photo(file, os.stat(file))  # noqa: PTH116  # half the time of Path.stat, for every photo
-    except (OSError, ValueError):
-        return ""
 
 
 def _checksum(data: Any, height: int, width: int) -> int:

@@ -20,17 +20,8 @@ from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fieldmark.data import shards
-from fieldmark.data.folders import (
-    Photo,
-    find_photos,
-    is_photo_path,
-    natural_key,
-    photo_extensions,
-    quote,
-    read_folders,
-    split_of,
-)
+from fieldmark.data import folders, shards
+from fieldmark.data.folders import Photo, is_photo_path, natural_key, photo_extensions, quote, read_folders, split_of
 from fieldmark.data.shards import PhotoFile, Scan, StoredPhoto
 from fieldmark.data.storage import Found, absolute, is_url
 from fieldmark.data.tables import TABLE_SUFFIXES, Table, cell_text, encoding_problem, read_table, write_csv
@@ -145,7 +136,7 @@ def load_index(
 
 def _index_of_path(path: Path, columns: _Columns) -> PhotoIndex:
     if path.is_dir():
-        names, ignored = find_photos(path)
+        names, ignored = folders.find_photos(path)
         if not names and any(shards.is_shard(file.name) for file in path.rglob("*")):
             return _index_of_source(absolute(path), columns)
         photos, layout = read_folders(path, names, ignored)

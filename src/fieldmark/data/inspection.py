@@ -79,7 +79,7 @@ class Inspection:
         self._names: list[str] = []
         self._facts: dict[int, PhotoFacts] = {}
         for number, file in enumerate(files):
-            name, problem = _look(file)
+            name, problem = look_up(file)
             self._names.append(name)
             known = remembered.get(name)
             if problem:
@@ -199,22 +199,18 @@ def capture_time(exif: Any) -> float | None:
     return None
 
 
-def _look(file: PhotoFile) -> tuple[str, str]:
-    """The name of a photo in caches, and what is wrong with it before it is opened."""
+def look_up(file: PhotoFile) -> tuple[str, str]:
+    """What a photo is called in caches, another name as soon as it changes; and what is wrong before it is opened."""
     if isinstance(file, StoredPhoto):
         return file.key, "" if file.is_file() else "has vanished"
     try:
-        info = file.stat()
+        info = os.stat(file)  # noqa: PTH116, half the time of Path.stat
     except (OSError, ValueError) as error:
         return "", explain_reading(error)
+    text = f"{file.absolute()}\0{(info.st_size, info.st_mtime_ns)}".encode(errors="surrogateescape")
     # To open a pipe would be to wait for ever.
-    return name_photo(file.absolute(), info), "" if stat.S_ISREG(info.st_mode) else "is not a regular file"
-
-
-def name_photo(file: Path, info: os.stat_result) -> str:
-    """Return what a photo, by its absolute path, is called in caches: another name as soon as it changes."""
-    text = f"{file}\0{(info.st_size, info.st_mtime_ns)}".encode(errors="surrogateescape")
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+    problem = "" if stat.S_ISREG(info.st_mode) else "is not a regular file"
+    return hashlib.blake2b(text, digest_size=16).hexdigest(), problem
 
 
 def name_folder(root: str | Path) -> str:

@@ -10,7 +10,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from fieldmark.data.decode import explain_reading, read_bytes
 from fieldmark.data.folders import Photo, is_photo_path, is_skipped
@@ -29,23 +28,14 @@ _EXTRA_BYTES = 2048  # two headers, what fills the last blocks, and what is said
 Row = tuple[Photo, PhotoFile]
 
 
-class Packed(NamedTuple):
-    """What was packed."""
-
-    photos: int
-    tars: int
-    kept: int  # tars of an earlier call that are still whole
-    num_bytes: int
-
-
 def pack_photos(
     index: PhotoIndex, out: Path, *, max_bytes: float, max_photos: int | None, progress: Progress
-) -> Packed:
+) -> tuple[int, int]:
     """Write the photos of a data set, in its order, into tar files of about so many bytes, or of so many photos.
 
     The same photos give the same bytes. A tar file is whole or absent, and is read again before it counts; a call that
     was stopped goes on where it was. Raises DataError for a folder that holds something else, PhotoError for a photo
-    that cannot be read.
+    that cannot be read. Gives the number of tar files, and of those among them that were there and whole.
     """
     shards, plan = _cut(list(zip(index.photos, index.files(), strict=True)), max_bytes, max_photos)
     names = [f"photos-{number:06d}.tar" for number in range(len(shards))]
@@ -64,7 +54,7 @@ def pack_photos(
     before, after = (Counter((one.label, one.split, one.group) for one in found.photos) for found in (index, read))
     if before != after:
         raise DataError(f"{out}: labels are read there that were not packed. Remove it, and pack again")
-    return Packed(len(index), len(names), kept, sum((out / name).stat().st_size for name in names))
+    return len(names), kept
 
 
 def _cut(rows: Sequence[Row], max_bytes: float, max_photos: int | None) -> tuple[list[list[Row]], str]:

@@ -92,7 +92,7 @@ class StoredPhoto:
                     raise content
                 return content
             if is_url(self.location) and self.num_bytes:
-                data = fetch(self.location, None if self.start < 0 else self.start, self.num_bytes)
+                data = fetch(self.location, None if self.num_bytes < 0 else max(self.start, 0), self.num_bytes)
             else:
                 with opened(self.location) as file:
                     file.seek(max(self.start, 0))
@@ -106,19 +106,15 @@ class StoredPhoto:
 
 PhotoFile = Path | StoredPhoto
 _coming: dict[StoredPhoto, Future[bytes]] = {}  # what is being fetched
+_fetchers = ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-fetch")  # starts its threads when there is work
 _reading = threading.Lock()
-
-
-@functools.cache
-def _fetchers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(FETCHES_AT_ONCE, "fieldmark-fetch")
 
 
 def fetch_ahead(files: Iterable[object]) -> None:
     """Begin to fetch those files that are objects in a store or parts of such: whoever reads them soon waits less."""
     for file in files:
         if isinstance(file, StoredPhoto) and is_url(file.location) and not file.column and file not in _coming:
-            _coming[file] = _fetchers().submit(file._fetch)
+            _coming[file] = _fetchers.submit(file._fetch)
 
 
 def expect(numbers: Iterable[int], files: Sequence[object]) -> Iterator[int]:
@@ -208,22 +204,17 @@ def _scan_table(location: str, shard: Found, columns: Sequence[str]) -> Scan:
     if not pieces:
         raise DataError(f"{location} holds no photos: none of its columns {', '.join(IMAGE_COLUMNS)} holds bytes")
     with open_parquet(location, shard.path) as file:
-        features = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         there = [name for name in dict.fromkeys((pieces[0].key, *columns)) if name in file.schema_arrow.names]
         rows: list[dict[str, Any]] = file.read(there).to_pylist() if there else [{}] * file.metadata.num_rows
     for name in there:  # Hugging Face stores the numbers of classes, and their names apart
-        if names := features.get("features", {}).get(name, {}).get("names"):
+        if names := about.get("features", {}).get(name, {}).get("names"):
             rows = [{**row, name: names[row[name]] if row[name] in range(len(names)) else None} for row in rows]
     keys = [cell_text(row.get(pieces[0].key or "")) or str(number) for number, row in enumerate(rows)]
     keys = keys if len({*keys}) == len(keys) else list(map(str, range(len(keys))))
-    places = ((piece, row) for piece in pieces for row in range(piece.num_rows))
-    return Scan(
-        [
-            StoredPhoto(f"{shard.path}/{key}", location, shard.version, -1, row, piece.group, piece.image)
-            for key, (piece, row) in zip(keys, places, strict=True)
-        ],
-        rows,
-    )
+    places = [(row, piece.group, piece.image) for piece in pieces for row in range(piece.num_rows)]
+    named = zip((f"{shard.path}/{key}" for key in keys), places, strict=True)
+    return Scan([StoredPhoto(name, location, shard.version, -1, *place) for name, place in named], rows)
 
 
 def locate(root: str, path: str) -> str:
@@ -250,13 +241,13 @@ def locate_photos(root: str, paths: Sequence[str]) -> list[PhotoFile]:
     members = {path: found[0] for path in paths if (found := split_path(root, path))}
     locations = {shard: locate(root, shard) for shard in dict.fromkeys(members.values())}
     found = [find_file(location, shard) for shard, location in locations.items()]
-    known = {photo.name: photo for scan in scan_shards(root, found) for photo in scan.photos}
-    gone = {path: StoredPhoto(path, "", "", -1) for path in members if path not in known}
+    known = {path: StoredPhoto(path, "", "", -1) for path in members}  # gone, unless it is found
+    known |= {photo.name: photo for scan in scan_shards(root, found) for photo in scan.photos}
     places = {path: locate(root, path) for path in paths if path not in members}
     far = {path: url for path, url in places.items() if is_url(url)}
     for (path, url), file in zip(far.items(), find_objects(list(far.values())), strict=True):
         known[path] = StoredPhoto(path, url, file.version, file.num_bytes)
-    return [known.get(path) or gone.get(path) or Path(root, path) for path in paths]
+    return [known.get(path) or Path(root, path) for path in paths]
 
 
 def is_pattern(text: str) -> bool:
