@@ -108,7 +108,10 @@ class _Basis:
         scaled = (features - mean) / std
         is_wide = scaled.shape[0] < scaled.shape[1]
         gram = (scaled @ scaled.T if is_wide else scaled.T @ scaled) / len(features)
-        values, vectors = torch.linalg.eigh(gram)
+        try:
+            values, vectors = torch.linalg.eigh(gram)
+        except torch.linalg.LinAlgError:  # features that depend on each other: LAPACK can fail in 32 bits
+            values, vectors = (part.float() for part in torch.linalg.eigh(gram.double()))
         kept = values > 1e-6 * values[-1].clamp_min(1e-30)
         values, vectors = values[kept], vectors[:, kept]
         axes = scaled.T @ vectors / (values * len(features)).sqrt() if is_wide else vectors
