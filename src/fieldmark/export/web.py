@@ -16,7 +16,7 @@ from fieldmark.inference.exported import Compute, ModelMetadata
 _PACKAGE = Path(__file__).parents[1]
 _SHARED = ("app.css", "app.js", "icon.svg")  # of the page of `serve`; there are no maps of attention
 # Largest difference of a logit, over the largest logit, of a browser's answer to the probe.
-_LIMITS = {"float32": 1e-3, "float16": 1e-3, "int8": 0.2}
+_LIMITS = {"float32": 1e-3, "float16": 1e-3, "int8": 0.1}
 
 
 def write_page(folder: Path) -> None:

@@ -94,7 +94,8 @@ async function open() {
 
 async function hasGraphics() {
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  return Boolean(adapter) && !adapter.info?.isFallbackAdapter;
+  // One that computes on the processor would be slower than WebAssembly.
+  return Boolean(adapter) && !adapter.info?.isFallbackAdapter && !adapter.isFallbackAdapter;
 }
 
 async function answer(file) {

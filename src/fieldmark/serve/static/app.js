@@ -236,8 +236,9 @@ function clear() {
 
 async function take(list) {
   const files = [...list];
-  for (let start = 0; start < files.length; start += Math.min(8, model.max_photos)) {
-    await send(files.slice(start, start + Math.min(8, model.max_photos)));
+  for (let start = 0, count; start < files.length; start += count) {
+    count = Math.min(8, model.max_photos); // which may still be unknown at the first
+    await send(files.slice(start, start + count));
   }
 }
 
