@@ -41,13 +41,17 @@ def pack_photos(
     names = [f"photos-{number:06d}.tar" for number in range(len(shards))]
     sums = _read_sums(out, plan, names)
     kept = len(sums)
-    progress.start(len(index), 0)
-    for name, shard in zip((*names, ""), (*shards, []), strict=True):
-        # Before a file as after it, so that whatever is there is known as ours, whenever this is stopped.
-        lines = "".join(f"{digest}  {done}\n" for done, digest in sorted(sums.items()))
+
+    def save_sums() -> None:
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         write_whole(out / SUMS, f"{_HEAD}{plan}\n{lines}")
-        if name and name not in sums:
+
+    save_sums()  # first, so that whatever is there is known as ours, whenever this is stopped
+    progress.start(len(index), 0)
+    for name, shard in zip(names, shards, strict=True):
+        if name not in sums:
             sums[name] = _write_tar(out / name, shard)
+            save_sums()
         progress.advance(len(shard))
     columns = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
     read = load_index(out, **columns)  # remembers, too, where each photo is

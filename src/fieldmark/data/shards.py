@@ -79,9 +79,10 @@ class StoredPhoto:
     def read_bytes(self) -> bytes:
         """Its content, by one read or one request; raises PhotoError, and DataError for a storage out of reach."""
         coming = _coming.pop(self, None)
-        return self._fetch() if coming is None else coming.result()
+        return self.read_now() if coming is None else coming.result()
 
-    def _fetch(self) -> bytes:
+    def read_now(self) -> bytes:
+        """As `read_bytes`, whether or not it was fetched ahead."""
         if not self.version:
             raise PhotoError(self.name, "has vanished")
         try:
@@ -114,7 +115,7 @@ def fetch_ahead(files: Iterable[object]) -> None:
     """Begin to fetch those files that are objects in a store or parts of such: whoever reads them soon waits less."""
     for file in files:
         if isinstance(file, StoredPhoto) and is_url(file.location) and not file.column and file not in _coming:
-            _coming[file] = _fetchers.submit(file._fetch)
+            _coming[file] = _fetchers.submit(file.read_now)
 
 
 def expect(numbers: Iterable[int], files: Sequence[object]) -> Iterator[int]:
@@ -170,7 +171,9 @@ def _scan(root: str, shard: Found, columns: Sequence[str]) -> Scan:
             with suppress(OSError, ResourceError):  # it only saves time
                 memory.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(memory, json.dumps(members))
-    photos = [StoredPhoto(f"{shard.path}/{name}", location, shard.version, *place) for name, _, *place in members]
+    photos = [
+        StoredPhoto(f"{shard.path}/{name}", location, shard.version, size, start) for name, _, size, start in members
+    ]
     return Scan(photos, [note for _, note, *_ in members], problem)
 
 
@@ -203,14 +206,15 @@ def _scan_table(location: str, shard: Found, columns: Sequence[str]) -> Scan:
     pieces = row_shards(location, shard.path, shard.version)
     if not pieces:
         raise DataError(f"{location} holds no photos: none of its columns {', '.join(IMAGE_COLUMNS)} holds bytes")
+    key = pieces[0].key or ""
     with open_parquet(location, shard.path) as file:
         about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-        there = [name for name in dict.fromkeys((pieces[0].key, *columns)) if name in file.schema_arrow.names]
+        there = [name for name in dict.fromkeys((key, *columns)) if name in file.schema_arrow.names]
         rows: list[dict[str, Any]] = file.read(there).to_pylist() if there else [{}] * file.metadata.num_rows
     for name in there:  # Hugging Face stores the numbers of classes, and their names apart
         if names := about.get("features", {}).get(name, {}).get("names"):
             rows = [{**row, name: names[row[name]] if row[name] in range(len(names)) else None} for row in rows]
-    keys = [cell_text(row.get(pieces[0].key or "")) or str(number) for number, row in enumerate(rows)]
+    keys = [cell_text(row.get(key)) or str(number) for number, row in enumerate(rows)]
     keys = keys if len({*keys}) == len(keys) else list(map(str, range(len(keys))))
     places = [(row, piece.group, piece.image) for piece in pieces for row in range(piece.num_rows)]
     named = zip((f"{shard.path}/{key}" for key in keys), places, strict=True)
