@@ -152,6 +152,36 @@ def test_a_run_that_is_killed_answers_and_resumes_to_the_same_weights(share, set
     assert_same_weights(finished, out)
 
 
+def test_time_for_two_backbones_is_shared_and_a_killed_second_one_goes_on(settings, tmp_path, monkeypatch):
+    others = load_config(None, ["model.name=test_efficientnet", "model.weights=random", "eval.size=32"])
+    monkeypatch.setattr(budget, "find_backbones", lambda _: [*find_backbones(settings), *find_backbones(others)])
+    whole = budget.train_within(settings, tmp_path / "whole", minutes=0.4, clock=TickClock())
+    tried = [row["what"] for row in whole.summary["tried"]]
+    assert {what.split("-32")[0] for what in tried if what.startswith("fine-tuning of ")} == {
+        "fine-tuning of test_resnet",
+        "fine-tuning of test_efficientnet",
+    }
+    assert len(tried) == len(set(tried))
+    assert any(what.startswith("the average of ") and what.count(" fine-tuned (") == 2 for what in tried)
+
+    out, chosen = tmp_path / "killed", []
+    choose = budget._Work._choose
+
+    def choose_or_die(work, *given) -> None:
+        choose(work, *given)
+        chosen.append(work.best.name)
+        if len(chosen) == 2:
+            raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(budget._Work, "_choose", choose_or_die)
+        with pytest.raises(_KilledError):
+            budget.train_within(settings, out, minutes=0.4, clock=TickClock())
+    shutil.copyfile(whole.path / "plan.jsonl", out / "plan.jsonl")
+    budget.resume_within(out, minutes=None, clock=TickClock())
+    assert_same_weights(whole.path, out)
+
+
 @pytest.mark.parametrize("after", [20, 40, 60])
 def test_a_signal_leaves_the_best_so_far_and_says_what_it_is(after, settings, tmp_path, monkeypatch):
     out = tmp_path / "stopped"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -377,40 +377,57 @@ class _Work:
         folder.write_json(self.course.path / folder.SUMMARY, summary)
 
     def tune(self) -> None:
-        """Fine-tune the best backbone that the time left allows, and choose among all that answers."""
-        ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
-        # For what follows: the evaluations, and the folder.
-        evaluations = 5 * 1.3 * ranked[0].seconds_per_photo * len(self.course.val)
-        reserve = evaluations + 5 + 0.01 * self.course.plan.seconds
-        record = self.course.plan.decide("fine-tune", lambda: self._choose_tuning(ranked, reserve))
-        self._check()
-        if not record:
-            self.course.log.message("fine-tuning: the time left allows too few epochs to pay")
-            return
-        key, *values = record
-        entry, option = self.entries[key], tuning.Option(*values)
-        self.course.log.message(
-            f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, {option.epochs:.1f} epochs"
-        )
-        probed = self.best
-        tuned = tuning.tune(self.course, entry, option, reserve=reserve, on_epoch=partial(self._keep_epoch, entry))
-        if tuned is None:
-            raise _StoppedError
-        self.tried.append({"what": f"fine-tuning of {key}", "updates": tuned.updates, "seconds": tuned.seconds})
-        self._choose(entry, tuned, probed)
+        """Fine-tune the best backbone, then others as long as time allows, and choose among all that answers."""
+        course, probed = self.course, self.best
+        tuned: dict[str, list[Answer]] = {}  # by backbone
+        while True:
+            # For what follows: the evaluations, and the folder.
+            evaluations = 5 * 1.3 * max(entry.seconds_per_photo for entry in self.entries.values()) * len(course.val)
+            reserve = evaluations + 5 + 0.01 * course.plan.seconds
+            record = course.plan.decide(
+                "fine-tune", lambda reserve=reserve: self._choose_tuning(course.plan.left - reserve, done=tuned)
+            )
+            self._check()
+            if not record:
+                break
+            key, seconds_of_others, *values = record
+            entry, option = self.entries[key], tuning.Option(*values)
+            course.log.message(
+                f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, {option.epochs:.1f} epochs"
+            )
+            on_epoch = partial(self._keep_epoch, entry)
+            found = tuning.tune(course, entry, option, reserve=reserve + seconds_of_others, on_epoch=on_epoch)
+            if found is None:
+                raise _StoppedError
+            self.tried.append({"what": f"fine-tuning of {key}", "updates": found.updates, "seconds": found.seconds})
+            tuned[entry.candidate.backbone.name] = [
+                Answer(f"{key} fine-tuned ({name})", (self._tuned_model(entry, name, found.config, weights, val),))
+                for name, (weights, val) in found.networks.items()
+            ]
+            self._choose(probed, tuned)
+        if not tuned:
+            course.log.message("fine-tuning: the time left allows too few epochs to pay")
 
-    def _choose_tuning(self, ranked: Sequence[Entry], reserve: float) -> list[Any]:
-        """Key and option of the best entry whose network can be fine-tuned for long enough; [] for none."""
+    def _choose_tuning(self, seconds: float, *, done: Container[str]) -> list[Any]:
+        """Key of the best entry that can be fine-tuned for long enough, what it leaves to others, and how; or nothing.
+
+        Time that buys enough epochs for several backbones is shared: their average errs less than one of them does
+        after as many epochs more.
+        """
+        ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
+        firsts = [entry for entry in _firsts(ranked) if entry.candidate.backbone.name not in done]
+        firsts = [entry for entry in firsts if self._may_answer([entry])]
         fallback: list[Any] = []
-        for entry in _firsts([entry for entry in ranked if self._may_answer([entry])]):
-            left = self.course.plan.left - reserve
-            option = tuning.choose_option(tuning.list_options(self.course, entry.candidate, seconds=left))
-            if option is None:
-                continue
-            found = [entry.candidate.key, *astuple(option)]
-            if option.epochs >= tuning.ENOUGH_EPOCHS:
-                return found
-            fallback = fallback or found
+        for entry in firsts:
+            options = tuning.list_options(self.course, entry.candidate, seconds=seconds)
+            for sharing in range(len(firsts), 0, -1):
+                option = tuning.choose_option(options, sharing=sharing)
+                if option is None:
+                    continue
+                found = [entry.candidate.key, seconds - seconds / sharing, *astuple(option)]
+                if option.epochs >= tuning.ENOUGH_EPOCHS:
+                    return found
+                fallback = fallback or (found if sharing == 1 else [])
         return fallback
 
     def _keep_epoch(self, entry: Entry, report: EpochReport, config: Config, weights: tuning.Weights) -> None:
@@ -424,15 +441,16 @@ class _Work:
         if self._loss(answer) < self._loss(self.best):
             self._put(answer)
 
-    def _choose(self, entry: Entry, tuned: tuning.Tuned, probed: Answer) -> None:
+    def _choose(self, probed: Answer, tuned: Mapping[str, Sequence[Answer]]) -> None:
         """Choose by validation loss among probes, fine-tuned weights, interpolations, and their averages."""
-        alone: list[Answer] = []
-        for name, (weights, val) in tuned.networks.items():
-            model = self._tuned_model(entry, name, tuned.config, weights, val)
-            alone.append(Answer(f"{entry.candidate.key} fine-tuned ({name})", (model,)))
+        alone = [answer for answers in tuned.values() for answer in answers]
+        if len(tuned) > 1:
+            best = [min(answers, key=self._loss) for answers in tuned.values()]
+            names = " and ".join(answer.name for answer in best)
+            alone.append(Answer(f"the average of {names}", tuple(answer.members[0] for answer in best)))
         self.choices = [probed, *alone]
-        # Beside the fine-tuned network, heads on its own backbone before that add little to those on others.
-        others = tuple(one for one in probed.members if one.config.model.name != entry.candidate.backbone.name)
+        # Beside a fine-tuned network, heads on its own backbone before that add little to those on others.
+        others = tuple(one for one in probed.members if one.config.model.name not in tuned)
         for members in dict.fromkeys((probed.members, others)):
             names = " and ".join(member.key for member in members)
             self.choices += [
@@ -440,6 +458,8 @@ class _Work:
                 for answer in alone
                 if members and self._may_answer([*members, *answer.members], MEMBERS + 1)
             ]
+        self.choices = [answer for answer in self.choices if self._may_answer(answer.members, MEMBERS + 1)]
+        self.tried = [row for row in self.tried if row["what"] not in {answer.name for answer in self.choices}]
         self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
         self._put(min(self.choices, key=self._loss))
 

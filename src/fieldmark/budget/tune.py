@@ -98,15 +98,23 @@ def measure_update(course: Course, candidate: Candidate, *, size: int, freeze: i
     return (time.perf_counter() - started) / MEASURED_PHOTOS
 
 
-def choose_option(options: Sequence[Option]) -> Option | None:
-    """The first option, preferred first, with enough epochs; else the one with most, if those are not too few."""
+def choose_option(options: Sequence[Option], *, sharing: int = 1) -> Option | None:
+    """The best option that gets enough epochs; else the one with most, if those are not too few.
+
+    Args:
+        options: With the epochs that fit all of the time.
+        sharing: How many trainings divide the time.
+    """
+    options = [replace(option, epochs=min(option.epochs / sharing, MOST_EPOCHS)) for option in options]
+    # All stages at a small size before fewer at a large one: sizes cost more than they earn until epochs are plenty.
+    options.sort(key=lambda option: (option.freeze, -option.size if option.epochs >= MANY_EPOCHS else 0))
     most = max(options, key=lambda option: option.epochs)
     enough = (option for option in options if option.epochs >= ENOUGH_EPOCHS)
     return next(enough, most if most.epochs >= LEAST_EPOCHS else None)
 
 
 def list_options(course: Course, candidate: Candidate, *, seconds: float, depths: int = 3) -> list[Option]:
-    """Ways to fine-tune a candidate in so many seconds, all stages at the evaluation size first.
+    """Ways to fine-tune a candidate, with the epochs that so many seconds allow.
 
     `depths` is how many depths of freezing to measure, from none.
     """
@@ -120,9 +128,8 @@ def list_options(course: Course, candidate: Candidate, *, seconds: float, depths
         measured = measure_update(course, candidate, size=small, freeze=freeze)
         for side in dict.fromkeys((large, small)):
             each = measured * (side / small) ** 2
-            found.append(Option(side, freeze, each, min(seconds / (len(course.order) * each), MOST_EPOCHS)))
-    # All stages at a small size before fewer at a large one: sizes cost more than they earn until epochs are plenty.
-    return sorted(found, key=lambda option: (option.freeze, -option.size if option.epochs >= MANY_EPOCHS else 0))
+            found.append(Option(side, freeze, each, seconds / (len(course.order) * each)))
+    return found
 
 
 def tuning_config(config: Config, candidate: Candidate, option: Option) -> Config:
@@ -184,8 +191,8 @@ def _open_session(course: Course, entry: Entry, option: Option) -> Session:
     features = course.collect_features(entry.candidate, entry.numbers).select(entry.numbers)
     soft = replace(entry.head, l2=max(entry.head.l2, SOFT_L2))
     built.model.head = refit_head(features, dataset.labels[entry.numbers], soft).as_linear()
-    path = course.path / TUNING
-    path.mkdir(exist_ok=True)
+    path = course.path / TUNING / entry.candidate.key
+    path.mkdir(parents=True, exist_ok=True)
     session, _, note = assemble(config, path, fabric, dataset, built, select="last", progress=log)
     log.message(note)
     return session
