@@ -380,16 +380,15 @@ class _Work:
         """Fine-tune the best backbone, then others as long as time allows, and choose among all that answers."""
         course, probed = self.course, self.best
         tuned: dict[str, list[Answer]] = {}  # by backbone
-        while True:
-            # For what follows: the evaluations, and the folder.
-            evaluations = 5 * 1.3 * max(entry.seconds_per_photo for entry in self.entries.values()) * len(course.val)
-            reserve = evaluations + 5 + 0.01 * course.plan.seconds
-            record = course.plan.decide(
-                "fine-tune", lambda reserve=reserve: self._choose_tuning(course.plan.left - reserve, done=tuned)
-            )
+        # For what follows: the evaluations, and the folder.
+        slowest = max(entry.seconds_per_photo for entry in self.entries.values())
+        reserve = 5 * 1.3 * slowest * len(course.val) + 5 + 0.01 * course.plan.seconds
+
+        def choose() -> list[Any]:
             self._check()
-            if not record:
-                break
+            return self._choose_tuning(course.plan.left - reserve, done=tuned)
+
+        while record := course.plan.decide("fine-tune", choose):
             key, seconds_of_others, *values = record
             entry, option = self.entries[key], tuning.Option(*values)
             course.log.message(
@@ -415,19 +414,17 @@ class _Work:
         after as many epochs more.
         """
         ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
-        firsts = [entry for entry in _firsts(ranked) if entry.candidate.backbone.name not in done]
-        firsts = [entry for entry in firsts if self._may_answer([entry])]
-        fallback: list[Any] = []
-        for entry in firsts:
+        ranked = [one for one in ranked if one.candidate.backbone.name not in done and self._may_answer([one])]
+        found: list[Any] = []
+        fallback = found
+        for entry in _firsts(ranked):
             options = tuning.list_options(self.course, entry.candidate, seconds=seconds)
-            for sharing in range(len(firsts), 0, -1):
+            for sharing in range(len(_firsts(ranked)), 0, -1):
                 option = tuning.choose_option(options, sharing=sharing)
-                if option is None:
-                    continue
-                found = [entry.candidate.key, seconds - seconds / sharing, *astuple(option)]
-                if option.epochs >= tuning.ENOUGH_EPOCHS:
+                found = [entry.candidate.key, seconds - seconds / sharing, *astuple(option)] if option else []
+                if option and option.epochs >= tuning.ENOUGH_EPOCHS:
                     return found
-                fallback = fallback or (found if sharing == 1 else [])
+            fallback = fallback or found
         return fallback
 
     def _keep_epoch(self, entry: Entry, report: EpochReport, config: Config, weights: tuning.Weights) -> None:
@@ -444,10 +441,9 @@ class _Work:
     def _choose(self, probed: Answer, tuned: Mapping[str, Sequence[Answer]]) -> None:
         """Choose by validation loss among probes, fine-tuned weights, interpolations, and their averages."""
         alone = [answer for answers in tuned.values() for answer in answers]
-        if len(tuned) > 1:
-            best = [min(answers, key=self._loss) for answers in tuned.values()]
-            names = " and ".join(answer.name for answer in best)
-            alone.append(Answer(f"the average of {names}", tuple(answer.members[0] for answer in best)))
+        joint = tuple(min(answers, key=self._loss).members[0] for answers in tuned.values())
+        if len(joint) > 1 and self._may_answer(joint):
+            alone.append(Answer(f"the average of {' and '.join(member.key for member in joint)}", joint))
         self.choices = [probed, *alone]
         # Beside a fine-tuned network, heads on its own backbone before that add little to those on others.
         others = tuple(one for one in probed.members if one.config.model.name not in tuned)
@@ -458,7 +454,6 @@ class _Work:
                 for answer in alone
                 if members and self._may_answer([*members, *answer.members], MEMBERS + 1)
             ]
-        self.choices = [answer for answer in self.choices if self._may_answer(answer.members, MEMBERS + 1)]
         self.tried = [row for row in self.tried if row["what"] not in {answer.name for answer in self.choices}]
         self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
         self._put(min(self.choices, key=self._loss))
