@@ -451,6 +451,18 @@ def test_killed_at_random_points_a_run_ends_as_the_unbroken_one(photos, tmp_path
         assert_same_result(broken, unbroken)
 
 
+def train_command(tmp_path: Path, out: Path) -> list[str]:
+    """Training by a recipe of defaults: without one, a time budget would train, which is for one process."""
+    recipe = tmp_path / "defaults.toml"
+    recipe.write_text("")
+    return [sys.executable, "-m", "fieldmark", "train", "--recipe", str(recipe), "--out", str(out)]
+
+
+def test_a_batch_that_batchnorm_learns_nothing_from_is_refused_in_a_sentence(photos, tmp_path):
+    with pytest.raises(ConfigError, match=r"train.batch_size is 1: BatchNorm learns nothing from one photo.*Raise it"):
+        list(train(tiny(photos, "train.batch_size=1"), tmp_path / "run"))
+
+
 @pytest.mark.slow
 def test_a_probe_of_two_processes_is_that_of_one(photos, tmp_path):
     """Also where one of them has no photo of its own."""
@@ -473,7 +485,7 @@ def test_what_is_wrong_is_told_once_by_two_processes(photos, tmp_path, settings,
     if not settings:
         (out / "note.txt").write_text("mine")
     pairs = [f"data.path={photos}", *TINY, "train.devices=2", *settings]
-    command = [sys.executable, "-m", "fieldmark", "train", "--out", str(out), *(f"--set={pair}" for pair in pairs)]
+    command = [*train_command(tmp_path, out), *(f"--set={pair}" for pair in pairs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert told in done.stderr
@@ -486,9 +498,14 @@ def test_what_is_wrong_is_told_once_by_two_processes(photos, tmp_path, settings,
 def test_a_signal_to_one_of_two_processes_stops_both_and_is_told_once(photos, tmp_path, batch_size):
     """Whether epochs are shorter than the updates between two questions, or longer."""
     out = tmp_path / "run"
-    settings = ("train.devices=2", "train.epochs=5000", f"train.batch_size={2 * batch_size}")
+    settings = (
+        "train.devices=2",
+        "train.epochs=5000",
+        f"train.batch_size={2 * batch_size}",
+        "model.freeze_batchnorm=true",
+    )
     pairs = [f"data.path={photos}", *TINY, *settings]
-    command = [sys.executable, "-m", "fieldmark", "train", "--out", str(out), *(f"--set={pair}" for pair in pairs)]
+    command = [*train_command(tmp_path, out), *(f"--set={pair}" for pair in pairs)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not Run(out).metrics if (out / "recipe.toml").is_file() else True:
@@ -505,7 +522,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_is_told_once(photos, tm
 @pytest.mark.slow
 def test_the_command_line_tells_each_epoch_once_for_two_processes(photos, tmp_path):
     pairs = [f"data.path={photos}", *TINY, "train.devices=2", "train.epochs=2", "probe.epochs=2"]
-    command = [sys.executable, "-m", "fieldmark", "train", "--out", str(tmp_path / "run"), "--json"]
+    command = [*train_command(tmp_path, tmp_path / "run"), "--json"]
     done = subprocess.run(
         [*command, *(f"--set={pair}" for pair in pairs)], capture_output=True, text=True, check=True, timeout=120
     )

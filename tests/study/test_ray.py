@@ -78,7 +78,7 @@ def test_a_cell_that_fails_on_the_cluster_is_reported(tmp_path, cluster):
 
 
 def test_a_cell_larger_than_any_machine_is_refused(tmp_path, cluster):
-    with pytest.raises(ResourceError, match="needs 2 CPUs and 1 GPUs on one machine, and no machine"):
+    with pytest.raises(ResourceError, match="needs 2 CPUs and 0 GPUs on one machine, and no machine"):
         run_sweep(_grid([0.2]), tmp_path, ray=cluster.address, ray_cpus=2, trainer="synthetic_trainer")
 
 

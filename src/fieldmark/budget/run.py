@@ -410,13 +410,11 @@ class _Work:
     def _choose_tuning(self, seconds: float, *, done: Container[str]) -> list[Any]:
         """Key of the best entry that can be fine-tuned for long enough, what it leaves to others, and how; or nothing.
 
-        Time that buys enough epochs for several backbones is shared: their average errs less than one of them does
-        after as many epochs more.
+        Time that buys enough epochs for several is shared: their average errs less than one does after more epochs.
         """
         ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
         ranked = [one for one in ranked if one.candidate.backbone.name not in done and self._may_answer([one])]
-        found: list[Any] = []
-        fallback = found
+        found = fallback = list[Any]()
         for entry in _firsts(ranked):
             options = tuning.list_options(self.course, entry.candidate, seconds=seconds)
             for sharing in range(len(_firsts(ranked)), 0, -1):

@@ -99,12 +99,7 @@ def measure_update(course: Course, candidate: Candidate, *, size: int, freeze: i
 
 
 def choose_option(options: Sequence[Option], *, sharing: int = 1) -> Option | None:
-    """The best option that gets enough epochs; else the one with most, if those are not too few.
-
-    Args:
-        options: With the epochs that fit all of the time.
-        sharing: How many trainings divide the time.
-    """
+    """The best option that gets enough epochs where trainings share the time; else the one with most, if enough."""
     options = [replace(option, epochs=min(option.epochs / sharing, MOST_EPOCHS)) for option in options]
     # All stages at a small size before fewer at a large one: sizes cost more than they earn until epochs are plenty.
     options.sort(key=lambda option: (option.freeze, -option.size if option.epochs >= MANY_EPOCHS else 0))
@@ -114,10 +109,7 @@ def choose_option(options: Sequence[Option], *, sharing: int = 1) -> Option | No
 
 
 def list_options(course: Course, candidate: Candidate, *, seconds: float, depths: int = 3) -> list[Option]:
-    """Ways to fine-tune a candidate, with the epochs that so many seconds allow.
-
-    `depths` is how many depths of freezing to measure, from none.
-    """
+    """Ways to fine-tune a candidate, at so many depths from none frozen, with the epochs that so many seconds allow."""
     num_stages = course.load_model(candidate).model.count_stages()
     # Smaller than the evaluation picture, in which objects then look as large as in training's crops.
     is_fixed = candidate.backbone.picture.is_size_fixed

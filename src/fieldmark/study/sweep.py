@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark.data.storage import resolve
-from fieldmark.errors import first_line
+from fieldmark.errors import ResourceError, first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.environment import count_slots, open_cluster, require_slots
 from fieldmark.runs.folder import read_metrics, write_json
@@ -302,7 +302,11 @@ class RayCells:
         self._needs = {"CPU": float(cpus), "GPU": float(gpus) if self._ray.cluster_resources().get("GPU") else 0.0}
         self._task: Any = self._ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
         self._running: list[Any] = []
-        require_slots(self._ray, self._needs, "a cell")
+        try:
+            require_slots(self._ray, self._needs, "a cell")
+        except ResourceError:
+            self.stop()
+            raise
 
     @property
     def num_slots(self) -> int:
