@@ -91,13 +91,16 @@ def test_a_correction_for_other_class_shares_is_asked_for_and_said(fieldmark, tr
     done = fieldmark("predict", run, photos / "2", "--out", out, "--prior", "estimate", "--json")
     said = json.loads(done.out)["prior"]
     assert list(said) == ["2", "10", "great, tit"]
-    assert said["2"]["estimated"] > said["2"]["training"] == Run(run).prior[0]
-    assert "corrected for class shares estimated from these 12 photos" in done.err
+    assert said["2"]["assumed"] > said["2"]["training"] == Run(run).prior[0]
+    assert "12 photos were corrected by --prior for the shares of the classes" in done.err
     assert json.loads((tmp_path / "p.csv.prior.json").read_text())["shares"] == said
     plain, corrected = (read_csv(tmp_path / name)[1:] for name in ("plain.csv", "p.csv"))
     assert [row[0] for row in plain] == [row[0] for row in corrected]
     assert all(float(now[2]) >= float(before[2]) for before, now in zip(plain, corrected, strict=True) if now[1] == "2")
     assert not (tmp_path / "plain.csv.prior.json").exists()
+    even = fieldmark("predict", run, photos / "2", "--out", out, "--prior", "uniform", "--json")
+    assert [share["assumed"] for share in json.loads(even.out)["prior"].values()] == [1 / 3] * 3
+    assert json.loads((tmp_path / "p.csv.prior.json").read_text())["prior"] == "uniform"
 
 
 def test_every_file_that_looks_like_a_photo_has_a_row_and_the_rest_is_named(fieldmark, trained, photos, tmp_path):

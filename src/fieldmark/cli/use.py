@@ -51,8 +51,8 @@ def predict(
     flips: Annotated[bool, typer.Option("--flips", help="Average over each photo and its mirror image.")] = False,
     path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
     prior: Annotated[
-        Literal["training", "estimate"],
-        typer.Option(help="estimate: correct for other class shares than in training."),
+        Literal["training", "estimate", "uniform"],
+        typer.Option(help="Correct for class shares: estimate those of these photos, or uniform to lift small classes."),
     ] = "training",
     ray: Ray = None,
     as_json: Json = False,
@@ -76,7 +76,7 @@ def predict(
             progress=progress,
             ray=ray,
             path_column=path_column,
-            estimates_prior=prior == "estimate",
+            prior=prior,
         )
     print_result(done.content(), done.table(), as_json=as_json)
     if done.prior:

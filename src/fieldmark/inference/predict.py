@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,14 +54,14 @@ def predict_photos(
     sample_order: bool = False,
     path_column: str = sources.PATH_COLUMN,
     flips: bool = False,
-    estimates_prior: bool = False,
+    prior: Literal["training", "estimate", "uniform"] = "training",
     progress: Progress,
     ray: str | None = None,
 ) -> PredictedPhotos:
     """Ask a model about photos, in their order, and write a file; the options are those of `fieldmark predict`.
 
     Without `out` the predictions stay in memory, and with Ray it may be a folder, for the parts as they are.
-    `estimates_prior` keeps all probabilities in memory. `ray` is the address of a cluster, "" for one made here.
+    A `prior` other than that of training keeps all probabilities in memory. `ray` is the address of a cluster, "" for one made here.
     """
     if sample_order and sample is None:
         raise PredictionError("--sample-order follows a sample submission: give it with --sample FILE")
@@ -72,8 +72,8 @@ def predict_photos(
     is_folder = ray is not None and out is not None and (out.is_dir() or not out.suffix)
     if out is not None and not is_folder:
         form = writers.choose_form(out, form, has_sample=sample is not None)
-    prior = _training_prior(model) if estimates_prior else None
-    if ray is not None and (out is None or sample_order or prior is not None):
+    before = None if prior == "training" else _training_prior(model)
+    if ray is not None and (out is None or sample_order or before is not None):
         raise PredictionError("--ray writes parts in order of the photos: give --out, no --sample-order, no --prior")
     if sample is not None and sample_order:
         source = _reorder(source, sample)
@@ -84,10 +84,10 @@ def predict_photos(
     predictor = Predictor.load(model, flips=flips)
     predictions = report_predictions(predictor.predict_source(source), source.count, progress)
     shares: dict[str, dict[str, float]] = {}
-    if prior is not None:
-        predictions, estimated = correct_prior(list(predictions), prior)
-        rows = zip(predictor.classes, prior.tolist(), estimated.tolist(), strict=True)
-        shares = {name: {"training": before, "estimated": now} for name, before, now in rows}
+    if before is not None:
+        predictions, now = correct_prior(list(predictions), before, is_uniform=prior == "uniform")
+        rows = zip(predictor.classes, before.tolist(), now.tolist(), strict=True)
+        shares = {name: {"training": old, "assumed": new} for name, old, new in rows}
     if out is None:
         done = PredictedPhotos(None, prior=shares)
         done.shown = list(done.watch(predictions))
@@ -95,20 +95,20 @@ def predict_photos(
     has_groups = predictor.fallback is not None
     done = save_predictions(predictions, out, classes=predictor.classes, form=form, has_groups=has_groups)
     if shares:
-        write_json(out.with_name(f"{out.name}.prior.json"), {"method": "expectation-maximization", "shares": shares})
+        write_json(out.with_name(f"{out.name}.prior.json"), {"prior": prior, "shares": shares})
     return replace(done, prior=shares)
 
 
 def correct_prior(
-    predictions: list[Prediction], prior: NDArray[np.float64]
+    predictions: list[Prediction], prior: NDArray[np.float64], *, is_uniform: bool
 ) -> tuple[list[Prediction], NDArray[np.float64]]:
-    """Correct calibrated predictions for the class shares among them; also returns these (K,) shares."""
+    """Correct calibrated predictions for their class shares, or equal ones (arXiv:2007.07314), and return those (K,)."""
     rows = np.asarray([one.probabilities for one in predictions if not one.problem], np.float64)
     if not len(rows):
         return predictions, prior
-    estimated = estimate_prior(rows, prior)
-    corrected = iter(apply_prior(rows, prior, estimated).astype(np.float32))
-    return [one if one.problem else replace(one, probabilities=next(corrected)) for one in predictions], estimated
+    shares = np.full(len(prior), 1 / len(prior)) if is_uniform else estimate_prior(rows, prior)
+    corrected = iter(apply_prior(rows, prior, shares).astype(np.float32))
+    return [one if one.problem else replace(one, probabilities=next(corrected)) for one in predictions], shares
 
 
 def estimate_prior(probabilities: Floats, prior: Floats) -> NDArray[np.float64]:
@@ -145,13 +145,13 @@ def _training_prior(model: Path) -> NDArray[np.float64]:
     run = Run(model)
     if load_calibration(run) is None:
         raise PredictionError(
-            f"{model} is not calibrated, and class shares can be estimated from calibrated probabilities alone: "
+            f"{model} is not calibrated, and only calibrated probabilities can be corrected for class shares: "
             f"first `{command('calibrate', model)}`"
         )
     if run.config.train.class_weights != "none":
         raise PredictionError(
             f"{model} was trained with train.class_weights={run.config.train.class_weights}, so its probabilities do "
-            "not assume the class shares of training, which --prior estimate starts from"
+            "not assume the class shares of training, which --prior starts from"
         )
     return run.prior
 

@@ -60,7 +60,7 @@ class PredictedPhotos:
     failed: list[Prediction] = field(default_factory=list[Prediction])  # of photos that could not be read
     shown: Sequence[Prediction] = ()  # all predictions where no file was asked for, else none
     prior: Mapping[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
-    """Of each class its share in `training` and that `estimated` here, where the answers were corrected for it."""
+    """Of each class its share in `training` and that `assumed` here, where the answers were corrected for it."""
 
     def watch(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """The same predictions, counted as they pass."""
@@ -84,12 +84,12 @@ class PredictedPhotos:
 
     def prior_message(self) -> str:
         """That the answers were corrected for other class shares than in training, and the largest changes."""
-        changes = [(name, share["training"], share["estimated"]) for name, share in self.prior.items()]
+        changes = [(name, share["training"], share["assumed"]) for name, share in self.prior.items()]
         largest = sorted(changes, key=lambda row: -abs(row[2] - row[1]))[:MOST_CLASSES_SHOWN]
         shares = ", ".join(f"{name} {before:.1%} to {now:.1%}" for name, before, now in largest)
         return (
-            f"corrected for class shares estimated from these {self.count} photos (--prior estimate), from training to "
-            f"here: {shares}{' ...' if len(self.prior) > len(largest) else ''}"
+            f"{self.count} photos were corrected by --prior for the shares of the classes, from training to here: "
+            f"{shares}{' ...' if len(self.prior) > len(largest) else ''}"
         )
 
     def failure_message(self) -> str:
