@@ -84,7 +84,10 @@ def test_a_setting_that_is_none_is_answered_with_the_likely_ones(typed, words):
 )
 def test_a_value_is_read_by_what_the_setting_takes(override, read):
     section, name, value = read
-    assert getattr(getattr(load_config(None, [override]), section), name) == value
+    config = load_config(None, [override])
+    assert getattr(getattr(config, section), name) == value
+    key, _, text = override.partition("=")
+    assert load_config(None, {key: text}) == config
 
 
 @pytest.mark.parametrize(

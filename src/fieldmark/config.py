@@ -505,19 +505,19 @@ def recipe_names(folder: Any = RECIPES) -> list[str]:
     return sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml"))
 
 
-def load_config(recipe: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+def load_config(recipe: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     """Read a recipe and apply overrides.
 
     Args:
         recipe: Name of a shipped recipe, path of a TOML file, or None for the defaults.
-        overrides: `key=value` pairs, applied in order. Keys are dotted; a last part that is unique, and the usual
-            names of other tools, are understood. Values are TOML; bare words are strings.
+        overrides: A mapping, or `key=value` pairs whose values are TOML or bare words, applied in order. Keys are
+            dotted; a last part that is unique, and the usual names of other tools, are understood.
 
     Raises:
         ConfigError: No such recipe, not TOML, an unknown key, or a value out of range. Names every problem.
 
     Examples:
-        >>> fieldmark.load_config("laptop", ["train.epochs=3", "lr=1e-4"]).optim.lr
+        >>> fieldmark.load_config("laptop", {"train.epochs": 3, "lr": 1e-4}).optim.lr
         0.0001
     """
     name, settings = read_recipe(recipe)
