@@ -52,7 +52,7 @@ def predict(
     path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
     prior: Annotated[
         Literal["training", "estimate", "uniform"],
-        typer.Option(help="Correct for class shares: estimate those here, or take uniform ones, which lift small classes."),
+        typer.Option(help="Class shares to correct for: those estimated here, or uniform ones to lift small classes."),
     ] = "training",
     ray: Ray = None,
     as_json: Json = False,

@@ -61,7 +61,7 @@ def predict_photos(
     """Ask a model about photos, in their order, and write a file; the options are those of `fieldmark predict`.
 
     Without `out` the predictions stay in memory, and with Ray it may be a folder, for the parts as they are.
-    A `prior` other than that of training keeps all probabilities in memory. `ray` is a cluster's address, "" for a new one.
+    A `prior` but that of training keeps all probabilities in memory. `ray` is a cluster's address, "" for a new one.
     """
     if sample_order and sample is None:
         raise PredictionError("--sample-order follows a sample submission: give it with --sample FILE")
@@ -102,7 +102,7 @@ def predict_photos(
 def correct_prior(
     predictions: list[Prediction], prior: NDArray[np.float64], *, is_uniform: bool
 ) -> tuple[list[Prediction], NDArray[np.float64]]:
-    """Correct calibrated predictions for their class shares, or equal ones (arXiv:2007.07314); also returns these (K,)."""
+    """Correct predictions for their class shares, or equal ones (arXiv:2007.07314); also returns these (K,)."""
     rows = np.asarray([one.probabilities for one in predictions if not one.problem], np.float64)
     if not len(rows):
         return predictions, prior
