@@ -76,7 +76,7 @@ def fit(basis: _Basis, rows: NDArray[np.bool_], targets: Floats, l2: float) -> t
     rotated, wanted = basis.rotated[torch.from_numpy(rows)], torch.from_numpy(targets.astype(np.float32))
     scale = 1 / (CURVATURE * basis.variances + l2).sqrt()
     scale = torch.cat([scale, torch.full((1,), CURVATURE**-0.5)])[:, None]
-    scaled = basis.zeros(targets.shape[1])
+    scaled = torch.zeros(len(basis.variances) + 1, targets.shape[1])
     search = torch.optim.LBFGS([scaled], max_iter=FINE, history_size=10, line_search_fn="strong_wolfe")
 
     def evaluate() -> torch.Tensor:
