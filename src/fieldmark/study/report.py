@@ -233,7 +233,7 @@ def _run_facts(variant: Variant, table: Table) -> dict[str, str]:
     facts = {
         **dict(zip(table.head[1:], table.rows[0][1:], strict=True)),
         **{names.get(key, key.replace("_", " ").capitalize()): f"{value:.3f}" for key, value in scores.items()},
-        "Epochs": f"{run.config.train.epochs}; kept: {best}",
+        "Epochs": f"{run.config.train.epochs}; kept: {best}" if run.config.train.epochs else "–",
         "Backbone": str(run.model_info.get("create", {}).get("name", run.config.model.name)),
     }
     if len(variant.seeds) == 1:
