@@ -91,5 +91,5 @@ def test_a_bad_table_says_where(tmp_path, text, message):
 
 
 def test_a_table_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="does not exist"):
         load_taxonomy(tmp_path / "none.csv", ["tit"])
