@@ -372,6 +372,7 @@ def test_workers_work_when_they_are_spawned(preparing: ModuleType, tmp_path: Pat
         with pytest.raises(ResourceError, match="SIGKILL"):
             list(loader.batches(preparing.Dies(), PLAN, epoch=0))
     process, pids = run_script(preparing, tmp_path, "spawn")
+    time.sleep(3)  # as above
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert errors.count("Traceback") == 1
