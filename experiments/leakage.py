@@ -120,8 +120,8 @@ def write_page(rows: list[dict[str, Any]], names: list[str]) -> str:
         "",
         "The same for a training of your own:",
         "",
-        "```console",
-        f"$ fieldmark train signs10 --minutes 3 --set data.group_by=pattern --set 'data.group_pattern={PATTERN}'",
+        "```text",
+        f"fieldmark train signs10 --minutes 3 --set data.group_by=pattern --set 'data.group_pattern={PATTERN}'",
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -182,6 +182,15 @@ def test_time_for_two_backbones_is_shared_and_a_killed_second_one_goes_on(settin
     assert_same_weights(whole.path, out)
 
 
+def test_fine_tuning_that_leaves_no_time_to_look_at_it_keeps_the_probe(settings, tmp_path, monkeypatch):
+    tune = budget.tuning.tune
+    monkeypatch.setattr(budget.tuning, "tune", lambda *given, **more: replace(tune(*given, **more), networks={}))
+    run = budget.train_within(settings, tmp_path / "late", minutes=0.2, clock=TickClock())
+    assert run.summary["status"] == "finished"
+    assert any(row["what"].startswith("fine-tuning of ") for row in run.summary["tried"])
+    assert not any("fine-tuned (" in row["what"] for row in run.summary["tried"])
+
+
 @pytest.mark.parametrize("after", [20, 40, 60])
 def test_a_signal_leaves_the_best_so_far_and_says_what_it_is(after, settings, tmp_path, monkeypatch):
     out = tmp_path / "stopped"

@@ -439,7 +439,7 @@ class _Work:
     def _choose(self, probed: Answer, tuned: Mapping[str, Sequence[Answer]]) -> None:
         """Choose by validation loss among probes, fine-tuned weights, interpolations, and their averages."""
         alone = [answer for answers in tuned.values() for answer in answers]
-        joint = tuple(min(answers, key=self._loss).members[0] for answers in tuned.values())
+        joint = tuple(min(answers, key=self._loss).members[0] for answers in tuned.values() if answers)
         if len(joint) > 1 and self._may_answer(joint):
             alone.append(Answer(f"the average of {' and '.join(member.key for member in joint)}", joint))
         self.choices = [probed, *alone]
