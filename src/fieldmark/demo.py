@@ -15,7 +15,7 @@ from fieldmark.budget.run import format_result, train_within
 from fieldmark.config import load_config
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import needs_extra
-from fieldmark.files import write_whole
+from fieldmark.files import fill_template, write_whole
 from fieldmark.inference.evaluation import Evaluation, evaluate, save_evaluation
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs.environment import processor_name, usable_cores
@@ -53,7 +53,7 @@ def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress
     save_evaluation(found, folder / "evaluation")
     write_whole(folder / "predictions.png", plots.figure_png(_prediction_figure(run, found)))
     took = f"{format_seconds(time.perf_counter() - started)} on {usable_cores()} cores ({processor_name()})"
-    return plots.fill_template("demo.md", {"found": found, "published": PUBLISHED, "took": took, "folder": folder})
+    return fill_template("demo.md", {"found": found, "published": PUBLISHED, "took": took, "folder": folder})
 
 
 def write_table(path: Path) -> tuple[int, int]:

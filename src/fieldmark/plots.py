@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.shards import PhotoFile
 from fieldmark.errors import PhotoError
-from fieldmark.files import fill_template as fill_template
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,8 +27,8 @@ from fieldmark.budget.race import FEATURES, STORED, Course, Entry, best_average,
 from fieldmark.budget.shelf import Answer, Floats, Model, Shelf, choose_temperature
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError, command
+from fieldmark.files import fill_template
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
-from fieldmark.plots import fill_template
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import prepare_dataset
@@ -414,10 +414,12 @@ class _Work:
         """
         ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
         ranked = [one for one in ranked if one.candidate.backbone.name not in done and self._may_answer([one])]
-        found = fallback = list[Any]()
-        for entry in _firsts(ranked):
+        firsts = _firsts(ranked)
+        found: list[Any] = []
+        fallback = found
+        for entry in firsts:
             options = tuning.list_options(self.course, entry.candidate, seconds=seconds)
-            for sharing in range(len(_firsts(ranked)), 0, -1):
+            for sharing in range(len(firsts), 0, -1):
                 option = tuning.choose_option(options, sharing=sharing)
                 found = [entry.candidate.key, seconds - seconds / sharing, *astuple(option)] if option else []
                 if option and option.epochs >= tuning.ENOUGH_EPOCHS:
@@ -452,8 +454,6 @@ class _Work:
                 for answer in alone
                 if members and self._may_answer([*members, *answer.members], MEMBERS + 1)
             ]
-        self.tried = [row for row in self.tried if row["what"] not in {answer.name for answer in self.choices}]
-        self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
         self._put(min(self.choices, key=self._loss))
 
     def _loss(self, answer: Answer) -> float:
@@ -497,6 +497,7 @@ class _Work:
 
     def end(self, status: str) -> None:
         """Leave the best answer as an ordinary run, and say how it came about."""
+        self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
         answer = self._refit(self.best) if status == "finished" else self.best
         self.shelf.settle(answer)
         if status == "finished":

@@ -186,7 +186,7 @@ def doctor(as_json: Json = False) -> None:
 
     Versions, processor and GPU, weights at hand, extras, caches and disk, and whether the hub answers.
     """
-    from fieldmark.plots import fill_template
+    from fieldmark.files import fill_template
 
     found = examine()
     print_result(found, fill_template("doctor.md", found), as_json=as_json)

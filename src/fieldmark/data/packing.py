@@ -17,7 +17,7 @@ from fieldmark.data.index import PhotoIndex, load_index
 from fieldmark.data.inspection import map_in_threads
 from fieldmark.data.shards import FETCHES_AT_ONCE, PhotoFile, StoredPhoto, TarShard
 from fieldmark.errors import DataError, PhotoError, ResourceError
-from fieldmark.files import remove_dead_parts, whole_or_absent, write_whole
+from fieldmark.files import digest_file, remove_dead_parts, whole_or_absent, write_whole
 from fieldmark.progress import Progress
 
 SUMS = "SHA256SUMS"  # of the tar files that are done, as `sha256sum -c` reads it; its first line names the plan
@@ -98,12 +98,7 @@ def _read_sums(out: Path, plan: str, names: Sequence[str]) -> dict[str, str]:
             f"{out} was packed from other photos, labels or sizes. Give a new folder, or the photos as they were"
         )
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    return {name: digest for name, digest in sums.items() if name in there and _digest(out / name) == digest}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: digest for name, digest in sums.items() if name in there and digest_file(out / name) == digest}
 
 
 def _write_tar(path: Path, rows: Sequence[Row]) -> str:
@@ -131,7 +126,7 @@ def _write_tar(path: Path, rows: Sequence[Row]) -> str:
             read.update(content if isinstance(content, bytes) else b"damaged")
         if read.digest() != written.digest():
             raise ResourceError(f"{path}: what is read there is not what was written. Check the disk")
-        digest = _digest(part)
+        digest = digest_file(part)
 
     whole_or_absent(path, write)
     return digest

@@ -21,9 +21,9 @@ from scipy.special import log_softmax, softmax
 
 from fieldmark.data.folders import NONE
 from fieldmark.errors import DataError, RunError
-from fieldmark.files import Positive, Share, read_values, write_whole
+from fieldmark.files import Positive, Share, fill_template, read_values, write_whole
 from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
-from fieldmark.plots import figure_png, fill_template, new_figure
+from fieldmark.plots import figure_png, new_figure
 from fieldmark.runs.folder import Run, write_json
 from fieldmark.study.statistics import Interval, widen_to_wilson
 from fieldmark.training.metrics import calibration_error, log_loss

@@ -15,12 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from fieldmark.errors import RunError
-from fieldmark.files import whole_folder
+from fieldmark.files import fill_template, whole_folder
 from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.evaluation import align_rows, evaluate, labeled_photos, score_predictions
 from fieldmark.inference.predictor import class_order, mean_probabilities, predict_split
 from fieldmark.models.classifier import check_parameter_budget
-from fieldmark.plots import fill_template
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.environment import describe_environment

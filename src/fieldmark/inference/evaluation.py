@@ -18,8 +18,8 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.data.storage import is_url
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import ResourceError, RunError
-from fieldmark.files import require_path, write_whole
-from fieldmark.plots import confusion_figure, figure_png, fill_template
+from fieldmark.files import fill_template, require_path, write_whole
+from fieldmark.plots import confusion_figure, figure_png
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import folder
 from fieldmark.runs.folder import PhotoPredictions, Run

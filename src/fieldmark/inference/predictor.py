@@ -26,11 +26,12 @@ from fieldmark.data.folders import NONE
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan
 from fieldmark.errors import PhotoError, RunError, command, needs_extra
+from fieldmark.files import fill_template
 from fieldmark.inference.calibration import apply_temperature, load_calibration, log_probabilities, without_none
 from fieldmark.inference.exported import FILE, ExportedModel
 from fieldmark.inference.sources import PhotoSource, open_source
 from fieldmark.inference.taxonomy import Answer, Fallback
-from fieldmark.plots import fill_template, thumbnail_uri
+from fieldmark.plots import thumbnail_uri
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
 from fieldmark.runs.environment import usable_cores

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from fieldmark.data.folders import NONE
 from fieldmark.data.tables import read_table
 from fieldmark.errors import DataError
-from fieldmark.files import Share
-from fieldmark.plots import fill_template
+from fieldmark.files import Share, fill_template
 from fieldmark.runs.folder import Run
 
 

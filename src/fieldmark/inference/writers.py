@@ -23,9 +23,8 @@ import numpy as np
 from fieldmark.data.folders import quote
 from fieldmark.data.tables import read_table, write_rows
 from fieldmark.errors import DataError, PredictionError, first_line
-from fieldmark.files import whole_or_absent
+from fieldmark.files import fill_template, whole_or_absent
 from fieldmark.inference.predictor import Prediction, Predictor
-from fieldmark.plots import fill_template
 
 Form = Literal["short", "long", "leaderboard"]
 

@@ -22,9 +22,9 @@ from fieldmark.data.audit import Audit, audit
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, WeightsError
+from fieldmark.files import fill_template
 from fieldmark.models.catalog import InputConfig, pretrained_file, resolve_name, timm_config
 from fieldmark.models.classifier import count_parameters, create_classifier
-from fieldmark.plots import fill_template
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs import build
 from fieldmark.runs.dataset import divide, find_photos, inspect

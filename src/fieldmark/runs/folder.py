@@ -165,7 +165,8 @@ class Run:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the result with its interval, and the confusion matrix."""
-        from fieldmark.plots import confusion_figure, confusion_tips, figure_svg, fill_template
+        from fieldmark.files import fill_template
+        from fieldmark.plots import confusion_figure, confusion_tips, figure_svg
         from fieldmark.training.metrics import confusion_matrix
 
         pictures: list[str] = []

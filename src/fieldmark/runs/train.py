@@ -19,7 +19,6 @@ from torch import nn
 from fieldmark.config import Config
 from fieldmark.data.folders import quote
 from fieldmark.errors import (
-    ConfigError,
     InterruptedRunError,
     NonFiniteError,
     ReportedElsewhereError,
@@ -27,7 +26,7 @@ from fieldmark.errors import (
     TrainingError,
     command,
 )
-from fieldmark.plots import fill_template
+from fieldmark.files import fill_template
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.folder import Run, format_accuracy
@@ -232,11 +231,6 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
                 _raise_interrupted(session, state, stop)
     except NonFiniteError as error:
         raise _with_photo_names(session, state, error) from error
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        hint = "BatchNorm learns nothing from one photo a process. Raise it, or set model.freeze_batchnorm=true"
-        raise ConfigError(f"train.batch_size is {session.config.train.batch_size}: {hint}") from None
     except RuntimeError as error:
         raise _explain_lost_process(session, error) from error
     finally:

@@ -18,9 +18,8 @@ from typing_extensions import TypedDict
 
 from fieldmark.data.index import PhotoIndex, check_decisions
 from fieldmark.errors import DataError
-from fieldmark.files import read_values, require_path, write_whole
+from fieldmark.files import fill_template, read_values, require_path, write_whole
 from fieldmark.inference.triage import join_held_out
-from fieldmark.plots import fill_template
 from fieldmark.runs.folder import Run, write_json
 from fieldmark.serve.review import Corrections, Decision
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fieldmark.config import Metric
 from fieldmark.errors import RunError
-from fieldmark.plots import fill_template
+from fieldmark.files import fill_template
 from fieldmark.runs.folder import Run, RunResults, find_runs
 from fieldmark.study import statistics
 from fieldmark.study.statistics import Difference, Interval, Scores

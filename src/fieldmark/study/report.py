@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from fieldmark.config import Metric
 from fieldmark.data.shards import locate_photos
 from fieldmark.errors import DataError, RunError
-from fieldmark.files import write_whole
+from fieldmark.files import fill_template, write_whole
 from fieldmark.models.catalog import describe_pretraining
-from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, fill_template, thumbnail_uri
+from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, thumbnail_uri
 from fieldmark.runs.folder import Run, RunResults, flatten, format_value
 from fieldmark.study.charts import Chart, minutes, parameters, report_charts
 from fieldmark.study.compare import Comparison, Pair, Shown, Variant, compare_runs

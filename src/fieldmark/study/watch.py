@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from fieldmark.errors import FieldmarkError
-from fieldmark.plots import fill_template
+from fieldmark.files import fill_template
 from fieldmark.runs.folder import LOG, METRICS, SUMMARY, Run
 from fieldmark.study.report import write_report
 

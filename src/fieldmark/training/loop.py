@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fieldmark.errors import NonFiniteError, ResourceError
+from fieldmark.errors import ConfigError, NonFiniteError, ResourceError
 from fieldmark.training.checkpoint import update_average
 from fieldmark.training.evaluate import Predictions, Validation
 from fieldmark.training.optim import Schedule
@@ -206,6 +206,11 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
         total, logits = compute_gradients(
             fabric, state.network, batch.images, batch.targets, state.micro_batch_size, options, scale=scale
         )
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        hint = "BatchNorm learns nothing from one photo a process. Raise it, or set model.freeze_batchnorm=true"
+        raise ConfigError(f"train.batch_size is {batch.global_size}: {hint}") from None
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in MEMORY_SIGNS):
             raise
