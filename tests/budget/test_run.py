@@ -266,6 +266,13 @@ def test_fine_tuning_keeps_the_micro_batch_that_is_asked_for_and_leaves_moving_s
     assert tuned("model.freeze_batchnorm=false") is None
 
 
+def test_fine_tuning_refuses_a_batch_that_batchnorm_learns_nothing_from(photos, tmp_path):
+    single = [one for one in TINY if "batch_size" not in one]
+    given = [f'data.path="{photos.as_posix()}"', *single, "train.batch_size=1", "model.freeze_batchnorm=false"]
+    with pytest.raises(ConfigError, match=r"train.batch_size is 1: BatchNorm learns nothing from one photo.*Raise it"):
+        budget.train_within(load_config(None, given), tmp_path / "single", minutes=0.2, clock=TickClock())
+
+
 def test_broken_photos_that_are_left_out_are_listed(settings, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "red" / "torn.png").write_bytes(b"no photo")
