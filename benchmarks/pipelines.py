@@ -174,7 +174,7 @@ class Ours:
             reader,
             self.open_cache(),
             sizes,
-            build_augment_spec(config, size=SIZE, evaluation=evaluation, is_fixres=False),
+            build_augment_spec(config, size=SIZE, evaluation=evaluation),
             seed=0,
             is_fast=True,
         )

@@ -109,8 +109,6 @@ CLAIMS = (
     Claim("A running average of the weights helps", "train.ema_decay", _more),
     Claim("Probing the head first helps (LP-FT)", "probe.epochs",
           lambda a, b: None if bool(a) == bool(b) else bool(b)),
-    Claim("Last epochs at test resolution help (FixRes)", "train.fixres_epochs",
-          lambda a, b: None if bool(a) == bool(b) else bool(b)),
 )  # fmt: skip
 
 NOT_IN_RUNS = (

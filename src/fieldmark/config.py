@@ -312,9 +312,6 @@ class ModelConfig(Section):
     freeze_batchnorm: bool = False
     """BatchNorm keeps its pre-trained statistics while its weights learn: for small batches, and after a probe."""
 
-    unfreeze_every_epochs: NonNegativeInt = 0
-    """Gradual unfreezing: one stage more, from the output inwards, each so many epochs; 0 is off."""
-
 
 class OptimConfig(Section):
     """How the weights move."""
@@ -403,9 +400,6 @@ class TrainConfig(Section):
     resolution_steps: tuple[tuple[Fraction, PositiveInt], ...] = ()
     """Progressive resolution: (from this share of the epochs on, side in pixels), rising. Empty is `augment.size`."""
 
-    fixres_epochs: NonNegativeInt = 0
-    """The last epochs train head and norms alone, at evaluation size and transform (FixRes, arXiv:1906.06423)."""
-
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
@@ -441,8 +435,6 @@ class TrainConfig(Section):
         starts = [start for start, _ in self.resolution_steps]
         if starts and (starts[0] != 0 or starts != sorted(set(starts))):
             raise ValueError(f"resolution_steps must start at 0 and rise; got starts {starts}")
-        if 0 < self.epochs < self.fixres_epochs:
-            raise ValueError(f"fixres_epochs {self.fixres_epochs} is more than epochs {self.epochs}")
         return self
 
 

@@ -14,7 +14,6 @@ from fieldmark.models.classifier import (
     create_classifier,
     freeze_stages,
     require_size,
-    train_only_head_and_norms,
 )
 
 # One small network of each kind of layout that timm groups in its own way.
@@ -191,20 +190,6 @@ def test_gradual_unfreezing_thaws_from_the_output_inwards():
 def test_freezing_more_stages_than_there_are_is_an_error():
     with pytest.raises(ConfigError, match=r"model.freeze: resnet10t has 5 stages with its stem; got 6. Give 0 to 5"):
         freeze_stages(make_classifier(device="meta"), 6)
-
-
-@pytest.mark.parametrize("name", ["resnet10t", "test_vit", "test_convnext"])
-def test_only_head_and_norms_learn_for_the_last_epochs(name):
-    model = make_classifier(name, "meta")
-    freeze_stages(model, 1)
-    train_only_head_and_norms(model)
-    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {"head.weight", "head.bias"} < learning
-    assert not [name for name, _ in model.stage_parameters()[0] if name in learning]
-    kinds = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
-    norms = {name for name, module in model.backbone.named_modules(prefix="backbone") if isinstance(module, kinds)}
-    in_stem = {name.rpartition(".")[0] for name, _ in model.stage_parameters()[0]}
-    assert {name.rpartition(".")[0] for name in learning if name.startswith("backbone.")} == norms - in_stem
 
 
 def test_stride_moves_into_the_first_convolution_of_a_resnet():

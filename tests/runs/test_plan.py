@@ -18,10 +18,7 @@ CONFIG = load_config(
     [
         "train.epochs=10",
         "train.resolution_steps=[[0.0, 32], [0.5, 64]]",
-        "train.fixres_epochs=2",
         "mix.off_epochs=3",
-        'model.freeze="all"',
-        "model.unfreeze_every_epochs=2",
     ],
 )
 
@@ -61,10 +58,7 @@ def test_processes_share_the_evaluation_batches_of_one():
     assert sorted(shares[0] + shares[1]) == make_plan(8).eval_share(numbers, 0)
 
 
-def test_each_epoch_has_its_size_its_frozen_stages_and_its_mixing():
-    built = SimpleNamespace(data=SimpleNamespace(train_size=64), model=SimpleNamespace(count_stages=lambda: 5))
-    phases = [build_phase(CONFIG, epoch, built, SimpleNamespace(size=80)) for epoch in range(10)]
-    assert [phase.size for phase in phases] == [32] * 5 + [64] * 3 + [80] * 2
-    assert [phase.freeze for phase in phases] == ["all", "all", 4, 4, 3, 3, 2, 2, 1, 1]
+def test_each_epoch_has_its_size_and_its_mixing():
+    phases = [build_phase(CONFIG, epoch, SimpleNamespace(train_size=64)) for epoch in range(10)]
+    assert [phase.size for phase in phases] == [32] * 5 + [64] * 5
     assert [phase.is_mixing for phase in phases] == [True] * 7 + [False] * 3
-    assert [phase.is_fixres for phase in phases] == [False] * 8 + [True] * 2

@@ -33,7 +33,6 @@ def make_groups(stages, **changes):
         "weight_decay": 0.05,
         "decay_norms_and_biases": False,
         "no_weight_decay": set(),
-        "include_frozen": False,
     }
     return parameter_groups(stages, **{**settings, **changes})
 
@@ -42,16 +41,15 @@ def make_groups(stages, **changes):
     sizes=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     frozen=st.sets(st.integers(0, 40)),
     all_decay=st.booleans(),
-    include_frozen=st.booleans(),
 )
-def test_every_trainable_parameter_is_in_exactly_one_group(sizes, frozen, all_decay, include_frozen):
+def test_every_trainable_parameter_is_in_exactly_one_group(sizes, frozen, all_decay):
     stages = make_stages([*sizes, 1])
     flat = [parameter for stage in stages for _, parameter in stage]
     for number, parameter in enumerate(flat[:-1]):
         parameter.requires_grad_(number not in frozen)
-    groups = make_groups(stages, decay_norms_and_biases=all_decay, include_frozen=include_frozen)
+    groups = make_groups(stages, decay_norms_and_biases=all_decay)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in flat if include_frozen or p.requires_grad)
+    assert sorted(grouped) == sorted(id(p) for p in flat if p.requires_grad)
     assert len({group["name"] for group in groups}) == len(groups)
     assert all(group["params"] for group in groups)
 
@@ -80,17 +78,6 @@ def test_nothing_to_learn_is_an_error():
         parameter.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing would be trained: freeze fewer stages"):
         make_groups(stages)
-
-
-def test_a_frozen_parameter_in_a_group_is_neither_moved_nor_decayed():
-    stages = make_stages((1, 1))
-    for _, parameter in stages[0]:
-        parameter.requires_grad_(False)
-    optimizer = create_optimizer("adamw", make_groups(stages, include_frozen=True), use_fused=True)
-    stages[1][0][1].grad = torch.ones(2, 2)
-    optimizer.step()
-    assert torch.equal(stages[0][0][1], torch.ones(2, 2))
-    assert not torch.equal(stages[1][0][1], torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "nadamw", "rmsprop"])

@@ -209,7 +209,6 @@ class _Training:
         while self.moves and self.moves[0][0] <= state.step:
             pace.shape = pace.shape.moved(*self.moves.pop(0))
         state.schedule.go_to(state.step)
-        session.enter_phase(state.epoch)
         options = build.build_update_options(session.config, session.prior, session.fabric.device)
         reports = train_epochs(
             session.fabric,
@@ -227,7 +226,6 @@ class _Training:
             if not report.is_complete or state.step >= pace.shape.end:
                 break
             on_epoch(report, session.config, state.kept_model.state_dict())
-            session.enter_phase(state.epoch)
         return True
 
     def _watch(self, epoch: int, first: int) -> Iterator[TrainBatch]:

@@ -245,8 +245,7 @@ def freeze_stages(model: Classifier, count: int | Literal["all"], *, freeze_batc
     """Freeze exactly the first `count` stages of the backbone, the stem first; later ones, and the head, learn.
 
     Changes `requires_grad`, and the mode of frozen modules (see `Classifier.train`). `freeze_batchnorm` keeps the
-    statistics of every BatchNorm of the backbone, learning stages included. Calling it again with less is gradual
-    unfreezing (Howard & Ruder, arXiv:1801.06146, section 3.3).
+    statistics of every BatchNorm of the backbone, learning stages included.
     """
     stages = model.stage_parameters()[:-1]
     number = len(stages) if count == "all" else count
@@ -261,21 +260,6 @@ def freeze_stages(model: Classifier, count: int | Literal["all"], *, freeze_batc
     model.head.requires_grad_(True)
     model.num_frozen_stages, model.has_frozen_batchnorm = number, freeze_batchnorm
     model.train(model.training)
-
-
-def train_only_head_and_norms(model: Classifier) -> None:
-    """Leave only the head and the normalization layers learning, for the last epochs at test resolution.
-
-    Norms of frozen stages stay frozen. The others also follow the statistics of the new resolution.
-
-    Source:
-        Touvron et al., "Fixing the train-test resolution discrepancy", arXiv:1906.06423, section 4.2.
-    """
-    for module in model.backbone.modules():
-        is_norm = "norm" in type(module).__name__.lower()  # timm has some twenty norm classes without a common base
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(parameter.requires_grad and is_norm)
-    model.head.requires_grad_(True)
 
 
 def count_parameters(model: nn.Module) -> int:

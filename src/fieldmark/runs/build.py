@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -261,8 +261,8 @@ def build_eval_spec(config: Config, data: InputConfig) -> EvalSpec:
     )
 
 
-def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec, is_fixres: bool) -> AugmentSpec:
-    """Return what is drawn for a training photo. FixRes epochs see the evaluation picture and its mirror image."""
+def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec) -> AugmentSpec:
+    """Return what is drawn for a training photo."""
     settings = config.augment.model_dump(exclude={"executor", "size"})
     settings |= {
         "crop": "weights" if config.augment.crop == "pretrained" else config.augment.crop,
@@ -272,12 +272,6 @@ def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec, is_fi
         "mean": evaluation.mean,
         "std": evaluation.std,
     }
-    if is_fixres:
-        crop = "weights" if evaluation.transform == "weights" else "squash"
-        off = dict.fromkeys(
-            ("vertical_flip", "degrees", "shear", "brightness", "contrast", "saturation", "hue", "erase"), 0.0
-        )
-        settings |= {"crop": crop, "size": evaluation.size, "translate": (0.0, 0.0), "policy": "none", **off}
     return AugmentSpec(**settings)
 
 
@@ -293,7 +287,6 @@ def build_train_photos(
     *,
     size: int,
     evaluation: EvalSpec,
-    is_fixres: bool = False,
     cache: PhotoCache | None = None,
 ) -> TrainPhotos:
     """What prepares training batches of `size` pixels from a reader's photos, (N, 2) `sizes` of which are known."""
@@ -301,7 +294,7 @@ def build_train_photos(
         reader=reader,
         cache=cache,
         sizes=sizes,
-        spec=build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=is_fixres),
+        spec=build_augment_spec(config, size=size, evaluation=evaluation),
         seed=config.train.seed,
         is_fast=config.augment.executor == "fast",
     )
@@ -317,29 +310,15 @@ class Phase:
     """Says what holds during one epoch."""
 
     size: int  # side of the training images, in pixels
-    freeze: int | Literal["all"]  # frozen stages from the input
-    is_fixres: bool  # head and norms alone learn, on the evaluation picture
     is_mixing: bool  # batches may be mixed
 
 
-def build_phase(config: Config, epoch: int, built: BuiltModel, evaluation: EvalSpec) -> Phase:
+def build_phase(config: Config, epoch: int, data: InputConfig) -> Phase:
     """Give what holds during an epoch (0-based)."""
-    train, model = config.train, config.model
-    is_fixres = train.epochs - train.fixres_epochs <= epoch < train.epochs
-    size, num_stages = train_size(config, built.data), built.model.count_stages()
-    for start, side in train.resolution_steps:
-        size = side if epoch >= start * train.epochs else size
-    freeze = model.freeze
-    if model.unfreeze_every_epochs:
-        frozen = num_stages if freeze == "all" else int(freeze)
-        freeze = max(frozen - epoch // model.unfreeze_every_epochs, 0)
-        freeze = "all" if freeze == num_stages else freeze
-    return Phase(
-        size=evaluation.size if is_fixres else size,
-        freeze=freeze,
-        is_fixres=is_fixres,
-        is_mixing=epoch < train.epochs - config.mix.off_epochs,
-    )
+    epochs, size = config.train.epochs, train_size(config, data)
+    for start, side in config.train.resolution_steps:
+        size = side if epoch >= start * epochs else size
+    return Phase(size, is_mixing=epoch < epochs - config.mix.off_epochs)
 
 
 def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPlan:
@@ -361,7 +340,6 @@ def build_optimizer(config: Config, model: Classifier, *, precision: Precision) 
         model.stage_parameters(),
         **settings.model_dump(exclude={"name", "clip_norm"}),
         no_weight_decay=model.no_weight_decay(),
-        include_frozen=bool(config.model.unfreeze_every_epochs),
     )
     is_scaled = getattr(precision, "scaler", None) is not None
     return create_optimizer(settings.name, groups, use_fused=not (settings.clip_norm and is_scaled))

@@ -270,7 +270,7 @@ def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]
     if not len(sizes):
         return 0.0
     size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
-    spec = build.build_augment_spec(config, size=size, evaluation=evaluation, is_fixres=False)
+    spec = build.build_augment_spec(config, size=size, evaluation=evaluation)
     some = sizes[:: len(sizes) // CROPS_DRAWN + 1]
     return crop_fallback_rate(spec, some, draws=CROPS_DRAWN // len(some))
 

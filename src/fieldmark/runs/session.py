@@ -26,7 +26,7 @@ from fieldmark.data.cache import PhotoCache
 from fieldmark.data.loader import Loader, shard_plan
 from fieldmark.data.storage import is_url, resolve
 from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError, command
-from fieldmark.models.classifier import freeze_stages, train_only_head_and_norms
+from fieldmark.models.classifier import freeze_stages
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import (
@@ -72,23 +72,15 @@ class Session:
         """(B, K) smoothed distributions of (B,) class numbers."""
         return one_hot(labels, len(self.dataset.index.classes), self.config.train.label_smoothing)
 
-    def enter_phase(self, epoch: int) -> None:
-        """Freeze and thaw the model as the epoch about to begin asks for."""
-        phase = build.build_phase(self.config, epoch, self.built, self.evaluation)
-        freeze_stages(self.built.model, phase.freeze, freeze_batchnorm=self.config.model.freeze_batchnorm)
-        if phase.is_fixres:
-            train_only_head_and_norms(self.built.model)
-
     def train_batches(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
         """Yield this process's batches of an epoch, on the device, mixed."""
-        phase, device = build.build_phase(self.config, epoch, self.built, self.evaluation), self.fabric.device
+        phase, device = build.build_phase(self.config, epoch, self.built.data), self.fabric.device
         prepare = build.build_train_photos(
             self.config,
             self.reader,
             self.dataset.sizes,
             size=phase.size,
             evaluation=self.evaluation,
-            is_fixres=phase.is_fixres,
             cache=self.cache,
         )
         mix = build.build_mix_spec(self.config)
@@ -142,8 +134,7 @@ class Session:
         if build.is_channels_last(config):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         fabric.to_device(model)
-        freeze = build.build_phase(config, 0, self.built, self.evaluation).freeze
-        freeze_stages(model, freeze, freeze_batchnorm=config.model.freeze_batchnorm)
+        freeze_stages(model, config.model.freeze, freeze_batchnorm=config.model.freeze_batchnorm)
         plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
         network, optimizer = fabric.setup(build.compile_model(config, model, fabric.device), plain)
         decay, factor = config.train.ema_decay, build.build_schedule_spec(config).factor

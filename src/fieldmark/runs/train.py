@@ -202,7 +202,6 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
     config, plan, writer = session.config, session.plan, session.writer
     names = config.train.trackers if session.fabric.is_global_zero else ()
     trackers = Trackers(names, writer.path, config.model_dump(), warn=session.progress.message)
-    session.enter_phase(state.epoch)
     session.progress.start(plan.epochs * plan.steps_per_epoch, state.epoch * plan.steps_per_epoch + state.step_in_epoch)
     reports = train_epochs(
         session.fabric,
@@ -221,8 +220,6 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
             row = _record_epoch(session, report, state.kept_model)
             trackers.log(flatten(row), epoch=report.epoch)
             is_over = state.epoch == plan.epochs or _is_patience_over(session, report.epoch)
-            if not is_over:
-                session.enter_phase(state.epoch)
             writer.save(state)
             yield report
             if is_over:

@@ -25,15 +25,13 @@ def parameter_groups(
     weight_decay: float,
     decay_norms_and_biases: bool,
     no_weight_decay: Collection[str],
-    include_frozen: bool,
 ) -> list[dict[str, Any]]:
     """Make an optimizer's groups of parameters: one or two (with and without decay) for each stage.
 
     `stages` are lists of (name, parameter) from the input outwards, the head last; the numbers are settings of
     `config.OptimConfig`. Parameters of one dimension or none (biases, norms, layer scales) and those named in
     `no_weight_decay` (such as position embeddings) are exempt from decay unless `decay_norms_and_biases`.
-    `include_frozen` keeps parameters for stages that are thawed later: an optimizer passes over them as long as they
-    have no gradient, decay included. A group has a `name` ("stage2.decay", "head.no_decay") and a `base_lr`, which
+    A group has a `name` ("stage2.decay", "head.no_decay") and a `base_lr`, which
     `Schedule` multiplies.
 
     Source:
@@ -48,7 +46,7 @@ def parameter_groups(
         rate = lr if is_head else lr * backbone_lr_scale * layer_decay ** (last - number)
         parameters: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
         for name, parameter in stage:
-            if include_frozen or parameter.requires_grad:
+            if parameter.requires_grad:
                 is_exempt = not decay_norms_and_biases and (parameter.ndim <= 1 or name in no_weight_decay)
                 parameters["no_decay" if is_exempt else "decay"].append(parameter)
         groups += [
