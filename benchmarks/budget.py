@@ -177,7 +177,7 @@ class Measuring:
         """
         data, task = self._data[data_name], list_contenders()[contender]
         if task is None:
-            parts, place, given = self._run_ours(data, minutes, seed, is_alone=contender == OURS_ALONE)
+            parts, place, given = self.run_ours(data, minutes, seed, is_alone=contender == OURS_ALONE)
             seconds = sum(parts)
             plan: dict[str, Any] = {"minutes": given, "seconds": [round(part, 2) for part in parts]}
         else:
@@ -185,18 +185,18 @@ class Measuring:
             if fitted is None:
                 return None
             chosen, plan = fitted
-            seconds, place = self._run_peer(replace(chosen, seed=seed, seconds=60 * FILL * minutes), data)
+            seconds, place = self.run_peer(replace(chosen, seed=seed, seconds=60 * FILL * minutes), data)
             # Other work during the trial makes a bad plan: what the run itself cost then makes a second one.
             if plan and not LEAST_FILL <= seconds / (60 * minutes) <= 1:
                 self._costs[contender, data.name] = read_cost(seconds, place)
                 again = self._fit(contender, task, data, minutes)
                 if again is not None and again[0] != chosen:
                     plan = again[1]
-                    seconds, place = self._run_peer(replace(again[0], seed=seed, seconds=60 * FILL * minutes), data)
+                    seconds, place = self.run_peer(replace(again[0], seed=seed, seconds=60 * FILL * minutes), data)
         right = score(data, place / "prediction.csv")
         return make_row(contender, data, minutes, seed, seconds=seconds, right=right, plan=plan)
 
-    def _run_ours(self, data: DataSet, minutes: float, seed: int, *, is_alone: bool) -> tuple[list[float], Path, float]:
+    def run_ours(self, data: DataSet, minutes: float, seed: int, *, is_alone: bool) -> tuple[list[float], Path, float]:
         """Train and predict by the two commands of a user, with nothing kept from earlier runs.
 
         Returns:
@@ -230,10 +230,11 @@ class Measuring:
     def _try_out(self, task: Task, data: DataSet) -> Cost:
         """Two short epochs, with everything else that a whole run does."""
         updates = min(TRIAL_UPDATES, max(data.count("train") // BATCH_SIZE, 1))
-        seconds, place = self._run_peer(replace(task, epochs=2, updates=updates), data)
+        seconds, place = self.run_peer(replace(task, epochs=2, updates=updates), data)
         return read_cost(seconds, place)
 
-    def _run_peer(self, task: Task, data: DataSet) -> tuple[float, Path]:
+    def run_peer(self, task: Task, data: DataSet) -> tuple[float, Path]:
+        """Let a peer do a task on a data set; return its seconds and the folder of its prediction file."""
         place = self._new_place()
         if not self._weights.is_file():
             save_weights(self._weights)

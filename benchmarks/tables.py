@@ -19,7 +19,7 @@ HOME = Path(__file__).resolve().parents[1]
 RESULTS = HOME / "benchmarks" / "results"
 PAGE = HOME / "docs" / "performance.md"
 CHART = HOME / "docs" / "images" / "budget.svg"
-ORDER = ("pipeline", "train", "memory", "shards", "startup", "gpu", "inference", "serving", "budget")
+ORDER = ("pipeline", "train", "reach", "memory", "shards", "startup", "gpu", "inference", "serving", "budget")
 INTRODUCTION = """# Performance
 
 Made by `python -m benchmarks.tables` from `benchmarks/results/*.json`; do not edit. `make bench` measures everything \

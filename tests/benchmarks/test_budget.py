@@ -336,7 +336,7 @@ def test_a_peer_learns_and_writes_a_row_for_each_photo(kind, tmp_path):
     data = labeled.open_data("signs10", tmp_path, tmp_path / "out")
     measuring = budget.Measuring(tmp_path / "runs", {"signs10": data}, timm_script="", device="cpu", cores=2)
     task = replace(TASK, kind=kind, size=64, updates=1)
-    _, place = measuring._run_peer(task, data)
+    _, place = measuring.run_peer(task, data)
     with (place / "prediction.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == sorted(data.truth)

@@ -32,7 +32,7 @@ def test_the_quick_plan_is_smaller_and_its_rounds_end_in_time(name):
     assert quick.limit_seconds <= 90 < whole.limit_seconds
 
 
-@pytest.mark.parametrize("name", [*PLANS, "inference", "serving", "tables", "budget"])
+@pytest.mark.parametrize("name", [*PLANS, "inference", "serving", "tables", "budget", "reach"])
 def test_help_says_what_it_measures(name, capsys, monkeypatch):
     module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr(sys, "argv", [f"benchmarks.{name}", "--help"])
