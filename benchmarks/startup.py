@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,12 +164,11 @@ def first_batch(data: str, out: str) -> None:
 
 
 def first_update(data: str, out: str) -> None:
-    """From the settings to the end of the first update."""
-    from fieldmark.config import load_config
-    from fieldmark.runs.train import train
-
-    for _ in train(load_config(None, _settings(data, ENDLESS)), out, progress=FirstUpdate()):
-        pass
+    """From the command to the end of the first update."""
+    recipe = Path(f"{out}.toml")
+    recipe.touch()
+    settings = [word for setting in _settings(data, ENDLESS) for word in ("--set", setting)]
+    _run_command("train", "--recipe", str(recipe), "--out", out, *settings)
 
 
 def run_one_epoch(data: str, out: str) -> None:
@@ -180,11 +180,16 @@ def run_one_epoch(data: str, out: str) -> None:
 
 
 def first_resumed_update(out: str) -> None:
-    """From a run folder to the end of its next update; the folder stays as it is."""
-    from fieldmark.runs.train import resume
+    """From the command to the end of the run's next update; its folder stays as it is."""
+    _run_command("train", "--resume", out)
 
-    for _ in resume(out, progress=FirstUpdate()):
-        pass
+
+def _run_command(*words: str) -> None:
+    from fieldmark.cli import app, train
+
+    train.open_progress = lambda title: nullcontext(FirstUpdate())  # type: ignore[assignment]
+    sys.argv = ["fieldmark", *words]
+    app.main()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 import fieldmark
 from fieldmark.cli import train
 from fieldmark.cli.app import app, main
-from fieldmark.cli.options import complete_recipe, complete_run, complete_setting, flag_overrides
+from fieldmark.cli.options import complete_recipe, complete_run, complete_setting, flag_overrides, quick_imports
 from fieldmark.config import Config, load_config
 from fieldmark.overrides import list_settings
 
@@ -166,3 +167,12 @@ def test_a_notebooks_backend_of_matplotlib_does_not_matter(monkeypatch):
 def test_models_are_timed_here_on_request():
     row = json.loads(invoke("models", "test_resnet", "--measure", "--json").output)[0]
     assert row["photos_per_second"] > 0
+
+
+def test_imports_without_searches_for_garbage_leave_the_collector_on() -> None:
+    with quick_imports():
+        assert not gc.isenabled()
+    with pytest.raises(ImportError), quick_imports():
+        raise ImportError("a library is missing")
+    assert gc.isenabled()
+    gc.unfreeze()  # the tests that follow make garbage of what is here

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +45,20 @@ class BareRay(TyperCommand):
         bare = [word == "--ray" and after.startswith("-") for word, after in zip(args, following, strict=True)]
         words = ["--ray=" if is_bare else word for word, is_bare in zip(args, bare, strict=True)]
         return super().parse_args(ctx, words)
+
+
+@contextmanager
+def quick_imports() -> Generator[None]:
+    """Import without searches for garbage: among half a million objects that stay they take a fifth of the time.
+
+    Nor do later searches look at those objects.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def complete_recipe(incomplete: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,6 +21,7 @@ from fieldmark.cli.options import (
     complete_run,
     flag_overrides,
     print_result,
+    quick_imports,
     read_settings,
 )
 from fieldmark.errors import RunError, command
@@ -110,9 +112,11 @@ def run_training(
     as_json: bool,
 ) -> None:
     """Train by a recipe or within a time, and print the result."""
-    from fieldmark.budget import run as budget
-    from fieldmark.runs import train as runs
-    from fieldmark.runs.environment import is_main_process
+    with quick_imports():
+        import_module("timm")  # wanted in any case, a little later
+        from fieldmark.budget import run as budget
+        from fieldmark.runs import train as runs
+        from fieldmark.runs.environment import is_main_process
 
     config = read_settings(recipe, data, overrides)
     has_budget = budget.is_budgeted(resume) if resume else minutes is not None or recipe is None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fieldmark.cli.options import Json, Model, Overrides, Ray, RunFolder, RunFolders, print_result
+from fieldmark.cli.options import Json, Model, Overrides, Ray, RunFolder, RunFolders, print_result, quick_imports
 from fieldmark.progress import open_progress
 
 
@@ -62,7 +62,8 @@ def predict(
     Every photo has exactly one row. One that cannot be read has an empty label, is named on stderr, and makes the exit
     code 2. With --ray the work is shared out in parts, and a second call computes only what is missing.
     """
-    from fieldmark.inference.predict import predict_photos
+    with quick_imports():
+        from fieldmark.inference.predict import predict_photos
 
     with open_progress("predict") as progress:
         done = predict_photos(
