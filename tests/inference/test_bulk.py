@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -212,7 +213,7 @@ class Mortal:
 
 def test_a_part_that_workers_die_of_is_given_up_and_tried_anew_by_the_next_call(model, photos, tmp_path, monkeypatch):
     def predict_with(ray):
-        monkeypatch.setattr(predicting, "open_cluster", lambda _: (ray, False))
+        monkeypatch.setattr(predicting, "open_cluster", lambda _: nullcontext(ray))
         monkeypatch.setattr(predicting.torch, "set_num_threads", lambda _: None)
         options = {"form": "long", "flips": False, "piece_photos": 3, "progress": Quiet()}
         made = partial(make_parts_on_ray, address="")

@@ -11,7 +11,7 @@ import hashlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -31,7 +31,7 @@ from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.inference.sources import FileList, PhotoSource, Piece
 from fieldmark.inference.writers import Form, PredictedPhotos, save_predictions
 from fieldmark.progress import Progress
-from fieldmark.runs.environment import open_cluster, require_slots
+from fieldmark.runs.cluster import open_cluster, require_slots, worker_needs
 from fieldmark.runs.folder import Run, write_json
 
 Floats = NDArray[np.floating[Any]]
@@ -307,14 +307,10 @@ def make_parts_on_ray(
     A part whose worker died is made again, up to `MAX_ATTEMPTS` times: Ray itself would try for ever where memory runs
     out. A worker has `cpus` cores where the cluster has no GPU; with GPUs each has one, and its share of the cores.
     """
-    ray, owns = open_cluster(address)
     running: dict[Any, tuple[int, Piece, int]] = {}  # number, piece and attempt of what Ray works on
-    try:
-        total = ray.cluster_resources()
-        num_gpus = total.get("GPU", 0.0)
-        needs = {"CPU": float(cpus), "GPU": 0.0}
-        if num_gpus:
-            needs = {"CPU": float(max(total.get("CPU", 0.0) // num_gpus, 1)), "GPU": 1.0}
+    with open_cluster(address) as ray, ExitStack() as stack:
+        stack.callback(lambda: [ray.cancel(reference, force=True) for reference in running])
+        needs = worker_needs(ray, cpus=cpus)
         num_slots = require_slots(ray, needs, "a worker")
         # Without a limit of calls a process, and with it its model, serves one part after another.
         options = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "max_retries": 0, "max_calls": 0}
@@ -343,8 +339,3 @@ def make_parts_on_ray(
                     "names. Did they run out of memory? Take out the photo that is too large"
                 )
                 yield number, problem
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
-        if owns:
-            ray.shutdown()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from fieldmark.errors import ResourceError, needs_extra
 
 REPORTED = ("fieldmark", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "simplejpeg",
             "opencv-python-headless", "numba", "scikit-learn", "scipy", "pyarrow", "pydantic", "typer")  # fmt: skip
@@ -85,35 +82,3 @@ def package_versions(names: Iterable[str] = REPORTED) -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
-
-
-def open_cluster(address: str) -> tuple[Any, bool]:
-    """Join the Ray cluster at an address, or with "" start one here; also says whether the caller should leave it."""
-    with needs_extra("ray", "ray"):
-        import ray
-    if ray.is_initialized():
-        return ray, False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its usage to its makers
-    try:
-        ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ResourceError(
-            f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`, or leave the address out"
-        ) from None
-    return ray, True
-
-
-def require_slots(ray: Any, needs: Mapping[str, float], what: str) -> int:
-    """`count_slots`, at least one; the ResourceError says that there is no room for `what`, such as "a worker"."""
-    if slots := count_slots(ray, needs):
-        return slots
-    raise ResourceError(
-        f"{what} needs {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs on one machine, and no machine of the Ray "
-        "cluster has them"
-    )
-
-
-def count_slots(ray: Any, needs: Mapping[str, float]) -> int:
-    """Count the workers of these needs ("CPU", "GPU") that fit into the cluster now, each on one machine."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(math.floor(node.get(kind, 0.0) / n) for kind, n in needs.items() if n) for node in alive)

@@ -6,21 +6,21 @@ extended goes on with exactly the cells that it lacks.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fieldmark.data.storage import resolve
-from fieldmark.errors import ResourceError, first_line
+from fieldmark.errors import first_line
 from fieldmark.files import exclusive_lock
-from fieldmark.runs.environment import count_slots, open_cluster, require_slots
+from fieldmark.runs.cluster import count_slots, open_cluster, require_slots
 from fieldmark.runs.folder import read_metrics, write_json
 from fieldmark.study.grid import (
     BOOKS,
@@ -298,15 +298,13 @@ class RayCells:
     """
 
     def __init__(self, address: str, *, cpus: int, gpus: int) -> None:
-        self._ray, self._owns = open_cluster(address)
-        self._needs = {"CPU": float(cpus), "GPU": float(gpus) if self._ray.cluster_resources().get("GPU") else 0.0}
-        self._task: Any = self._ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
         self._running: list[Any] = []
-        try:
+        with ExitStack() as stack:
+            self._ray = stack.enter_context(open_cluster(address))
+            self._needs = {"CPU": float(cpus), "GPU": float(gpus) if self._ray.cluster_resources().get("GPU") else 0.0}
             require_slots(self._ray, self._needs, "a cell")
-        except ResourceError:
-            self.stop()
-            raise
+            self._task: Any = self._ray.remote(max_calls=1, max_retries=MAX_RETRIES)(_train_cell)
+            self._cluster = stack.pop_all()
 
     @property
     def num_slots(self) -> int:
@@ -337,14 +335,13 @@ class RayCells:
         """Give up what is running, and leave the cluster."""
         for reference in self._running:
             self._ray.cancel(reference, force=True)
-        if self._owns:
-            self._ray.shutdown()
+        self._cluster.close()
 
 
 def _train_cell(job: Job) -> str:
     with (
         book(job.sweep, job.name, "log").open("a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
+        redirect_stdout(log),
+        redirect_stderr(log),
     ):
         return run_job(job)
