@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
@@ -31,16 +32,7 @@ from fieldmark.serve.service import ServerMetrics, prepare_photo
 
 _THUMBNAILS_KEPT = 4000  # about 15 KB each
 # A request here is a decision of some hundred bytes.
-_LIMITS = Limits(
-    max_body_bytes=64 * 1024,
-    max_held_bytes=2**20,
-    max_photos=0,
-    max_pixels=0,
-    max_queued=0,
-    max_batch=0,
-    body_seconds=10.0,
-    answer_seconds=60.0,
-)
+_LIMITS = Limits(max_body_bytes=2**16, max_held_bytes=2**20, body_seconds=10.0, answer_seconds=60.0)
 ACTIONS = ("keep", "relabel", "drop")
 CORRECTIONS, LABELS = ("path", "action", "label"), ("path", "label")
 """Columns of the two tables: of decisions about labels that are there, and of labels, as training takes them."""
@@ -111,6 +103,15 @@ DuplicateSearch = Callable[[], Sequence[tuple[int, int, int]]]  # photo number, 
 Look = Callable[[int, int], dict[str, Any]]  # photo number, class number -> the attention map and its box
 
 
+class DecisionRequest(BaseModel):
+    """A decision about one photo."""
+
+    number: int
+    action: Literal["keep", "relabel", "drop"]
+    label: str = ""
+
+
+@dataclass(eq=False)
 class ReviewViews:
     """Orders the photos of a run by why they deserve a look; near-duplicates are searched on a thread of their own.
 
@@ -118,40 +119,32 @@ class ReviewViews:
     it, and `model` is the run that is to learn them.
     """
 
-    def __init__(
-        self,
-        index: PhotoIndex,
-        held_out: HeldOut,
-        corrections: Corrections,
-        *,
-        find_duplicates: DuplicateSearch,
-        look: Look | None,
-        decoding: DecodeSpec,
-        suggested: Sequence[dict[str, Any]] = (),
-        model: Path | None = None,
-    ) -> None:
-        self.index = index
-        self.files = index.files()
-        self.look = look
-        self.held_out = held_out
-        self.corrections = corrections
-        self.classes = held_out.classes
-        self.decoding = decoding
-        self.suggested = suggested
-        self.model = model
+    index: PhotoIndex
+    held_out: HeldOut
+    corrections: Corrections
+    _: KW_ONLY
+    find_duplicates: DuplicateSearch
+    look: Look | None
+    decoding: DecodeSpec
+    suggested: Sequence[dict[str, Any]] = ()
+    model: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.files = self.index.files()
+        self.classes = self.held_out.classes
         self.thumbnail = lru_cache(maxsize=_THUMBNAILS_KEPT)(thumbnail)
-        self.number_of = {photo.path: number for number, photo in enumerate(index.photos)}
-        self._row_of = {path: row for row, path in enumerate(held_out.paths)}
-        self._guesses, self._losses = held_out.guesses, held_out.losses
-        self.pairs = triage.confused_pairs(held_out)
-        self._suspects = self._numbers(triage.label_suspects(held_out))
-        self._highest = self._numbers(np.argsort(-held_out.losses, kind="stable"))
+        self.number_of = {photo.path: number for number, photo in enumerate(self.index.photos)}
+        self._row_of = {path: row for row, path in enumerate(self.held_out.paths)}
+        self._guesses, self._losses = self.held_out.guesses, self.held_out.losses
+        self.pairs = triage.confused_pairs(self.held_out)
+        self._suspects = self._numbers(triage.label_suspects(self.held_out))
+        self._highest = self._numbers(np.argsort(-self._losses, kind="stable"))
         self._duplicates: list[tuple[int, int, int]] = []
         self._duplicates_state = "searching"
         self._by_class: dict[str | None, list[int]] = defaultdict(list)
-        for number, photo in enumerate(index.photos):
+        for number, photo in enumerate(self.index.photos):
             self._by_class[photo.label].append(number)
-        self._search = threading.Thread(target=self._find, args=(find_duplicates,), daemon=True)
+        self._search = threading.Thread(target=self._find, daemon=True)
         self._search.start()
 
     def overview(self) -> dict[str, Any]:
@@ -179,7 +172,13 @@ class ReviewViews:
             "has_attention": self.look is not None,
         }
 
-    def page(self, view: str, *, which: int, offset: int, limit: int) -> dict[str, Any]:
+    def page(
+        self,
+        view: str,
+        which: int = 0,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=200)] = 60,
+    ) -> dict[str, Any]:
         """Photos of one view from row `offset` on; `which` is the number of a pair or of a class."""
         rows = self._duplicates if view == "duplicates" else self._view(view, which)
         photos: list[dict[str, Any]] = []
@@ -213,13 +212,44 @@ class ReviewViews:
             "new_label": decision.label if decision else None,
         }
 
+    def decide(self, request: DecisionRequest) -> dict[str, Any]:
+        """Take a decision; the photo afterwards."""
+        self._require_photo(request.number)
+        label = request.label
+        if self.suggested:
+            if request.action != "relabel" or not label.strip() or not label.isprintable():
+                raise HTTPException(422, "a photo of this list takes the name of a class, and nothing else")
+        elif request.action == "relabel" and label not in self.classes:
+            raise HTTPException(422, f"{label!r} is not one of the {len(self.classes)} classes")
+        self.corrections.decide(self.index.photos[request.number].path, request.action, label)
+        return self.photo(request.number)
+
+    def undo(self) -> dict[str, Any]:
+        """Take back the latest decision; the photo afterwards, or null."""
+        number = self.number_of.get(self.corrections.undo() or "")
+        return {"photo": None if number is None else self.photo(number)}
+
+    def picture(self, number: int, side: Annotated[int, Query(ge=32, le=1600)] = 240) -> Response:
+        """A photo as JPEG; large ones are for one look, only thumbnails are kept."""
+        self._require_photo(number)
+        content = (self.thumbnail if side <= 320 else thumbnail)(self.files[number], side, self.decoding)
+        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+
+    def attention(self, number: int, label: str) -> dict[str, Any]:
+        """Return where the model looks in a photo for a class."""
+        if self.look is None or label not in self.classes:
+            raise HTTPException(404, "there is no map of this photo and class")
+        self._require_photo(number)
+        return self.look(number, self.classes.index(label))
+
+    def _require_photo(self, number: int) -> None:
+        if not 0 <= number < len(self.files):
+            raise HTTPException(404, f"there is no photo {number}")
+
     def _view(self, view: str, which: int) -> list[int]:
-        if view == "suggested":
-            return list(range(len(self.suggested)))
-        if view == "suspects":
-            return self._suspects
-        if view == "losses":
-            return self._highest
+        whole = {"suggested": list(range(len(self.suggested))), "suspects": self._suspects, "losses": self._highest}
+        if view in whole:
+            return whole[view]
         if view == "marked":
             return self._present(reversed(list(self.corrections.decisions)))
         if view == "pair" and 0 <= which < len(self.pairs):
@@ -235,9 +265,9 @@ class ReviewViews:
         """Numbers in the index; photos that are no longer in it are left out."""
         return [self.number_of[path] for path in paths if path in self.number_of]
 
-    def _find(self, find_duplicates: DuplicateSearch) -> None:
+    def _find(self) -> None:
         try:
-            self._duplicates = list(find_duplicates())
+            self._duplicates = list(self.find_duplicates())
             self._duplicates_state = "done"
         except (FieldmarkError, OSError) as error:
             self._duplicates_state = f"failed: {error}"
@@ -248,29 +278,11 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-class DecisionRequest(BaseModel):
-    """A decision about one photo."""
-
-    number: int
-    action: Literal["keep", "relabel", "drop"]
-    label: str = ""
-
-
-_router = APIRouter()
-
-
-async def _find_views(request: Request) -> ReviewViews:
-    return request.app.state.views
-
-
 async def require_json(request: Request) -> None:
     """Refuse what a page of another site could send without asking."""
     # A form of another site cannot send JSON without asking first, and is never told yes.
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise HTTPException(415, "send JSON")
-
-
-Views = Annotated[ReviewViews, Depends(_find_views)]
 
 
 def open_review(runs: list[Run], table: Path, *, max_distance: int) -> FastAPI:
@@ -333,72 +345,15 @@ def create_review_app(views: ReviewViews) -> FastAPI:
 
     app.add_exception_handler(DataError, refuse)
     app.state.views = views
-    app.include_router(_router)
+    routes = {"/api/overview": views.overview, "/api/photos": views.page, "/photo/{number}": views.picture}
+    for path, method in {**routes, "/api/attention/{number}": views.attention}.items():
+        app.add_api_route(path, method)
+    for method in (views.decide, views.undo):
+        app.add_api_route(f"/api/{method.__name__}", method, methods=["POST"], dependencies=[Depends(require_json)])
     add_pages(app, {"/": "review.html"})
     observe(app, ServerMetrics())
     app.add_middleware(RequestLimits, limits=_LIMITS, access=Access())
     return app
-
-
-@_router.get("/api/overview")
-def overview(views: Views) -> dict[str, Any]:
-    """Names and sizes of the views."""
-    return views.overview()
-
-
-@_router.get("/api/photos")
-def photos(
-    views: Views,
-    view: str,
-    which: int = 0,
-    offset: Annotated[int, Query(ge=0)] = 0,
-    limit: Annotated[int, Query(ge=1, le=200)] = 60,
-) -> dict[str, Any]:
-    """A page of one view."""
-    return views.page(view, which=which, offset=offset, limit=limit)
-
-
-@_router.post("/api/decide", dependencies=[Depends(require_json)])
-def decide(views: Views, request: DecisionRequest) -> dict[str, Any]:
-    """Take a decision; the photo afterwards."""
-    _require_photo(views, request.number)
-    label = request.label
-    if views.suggested:
-        if request.action != "relabel" or not label.strip() or not label.isprintable():
-            raise HTTPException(422, "a photo of this list takes the name of a class, and nothing else")
-    elif request.action == "relabel" and label not in views.classes:
-        raise HTTPException(422, f"{label!r} is not one of the {len(views.classes)} classes")
-    views.corrections.decide(views.index.photos[request.number].path, request.action, label)
-    return views.photo(request.number)
-
-
-@_router.post("/api/undo", dependencies=[Depends(require_json)])
-def undo(views: Views) -> dict[str, Any]:
-    """Take back the latest decision; the photo afterwards, or null."""
-    number = views.number_of.get(views.corrections.undo() or "")
-    return {"photo": None if number is None else views.photo(number)}
-
-
-@_router.get("/photo/{number}")
-def photo(views: Views, number: int, side: Annotated[int, Query(ge=32, le=1600)] = 240) -> Response:
-    """A photo as JPEG; large ones are for one look, only thumbnails are kept."""
-    _require_photo(views, number)
-    content = (views.thumbnail if side <= 320 else thumbnail)(views.files[number], side, views.decoding)
-    return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
-
-
-@_router.get("/api/attention/{number}")
-def attention(views: Views, number: int, label: str) -> dict[str, Any]:
-    """Return where the model looks in a photo for a class."""
-    if views.look is None or label not in views.classes:
-        raise HTTPException(404, "there is no map of this photo and class")
-    _require_photo(views, number)
-    return views.look(number, views.classes.index(label))
-
-
-def _require_photo(views: ReviewViews, number: int) -> None:
-    if not 0 <= number < len(views.files):
-        raise HTTPException(404, f"there is no photo {number}")
 
 
 def _attention(run: Run, files: Sequence[PhotoFile]) -> Look | None:
