@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def second(make) -> Run:
     run = make("second", "train.seed=1", "eval.transform=squash", "eval.size=48")
     found = calibrate_run(run, wanted="none", wanted_value=1.0, confidence_level=0.0, folds=2, seed=0)
     # Few photos may well refuse a temperature: here one is needed.
-    (run.path / "calibration.json").write_text(json.dumps(found.to_dict() | {"temperature": 1.7}))
+    (run.path / "calibration.json").write_text(json.dumps(asdict(found) | {"temperature": 1.7}))
     return run
 
 
@@ -289,7 +290,7 @@ def test_an_ensemble_is_not_exported_and_says_what_is(ensemble, tmp_path):
 
 def test_what_was_combined_is_compared_as_a_setting_of_its_own(first, sibling, tmp_path):
     made = combine([first, sibling], tmp_path / "soup", method="soup")
-    names = [variant.name for variant in compare_runs([first.path, made.path], draws=100).variants]
+    names = [variant.name for variant in compare_runs([first.path, made.path]).variants]
     assert names == ["combined=none", "combined=soup of 2"]
 
 

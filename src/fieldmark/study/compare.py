@@ -27,6 +27,7 @@ EFFECT = 0.01  # the smallest difference worth seeing: one point of accuracy, or
 POWER = 0.8  # probability with which a true difference of `EFFECT` is to be seen
 MOST_SEEDS = 50  # more are not proposed: nobody trains them to see a point
 FEW_PHOTOS = 50  # of fewer a note says that they are few
+DRAWS = 2000  # of the bootstrap for the bias of the best epoch
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,6 @@ def compare_runs(
     split: str = "val",
     against: str | Path | None = None,
     level: float = 0.95,
-    draws: int = 10_000,
-    seed: int = 0,
 ) -> Comparison:
     """Compare run folders, or all runs of a sweep.
 
@@ -167,8 +166,6 @@ def compare_runs(
         against: A run among them: its variant is the baseline that every other is compared with, and no others are,
             so that the p-values are corrected for fewer comparisons (fix it before you look). None compares every two.
         level: Coverage of the intervals, in (0, 1).
-        draws: Bootstrap draws for the bias of the best epoch.
-        seed: Seed of the draws.
 
     Raises:
         RunError: No runs; runs on different photos, labels or classes; the same run twice; an unfinished run; a
@@ -189,11 +186,8 @@ def compare_runs(
         groups = name_against(groups, Path(against))
     joined = [join_folds(group) for group in groups]
     check_same_photos([run for runs in joined for run in runs])
-    rng = np.random.default_rng(seed)
-    variants = tuple(
-        _measure(group, runs, metric, level=level, draws=draws, rng=rng)
-        for group, runs in zip(groups, joined, strict=True)
-    )
+    rng, pairs = np.random.default_rng(0), zip(groups, joined, strict=True)
+    variants = tuple(_measure(group, runs, metric, level=level, rng=rng) for group, runs in pairs)
     both = list(itertools.combinations(variants, 2))
     if against is not None:
         both = both[: len(variants) - 1]  # those of the first variant, the baseline
@@ -210,7 +204,7 @@ def compare_runs(
 
 
 def _measure(
-    group: Group, runs: Sequence[RunResults], metric: Metric, *, level: float, draws: int, rng: np.random.Generator
+    group: Group, runs: Sequence[RunResults], metric: Metric, *, level: float, rng: np.random.Generator
 ) -> Variant:
     scores = np.stack([_scores(run, metric) for run in runs])
     num_photos = scores.shape[1]
@@ -226,7 +220,7 @@ def _measure(
             # As many equally weighted photos are as informative: Kish, "Survey Sampling", 1965, section 11.7.
             effective = float(1 / np.sum(_photo_weights(runs[0], metric) ** 2))
             interval = statistics.widen_to_wilson(interval, effective, level=level)
-    optimisms = [_run_optimism(run, draws=min(draws, 2000), rng=rng) for run in group.runs]
+    optimisms = [_run_optimism(run, rng=rng) for run in group.runs]
     known = [found for found in optimisms if found is not None]
     optimism = sum(known) / len(optimisms) if known else None
     seeds = tuple(run.config.train.seed for run in runs)
@@ -259,12 +253,12 @@ def _open_log_loss(interval: Interval, num_photos: int, num_classes: int) -> Int
     return Interval(estimate, estimate - room, min(0.0, estimate + room))
 
 
-def _run_optimism(run: RunResults, *, draws: int, rng: np.random.Generator) -> float | None:
+def _run_optimism(run: RunResults, *, rng: np.random.Generator) -> float | None:
     """What choosing the best epoch by top-1 adds to one run's accuracy; None where the last epoch was kept."""
     is_chosen = run.config.train.select == "best" and run.config.train.metric != "log_loss"
     if not is_chosen or run.epoch_predictions is None:
         return None
-    return statistics.optimism_from_photos(run.epoch_predictions == run.labels, draws=draws, rng=rng)
+    return statistics.optimism_from_photos(run.epoch_predictions == run.labels, draws=DRAWS, rng=rng)
 
 
 def decide_together(
@@ -290,10 +284,8 @@ def verdict(pair: Pair, *, level: float, shown: Shown, num_comparisons: int) -> 
         size = f"{shown.number(abs(interval.estimate))} ± {shown.number(interval.half_width)}"
         return f"{better} is better than {worse} by {size} {shown.unit}."
     corrected = f"; tested as one of {num_comparisons} comparisons" if num_comparisons > 1 else ""
-    found = f"Not distinguishable: {pair.second} over {pair.first} is {shown.number(interval.estimate, '+')}"
-    return (
-        f"{found} ({100 * level:g} % interval {shown.change(interval)} {shown.unit}{corrected}). {_needed(pair, shown)}"
-    )
+    size = f"{shown.number(interval.estimate, '+')} ({100 * level:g} % interval {shown.change(interval)} {shown.unit}"
+    return f"Not distinguishable: {pair.second} over {pair.first} is {size}{corrected}). {_needed(pair, shown)}"
 
 
 def _needed(pair: Pair, shown: Shown) -> str:
@@ -315,15 +307,13 @@ def _needed(pair: Pair, shown: Shown) -> str:
 
 def _notes(variants: Sequence[Variant]) -> tuple[str, ...]:
     runs = [(run, run.config.train) for variant in variants for run in variant.runs]
-    probes = [
-        (run.name, t.metric, compare_with_probe(run.metrics, metric=t.metric, select=t.select)) for run, t in runs
-    ]
+    rows = [(run.name, t.metric, compare_with_probe(run.metrics, metric=t.metric, select=t.select)) for run, t in runs]
     values = {
         "variants": variants,
         "num_photos": variants[0].scores.shape[1],
         "few_photos": FEW_PHOTOS,
         "single": [variant.name for variant in variants if len(variant.seeds) == 1],
         "worst": max(variants, key=lambda variant: variant.optimism or 0.0),
-        "probes": [row for row in probes if row[2]],  # those that beat all fine-tuning
+        "probes": [row for row in rows if row[2]],  # those that beat all fine-tuning
     }
     return tuple(filter(None, fill_template("notes.md", values).split("\n")))

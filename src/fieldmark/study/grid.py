@@ -64,8 +64,12 @@ class Grid(Section):
         return self
 
 
-def load_grid(grid: str | Path) -> Grid:
-    """Read a grid by the name of a shipped one or by path; a ConfigError names every problem."""
+def load_grid(grid: Grid | Mapping[str, Any] | str | Path) -> Grid:
+    """Read a grid by the name of a shipped one, by path, or as a file holds it; a ConfigError names every problem."""
+    if isinstance(grid, Grid):
+        return grid
+    if isinstance(grid, Mapping):
+        return parse_grid(grid, "the sweep")
     path = Path(grid)
     hint = ". To vary a recipe without a file: fieldmark sweep RECIPE --vary optim.lr=1e-4,1e-3 --seeds 3"
     content = read_toml(str(grid), SHIPPED / f"{grid}.toml", "grid", recipe_names(SHIPPED), hint)
@@ -162,6 +166,49 @@ class Cell:
     name: str
     config: Config
 
+    def is_settled(self, out: Path) -> bool:
+        """Whether nothing is left to do for it, by its folder."""
+        path = out / self.name
+        if not (path / RECIPE).is_file() or self._other_settings(path) or run_status(path) != "finished":
+            return False
+        is_scored = self.config.data.train_on == "train+val" or (path / "predictions" / "val.parquet").is_file()
+        return is_scored and (path / METRICS).is_file()
+
+    def _other_settings(self, path: Path) -> list[str]:
+        """Settings that matter in which the run in its folder, if there is one, is another."""
+        try:
+            there = flatten(load_config(path / RECIPE))
+        except ConfigError:
+            return []
+        return [
+            f"{key} {there.get(key)!r} → {value!r}"
+            for key, value in flatten(self.config).items()
+            if key not in NO_EFFECT and there.get(key) != value
+        ]
+
+    def refuse_other_recipe(self, out: Path) -> None:
+        """Check that its folder does not hold a run of other settings, or say which they are."""
+        if others := self._other_settings(out / self.name):
+            raise RunError(
+                f"{out / self.name} holds a run of other settings than the grid asks for ({'; '.join(others[:5])}). "
+                "Give the sweep another folder, or remove that one"
+            )
+
+    def clear_broken(self, out: Path) -> None:
+        """Remove what this sweep left in its folder that can be neither used nor resumed."""
+        path = out / self.name
+        if not path.is_dir() or not any(path.iterdir()):
+            return
+        status = run_status(path)
+        if status == "missing" and (path / RECIPE).is_file():
+            (path / SUMMARY).unlink(missing_ok=True)  # torn or absent: the run's state says how far it is
+        elif status == "finished" or not (path / RECIPE).is_file():
+            if not book(out, self.name, "job.json").is_file():
+                raise RunError(
+                    f"{path} is not empty and was not made by this sweep: remove it, or choose another folder"
+                )
+            shutil.rmtree(path)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -187,51 +234,6 @@ class Job:
 def book(sweep: str | Path, name: str, kind: str) -> Path:
     """Path of what a sweep keeps of a cell beside its run folder: job, outcome, log, lock."""
     return Path(sweep) / BOOKS / f"{name}.{kind}"
-
-
-def is_settled(out: Path, cell: Cell) -> bool:
-    """Whether nothing is left to do for a cell, by its folder."""
-    path = out / cell.name
-    if not (path / RECIPE).is_file() or _other_settings(path, cell) or run_status(path) != "finished":
-        return False
-    is_scored = cell.config.data.train_on == "train+val" or (path / "predictions" / "val.parquet").is_file()
-    return is_scored and (path / METRICS).is_file()
-
-
-def _other_settings(path: Path, cell: Cell) -> list[str]:
-    """Settings that matter in which the run in a folder, if there is one, is not the cell's."""
-    try:
-        there = flatten(load_config(path / RECIPE))
-    except ConfigError:
-        return []
-    return [
-        f"{key} {there.get(key)!r} → {value!r}"
-        for key, value in flatten(cell.config).items()
-        if key not in NO_EFFECT and there.get(key) != value
-    ]
-
-
-def refuse_other_recipe(out: Path, cell: Cell) -> None:
-    """Check that a cell's folder does not hold a run of other settings, or say which they are."""
-    if others := _other_settings(out / cell.name, cell):
-        raise RunError(
-            f"{out / cell.name} holds a run of other settings than the grid asks for ({'; '.join(others[:5])}). "
-            "Give the sweep another folder, or remove that one"
-        )
-
-
-def clear_broken(out: Path, cell: Cell) -> None:
-    """Remove what a cell of this sweep left that can be neither used nor resumed."""
-    path = out / cell.name
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    status = run_status(path)
-    if status == "missing" and (path / RECIPE).is_file():
-        (path / SUMMARY).unlink(missing_ok=True)  # torn or absent: the run's state says how far it is
-    elif status == "finished" or not (path / RECIPE).is_file():
-        if not book(out, cell.name, "job.json").is_file():
-            raise RunError(f"{path} is not empty and was not made by this sweep: remove it, or choose another folder")
-        shutil.rmtree(path)
 
 
 def run_job(job: Job) -> str:

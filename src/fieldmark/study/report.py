@@ -247,9 +247,7 @@ def effects_table(comparison: Comparison) -> Table:
     head = ("Change", "Score", "Effect", interval, "p (Holm)", "Distinguishable", "Minutes")
     base, *others = comparison.variants
     rows = [(f"{base.name} (baseline)", shown.value(base.interval.estimate), *["–"] * 4, _mean_minutes(base))]
-    for variant, pair in sorted(
-        zip(others, comparison.pairs, strict=True), key=lambda both: -both[0].interval.estimate
-    ):
+    for variant, pair in sorted(zip(others, comparison.pairs, strict=True), key=lambda row: -row[0].interval.estimate):
         is_clear = "yes" if pair.is_distinguishable else "no"
         score = shown.value(variant.interval.estimate)
         rows.append((variant.name, score, *_effect(pair, shown), is_clear, _mean_minutes(variant)))

@@ -43,6 +43,10 @@ class Variance:
     interaction: float  # of a photo's score between runs of one variant, beyond what shifts the whole run
     seeds: float | None  # of a run's mean score between runs of one variant; None where each variant has one run
 
+    def add_pseudo_photos(self, num_photos: int) -> float:
+        """Variance between photos with the pseudo-photos', or variants that always agree would need no photos."""
+        return self.photos + 1 / (num_photos + 2)
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -53,11 +57,6 @@ class Difference:
     variance: Variance
     num_photos: int
     num_runs: tuple[int, int]
-
-    @property
-    def photo_variance(self) -> float:
-        """Variance between photos, pseudo-photos included."""
-        return _add_pseudo_photos(self.variance, self.num_photos)
 
 
 def mcnemar_exact(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
@@ -122,7 +121,7 @@ def paired_difference(first: Scores, second: Scores, *, level: float) -> Differe
     estimate, num_photos = float(change.mean()), len(change)
     variance, freedom = _find_variance(change, [first, second])
     share = 1 / len(first) + 1 / len(second)
-    error, freedom = _mean_error(_add_pseudo_photos(variance, num_photos), variance, num_photos, freedom, share)
+    error, freedom = _mean_error(variance.add_pseudo_photos(num_photos), variance, num_photos, freedom, share)
     p_value = _p_value(first, second, estimate / error, freedom)
     interval = _interval(estimate, error, freedom, level=level)
     return Difference(interval, p_value, variance, num_photos, (len(first), len(second)))
@@ -139,7 +138,8 @@ def photos_needed(difference: Difference, *, effect: float, level: float, power:
     """
     variance, share = difference.variance, sum(1 / count for count in difference.num_runs)
     room = _variance_allowed(effect, level, power) - (variance.seeds or 0.0) * share
-    return max(1, math.ceil((difference.photo_variance + variance.interaction * share) / room)) if room > 0 else None
+    single = variance.add_pseudo_photos(difference.num_photos) + variance.interaction * share
+    return max(1, math.ceil(single / room)) if room > 0 else None
 
 
 def runs_needed(difference: Difference, *, effect: float, level: float, power: float) -> int | None:
@@ -147,11 +147,11 @@ def runs_needed(difference: Difference, *, effect: float, level: float, power: f
 
     None where the photos alone hide it, or where each variant has one run and the spread between runs is not known.
     """
-    variance = difference.variance
-    room = _variance_allowed(effect, level, power) - difference.photo_variance / difference.num_photos
+    variance, num_photos = difference.variance, difference.num_photos
+    room = _variance_allowed(effect, level, power) - variance.add_pseudo_photos(num_photos) / num_photos
     if variance.seeds is None or room <= 0:
         return None
-    return max(2, math.ceil(2 * (variance.seeds + variance.interaction / difference.num_photos) / room))
+    return max(2, math.ceil(2 * (variance.seeds + variance.interaction / num_photos) / room))
 
 
 def _variance_allowed(effect: float, level: float, power: float) -> float:
@@ -210,11 +210,6 @@ def _find_variance(values: Scores, variants: Sequence[Scores]) -> tuple[Variance
     # The spread between runs holds the photos' ups and downs from run to run; they must not count twice.
     seeds = max(0.0, spread - interaction / num_photos) if freedom else None
     return Variance(photos, interaction, seeds), freedom
-
-
-def _add_pseudo_photos(variance: Variance, num_photos: int) -> float:
-    """Variance between photos with the pseudo-photos', or variants that always agree would need no photos."""
-    return variance.photos + 1 / (num_photos + 2)
 
 
 def _mean_error(photos: float, variance: Variance, num_photos: int, freedom: int, share: float) -> tuple[float, float]:

@@ -22,22 +22,7 @@ from fieldmark.errors import first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.cluster import count_slots, open_cluster, require_slots
 from fieldmark.runs.folder import read_metrics, write_json
-from fieldmark.study.grid import (
-    BOOKS,
-    Cell,
-    Grid,
-    Job,
-    State,
-    base_settings,
-    book,
-    clear_broken,
-    grid_cells,
-    is_settled,
-    load_grid,
-    parse_grid,
-    refuse_other_recipe,
-    run_job,
-)
+from fieldmark.study.grid import BOOKS, Cell, Grid, Job, State, base_settings, book, grid_cells, load_grid, run_job
 
 MAX_RETRIES = 3
 SECONDS_TO_SAVE = 120.0
@@ -120,15 +105,14 @@ def run_sweep(
         >>> [run.name for run in status.runs]
         ['mix.share=0', 'mix.share=0.4']
     """
-    if not isinstance(grid, Grid):
-        grid = parse_grid(grid, "the sweep") if isinstance(grid, Mapping) else load_grid(grid)
+    grid = load_grid(grid)
     base = base_settings(grid, overrides)
     if data is not None:
         base["data"]["path"] = resolve(data)
     out = Path(out).resolve()
     cells = grid_cells(grid, base)
     for cell in cells:
-        refuse_other_recipe(out, cell)
+        cell.refuse_other_recipe(out)
     busy = f"another sweep is at work in {out}: wait for it, or give another folder"
     with exclusive_lock(out / BOOKS / "sweep.lock", busy=busy):
         executor = _open_executor(base["train"]["devices"], jobs=jobs, ray=ray, ray_cpus=ray_cpus)
@@ -177,15 +161,14 @@ class _Work:
     def start_cells(self) -> None:
         """Fill the slots that are free; cells that are done take none."""
         while len(self.running) < max(self.executor.num_slots, 1) and (cell := next(self.cells, None)):
-            if is_settled(self.out, cell):
+            if cell.is_settled(self.out):
                 self.note(cell, "finished")
             else:
                 self.start(cell)
 
     def start(self, cell: Cell) -> None:
-        """Train or resume one cell."""
-        refuse_other_recipe(self.out, cell)
-        clear_broken(self.out, cell)
+        cell.refuse_other_recipe(self.out)
+        cell.clear_broken(self.out)
         self.note(cell, "running")
         settings = cell.config.model_dump(mode="json")
         job = Job(str(self.out), cell.name, settings, self.trainer, parent=os.getpid())
@@ -193,7 +176,6 @@ class _Work:
         self.running[cell.name] = cell, self.executor.start(job)
 
     def end(self, cell: Cell, trouble: str) -> None:
-        """Note how a cell ended."""
         try:
             trouble = trouble or book(self.out, cell.name, "outcome").read_text(encoding="utf-8")
         except OSError:
@@ -208,7 +190,6 @@ class _Work:
         self.statuses[cell.name] = CellStatus(cell.name, state, epoch, cell.config.train.epochs, error)
 
     def status(self) -> SweepStatus:
-        """Return how far all cells are."""
         cells = tuple(self.statuses.values())
         done = sum(cell.epoch for cell in cells) - sum(self.epochs_before.values())
         left = sum(cell.epochs - cell.epoch for cell in cells if cell.state in ("waiting", "running"))
@@ -293,8 +274,8 @@ def _describe_exit(code: int) -> str:
 class RayCells:
     """Trains each cell as a Ray task.
 
-    Tasks, not Ray Tune: the sweep already knows what to run, keeps its state in the run folders and stops poor cells by
-    them, and Ray's own retry restarts a cell whose worker or machine died; the cell finds its folder and resumes.
+    Tasks, not Ray Tune: the sweep already knows what to run and keeps its state in the run folders, and Ray's own retry
+    restarts a cell whose worker or machine died; the cell finds its folder and resumes.
     """
 
     def __init__(self, address: str, *, cpus: int, gpus: int) -> None:

@@ -30,8 +30,7 @@ LINES_SHOWN = 12
 
 def start_watching(run: Path) -> str:
     """Serve the report of a run that this process is about to train; the address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     # A session of its own: Ctrl-C reaches the training alone. It ends by itself, some seconds after this process.
     subprocess.Popen(
