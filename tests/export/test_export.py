@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +83,7 @@ def write_card(metadata, *, data, summary, calibration, recipe):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "recipe.toml").write_text(recipe)
         if calibration:
-            (Path(folder) / "calibration.json").write_text(json.dumps(calibration.to_dict()))
+            (Path(folder) / "calibration.json").write_text(json.dumps(asdict(calibration)))
         run = SimpleNamespace(path=Path(folder), classes=metadata.classes, data_info=data, summary=summary)
         return model_card(run, metadata)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -291,14 +292,14 @@ def test_a_temperature_that_raises_the_cross_fitted_log_loss_is_refused_and_said
     ],
 )
 def test_a_stored_calibration_that_would_answer_nonsense_is_refused_by_its_key(run, key, value):
-    values = calibrated(run, wanted="coverage", wanted_value=0.5).to_dict()
+    values = asdict(calibrated(run, wanted="coverage", wanted_value=0.5))
     (run.path / "calibration.json").write_text(json.dumps(values | {key: value}))
     with pytest.raises(RunError, match=rf"calibration.json: has {key} = .*Make it again"):
         load_calibration(run)
 
 
 def test_a_calibration_of_an_earlier_version_loads(run):
-    values = calibrated(run).to_dict()
+    values = asdict(calibrated(run))
     old = {name: value for name, value in values.items() if not name.startswith("refused")}
     (run.path / "calibration.json").write_text(json.dumps(old))
     assert load_calibration(run).temperature == values["temperature"]

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
 from fieldmark.errors import ResourceError, RunError
-from fieldmark.inference.evaluation import format_evaluation, make_output_folder, save_evaluation, score_predictions
+from fieldmark.inference.evaluation import make_output_folder, save_evaluation, score_predictions
 from fieldmark.runs.folder import PhotoPredictions
 
 CLASSES = ("2", "10", "great, tit", "$x$\n")
@@ -61,7 +61,7 @@ def test_a_class_without_photos_keeps_its_place_and_has_no_recall(evaluated):
     assert (row.name, row.photos) == ("$x$\n", 0)
     assert np.isnan(row.recall)
     assert scores.as_dict()["classes"][3]["recall"] is None
-    assert "without a photo here: $x$" in format_evaluation(scores)
+    assert "without a photo here: $x$" in repr(scores)
 
 
 def test_taken_for_is_the_largest_off_diagonal():
@@ -88,7 +88,7 @@ def test_the_files_read_back_and_hold_the_names_unharmed(evaluated, tmp_path):
 
 def test_top5_is_not_told_where_it_says_nothing(evaluated):
     *_, scores = evaluated
-    assert "top-5" not in format_evaluation(scores)
+    assert "top-5" not in repr(scores)
 
 
 def test_predictions_that_are_not_finite_are_refused_in_one_sentence():

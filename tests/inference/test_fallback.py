@@ -152,7 +152,7 @@ def test_a_stored_fallback_that_does_not_fit_the_model_is_refused(run, tmp_path,
     found = calibrate_run(
         run, wanted="accuracy", wanted_value=0.95, taxonomy=table, confidence_level=0.0, folds=5, seed=0
     )
-    values = found.to_dict()
+    values = asdict(found)
     values["back_off"][key] = value
     (run.path / "calibration.json").write_text(json.dumps(values))
     with pytest.raises(RunError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_calibration_says_how_well_none_is_told_apart_and_keeps_95_percent_of_th
     passed = (confidence[labels == 0] >= np.quantile(confidence[labels > 0], 0.05)).mean()
     assert none.fpr95.estimate == pytest.approx(passed, abs=0.05)
     assert none.answered <= none.fpr95.estimate + 0.05
-    assert read_values(Calibration, json.loads(json.dumps(found.to_dict()))) == found
+    assert read_values(Calibration, json.loads(json.dumps(asdict(found)))) == found
     assert f"_none             {none.photos} photos" in describe_calibration(found)
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from PIL import Image
 
 from fieldmark.config import load_config
 from fieldmark.errors import DataError, PhotoError, RunError
-from fieldmark.inference.evaluation import evaluate_run, format_evaluation
+from fieldmark.inference.evaluation import evaluate_run
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.progress import Quiet
 from fieldmark.runs.folder import Run
@@ -143,7 +143,7 @@ def test_an_evaluation_with_flips_says_what_they_change_and_stores_none_of_it(ru
     truth = [run.classes[run.split.label_numbers()[place]] for place in validation]
     assert scores.metrics["top1"] == np.mean([found.label == true for found, true in zip(answers, truth, strict=True)])
     assert scores.flips.interval.estimate == pytest.approx(scores.metrics["top1"] - plain.metrics["top1"])
-    assert f"{100 * scores.flips.interval.estimate:+.1f}" in format_evaluation(scores)
+    assert f"{100 * scores.flips.interval.estimate:+.1f}" in repr(scores)
     assert scores.as_dict()["flips"]["num_photos"] == len(validation)
     assert (run.path / "predictions" / "val.parquet").read_bytes() == stored
     assert plain.flips is None
@@ -166,7 +166,7 @@ def test_a_calibrated_run_answers_with_its_temperature_and_threshold(run, files,
     found = calibrate_run(Run(copy), wanted="none", wanted_value=1.0, confidence_level=0.0, folds=2, seed=0)
     # Few photos may well refuse a temperature: here one is needed.
     found = replace(found, temperature=1.7)
-    (copy / "calibration.json").write_text(json.dumps(found.to_dict()))
+    (copy / "calibration.json").write_text(json.dumps(asdict(found)))
     plain, calibrated = Predictor.load(run)(files[0]).probabilities, Predictor.load(copy)(files[0]).probabilities
     sharpened = plain.astype(np.float64) ** (1 / found.temperature)
     np.testing.assert_allclose(calibrated, sharpened / sharpened.sum(), rtol=1e-4)

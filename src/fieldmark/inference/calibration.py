@@ -22,15 +22,13 @@ from scipy.special import log_softmax, softmax
 from fieldmark.data.folders import NONE
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import Positive, Share, fill_template, read_values, write_whole
-from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
+from fieldmark.inference.taxonomy import Fallback, Floats, Taxonomy, Whole, load_taxonomy, score_levels
 from fieldmark.plots import figure_png, new_figure
 from fieldmark.runs.folder import Run, write_json
 from fieldmark.study.statistics import Interval, widen_to_wilson
 from fieldmark.training.metrics import calibration_error, log_loss
 
 FILE = "calibration.json"
-FloatArray = NDArray[np.floating[Any]]
-IntArray = NDArray[np.integer[Any]]
 
 # Beyond these a softmax is all but constant or one-hot: the likelihood is flat and a fit has no meaning.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
@@ -66,10 +64,6 @@ class Calibration:
     refused_log_loss: float | None = None
     none: NoneScore | None = None  # where there are photos that show none of the classes
     back_off: Fallback | None = None  # None without a taxonomy
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def calibrate_run(
@@ -115,7 +109,7 @@ def calibrate_run(
         logits, labels, wanted, wanted_value, confidence_level=confidence_level, folds=folds, seed=seed, taxonomy=tree,
         classes=run.classes,
     )  # fmt: skip
-    write_json(run.path / FILE, found.to_dict())
+    write_json(run.path / FILE, asdict(found))
     return found
 
 
@@ -134,8 +128,8 @@ def load_calibration(run: Run) -> Calibration | None:
 
 
 def calibrate(
-    logits: FloatArray,
-    labels: IntArray,
+    logits: Floats,
+    labels: Whole,
     wanted: str,
     wanted_value: float,
     *,
@@ -188,23 +182,23 @@ def calibrate(
     )
 
 
-def without_none(probabilities: FloatArray, classes: Sequence[str]) -> FloatArray:
+def without_none(probabilities: Floats, classes: Sequence[str]) -> Floats:
     """The (..., K) probabilities, but -1 for `_none`, so that it is never the likeliest."""
     return np.where(np.asarray(classes) == NONE, -1, probabilities) if NONE in classes else probabilities
 
 
-def _silence(probabilities: FloatArray, classes: Sequence[str]) -> FloatArray:
+def _silence(probabilities: Floats, classes: Sequence[str]) -> Floats:
     """The (N, K) probabilities without `_none`, and 0 for all of a photo where that is the likeliest."""
     shown = without_none(probabilities, classes)
     return np.where(shown.max(axis=1, keepdims=True) < probabilities.max(axis=1, keepdims=True), 0, shown)
 
 
-def _score_none(confidence: FloatArray, is_none: NDArray[np.bool_], answered: NDArray[np.bool_]) -> NoneScore:
+def _score_none(confidence: Floats, is_none: NDArray[np.bool_], answered: NDArray[np.bool_]) -> NoneScore:
     from sklearn.metrics import roc_auc_score
 
     rng, parts = np.random.default_rng(0), (confidence[~is_none], confidence[is_none])
 
-    def tell_apart(known: FloatArray, others: FloatArray) -> tuple[float, float]:
+    def tell_apart(known: Floats, others: Floats) -> tuple[float, float]:
         is_known = np.repeat([True, False], [len(known), len(others)])
         passed = others >= np.quantile(known, 0.05)
         return float(roc_auc_score(is_known, np.concatenate([known, others]))), float(passed.mean())
@@ -215,7 +209,7 @@ def _score_none(confidence: FloatArray, is_none: NDArray[np.bool_], answered: ND
     return NoneScore(int(is_none.sum()), float(answered[is_none].mean()), auroc, fpr95)
 
 
-def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
+def fit_temperature(logits: Floats, labels: Whole) -> float:
     """The temperature T in [0.05, 20] that makes (N,) labels most likely by softmax(logits / T), of (N, K) logits.
 
     The likelihood is convex in 1 / T, so this is the best.
@@ -237,7 +231,7 @@ def fit_temperature(logits: FloatArray, labels: IntArray) -> float:
     return float(1 / found.x)
 
 
-def apply_temperature(logits: FloatArray, temperature: float) -> FloatArray:
+def apply_temperature(logits: Floats, temperature: float) -> Floats:
     """softmax(logits / temperature): (N, K) probabilities."""
     return np.asarray(softmax(np.asarray(logits, np.float64) / temperature, axis=1))
 
@@ -247,7 +241,7 @@ def log_probabilities(probabilities: NDArray[np.float32]) -> NDArray[np.float64]
     return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
 
 
-def cross_fit(logits: FloatArray, labels: IntArray, *, folds: int, seed: int) -> FloatArray:
+def cross_fit(logits: Floats, labels: Whole, *, folds: int, seed: int) -> Floats:
     """(N, K) calibrated probabilities in which no photo counts with a temperature that was fitted on it."""
     if folds < 2 or len(labels) < 2:
         raise DataError(f"cross-fitting takes at least 2 photos and 2 folds; got {len(labels)} photos, {folds} folds")
@@ -262,23 +256,21 @@ def cross_fit(logits: FloatArray, labels: IntArray, *, folds: int, seed: int) ->
 class CoverageCurve(NamedTuple):
     """Accuracy of the photos that are answered, as the threshold on the confidence rises."""
 
-    thresholds: FloatArray  # (M,) distinct confidences, rising; a photo is answered if its confidence is at least this
-    coverage: FloatArray  # (M,) share of the photos that are answered, in (0, 1], falling
-    accuracy: FloatArray  # (M,) share of right answers among the answered
-    answered: IntArray  # (M,) number of photos that are answered
+    thresholds: Floats  # (M,) distinct confidences, rising; a photo is answered if its confidence is at least this
+    coverage: Floats  # (M,) share of the photos that are answered, in (0, 1], falling
+    accuracy: Floats  # (M,) share of right answers among the answered
+    answered: Whole  # (M,) number of photos that are answered
 
 
-def coverage_curve(confidence: FloatArray, is_right: NDArray[np.bool_]) -> CoverageCurve:
+def coverage_curve(confidence: Floats, is_right: NDArray[np.bool_]) -> CoverageCurve:
     """Coverage and accuracy at every threshold on the (N,) confidence that makes a difference."""
     order = np.argsort(-confidence, kind="stable")
     answered = np.arange(1, len(order) + 1)
     right = np.cumsum(is_right[order])
     # Photos of equal confidence are answered together: only the last of them is a threshold.
     last = np.append(np.diff(confidence[order]) != 0, True)
-    thresholds, coverage, accuracy = (
-        column[last][::-1] for column in (confidence[order], answered / len(order), right / answered)
-    )
-    return CoverageCurve(thresholds, coverage, accuracy, answered[last][::-1])
+    columns: list[NDArray[Any]] = [confidence[order], answered / len(order), right / answered, answered]
+    return CoverageCurve(*(column[last][::-1] for column in columns))
 
 
 def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, confidence_level: float) -> float:
@@ -329,13 +321,7 @@ def _check_share(name: str, value: float) -> None:
 
 
 def fit_fallback(
-    probabilities: FloatArray,
-    labels: IntArray,
-    taxonomy: Taxonomy,
-    *,
-    threshold: float,
-    accuracy: float,
-    confidence_level: float,
+    probabilities: Floats, labels: Whole, tree: Taxonomy, *, threshold: float, accuracy: float, confidence_level: float
 ) -> Fallback:
     """Thresholds from fine to coarse, each chosen on the photos that no finer level answers.
 
@@ -344,9 +330,9 @@ def fit_fallback(
     """
     thresholds: list[float | None] = [threshold]
     is_open = probabilities.max(axis=1) < threshold
-    for level in range(1, len(taxonomy.levels)):
-        sums = taxonomy.at_level(probabilities, level)
-        confidence, is_right = sums.max(axis=1), sums.argmax(axis=1) == taxonomy.members[level][labels]
+    for level in range(1, len(tree.levels)):
+        sums = tree.at_level(probabilities, level)
+        confidence, is_right = sums.max(axis=1), sums.argmax(axis=1) == tree.members[level][labels]
         found = None
         if is_open.any():
             with suppress(DataError):  # never right often enough, or too few to show it: the next level may be
@@ -354,8 +340,8 @@ def fit_fallback(
                 found = max(0.0, threshold_for_accuracy(curve, accuracy, confidence_level=confidence_level) - _ROUNDING)
                 is_open &= confidence < found
         thresholds.append(found)
-    scores = score_levels(probabilities, labels, taxonomy, thresholds)
-    return Fallback(taxonomy.levels, taxonomy.rows, tuple(thresholds), scores)
+    scores = score_levels(probabilities, labels, tree, thresholds)
+    return Fallback(tree.levels, tree.rows, tuple(thresholds), scores)
 
 
 def describe_calibration(found: Calibration) -> str:

@@ -239,15 +239,13 @@ def _write_ensemble(runs: Sequence[Run], part: Path) -> dict[str, Any]:
         described[name] = {"top1": top1, "temperature": temperature, "parameters": parameters}
     _copy_description(first, part, runs, {"parameters": sum(row["parameters"] for row in described.values())})
     folder.write_json(part / folder.ENSEMBLE, {"members": listed})
-    probabilities = mean_probabilities(
+    mean = mean_probabilities(
         [rows.probabilities for rows in stored],
         [row["temperature"] for row in listed],
         [class_order(run.classes, first.classes) for run in runs],
     )
     rows, path = stored[0], part / "predictions" / "val.parquet"
-    folder.write_predictions(
-        path, paths=rows.paths, labels=rows.labels, probabilities=probabilities, classes=first.classes
-    )
+    folder.write_predictions(path, paths=rows.paths, labels=rows.labels, probabilities=mean, classes=first.classes)
     return described
 
 

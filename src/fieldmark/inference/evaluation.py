@@ -80,7 +80,19 @@ class Evaluation:
     flips: Difference | None = None
 
     def __repr__(self) -> str:
-        return format_evaluation(self)
+        """A table for people: the metrics, then the classes with the lowest recall."""
+        rows = self.score_classes()
+        with_photos = sorted((row for row in rows if row.photos), key=lambda row: (row.recall, -row.photos))
+        shown = with_photos[:MOST_CLASSES_SHOWN]
+        values = {
+            "found": self,
+            "titles": METRIC_NAMES,
+            "rows": rows,
+            "shown": shown,
+            "width": min(max(len(row.name) for row in shown), 40),
+            "absent": [row.name for row in rows if not row.photos],
+        }
+        return fill_template("evaluation.md", values)
 
     def score_classes(self) -> list[ClassScore]:
         """One row per class, in order of class index."""
@@ -170,9 +182,7 @@ def labeled_photos(run: Run, index: PhotoIndex, split: str) -> NDArray[np.int64]
     """(N,) the labeled photos of a split, as numbers of the index; at least one."""
     numbers = index.numbers(split)
     if split == "val" and run.config.data.train_on == "train+val":
-        raise RunError(
-            f"{run.path} was trained on train+val: its validation photos are no test of it. Give another split"
-        )
+        raise RunError(f"{run.path} was trained on train+val: its validation photos are no test of it. Give others")
     if not len(numbers):
         there = sorted({photo.split for photo in index.photos if photo.label})
         raise RunError(f"{run.path} has no labeled photos in {split!r}; it has {', '.join(there)}")
@@ -219,21 +229,6 @@ def score_predictions(run: Run, predictions: PhotoPredictions, split: str) -> Ev
         predictions=predictions,
         confusion=confusion,
     )
-
-
-def format_evaluation(found: Evaluation) -> str:
-    """A table for people: the metrics, then the classes with the lowest recall."""
-    rows = found.score_classes()
-    shown = sorted((row for row in rows if row.photos), key=lambda row: (row.recall, -row.photos))[:MOST_CLASSES_SHOWN]
-    values = {
-        "found": found,
-        "titles": METRIC_NAMES,
-        "rows": rows,
-        "shown": shown,
-        "width": min(max(len(row.name) for row in shown), 40),
-        "absent": [row.name for row in rows if not row.photos],
-    }
-    return fill_template("evaluation.md", values)
 
 
 def save_evaluation(found: Evaluation, path: Path) -> list[Path]:

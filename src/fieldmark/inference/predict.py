@@ -29,12 +29,11 @@ from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.inference.sources import FileList, PhotoSource, Piece
+from fieldmark.inference.taxonomy import Floats
 from fieldmark.inference.writers import Form, PredictedPhotos, save_predictions
 from fieldmark.progress import Progress
 from fieldmark.runs.cluster import open_cluster, require_slots, worker_needs
 from fieldmark.runs.folder import Run, write_json
-
-Floats = NDArray[np.floating[Any]]
 
 PHOTOS_BETWEEN_LINES = 10_000
 FORMAT = 3
@@ -174,14 +173,12 @@ def _reorder(source: PhotoSource, sample: Path) -> PhotoSource:
     return replace(source, cut=partial(sources.cut_list, root, paths))
 
 
-def report_predictions(
-    predictions: Iterable[Prediction], total: int | None, progress: Progress
-) -> Iterator[Prediction]:
+def report_predictions(answers: Iterable[Prediction], total: int | None, progress: Progress) -> Iterator[Prediction]:
     """The same predictions, with their number reported."""
     if total is not None:
         progress.start(total, 0)
-    for count, prediction in enumerate(predictions, start=1):
-        yield prediction
+    for count, answer in enumerate(answers, start=1):
+        yield answer
         if total is not None:
             progress.advance(1)
         elif count % PHOTOS_BETWEEN_LINES == 0:

@@ -167,7 +167,7 @@ class Predictor:
                 classes=about.classes,
                 spec=about.preprocessing,
                 logits=lambda images: exported.logits(images.numpy(), flips=flips),
-                decoding=about.decode_spec(),
+                decoding=DecodeSpec(about.background, about.max_pixels),
                 batch_size=about.batch_size,
                 temperature=about.temperature,
                 threshold=about.threshold,

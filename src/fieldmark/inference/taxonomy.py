@@ -21,6 +21,9 @@ from fieldmark.errors import DataError
 from fieldmark.files import Share, fill_template
 from fieldmark.runs.folder import Run
 
+Floats = NDArray[np.floating[Any]]
+Whole = NDArray[np.integer[Any]]
+
 
 @dataclass(frozen=True)
 class Taxonomy:
@@ -52,7 +55,7 @@ class Taxonomy:
         columns = zip(self.nodes, zip(*self.rows, strict=True), strict=True)
         return np.array([[names.index(name) for name in column] for names, column in columns])
 
-    def at_level(self, probabilities: NDArray[np.floating[Any]], level: int) -> NDArray[np.float64]:
+    def at_level(self, probabilities: Floats, level: int) -> NDArray[np.float64]:
         """(N, K) probabilities of the classes summed to (N, groups of `level`)."""
         sums = np.zeros((len(probabilities), len(self.nodes[level])))
         for number, group in enumerate(self.members[level]):
@@ -93,9 +96,7 @@ def load_taxonomy(path: Path, classes: Sequence[str]) -> Taxonomy:
     return Taxonomy(levels, tuple(rows[name] for name in classes))
 
 
-def find_answers(
-    probabilities: NDArray[np.floating[Any]], taxonomy: Taxonomy, *, thresholds: Sequence[float | None]
-) -> list[Answer]:
+def find_answers(probabilities: Floats, taxonomy: Taxonomy, *, thresholds: Sequence[float | None]) -> list[Answer]:
     """The finest level whose likeliest group is sure enough, for each of N photos.
 
     Takes calibrated (N, K) probabilities and the (L,) least summed probability at each level; None for a level that is
@@ -130,10 +131,7 @@ class LevelScore:
 
 
 def score_levels(
-    probabilities: NDArray[np.floating[Any]],
-    labels: NDArray[np.integer[Any]],
-    taxonomy: Taxonomy,
-    thresholds: Sequence[float | None],
+    probabilities: Floats, labels: Whole, taxonomy: Taxonomy, thresholds: Sequence[float | None]
 ) -> tuple[LevelScore, ...]:
     """Return how each level answers these photos, by (N, K) probabilities and (N,) labels."""
     answers = find_answers(probabilities, taxonomy, thresholds=thresholds)
@@ -157,7 +155,7 @@ class Fallback(Taxonomy):
         if len(self.thresholds) != len(self.levels):
             raise DataError(f"the taxonomy has {len(self.levels)} levels and {len(self.thresholds)} thresholds")
 
-    def answer(self, probabilities: NDArray[np.floating[Any]]) -> Answer:
+    def answer(self, probabilities: Floats) -> Answer:
         """The finest answer that is sure enough, for the (K,) probabilities of one photo."""
         return find_answers(probabilities[None], self, thresholds=self.thresholds)[0]
 

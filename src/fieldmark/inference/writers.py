@@ -204,9 +204,8 @@ def _write_csv(path: Path, rows: Iterable[Sequence[str]], *, zipped: bool) -> No
             raw = stack.enter_context(archive.open(entry, "w", force_zip64=True))
         else:
             raw = stack.enter_context(path.open("wb"))
-        write_rows(
-            stack.enter_context(io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape")), rows
-        )
+        text = io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape")
+        write_rows(stack.enter_context(text), rows)
 
 
 def _text_rows(
