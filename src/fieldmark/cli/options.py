@@ -17,7 +17,7 @@ from fieldmark.errors import ConfigError
 if TYPE_CHECKING:
     from fieldmark.config import Config
 
-DEFAULT_RECIPE = "strong"
+DEFAULT = "strong"  # recipe
 PREPARE, TRAIN, USE, COMPARE = "Prepare", "Train", "Use a model", "Compare and improve"
 
 
@@ -97,18 +97,12 @@ Recipe = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML fi
 RecipeArgument = Annotated[str, typer.Argument(help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.", autocompletion=complete_setting
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.", autocompletion=complete_setting),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-RunFolder = Annotated[
-    Path, typer.Argument(help="Run folder that `fieldmark train` wrote.", autocompletion=complete_run)
-]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder of `fieldmark train`.", autocompletion=complete_run)]
 Model = Annotated[Path, typer.Argument(help="Run folder, or an exported model.", autocompletion=complete_run)]
-RunFolders = Annotated[
-    list[Path], typer.Argument(help="Run folders, sweeps, or folders of them.", autocompletion=complete_run)
-]
+RunFolders = Annotated[list[Path], typer.Argument(help="Run folders or sweeps of them.", autocompletion=complete_run)]
 NewRun = Annotated[Path | None, typer.Option("--out", help="Run folder to make; default: a new one in runs/.")]
 Ray = Annotated[str | None, typer.Option("--ray", help="Share the work on a Ray cluster; alone, start one here.")]
 

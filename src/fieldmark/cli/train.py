@@ -61,15 +61,9 @@ def train(
         typer.Option(help="Shipped recipe or TOML file; without one the time decides.", autocompletion=complete_recipe),
     ] = None,
     out: NewRun = None,
-    minutes: Annotated[
-        float | None, typer.Option(min=0.1, help="Make the best model that this time can make, and stop.")
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Continue this run, with its own settings.", autocompletion=complete_run)
-    ] = None,
-    moved: Annotated[
-        str | None, typer.Option("--data", help="With --resume: where the run's photos are now, if they moved.")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Make the best model of this time, and stop.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to continue.", autocompletion=complete_run)] = None,
+    moved: Annotated[str | None, typer.Option("--data", help="With --resume: where its photos are now.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Short for --set train.epochs=N.")] = None,
     model: Annotated[str | None, typer.Option(help="Short for --set model.name=NAME.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the training images (augment.size), in pixels.")] = None,
@@ -77,9 +71,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Short for --set optim.lr=RATE.")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set train.seed=N.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps (train.device).")] = None,
-    track: Annotated[
-        list[str] | None, typer.Option(help="tensorboard, wandb or mlflow (train.trackers); may be repeated.")
-    ] = None,
+    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or mlflow; may be repeated.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Serve the report of the training while it runs.")] = False,
     set_: Overrides = None,
     as_json: Json = False,
@@ -92,9 +84,7 @@ def train(
                            device=device, track=track)  # fmt: skip
     overrides = [*short, *(set_ or ())]
     if resume is not None and (data is not None or out is not None or overrides or recipe):
-        raise typer.BadParameter(
-            "--resume takes settings and folder from the run: give nothing else but --data or --minutes"
-        )
+        raise typer.BadParameter("--resume takes all from the run: give nothing else but --data or --minutes")
     if moved is not None and resume is None:
         raise typer.BadParameter("--data goes with --resume: give the photos of a new run as DATA")
     run_training(data or moved, recipe, out, overrides, minutes=minutes, resume=resume, watch=watch, as_json=as_json)
@@ -173,10 +163,7 @@ def extend(
 def sweep(
     grid: Annotated[str, typer.Argument(help="Grid file or name of a shipped one; a recipe with --vary or --seeds.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs (sweeps/NAME); again to go on.")] = None,
-    vary: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE,VALUE", help="Try each value; several: all combinations."),
-    ] = None,
+    vary: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="Try all combinations.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Train each combination this many times.", min=1)] = None,
     data: Annotated[str | None, typer.Option(help="Photos of all cells.")] = None,
     set_: Overrides = None,
@@ -213,9 +200,7 @@ def compare(
     runs: RunFolders,
     metric: Metric = "top1",
     split: Split = "val",
-    against: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Compare each with this run alone, not every two.")
-    ] = None,
+    against: Annotated[Path | None, typer.Option(metavar="RUN", help="Compare each with this run alone.")] = None,
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a paper or a page.")] = False,
 ) -> None:

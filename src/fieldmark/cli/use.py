@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,14 +25,14 @@ def evaluate(
 
     Accuracy with its interval, each class, confusion, calibration. Tables and pictures go to RUN/evaluation.
     """
-    from fieldmark.inference.evaluation import evaluate_run, format_evaluation, make_output_folder, save_evaluation
+    from fieldmark.inference.evaluation import evaluate_run, make_output_folder, save_evaluation
 
     if out is not None:
         make_output_folder(out)
     with open_progress("evaluate") as progress:
         found = evaluate_run(run, split=split, data=data, flips=flips, progress=progress)
     paths = save_evaluation(found, out or run / "evaluation" / (f"{split}-flips" if flips else split))
-    print_result(found.as_dict(), format_evaluation(found), as_json=as_json)
+    print_result(found.as_dict(), str(found), as_json=as_json)
     typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
 
 
@@ -114,12 +115,8 @@ def calibrate(
     run: RunFolder,
     accuracy: Annotated[float | None, typer.Option(help="Wanted accuracy of the answers, such as 0.95.")] = None,
     coverage: Annotated[float | None, typer.Option(help="Wanted share of photos that are answered.")] = None,
-    confidence_level: Annotated[
-        float, typer.Option(help="How sure the accuracy must be, below 1; 0 takes it as seen.")
-    ] = 0.0,
-    taxonomy: Annotated[
-        Path | None, typer.Option(help="Table of class,genus,family: answer with the group that is sure.")
-    ] = None,
+    confidence_level: Annotated[float, typer.Option(help="How sure it must be, below 1; 0 takes it as seen.")] = 0.0,
+    taxonomy: Annotated[Path | None, typer.Option(help="Table class,genus,family: answer with a sure group.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make probabilities honest, and choose when to say "unknown".
@@ -146,7 +143,7 @@ def calibrate(
     shown = [f"right at the level of {level}: {share:.1%}" for level, share in levels.items()]
     parts = [describe_calibration(found), "\n".join(shown)]
     parts.append(describe_fallback(found.back_off) if found.back_off else "")
-    content = found.to_dict() | ({"levels": levels} if levels else {})
+    content = asdict(found) | ({"levels": levels} if levels else {})
     print_result(content, "\n\n".join(filter(None, parts)), as_json=as_json)
     typer.echo(f"wrote {save_calibration_figure(opened, found)}", err=True)
 
@@ -178,19 +175,13 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="FIELDMARK_API_KEY", help="Ask clients for this key (X-API-Key).")
-    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="FIELDMARK_API_KEY", help="Key to ask for (X-API-Key).")] = None,
     hostname: Annotated[list[str] | None, typer.Option(help="Name that it is served under; may be repeated.")] = None,
-    cors: Annotated[
-        list[str] | None, typer.Option(help="Other site whose pages may ask, such as https://birds.example.")
-    ] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="Site whose pages may ask, as https://birds.example.")] = None,
     max_megabytes: Annotated[float, typer.Option(help="Largest request.", min=0.001)] = 64.0,
     max_megapixels: Annotated[float, typer.Option(help="Largest photo.", min=0.001)] = 60.0,
     max_photos: Annotated[int, typer.Option(help="Most photos in a request.", min=1)] = 64,
-    queue: Annotated[
-        int, typer.Option(help="Most photos at a time; beyond it, requests are refused for now.", min=1)
-    ] = 256,
+    queue: Annotated[int, typer.Option(help="Most photos at a time; beyond it, requests are refused.", min=1)] = 256,
     batch: Annotated[int, typer.Option(help="Most photos in one pass of the model.", min=1)] = 16,
     timeout: Annotated[float, typer.Option(help="Longest time for a request, in seconds.", min=0.1)] = 30.0,
 ) -> None:
@@ -299,7 +290,5 @@ def app(
 
     root = root or Path.home()
     pages = create_studio_app(root, set_ or ())
-    typer.echo(
-        f"open http://127.0.0.1:{port} in a browser; photos are looked for in {root} (stop with Ctrl-C)", err=True
-    )
+    typer.echo(f"open http://127.0.0.1:{port} in a browser; photos are those in {root} (stop with Ctrl-C)", err=True)
     run_server(pages, host="127.0.0.1", port=port, drain_seconds=5, max_connections=200)
