@@ -170,11 +170,7 @@ def remove_dead_parts(folder: Path, pattern: str = "**/*.part") -> None:
 
 
 def fill_template(
-    file: str,
-    values: Mapping[str, Any],
-    *,
-    package: str = "fieldmark",
-    filters: Mapping[str, Callable[..., str]] | None = None,
+    file: str, values: Mapping[str, Any], *, package: str = "fieldmark", filters: Mapping[str, Any] | None = None
 ) -> str:
     """Fill in a Jinja template of a folder `templates`, without a newline at its end; in HTML all values are text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -186,5 +182,5 @@ def fill_template(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= filters or {}
+    environment.filters.update(filters or {})
     return environment.get_template(file).render(values).rstrip("\n")

@@ -8,9 +8,9 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmentWide, autoaugment
 
 from fieldmark.augment.sample import (
+    MOVING,
     OPERATIONS,
     apply_operation,
-    is_geometric,
     num_policy_uniforms,
     operation_matrix,
     sample_policy,
@@ -64,7 +64,7 @@ def test_each_operation_is_torchvisions(scenes, interpolation):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs)), OPERATIONS[op]
 
 
-@pytest.mark.parametrize("op", [op for op in range(len(OPERATIONS)) if is_geometric(op)])
+@pytest.mark.parametrize("op", MOVING)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_matrix_is_what_the_operation_does(scenes, op, sign):
     size, magnitude = 96, sign * {"Rotate": 33.0, "TranslateX": 17.2, "TranslateY": 17.2}.get(OPERATIONS[op], 0.4)

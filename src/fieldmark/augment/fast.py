@@ -19,14 +19,7 @@ from torch import Tensor
 
 from fieldmark.augment.kernels import finish, soften, warp
 from fieldmark.augment.reference import require_photo, resize_box, to_pil
-from fieldmark.augment.sample import (
-    AugmentSpec,
-    BatchParams,
-    apply_operation,
-    is_geometric,
-    noise_bank,
-    operation_matrix,
-)
+from fieldmark.augment.sample import MOVING, AugmentSpec, BatchParams, apply_operation, noise_bank, operation_matrix
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -207,7 +200,7 @@ def apply_policy_colors(picture: Tensor, ops: Whole, magnitudes: Floats, fill: t
     geometric step keeps its color in the reference's order only.
     """
     pairs = zip(ops.tolist(), magnitudes.tolist(), strict=True)
-    steps = [(op, magnitude) for op, magnitude in pairs if op and not is_geometric(op)]
+    steps = [(op, magnitude) for op, magnitude in pairs if op and op not in MOVING]
     if not steps:
         return
     from torchvision.transforms import InterpolationMode

@@ -36,6 +36,7 @@ OPERATIONS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
     "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
+MOVING = range(1, 6)  # those of them that move pixels rather than changing their color
 _SIGNED = np.array([1 <= number <= 9 for number in range(len(OPERATIONS))])
 _NUM_BINS = 31
 _DRAWS = 3  # operation, strength, sign
@@ -229,11 +230,6 @@ def _erase(spec: AugmentSpec, chances: Floats) -> tuple[NDArray[np.int64], NDArr
 def _between(u: Floats, ends: ArrayLike) -> Floats:
     low, high = np.asarray(ends, dtype=np.float64)
     return low + u * (high - low)
-
-
-def is_geometric(op: int) -> bool:
-    """Whether operation number `op` moves pixels rather than changing their color."""
-    return 1 <= op <= 5
 
 
 def num_policy_uniforms(policy: Policy, num_ops: int) -> int:

@@ -118,9 +118,7 @@ def format_models(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [[_as_text(row[key]) for key in keys] for row in rows]
     cells = [[columns[key] for key in keys], *shown]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
 def _as_text(value: Any) -> str:

@@ -42,18 +42,13 @@ class DepthwiseGradients(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = _depthwise(*args) if func is torch.conv2d and not kwargs else None
+        # A module's call has all seven arguments.
+        found = _depthwise(*args) if func is torch.conv2d and len(args) == 7 else None
         return func(*args, **(kwargs or {})) if found is None else found
 
 
 def _depthwise(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    images: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor | None:
     """The convolution, or None where torch's own is as good."""
     is_depthwise = images.ndim == 4 and 1 < groups == images.shape[1] == weight.shape[0]
