@@ -29,9 +29,7 @@ _COUNTED = {"/predict", "/health", "/classes", "/metrics", "/"}
 _STATIC = resources.files("fieldmark.serve") / "static"
 # Not by the system's list of types, which may call a script plain text.
 _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
-_REFUSALS: dict[int | str, Any] = {
-    int(n): {"model": Problem, "description": why} for n, why in HTTP["refusals"].items()
-}
+_REFUSALS: dict[Any, Any] = {int(n): {"model": Problem, "description": why} for n, why in HTTP["refusals"].items()}
 _GENERAL_REFUSALS = {status: refusal for status, refusal in _REFUSALS.items() if status not in (422, 503)}
 # The names that clients of other servers use, too.
 _FIELDS = ("photos", "photo", "files", "file", "images", "image", "photos[]", "files[]", "images[]")

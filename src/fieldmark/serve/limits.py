@@ -58,10 +58,6 @@ class Access:
             if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
                 raise ConfigError(f'an origin is like "https://birds.example" or "*"; got {origin!r}')
 
-    def shares_with(self, origin: str) -> bool:
-        """Whether a page of another site may read the answers."""
-        return "*" in self.cors_origins or origin in self.cors_origins
-
     def require_own_name(self, host: str, origin: str) -> None:
         """Refuse a Host that is not this server, and pages of other sites unless they were allowed."""
         own = {name.lower() for name in self.hosts}
@@ -69,12 +65,10 @@ class Access:
         # Another site that points its own name at this machine must not read answers (DNS rebinding). An address in
         # numbers always is this server: rebinding needs a name.
         if name not in own | {"localhost", socket.gethostname().lower()} and parse_address(name) is None:
-            raise HTTPException(
-                400, f"this server is not {host[:100]!r}; start it with --hostname to give it that name"
-            )
+            raise HTTPException(400, f"this server is not {host[:100]!r}; give it that name by --hostname at its start")
         sender = origin.lower().partition("://")[2]
         is_own = bool(sender) and (sender == host.lower() or _host_name(sender) in own)  # also behind a proxy
-        if origin and not is_own and not self.shares_with(origin):
+        if origin and not is_own and not {"*", origin} & set(self.cors_origins):
             raise HTTPException(403, f"pages of {origin[:100]!r} may not ask; start the server with --cors to let them")
 
     def require_key(self, path: str, headers: Headers) -> None:
@@ -127,7 +121,7 @@ class RequestLimits:
             await self._app(scope, receive, send)
             return
         origin = Headers(scope=scope).get("origin", "")
-        send = self._guard(send, origin if self._access.shares_with(origin) else "")
+        send = self._guard(send, origin if {"*", origin} & set(self._access.cors_origins) else "")
         with suppress(_ClientGoneError):  # nobody is there to answer
             try:
                 await self._serve(scope, receive, send)
@@ -146,7 +140,12 @@ class RequestLimits:
         body = bytearray()
         try:
             await self._take_body(headers.get("content-length", ""), receive, body)
-            await self._app(scope, _replay(bytes(body), receive), send)
+            whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
+
+            async def replay() -> Message:
+                return next(whole, None) or await receive()  # only a disconnect can follow
+
+            await self._app(scope, replay, send)
         finally:
             self._held_bytes -= len(body)
 
@@ -195,12 +194,3 @@ class RequestLimits:
                 raise _ClientGoneError from None
 
         return guarded
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def replay() -> Message:
-        return next(messages, None) or await receive()  # only a disconnect can follow
-
-    return replay

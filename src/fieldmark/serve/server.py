@@ -39,16 +39,12 @@ def run_server(app: FastAPI, *, host: str, port: int, drain_seconds: int, max_co
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket, so that a port that is taken is one clear message."""
     address = parse_address(host)
-    listener = socket.socket(socket.AF_INET6 if address and address.version == 6 else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    family = socket.AF_INET6 if address and address.version == 6 else socket.AF_INET
     try:
-        listener.bind((host, port))
+        return socket.create_server((host, port), family=family)
     except OSError as error:
-        listener.close()
-        raise ResourceError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}. Give another --host or --port"
-        ) from None
-    return listener
+        reason = str(error.strerror or error).partition(" (")[0]
+        raise ResourceError(f"{host}:{port} cannot be listened on: {reason}. Give another --host or --port") from None
 
 
 def is_local(host: str) -> bool:

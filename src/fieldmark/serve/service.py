@@ -153,22 +153,18 @@ class PhotoService:
 
     async def _answer(self, photos: Sequence[bytes], top: int, *, wants_attention: bool) -> list[PhotoAnswer]:
         loop = asyncio.get_running_loop()
-        prepared = await asyncio.gather(
-            *(loop.run_in_executor(self._decoders, self._prepare, photo) for photo in photos)
-        )
+        prepared = await asyncio.gather(*(loop.run_in_executor(self._decoders, self._prepare, one) for one in photos))
         rows = iter(await self._batcher.submit([item.picture for item in prepared if isinstance(item, Prepared)]))
         answers: list[PhotoAnswer] = []
         for item in prepared:
-            if isinstance(item, str):
-                answer = self._describe(np.empty(0, np.float32), item, top)
-            else:
-                row = next(rows)
-                answer = self._describe(row, "", top)
+            row, problem = (np.empty(0, np.float32), item) if isinstance(item, str) else (next(rows), "")
+            answer = self._describe(row, problem, top)
+            if isinstance(item, Prepared):
                 answer.seen = list(item.box)
-                if wants_attention and self.model.has_attention:
-                    best = int(row.argmax())
-                    found = await loop.run_in_executor(self._decoders, self.model.attention, item.picture, best)
-                    answer.attention = np.round(found.astype(float), 3).tolist()
+            if isinstance(item, Prepared) and wants_attention and self.model.has_attention:
+                best = int(row.argmax())
+                found = await loop.run_in_executor(self._decoders, self.model.attention, item.picture, best)
+                answer.attention = np.round(found.astype(float), 3).tolist()
             outcome = "unreadable" if answer.problem else "unknown" if answer.is_unknown else "answered"
             self.metrics.photos.labels(outcome).inc()
             answers.append(answer)
@@ -352,9 +348,7 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "fieldmark_requests", "Requests by path and status.", ["path", "status"], registry=registry
-        )
+        self.requests = Counter("fieldmark_requests", "Requests so far.", ["path", "status"], registry=registry)
         self.seconds = Histogram("fieldmark_request_seconds", "Time from body to answer.", ["path"], registry=registry)
         self.photos = Counter("fieldmark_photos", "Photos by outcome.", ["outcome"], registry=registry)
         self.batch_size = Histogram(

@@ -174,11 +174,7 @@ class Studio:
         return [word for setting in (*self.overrides, *more) for word in ("--set", setting)]
 
     def ask(
-        self,
-        path: str,
-        minutes: Annotated[float, Query(ge=0.1, le=10_080)],
-        mended: str = "",
-        is_single: bool = False,
+        self, path: str, minutes: Annotated[float, Query(ge=0.1, le=10_080)], mended: str = "", is_single: bool = False
     ) -> dict[str, str]:
         """Put a training at the end of the queue, and give its name.
 
@@ -195,7 +191,7 @@ class Studio:
             taken = {entry.name.partition(".")[0] for entry in self.runs.iterdir()}
             name = next(name for number in count(1) if (name := f"{stem}-{number}") not in taken)
             asked = Asked(data=self.shown(data), minutes=minutes, asked=time.time(), settings=settings)
-            self._write(name, asked)
+            folder.write_json(self.runs / f"{name}.json", asked.model_dump())
         self.advance()
         return {"name": name}
 
@@ -222,7 +218,8 @@ class Studio:
                 asked = known[name]
                 words = [str(self.root / asked.data), "--out", str(self.runs / name), "--minutes", f"{asked.minutes:g}"]
                 child = self._spawn(name, "train", *words, *self._settings(asked.settings))
-                self._write(name, asked.model_copy(update={"pid": child.pid, "started": time.time()}))
+                begun = asked.model_copy(update={"pid": child.pid, "started": time.time()})
+                folder.write_json(self.runs / f"{name}.json", begun.model_dump())
 
     def _spawn(self, name: str, *words: str) -> subprocess.Popen[bytes]:
         """Begin a command of ours that outlives this server, with what it prints in NAME.txt."""
@@ -390,9 +387,6 @@ class Studio:
         if asked is None:
             raise RunError(f"there is no training {name!r} in {self.runs}")
         return asked
-
-    def _write(self, name: str, asked: Asked) -> None:
-        folder.write_json(self.runs / f"{name}.json", asked.model_dump())
 
     def _alone(self) -> AbstractContextManager[None]:
         """Keep other requests, and other servers over the same folder, from the queue."""
