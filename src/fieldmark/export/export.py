@@ -26,10 +26,10 @@ from fieldmark.files import digest_file, whole_folder
 from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.exported import FILE, Compute, ExportedModel, ModelMetadata, compute_with
 from fieldmark.inference.predictor import Predictor
-from fieldmark.inference.taxonomy import Floats
 from fieldmark.models.classifier import Classifier
 from fieldmark.runs.folder import Run
 from fieldmark.training.evaluate import Device
+from fieldmark.training.metrics import Floats, Ints
 
 KINDS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "model.safetensors"}
 KINDS["web"] = KINDS["onnx"]  # which the page opens
@@ -279,9 +279,7 @@ def require_parity(reference: Floats, exported: Floats, *, limit: float) -> dict
     return {**found, "relative_difference": relative, "limit": limit}
 
 
-def require_small_loss(
-    reference: Floats, quantized: Floats, labels: NDArray[np.integer[Any]], *, limit: float
-) -> dict[str, Any]:
+def require_small_loss(reference: Floats, quantized: Floats, labels: Ints, *, limit: float) -> dict[str, Any]:
     """What int8 costs in accuracy, at most the share `limit`, by (N, K) logits of photos that did not calibrate it."""
     was_right, is_right = reference.argmax(axis=1) == labels, quantized.argmax(axis=1) == labels
     before, after = float(was_right.mean()), float(is_right.mean())

@@ -22,11 +22,11 @@ from scipy.special import log_softmax, softmax
 from fieldmark.data.folders import NONE
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import Positive, Share, fill_template, read_values, write_whole
-from fieldmark.inference.taxonomy import Fallback, Floats, Taxonomy, Whole, load_taxonomy, score_levels
+from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
 from fieldmark.plots import figure_png, new_figure
 from fieldmark.runs.folder import Run, write_json
 from fieldmark.study.statistics import Interval, widen_to_wilson
-from fieldmark.training.metrics import calibration_error, log_loss
+from fieldmark.training.metrics import Floats, Ints, calibration_error, log_loss
 
 FILE = "calibration.json"
 
@@ -129,7 +129,7 @@ def load_calibration(run: Run) -> Calibration | None:
 
 def calibrate(
     logits: Floats,
-    labels: Whole,
+    labels: Ints,
     wanted: str,
     wanted_value: float,
     *,
@@ -209,7 +209,7 @@ def _score_none(confidence: Floats, is_none: NDArray[np.bool_], answered: NDArra
     return NoneScore(int(is_none.sum()), float(answered[is_none].mean()), auroc, fpr95)
 
 
-def fit_temperature(logits: Floats, labels: Whole) -> float:
+def fit_temperature(logits: Floats, labels: Ints) -> float:
     """The temperature T in [0.05, 20] that makes (N,) labels most likely by softmax(logits / T), of (N, K) logits.
 
     The likelihood is convex in 1 / T, so this is the best.
@@ -241,7 +241,7 @@ def log_probabilities(probabilities: NDArray[np.float32]) -> NDArray[np.float64]
     return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
 
 
-def cross_fit(logits: Floats, labels: Whole, *, folds: int, seed: int) -> Floats:
+def cross_fit(logits: Floats, labels: Ints, *, folds: int, seed: int) -> Floats:
     """(N, K) calibrated probabilities in which no photo counts with a temperature that was fitted on it."""
     if folds < 2 or len(labels) < 2:
         raise DataError(f"cross-fitting takes at least 2 photos and 2 folds; got {len(labels)} photos, {folds} folds")
@@ -259,7 +259,7 @@ class CoverageCurve(NamedTuple):
     thresholds: Floats  # (M,) distinct confidences, rising; a photo is answered if its confidence is at least this
     coverage: Floats  # (M,) share of the photos that are answered, in (0, 1], falling
     accuracy: Floats  # (M,) share of right answers among the answered
-    answered: Whole  # (M,) number of photos that are answered
+    answered: Ints  # (M,) number of photos that are answered
 
 
 def coverage_curve(confidence: Floats, is_right: NDArray[np.bool_]) -> CoverageCurve:
@@ -321,7 +321,7 @@ def _check_share(name: str, value: float) -> None:
 
 
 def fit_fallback(
-    probabilities: Floats, labels: Whole, tree: Taxonomy, *, threshold: float, accuracy: float, confidence_level: float
+    probabilities: Floats, labels: Ints, tree: Taxonomy, *, threshold: float, accuracy: float, confidence_level: float
 ) -> Fallback:
     """Thresholds from fine to coarse, each chosen on the photos that no finer level answers.
 

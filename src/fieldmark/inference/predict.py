@@ -29,11 +29,11 @@ from fieldmark.inference.calibration import load_calibration
 from fieldmark.inference.exported import FILE
 from fieldmark.inference.predictor import Prediction, Predictor
 from fieldmark.inference.sources import FileList, PhotoSource, Piece
-from fieldmark.inference.taxonomy import Floats
 from fieldmark.inference.writers import Form, PredictedPhotos, save_predictions
 from fieldmark.progress import Progress
 from fieldmark.runs.cluster import open_cluster, require_slots, worker_needs
 from fieldmark.runs.folder import Run, write_json
+from fieldmark.training.metrics import Floats
 
 PHOTOS_BETWEEN_LINES = 10_000
 FORMAT = 3

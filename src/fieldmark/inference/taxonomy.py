@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,7 @@ from fieldmark.data.tables import read_table
 from fieldmark.errors import DataError
 from fieldmark.files import Share, fill_template
 from fieldmark.runs.folder import Run
-
-Floats = NDArray[np.floating[Any]]
-Whole = NDArray[np.integer[Any]]
+from fieldmark.training.metrics import Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class LevelScore:
 
 
 def score_levels(
-    probabilities: Floats, labels: Whole, taxonomy: Taxonomy, thresholds: Sequence[float | None]
+    probabilities: Floats, labels: Ints, taxonomy: Taxonomy, thresholds: Sequence[float | None]
 ) -> tuple[LevelScore, ...]:
     """Return how each level answers these photos, by (N, K) probabilities and (N,) labels."""
     answers = find_answers(probabilities, taxonomy, thresholds=thresholds)

@@ -27,7 +27,6 @@ from fieldmark.study.grid import BOOKS, Cell, Grid, Job, State, base_settings, b
 MAX_RETRIES = 3
 SECONDS_TO_SAVE = 120.0
 
-
 # Asked again and again whether a cell that was started has ended: None where it has not, else what is amiss, or "".
 Ended = Callable[[], str | None]
 
