@@ -16,6 +16,7 @@ import difflib
 import shlex
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 
 def did_you_mean(word: str, options: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
@@ -49,6 +50,10 @@ class FieldmarkError(Exception):
         True
     """
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the way back from a worker process: pickle would call the constructor with the message alone."""
+        return Exception.__new__, (type(self), *self.args), self.__dict__
+
 
 class ConfigError(FieldmarkError):
     """A recipe or an override is not valid."""
@@ -65,10 +70,6 @@ class PhotoError(DataError):
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
-
-    def __reduce__(self) -> tuple[type[PhotoError], tuple[str, str]]:
-        """Survive the way back from a worker process, which pickles by constructor arguments."""
-        return type(self), (self.path, self.reason)
 
 
 class WeightsError(FieldmarkError):

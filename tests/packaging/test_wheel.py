@@ -41,7 +41,7 @@ def test_extras_that_all_names_exist_and_former_names_still_install():
 FLOORS = {
     "pillow": "12.3",
     "python-multipart": "0.0.30",
-    "ray": "2.54",
+    "ray": "2.55",
     "jinja2": "3.1.6",
     "filelock": "3.20.3",
     "onnx": "1.19.1",

@@ -54,8 +54,8 @@ def test_an_epoch_holds_every_training_photo_once_in_another_order_each_time():
 
 def test_processes_share_the_evaluation_batches_of_one():
     numbers = np.arange(20)
-    shares = [make_plan(8, processes=2).eval_share(numbers, rank) for rank in (0, 1)]
-    assert sorted(shares[0] + shares[1]) == make_plan(8).eval_share(numbers, 0)
+    shares = [make_plan(8).eval_share(numbers, rank=rank, processes=2) for rank in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == make_plan(8).eval_share(numbers, rank=0, processes=1)
 
 
 def test_each_epoch_has_its_size_and_its_mixing():

@@ -527,7 +527,7 @@ def test_the_command_line_tells_each_epoch_once_for_two_processes(photos, tmp_pa
         [*command, *(f"--set={pair}" for pair in pairs)], capture_output=True, text=True, check=True, timeout=120
     )
     assert json.loads(done.stdout)["status"] == "finished"
-    for line in ("probe ", "epoch   1", "epoch   2", "data: "):
+    for line in ("probe ", "epoch   1", "epoch   2", "data: 48 photos"):
         assert sum(told.startswith(line) for told in done.stderr.splitlines()) == 1, done.stderr
     assert "deprecated" not in done.stderr
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fieldmark.cli.options import (
+    DEFAULT,
     Data,
     Json,
     NewRun,
@@ -73,6 +74,8 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps (train.device).")] = None,
     track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or mlflow; may be repeated.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Serve the report of the training while it runs.")] = False,
+    ray: Ray = None,
+    workers: Annotated[int | None, typer.Option(help="With --ray: processes that train together.", min=1)] = None,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -80,14 +83,20 @@ def train(
 
     With --minutes, or without a recipe, the plan is made by measuring: which backbones, sizes and views, and how long.
     """
+    if ray is not None and minutes is not None:
+        raise typer.BadParameter("--minutes are spent by one process: give --ray a --recipe instead")
+    if resume is None and (ray is None) != (workers is None):
+        raise typer.BadParameter("--ray and --workers N go together: N processes on the cluster train one model")
+    recipe = DEFAULT if workers and recipe is None else recipe
     short = flag_overrides(recipe, epochs=epochs, model=model, size=size, batch_size=batch_size, lr=lr, seed=seed,
-                           device=device, track=track)  # fmt: skip
+                           device=device, devices=workers, track=track)  # fmt: skip
     overrides = [*short, *(set_ or ())]
     if resume is not None and (data is not None or out is not None or overrides or recipe):
-        raise typer.BadParameter("--resume takes all from the run: give nothing else but --data or --minutes")
+        raise typer.BadParameter("--resume takes all from the run: give nothing else but --data, --minutes or --ray")
     if moved is not None and resume is None:
         raise typer.BadParameter("--data goes with --resume: give the photos of a new run as DATA")
-    run_training(data or moved, recipe, out, overrides, minutes=minutes, resume=resume, watch=watch, as_json=as_json)
+    run_training(data or moved, recipe, out, overrides, minutes=minutes, resume=resume, ray=ray, watch=watch,
+                 as_json=as_json)  # fmt: skip
 
 
 def run_training(
@@ -98,6 +107,7 @@ def run_training(
     *,
     minutes: float | None,
     resume: Path | None,
+    ray: str | None,
     watch: bool,
     as_json: bool,
 ) -> None:
@@ -112,15 +122,19 @@ def run_training(
     has_budget = budget.is_budgeted(resume) if resume else minutes is not None or recipe is None
     if minutes is not None and not has_budget:
         raise typer.BadParameter(f"{resume} was not trained within a budget: --resume goes on with its own recipe")
-    if resume and data and has_budget:
-        raise typer.BadParameter(f"{resume} was trained within a budget: its photos must be where they were")
+    if resume and has_budget and (data or ray is not None):
+        raise typer.BadParameter(f"{resume} was trained within a budget: in one process, and on photos where they were")
     path = resume or out or runs.new_run_folder(config, recipe or "minutes")
     with open_progress("train") as progress:
         if watch and is_main_process():
             from fieldmark.study.watch import start_watching
 
             progress.message(f"the report of this training, as it goes: {start_watching(path)}")
-        if not has_budget:
+        if ray is not None:
+            from fieldmark.runs.workers import train_on_ray
+
+            train_on_ray(config, path, address=ray, is_new=resume is None, data=data, progress=progress)
+        elif not has_budget:
             resumed = runs.resume(path, data=data, progress=progress)
             for report in resumed if resume else runs.train(config, path, progress=progress):
                 if is_main_process():
@@ -128,10 +142,7 @@ def run_training(
         elif resume:
             budget.resume_within(path, minutes=minutes, progress=progress)
         else:
-            if minutes is None:
-                minutes = budget.machine_minutes(config)
-                progress.message(f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine")
-            spent = time.monotonic() - STARTED
+            minutes, spent = minutes or budget.machine_minutes(config), time.monotonic() - STARTED
             budget.train_within(config, path, minutes=minutes, spent_seconds=spent, progress=progress)
     if is_main_process():
         run = runs.Run(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import Precision
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from numpy.typing import NDArray
 
 from fieldmark.augment.mixing import MixSpec
@@ -85,7 +87,7 @@ def choose_threads(config: Config, *, workers: int) -> Choice[int]:
     """Choose the compute threads of a CPU run: more threads than cores, workers included, would collapse."""
     if config.train.threads:
         return Choice(config.train.threads, "as asked")
-    cores = usable_cores() // config.train.devices
+    cores = usable_cores(config.train.devices)
     return Choice(max(cores - workers, 1), f"{cores} cores, {workers} of them for the loader")
 
 
@@ -93,7 +95,7 @@ def choose_workers(config: Config, *, is_cached: bool, device: torch.device) -> 
     """Choose how many processes prepare batches."""
     if config.loader.workers != "auto":
         return Choice(config.loader.workers, "as asked")
-    cores = usable_cores() // config.train.devices
+    cores = usable_cores(config.train.devices)
     return Choice(*auto_workers(cores=cores, is_cached=is_cached, has_gpu=device.type != "cpu"))
 
 
@@ -169,16 +171,26 @@ def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice[str] | Choice
     if device.value == "cpu":
         keep_freed_memory()
     precision = choose_precision(config, device.value)
-    is_distributed = config.train.devices * config.train.nodes > 1
+    options: dict[str, Any] = {"devices": config.train.devices, "num_nodes": config.train.nodes}
+    launched = os.environ.get("LOCAL_WORLD_SIZE")
+    if launched:
+        options = {"devices": int(launched), "plugins": [_Launched()]}
+    is_distributed = bool(launched) or config.train.devices * config.train.nodes > 1
     quiet_fabric()
     fabric = Fabric(
         accelerator=device.value,
-        devices=config.train.devices,
-        num_nodes=config.train.nodes,
         strategy="ddp" if is_distributed else "auto",
         precision=precision.value,  # type: ignore[arg-type]
+        **options,
     )
     return fabric, {"device": device, "precision": precision}
+
+
+class _Launched(TorchElasticEnvironment):
+    """Processes that torchrun or Ray has started: how many there are is theirs to say, not the settings'."""
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -323,6 +335,7 @@ def build_phase(config: Config, epoch: int, data: InputConfig) -> Phase:
 
 def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPlan:
     """Give the order of the photos that learn and of those that validate."""
+    processes = max(processes, config.train.devices * config.train.nodes)  # where some are lost, batches stay
     batch_sizes = config.train.batch_size, config.eval.batch_size
     return TrainPlan(
         config.train.epochs, index.numbers("train"), index.numbers("val"), config.train.seed, *batch_sizes, processes

@@ -57,3 +57,14 @@ def worker_needs(ray: Any, *, cpus: int) -> dict[str, float]:
     if gpus := total.get("GPU", 0.0):
         return {"CPU": float(max(total.get("CPU", 0.0) // gpus, 1)), "GPU": 1.0}
     return {"CPU": float(cpus), "GPU": 0.0}
+
+
+def share_out(ray: Any, workers: int, *, at_least: int) -> dict[str, float]:
+    """What each of so many workers takes, or of fewer where there is no room: a GPU, or all cores that there are."""
+    cores = int(ray.cluster_resources().get("CPU", 0))
+    for count in range(workers, at_least - 1, -1):
+        for cpus in range(max(cores // count, 1), 0, -1):
+            needs = worker_needs(ray, cpus=cpus)
+            if count_slots(ray, needs) >= count:
+                return {kind: amount for kind, amount in needs.items() if amount}
+    raise ResourceError(f"the Ray cluster has no room for {at_least} workers: give fewer --workers, or add machines")

@@ -275,7 +275,7 @@ class TrainPlan:
     seed: int
     batch_size: int  # photos per update over all processes
     eval_batch_size: int
-    processes: int  # that train together
+    processes: int  # at most, that train together
 
     @property
     def steps_per_epoch(self) -> int:
@@ -287,9 +287,9 @@ class TrainPlan:
         order = epoch_order(len(self.train_numbers), seed=self.seed, epoch=epoch)
         return cut_updates(self.train_numbers[order], self.batch_size, processes=self.processes)  # type: ignore[arg-type]
 
-    def eval_share(self, numbers: NDArray[np.int64], rank: int) -> list[Sequence[int]]:
+    def eval_share(self, numbers: NDArray[np.int64], *, rank: int, processes: int) -> list[Sequence[int]]:
         """Give one process every n-th evaluation batch, so that batches do not depend on the number of processes."""
-        return cut_plan(numbers.tolist(), self.eval_batch_size)[rank :: self.processes]
+        return cut_plan(numbers.tolist(), self.eval_batch_size)[rank::processes]
 
 
 def count_updates(num_photos: int, batch_size: int, *, processes: int) -> int:

@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -113,7 +114,8 @@ class Session:
     def predict(self, network: Callable[[Tensor], Tensor], numbers: NDArray[np.int64]) -> Predictions:
         """Show a network, or a part of one, the evaluation pictures of some photos; each process gets all answers."""
         prepare = EvalPhotos(self.reader, self.evaluation, keeps_broken=False)
-        batches = self.loader.batches(prepare, self.plan.eval_share(numbers, self.fabric.global_rank), epoch=0)
+        share = self.plan.eval_share(numbers, rank=self.fabric.global_rank, processes=self.fabric.world_size)
+        batches = self.loader.batches(prepare, share, epoch=0)
         channels_last = build.is_channels_last(self.config)
         return predict_batches(self.fabric, network, batches, flips=False, channels_last=channels_last)
 
@@ -219,6 +221,7 @@ def open_session(
         # One process decodes; the others find the photos inspected and the cache filled.
         first = _run_together(fabric, lambda: load() if fabric.is_global_zero else None)
         dataset = _run_together(fabric, lambda: first or load())
+        _run_together(fabric, lambda: _require_same(fabric, dataset))
         built = _run_together(fabric, lambda: build.build_model(config, num_classes=len(dataset.index.classes)))
         session, workers, cache_note = assemble(
             config, path, fabric, dataset, built, select=config.train.select, progress=progress
@@ -273,6 +276,17 @@ def _run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]  # without a problem it is what `work` gave
 
 
+def _require_same(fabric: Fabric, dataset: Dataset) -> None:
+    """Refuse to train in processes that see different photos, or that divide them in other ways."""
+    if fabric.world_size == 1:
+        return
+    names = "\0".join(f"{photo.path}\0{photo.split}" for photo in dataset.index.photos)
+    seen: Any = fabric.all_gather(torch.tensor(crc32(names.encode("utf-8", "surrogateescape")), device=fabric.device))
+    if seen.min() != seen.max():
+        raise DataError(f"the machines see or divide the photos in {dataset.index.root} in different ways: share the "
+                        "folder, and give splits by folders or a column")  # fmt: skip
+
+
 def require_photos_of(path: Path, root: Path | str) -> None:
     """Refuse to resume the run in `path` where its photos, a folder or a table, are gone."""
     if not is_url(str(root)) and not Path(root).exists():
@@ -318,5 +332,7 @@ def _describe_start(session: Session, choices: dict[str, build.Choice[str] | bui
         lines.append(f"data: {len(dataset.broken)} broken photos left out, listed in {folder.BROKEN}")
     lines.append(f"weights: {weights.summary()}")
     lines += [f"{name}: {choice.value} ({choice.reason})" for name, choice in choices.items()]
+    if session.plan.processes > 1:
+        lines.append(f"processes: {session.fabric.world_size} of {session.plan.processes}")
     warnings = [*weights.warnings(), *build.build_schedule_spec(session.config).warnings()]
     return [*dataset.notes, *lines, *(f"warning: {text}" for text in warnings)]

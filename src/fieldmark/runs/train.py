@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -35,14 +36,18 @@ from fieldmark.runs.writer import Trackers, flatten
 from fieldmark.training import metrics
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs, train_head
 
+STOP_FILE = "FIELDMARK_STOP_FILE"  # environment variable: where the file of a launcher is
+
 
 @dataclass
 class StopRequest:
-    """Set once a signal came. A second signal is not held back."""
+    """Set once a signal came, or a launcher's file names one. A second signal is not held back."""
 
     signal_name: str = ""
 
     def __bool__(self) -> bool:
+        if not self.signal_name and (file := Path(os.environ.get(STOP_FILE, ""))).is_file():
+            self.signal_name = file.read_text(encoding="utf-8")
         return bool(self.signal_name)
 
 
@@ -224,7 +229,7 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
             yield report
             if is_over:
                 break
-            if _all_ranks_want_stop(session, stop, 0):
+            if _all_ranks_want(session, stop, 0):
                 _raise_interrupted(session, state, stop)
     except NonFiniteError as error:
         raise _with_photo_names(session, state, error) from error
@@ -243,9 +248,9 @@ def _iterate_with_stop(
     saved = time.monotonic()
     for number, batch in enumerate(session.train_batches(epoch, first)):
         # Between two updates: the state is whole here.
-        if number and _all_ranks_want_stop(session, stop, number):
+        if number and _all_ranks_want(session, stop, number):
             return
-        if number and minutes and session.fabric.world_size == 1 and time.monotonic() - saved > minutes * 60:
+        if number and _all_ranks_want(session, 0 < minutes * 60 < time.monotonic() - saved, number):
             state.check_finite()
             session.writer.save(state)
             saved = time.monotonic()
@@ -253,14 +258,14 @@ def _iterate_with_stop(
         session.progress.advance(1)
 
 
-def _all_ranks_want_stop(session: Session, stop: StopRequest, number: int) -> bool:
-    """Whether all processes stop here: they ask each tenth time, as a signal may reach but one."""
+def _all_ranks_want(session: Session, wish: StopRequest | bool, number: int) -> bool:
+    """Whether any process has this wish: they ask each other each tenth time, as a signal may reach but one."""
     if session.fabric.world_size == 1:
-        return bool(stop)
+        return bool(wish)
     if number % 10:
         return False
-    wish = torch.tensor(float(bool(stop)), device=session.fabric.device)
-    wishes: Any = session.fabric.all_reduce(wish, reduce_op="sum")
+    own = torch.tensor(float(bool(wish)), device=session.fabric.device)
+    wishes: Any = session.fabric.all_reduce(own, reduce_op="sum")
     return bool(wishes > 0)
 
 

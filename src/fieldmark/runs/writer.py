@@ -62,11 +62,11 @@ def claim_folder(path: Path, *, is_new: bool) -> Generator[None]:
     with ExitStack() as stack:
         try:
             if is_new:
-                _refuse_used_folder(path)
+                refuse_used_folder(path)
                 path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive_lock(path / LOCK, busy=busy))
             if is_new:
-                _refuse_used_folder(path)  # another training may have come first
+                refuse_used_folder(path)  # another training may have come first
         except OSError as error:
             raise ResourceError(f"{path} cannot be used as a run folder: {error.strerror}") from None
         remove_dead_parts(path)
@@ -78,7 +78,8 @@ def claim_folder(path: Path, *, is_new: bool) -> Generator[None]:
             raise
 
 
-def _refuse_used_folder(path: Path) -> None:
+def refuse_used_folder(path: Path) -> None:
+    """Raise RunError unless a new run may be written to a folder."""
     if not path.exists() or (path.is_dir() and _is_beginning({entry.name for entry in path.iterdir()})):
         return
     hint = "Choose another --out"
@@ -182,6 +183,7 @@ class RunWriter:
         """Write `last.pt`: the run can be continued from here."""
         fabric = self._fabric
         random_states: Any = fabric.all_gather(_random_state(fabric.device))
+        tallies: Any = fabric.all_gather(state.tally.sums)
         if not fabric.is_global_zero:
             return
         content = {
@@ -189,7 +191,7 @@ class RunWriter:
             "optimizer": state.optimizer.state_dict(),
             "precision": fabric.strategy.precision.state_dict(),
             "average": None if state.average is None else state.average.module.state_dict(),
-            "tally": state.tally.sums,
+            "tally": tallies.reshape(fabric.world_size, -1),
             "counts": {name: getattr(state, name) for name in _COUNTS},
             "random": random_states.reshape(fabric.world_size, -1).cpu(),
             "best": {"value": self.history.best_value, "epoch": self.history.best_epoch},
@@ -201,7 +203,7 @@ class RunWriter:
 
     def restore(self, state: TrainState) -> None:
         """Continue from `last.pt`, and drop what was written after it."""
-        fabric, path = self._fabric, self.path / folder.STATE
+        fabric, rank, path = self._fabric, self._fabric.global_rank, self.path / folder.STATE
         saved = load_checkpoint(path)
         try:
             state.model.load_state_dict(saved["model"])
@@ -209,10 +211,14 @@ class RunWriter:
             fabric.strategy.precision.load_state_dict(saved["precision"])
             if state.average is not None:
                 state.average.module.load_state_dict(saved["average"])
-            state.tally = EpochTally(saved["tally"].to(fabric.device))
+            tallies = saved["tally"].to(fabric.device).reshape(-1, len(state.tally.sums))
+            # Where there are more or fewer processes now, the first has what all have counted.
+            own = tallies[rank] if len(tallies) == fabric.world_size else tallies.sum(0) * fabric.is_global_zero
+            state.tally = EpochTally(own)
             for name in _COUNTS:
                 setattr(state, name, saved["counts"][name])
-            _set_random_state(saved["random"][fabric.global_rank], fabric.device)
+            if rank < len(saved["random"]):
+                _set_random_state(saved["random"][rank], fabric.device)
             best, rows, seconds = saved["best"], json.loads(saved["history"]), float(saved["seconds"])
             self.history = History(best["value"], best["epoch"], rows, seconds_before=seconds)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:

@@ -110,7 +110,7 @@ class EpochTally:
 
     def reduce(self, fabric: Fabric) -> list[float]:
         """Add up the sums of all processes; waits for the device."""
-        return fabric.all_reduce(self.sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        return fabric.all_reduce(self.sums.clone(), reduce_op="sum").tolist()  # type: ignore[union-attr]
 
 
 @dataclass
