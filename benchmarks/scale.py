@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,9 @@ PAGE = HOME / "docs" / "how-to" / "millions.md"
 BEGIN, END = "<!-- made by python -m benchmarks.scale: do not edit -->", "<!-- end of what was made -->"
 COUNTS = (1_000_000, 100_000_000)
 SOURCES = ("pipeline", "inference", "gpu", "storage")
+GPU_SPEED = 3_500  # photos per second of one H100, ResNet-50 at 224: as others published; gpu.json would be ours
+EPOCHS = 10
+TAR_BYTES = 256e6  # of `fieldmark pack`, unless it is told otherwise
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -95,6 +98,7 @@ def tables(records: Records) -> str:
         ],
         ["**Training on a GPU**, an epoch:", "", *_hours_table("GPU", _gpu_speeds(records))],
         ["**Predicting, read and computed**, 100 M photos of 500×375:", "", *_whole(records)],
+        [f"**Training for {EPOCHS} epochs**, 500×375, from tar files in a store:", "", *_training(records)],
         ["**Storage**:", "", *_storage(records)],
         [*_circumstances(records), *_missing(records)],
     ]
@@ -129,6 +133,34 @@ def _whole(records: Records) -> list[str]:
             rows.append([step.name, f"{both:,.1f}", _number(total), _number(total / 24), f"{both / read:.0%}"])
     head = ["Model", "photos per core-second", "core hours", "cores for a day", "of it reading"]
     return list(table(head, rows)) if rows else []
+
+
+def _training(records: Records) -> list[str]:
+    """What a training takes, each row from the measurements that it names."""
+    weights = records.get("storage", {}).get("measured", {})
+    photo, cached = weights.get("500×375 JPEG"), weights.get("JPEG-320 cache of 500×375 JPEG")
+    first, later = (per_core(records, step) for step in (TRAIN[0], TRAIN[2]))
+    rows: list[list[str]] = []
+
+    def add(name: str, form: Callable[[float], str], value: Callable[[int], float], source: str) -> None:
+        rows.append([name, *(form(value(count)) for count in COUNTS), source])
+
+    if photo and cached:
+        add("read from the store, once", _bytes, lambda n: n * photo, "storage.json")
+        add("cache of small JPEGs", _bytes, lambda n: n * cached, "storage.json")
+        add("tar files of 256 MB", _number, lambda n: n * photo / TAR_BYTES, "storage.json")
+        add("Gbit/s for each GPU while it reads", _number, lambda _: GPU_SPEED * photo * 8 / 1e9, "a GPU's speed")
+    if first and later:
+        add(
+            "core hours to prepare",
+            _number,
+            lambda n: hours(first, n) + (EPOCHS - 1) * hours(later, n),
+            "pipeline.json: first epoch, then JPEG-320 cache",
+        )
+        add("cores for each GPU, cached", _number, lambda _: GPU_SPEED / later, "pipeline.json, a GPU's speed")
+    speed = f"{GPU_SPEED:,} photos a second, published for one H100: not ours"
+    add("GPU hours, ResNet-50 at 224", _number, lambda n: EPOCHS * hours(GPU_SPEED, n), speed)
+    return list(table(["It takes", *map(_count, COUNTS), "from"], rows)) if len(rows) > 1 else []
 
 
 def _storage(records: Records) -> list[str]:

@@ -4,9 +4,14 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
+import importlib
 import io
 import json
+import os
 import tarfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -303,3 +308,81 @@ def test_far_photos_are_fetched_side_by_side_and_as_often_as_one_by_one(photos, 
     assert not any(fact.problem for fact in facts)
     assert sorted(asked) == sorted(f"memory://slow/{photo.path}" for photo in index.photos)
     assert not shards._coming
+
+
+@pytest.fixture
+def faulty(s3, monkeypatch):
+    """The stand-in store behind a door that answers as it is told: by URL and range, a list of faults still to come."""
+    bucket = s3()
+    bucket.ls("")  # so that it has its own way to the store
+    faults, asked = {}, Counter()
+    host = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+
+    class Door(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            key = (self.path.partition("?")[0], self.headers.get("Range", ""))
+            asked[key] += 1
+            fault = next((left.pop() for name, left in faults.items() if name in "".join(key) and left), "")
+            if fault == "late":
+                time.sleep(1.5)  # the client has hung up at 0.5
+                return
+            if fault == "503":
+                self.send_response(503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            near = http.client.HTTPConnection(host)
+            near.request(self.command, self.path, headers=dict(self.headers))
+            answer = near.getresponse()
+            content = answer.read()
+            near.close()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if fault == "half" else content)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *given):
+            pass
+
+    door = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    thread = threading.Thread(target=door.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{door.server_port}")
+    patience = {"read_timeout": 0.5, "retries": {"max_attempts": 2, "mode": "standard"}}
+    monkeypatch.setitem(importlib.import_module("fsspec.config").conf, "s3", {"config_kwargs": patience})
+    importlib.import_module("s3fs").S3FileSystem.clear_instance_cache()
+    storage._opened.clear()
+    yield bucket, faults, asked
+    door.shutdown()
+    door.server_close()
+    thread.join()
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again_and_one_that_goes_on_is_named(photos, tmp_path, faulty):
+    """503, silence and half an answer, for a range of a tar: no label moves, nothing else is lost."""
+    bucket, faults, asked = faulty
+    members = members_of(photos)
+    url = upload(bucket, cut(members, tmp_path / "shards"), "faulty/shards")
+    index = load(url)
+    assert [file.read_bytes() for file in index.files()] == list(members.values())
+    assert {count for (_, span), count in asked.items() if span} == {1}
+    places = [f"/{file.location.rpartition('/')[2]}bytes={file.start}-" for file in index.files()]
+    late, busy, half, gone, torn = (places[number] for number in (0, 14, 20, 33, 41))
+    faults |= {late: ["late"], busy: ["503"], half: ["half"], gone: ["503"] * 99, torn: ["half"] * 99}
+    asked.clear()
+    config = load_config(None, [f"data.path={url}", "data.broken=skip"]).data
+    found = prepare_dataset(config, progress=Quiet())
+    assert [path for path, _ in found.broken] == [index.photos[33].path, index.photos[41].path]
+    assert all("cannot be read" in reason for _, reason in found.broken)
+    for photo, file in zip(found.index.photos, found.index.files(), strict=True):
+        inner = photo.path.split("/", 1)[1]
+        assert photo.label == inner.split("/")[1]
+        assert file.read_bytes() == members[inner]
+    assert len(found.index) == len(members) - 2
+    assert faults[late] == faults[busy] == faults[half] == []
+    with pytest.raises(DataError, match=r"2 of 48 photos cannot be used:\n  's-2.tar/.*' cannot be read"):
+        prepare_dataset(config.model_copy(update={"broken": "refuse"}), progress=Quiet())
