@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fieldmark.errors import ConfigError
 
 HTTP: dict[str, Any] = tomllib.loads((resources.files("fieldmark.serve") / "http.toml").read_text("utf-8"))
-_RETRY_SECONDS = "2"
 # The pages, their files and /health need no key.
 _OPEN_PATHS = re.compile(r"/|/docs|/health|/(static|examples)/[^/]+")
 
@@ -99,7 +98,7 @@ def parse_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 def busy(reason: str) -> HTTPException:
     """There is too much to do: the client should come back."""
-    return HTTPException(503, reason, {"retry-after": _RETRY_SECONDS})
+    return HTTPException(503, reason, {"retry-after": "2"})
 
 
 class _ClientGoneError(Exception):

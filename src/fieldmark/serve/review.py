@@ -279,8 +279,7 @@ def _printable(text: str) -> str:
 
 
 async def require_json(request: Request) -> None:
-    """Refuse what a page of another site could send without asking."""
-    # A form of another site cannot send JSON without asking first, and is never told yes.
+    """Refuse a form of another site: it cannot send JSON without asking first, and is never told yes."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise HTTPException(415, "send JSON")
 

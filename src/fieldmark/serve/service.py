@@ -286,10 +286,9 @@ def _seen_box(width: int, height: int, spec: EvalSpec) -> tuple[float, float, fl
 
 
 class ServedModel:
-    """A run folder, an ensemble or an export behind the server."""
+    """A run folder, with attention maps if it is convolutional, an ensemble or an export behind the server."""
 
     def __init__(self, path: Path) -> None:
-        """Load a run (with attention maps, for convolutional models), an ensemble or an export (without)."""
         self._predictor = Predictor.load(path)
         self.classes = self._predictor.classes
         self.threshold = self._predictor.threshold

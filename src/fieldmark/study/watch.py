@@ -93,9 +93,6 @@ class _Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        pass
-
 
 def main() -> None:
     """Serve RUN at PORT until the process that trains it is gone, and a little longer."""
