@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -191,13 +192,10 @@ def sweep(
     plan = vary_recipe(grid, vary or (), seeds=seeds or 1) if vary or seeds else grid
     out = out or Path("sweeps") / Path(grid).stem
     with open_progress("sweep") as progress:
-        shown = ""
+        say = cache(progress.message)  # no line twice
 
         def show(status: SweepStatus) -> None:
-            nonlocal shown
-            if (line := _progress_line(status)) != shown:
-                progress.message(line)
-            shown = line
+            say(_progress_line(status))
 
         status = run_sweep(plan, out, data=data, overrides=set_ or (), jobs=jobs, ray=ray, on_status=show)
     for cell in status.cells:
