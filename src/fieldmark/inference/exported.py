@@ -111,8 +111,7 @@ class ExportedModel:
             if not (folder / name).is_file() or digest_file(folder / name) != digest:
                 raise ExportError(f"{folder / name} is damaged: it is not what was exported. Export the run again")
         loaders: dict[str, Callable[[], Compute]] = {
-            "onnx": lambda: _load_onnx(path, threads),
-            "web": lambda: _load_onnx(path, threads),
+            **dict.fromkeys(("onnx", "web"), lambda: _load_onnx(path, threads)),
             "openvino": lambda: _load_openvino(path, threads, precision),
             "torch": lambda: _load_torch(path),
             "timm": lambda: compute_with(
