@@ -113,7 +113,7 @@ def test_every_grid_is_valid_with_several_seeds(name):
     grid = load_grid(name)
     cells = grid_cells(grid, base_settings(grid, ()))
     assert len(cells) == len({cell.name for cell in cells}) >= 2 * len(grid.seeds)
-    assert len(grid.seeds) >= (1 if "-quick" in name or name in OURS else 3)  # ours say what their seeds are too few for
+    assert len(grid.seeds) >= (1 if "-quick" in name or name in OURS else 3)
     assert grid.description
 
 
