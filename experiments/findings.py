@@ -138,13 +138,16 @@ def find_findings(comparisons: Sequence[Comparison]) -> list[Finding]:
     return findings + [Finding(text, "not tested here", (f"It {why}.",)) for text, why in NOT_IN_RUNS]
 
 
-def write_findings(paths: Sequence[str | Path], path: str | Path, *, command: str) -> list[Finding]:
+def write_findings(
+    paths: Sequence[str | Path], path: str | Path, *, command: str, only_tested: bool = False
+) -> list[Finding]:
     """Write the findings of run folders as Markdown.
 
     Args:
         paths: Run folders, sweeps, or folders of them; each path is compared within itself.
         path: The Markdown file.
         command: What the reader types to make it again; it is shown.
+        only_tested: Leave out the claims that these runs say nothing of.
 
     Raises:
         RunError: A path holds no finished run, or runs that cannot be compared.
@@ -155,6 +158,8 @@ def write_findings(paths: Sequence[str | Path], path: str | Path, *, command: st
     comparisons = [compare_runs([one], level=LEVEL) for one in paths]
     groups = [[run for variant in comparison.variants for run in variant.runs] for comparison in comparisons]
     findings = find_findings(comparisons)
+    if only_tested:
+        findings = [finding for finding in findings if finding.verdict != "not tested here"]
     try:
         Path(path).write_text(render_findings(findings, groups, command=command), encoding="utf-8")
     except OSError as error:
@@ -291,10 +296,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.findings", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="Run folders, sweeps, or folders of them.")
     parser.add_argument("--out", type=Path, default=Path("findings.md"), help="Markdown to write.")
+    parser.add_argument("--only-tested", action="store_true", help="Leave out claims that these runs do not test.")
     arguments = parser.parse_args()
     command = " ".join(["python -m experiments.findings", *map(str, arguments.runs), "--out", str(arguments.out)])
+    command += " --only-tested" * arguments.only_tested
     try:
-        findings = write_findings(arguments.runs, arguments.out, command=command)
+        findings = write_findings(arguments.runs, arguments.out, command=command, only_tested=arguments.only_tested)
     except FieldmarkError as error:
         sys.exit(f"error: {error}")
     for finding in findings:
