@@ -42,10 +42,17 @@ def test_nothing_is_said_where_nothing_is_wrong():
         (["eval.interpolation=bilinear"], "the weights expect bicubic"),
         (["schedule.name=warm_restarts", "schedule.restart_epochs=20"], "never restarts"),
         (["train.ema_decay=0.9999"], "remembers 10000 updates"),
+        (["probe.epochs=30"], "moves away from the features that the probed head fits"),
+        (["train.epochs=5", "mix.share=0.2"], "5 epochs are too few for mixing"),
     ],
 )
 def test_each_mistake_is_told(settings, words):
     assert any(words in finding for finding in lint(*settings)), lint(*settings)
+
+
+def test_signs_are_not_to_be_mirrored():
+    assert any("augment.horizontal_flip=0" in finding for finding in lint(classes=("0", "1", "2")))
+    assert lint("augment.horizontal_flip=0", classes=("0", "1", "2")) == lint(classes=("0", "one")) == []
 
 
 def test_an_average_is_advised_that_fits_the_run():

@@ -248,9 +248,8 @@ def lint_recipe(given: LintInput) -> list[str]:
     size, steps = build.train_size(config, weights), config.train.epochs * given.steps_per_epoch
     pairs = {flip: _opposites(given.classes, words) for flip, words in DIRECTIONS.items()}
     values = {
-        "augment": config.augment,
-        "mix": config.mix,
-        "train": config.train,
+        **dict(config),  # its sections
+        "are_digits": all(len(name) == 1 and name.isdigit() for name in given.classes),
         "weights": weights,
         "size": size,
         "evaluation": build.build_eval_spec(config, weights),
