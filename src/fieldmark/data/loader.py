@@ -100,17 +100,14 @@ def cut_plan(numbers: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
 
 
-def shard_plan(plan: Plan, *, rank: int, processes: int) -> list[list[int]]:
+def shard_plan(plan: Plan, *, rank: int, processes: int) -> list[Sequence[int]]:
     """One process's share of a plan: a contiguous part of every batch, so that together they are the same batches.
 
     Photos are neither repeated nor dropped. Shares differ by at most one photo, and a batch with fewer photos than
     processes leaves some an empty share; every process gets as many batches.
     """
-    shares: list[list[int]] = []
-    for numbers in plan:
-        start, end = (len(numbers) * part // processes for part in (rank, rank + 1))
-        shares.append([int(number) for number in numbers[start:end]])
-    return shares
+    cuts = ((numbers, [len(numbers) * part // processes for part in (rank, rank + 1)]) for numbers in plan)
+    return [numbers[start:end] for numbers, (start, end) in cuts]
 
 
 class Loader:

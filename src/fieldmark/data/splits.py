@@ -233,7 +233,7 @@ class _Division:
     def assign(self, wanted: Mapping[str, float], rng: np.random.Generator) -> None:
         """Decide the undecided photos of the pool, a group as a whole, by shares of the pool; the rest is train."""
         undecided = self.within("")
-        if len(np.unique(self.groups[undecided])) == len(undecided):
+        if np.bincount(self.groups[undecided]).max(initial=0) < 2:
             self._assign_photos(wanted, rng)
         else:
             self._assign_groups(wanted, rng)
@@ -266,8 +266,10 @@ class _Division:
                 order = rng.permutation(len(sizes))
                 order = order[np.argsort(-remainder[order], kind="stable")][:missing]
                 quota[order[remainder[order] > 0]] += 1
-            for label in np.flatnonzero(quota):
-                self.parts[undecided[self.labels[undecided] == label][: quota[label]]] = part
+            by_class = undecided[np.argsort(self.labels[undecided], kind="stable")]
+            labels = self.labels[by_class]
+            rank = np.arange(len(labels)) - np.searchsorted(labels, labels)
+            self.parts[by_class[rank < quota[labels]]] = part
             undecided = undecided[self.parts[undecided] == ""]
             free = free - quota
         self.parts[undecided] = "train"
