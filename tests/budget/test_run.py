@@ -20,8 +20,9 @@ from fieldmark.budget.plan import Plan
 from fieldmark.budget.race import Features, best_average
 from fieldmark.budget.tune import MICRO_BATCH, Option, tuning_config
 from fieldmark.config import Config, load_config
-from fieldmark.errors import ConfigError, InterruptedRunError, RunError
+from fieldmark.errors import ConfigError, InterruptedRunError, PredictionError, RunError
 from fieldmark.inference.evaluation import evaluate
+from fieldmark.inference.predict import _training_prior
 from fieldmark.inference.predictor import Predictor
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import StopRequest
@@ -238,6 +239,29 @@ def test_heads_learn_from_the_validation_photos_at_the_end_where_that_is_asked_f
     assert runs[0].summary["val"]["top1"] == runs[1].summary["val"]["top1"]
     with pytest.raises(RunError, match="its validation photos are no test of it"):
         evaluate(runs[1].path, split="val")
+
+
+def test_class_weights_within_a_budget_divide_out_the_class_shares(photos, tmp_path):
+    few = tmp_path / "photos"
+    for number, folder in enumerate(sorted(path for path in photos.iterdir() if path.is_dir())):
+        (few / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[: None if number else 5]:
+            shutil.copy(file, few / folder.name)
+    runs = []
+    for kind in ("none", "balanced"):
+        config = load_config(None, [f'data.path="{few.as_posix()}"', *TINY, f"train.class_weights={kind}"])
+        runs.append(budget.train_within(config, tmp_path / kind, minutes=0.2, clock=TickClock()))
+    plain, balanced = runs
+    assert "class shares of training divided out" in balanced.summary["kept"]
+    prior = plain.prior
+    assert prior.max() > 1.5 * prior.min()
+    for one, other in zip(plain.members, balanced.members, strict=True):
+        before, after = (load_file(run.path / "best.safetensors")["head.bias"] for run in (one, other))
+        moved = (before - after) / np.log(prior)
+        np.testing.assert_allclose(moved, moved[0], rtol=1e-3)  # the temperature, the same for all classes
+        assert (one.config.train.class_weights, other.config.train.class_weights) == ("none", "balanced")
+    with pytest.raises(PredictionError, match="do not assume the class shares of training"):
+        _training_prior(balanced.path)
 
 
 def test_two_sets_of_weights_of_one_architecture_give_their_own_features(settings, tmp_path):

@@ -60,7 +60,7 @@ class Candidate:
         changes = {
             "model": {name: getattr(backbone, name) for name in ("name", "weights", "stride_in_1x1", "pool")},
             "eval": picture,
-            "train": {"epochs": 0},
+            "train": {"epochs": 0, "class_weights": "none"},  # the end of the budget sees to them
             "probe": {"epochs": max(config.probe.epochs, 1)},
         }
         return change(config, changes)

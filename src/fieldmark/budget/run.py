@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from fieldmark.budget import tune as tuning
-from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, find_backbones, list_candidates
+from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, change, find_backbones, list_candidates
 from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
 from fieldmark.budget.race import FEATURES, STORED, Course, Entry, best_average, rungs, stratified_order
@@ -38,6 +38,7 @@ from fieldmark.runs.session import setup_fabric
 from fieldmark.runs.train import StopRequest, next_steps, stop_requests
 from fieldmark.runs.writer import claim_folder
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
+from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import EpochReport
 from fieldmark.training.metrics import log_loss
 
@@ -48,6 +49,7 @@ TUNE_SHARE = 0.5  # of the budget, for fine-tuning
 SHOWN, SHOWN_CHOICES = 8, 4
 # Photos x features x classes of a head of which the products take as long as the search around them (measured).
 SEARCH_SIZE = 1.3e8
+BALANCED = "-balanced"  # at the end of a member's name
 MEMBERS = 4  # the most networks with fitted heads that answer together; a fine-tuned one may join them
 
 
@@ -498,7 +500,7 @@ class _Work:
     def end(self, status: str) -> None:
         """Leave the best answer as an ordinary run, and say how it came about."""
         self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
-        answer = self._refit(self.best) if status == "finished" else self.best
+        answer = self._balance(self._refit(self.best) if status == "finished" else self.best)
         self.shelf.settle(answer)
         if status == "finished":
             self.shelf.clear(answer)
@@ -535,11 +537,30 @@ class _Work:
         self.tried.append({"what": f"{answer.name}: heads fitted on train+val"})
         return Answer(f"{answer.name} (heads fitted on train+val)", tuple(members))
 
+    def _balance(self, answer: Answer) -> Answer:
+        """The answer with the class shares of training divided out, if `train.class_weights` asks for it.
+
+        That gains more macro recall than weights in the loss: docs/uneven.md.
+        """
+        if self.course.config.train.class_weights == "none":
+            return answer
+        prior = self.shelf.prior
+        logs = np.log(prior, where=prior > 0, out=np.zeros_like(prior))
+        members: list[Model] = []
+        for member in answer.members:
+            last = max(name for name in member.weights if name.startswith("head") and name.endswith("bias"))
+            shift = member.temperature * logs
+            weights = {**member.weights, last: member.weights[last] - torch.from_numpy(shift).float()}
+            config = change(member.config, {"train": {"class_weights": "balanced"}})
+            val = softmax(log_probabilities(member.val) - shift)
+            members.append(replace(member, key=f"{member.key}{BALANCED}", config=config, weights=weights, val=val))
+        return Answer(f"{answer.name} (the class shares of training divided out)", tuple(members))
+
     def _store_features(self, answer: Answer) -> None:
         """Keep what the heads of the answer were fitted on: `fieldmark extend` fits them again."""
         entries = {_key(entry): entry for entry in self.entries.values()}
         for member in answer.members:
-            if (entry := entries.get(member.key.removesuffix("-refitted"))) is not None:
+            if (entry := entries.get(member.key.removesuffix(BALANCED).removesuffix("-refitted"))) is not None:
                 known = self.course.collect_features(entry.candidate, entry.numbers)
                 known.save(self.shelf.place(answer, member) / STORED, kind=torch.float16)
 

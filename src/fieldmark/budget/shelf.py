@@ -90,11 +90,11 @@ class Shelf:
         self._val = val
         self._labels = dataset.labels[val]
         counts = np.bincount(dataset.labels[train], minlength=len(dataset.index.classes))
-        self._prior = counts / counts.sum()
+        self.prior = counts / counts.sum()  # (K,) share of each class among the training photos
 
     def open(self, config: Config) -> None:
         """Write what the folder holds from the start, but no model yet."""
-        write_beginning(self.path, self._dataset, dump_config(config), None, self._prior.tolist())
+        write_beginning(self.path, self._dataset, dump_config(config), None, self.prior.tolist())
 
     def put(self, answer: Answer) -> None:
         """Let these networks answer from now on; a kill at any moment leaves the old answer or this one."""
@@ -144,7 +144,7 @@ class Shelf:
         """Validation metrics of an answer, with the interval of its accuracy; {} without validation photos."""
         if not len(self._val):
             return {}
-        found = metrics.summarize(answer.val, self._labels, self._prior)
+        found = metrics.summarize(answer.val, self._labels, self.prior)
         interval = metrics.wilson_interval(round(found["top1"] * len(self._val)), len(self._val))
         return {**found, "top1_interval": list(interval)}
 
