@@ -57,9 +57,11 @@ class _StoppedError(Exception):
     """A signal came."""
 
 
-def machine_minutes(config: Config) -> float:
-    """The budget where the user names none."""
-    return default_minutes(cores=usable_cores(), has_gpu=build.choose_device(config).value != "cpu")
+def machine_minutes(config: Config, progress: Progress | None = None) -> float:
+    """The budget where the user names none, which is told."""
+    minutes = default_minutes(cores=usable_cores(), has_gpu=build.choose_device(config).value != "cpu")
+    (progress or Quiet()).message(f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine")
+    return minutes
 
 
 def describe_plan(config: Config) -> str:

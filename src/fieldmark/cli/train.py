@@ -143,7 +143,7 @@ def run_training(
         elif resume:
             budget.resume_within(path, minutes=minutes, progress=progress)
         else:
-            minutes, spent = minutes or budget.machine_minutes(config), time.monotonic() - STARTED
+            minutes, spent = minutes or budget.machine_minutes(config, progress), time.monotonic() - STARTED
             budget.train_within(config, path, minutes=minutes, spent_seconds=spent, progress=progress)
     if is_main_process():
         run = runs.Run(path)
