@@ -383,7 +383,8 @@ class TrainConfig(Section):
     """Share of every target spread over all classes (arXiv:1512.00567, section 7)."""
 
     class_weights: Literal["none", "balanced"] = "none"
-    """`balanced` weighs each class by the inverse of its count, 1 in the mean; budgets divide out class shares."""
+    """`balanced` weighs each class by the inverse of its count; the mean weight over the photos is 1. Within a time
+    budget, the class shares are divided out of the answers instead."""
 
     ema_decay: ShareBelowOne = 0.0
     """Running average of weights and buffers per update; 0 is off. The average is what is evaluated and kept."""

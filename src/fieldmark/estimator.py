@@ -56,7 +56,7 @@ def fit(
         >>> run.classes
         ('jay', 'robin', 'wren')
     """
-    from fieldmark.budget.run import machine_minutes, train_within
+    from fieldmark.budget.run import train_within
     from fieldmark.runs.train import new_run_folder, train
 
     name, tree = read_recipe(recipe)
@@ -66,7 +66,7 @@ def fit(
     folder = Path(out) if out is not None else new_run_folder(config, str(recipe or "minutes"))
     with nullcontext(progress) if progress else open_progress("train") as shown:
         if minutes is not None or recipe is None:
-            return train_within(config, folder, minutes=minutes or machine_minutes(config), progress=shown)
+            return train_within(config, folder, minutes=minutes, progress=shown)
         for _ in train(config, folder, progress=shown):
             pass
         return Run(folder)

@@ -57,11 +57,9 @@ class _StoppedError(Exception):
     """A signal came."""
 
 
-def machine_minutes(config: Config, progress: Progress | None = None) -> float:
-    """The budget where the user names none, which is told."""
-    minutes = default_minutes(cores=usable_cores(), has_gpu=build.choose_device(config).value != "cpu")
-    (progress or Quiet()).message(f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine")
-    return minutes
+def machine_minutes(config: Config) -> float:
+    """The budget where the user names none."""
+    return default_minutes(cores=usable_cores(), has_gpu=build.choose_device(config).value != "cpu")
 
 
 def describe_plan(config: Config) -> str:
@@ -81,14 +79,15 @@ def train_within(
     config: Config,
     out: str | Path,
     *,
-    minutes: float,
+    minutes: float | None,
     spent_seconds: float = 0.0,
     progress: Progress | None = None,
     clock: Clock = time.monotonic,
 ) -> Run:
     """Make the best model that fits a time, and write a run folder, which must not exist, or be empty.
 
-    What the settings name explicitly (model, evaluation size, view) is not varied. `spent_seconds` of the minutes are
+    Without minutes it takes as many as suit the machine, and says so. What the settings name explicitly (model,
+    evaluation size, view) is not varied. `spent_seconds` of the minutes are
     gone already: those of a program that took time to start. After an InterruptedRunError (Ctrl-C or SIGTERM) the
     folder holds the best model so far.
     """
@@ -97,6 +96,10 @@ def train_within(
             f"a time budget is spent by one process; train.devices and train.nodes ask for {processes}. Leave both at "
             "1, or train on all of them by a recipe without --minutes"
         )
+    if minutes is None:
+        minutes = machine_minutes(config)
+        message = f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine"
+        (progress or Quiet()).message(message)
     path = Path(out)
     plan = Plan(path / PLAN, 60 * minutes, clock, spent_seconds)
     with claim_folder(path, is_new=True), stop_requests() as stop:

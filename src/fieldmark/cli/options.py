@@ -17,7 +17,7 @@ from fieldmark.errors import ConfigError
 if TYPE_CHECKING:
     from fieldmark.config import Config
 
-DEFAULT = "strong"  # recipe
+DEFAULT_RECIPE = "strong"
 PREPARE, TRAIN, USE, COMPARE = "Prepare", "Train", "Use a model", "Compare and improve"
 
 

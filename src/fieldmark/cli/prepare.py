@@ -12,7 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fieldmark.cli.options import DEFAULT, Data, Json, Overrides, Recipe, RecipeArgument, print_result, read_settings
+from fieldmark.cli.options import (
+    DEFAULT_RECIPE,
+    Data,
+    Json,
+    Overrides,
+    Recipe,
+    RecipeArgument,
+    print_result,
+    read_settings,
+)
 from fieldmark.progress import open_progress
 
 HUB_SECONDS = 3.0
@@ -47,7 +56,7 @@ def check(
 def split(
     data: Data,
     out: Annotated[Path, typer.Option(help="Table to write (CSV: path,label,split,group).")],
-    recipe: Recipe = DEFAULT,
+    recipe: Recipe = DEFAULT_RECIPE,
     set_: Overrides = None,
 ) -> None:
     """Divide the photos and write the table."""
@@ -81,7 +90,7 @@ def pack(
     typer.echo(f"packed {len(index)} photos into {tars} tar files in {out}; {kept} of these were there before")
 
 
-def cache(data: Data, recipe: Recipe = DEFAULT, set_: Overrides = None) -> None:
+def cache(data: Data, recipe: Recipe = DEFAULT_RECIPE, set_: Overrides = None) -> None:
     """Decode the photos once and keep them small.
 
     The first epoch is then as fast as the others; `train` does the same by itself.
@@ -154,7 +163,7 @@ def measure_speed(name: str, size: int) -> float:
 
 
 def config_show(
-    recipe: RecipeArgument = DEFAULT,
+    recipe: RecipeArgument = DEFAULT_RECIPE,
     set_: Overrides = None,
     has_comments: Annotated[bool, typer.Option("--comments/--no-comments", help="Say what each means.")] = True,
 ) -> None:

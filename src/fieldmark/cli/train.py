@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fieldmark.cli.options import (
-    DEFAULT,
+    DEFAULT_RECIPE,
     Data,
     Json,
     NewRun,
@@ -63,7 +62,9 @@ def train(
         typer.Option(help="Shipped recipe or TOML file; without one the time decides.", autocompletion=complete_recipe),
     ] = None,
     out: NewRun = None,
-    minutes: Annotated[float | None, typer.Option(min=0.1, help="Make the best model of this time, and stop.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Make the best model that this time can make, and stop.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to continue.", autocompletion=complete_run)] = None,
     moved: Annotated[str | None, typer.Option("--data", help="With --resume: where its photos are now.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Short for --set train.epochs=N.")] = None,
@@ -88,7 +89,7 @@ def train(
         raise typer.BadParameter("--minutes are spent by one process: give --ray a --recipe instead")
     if resume is None and (ray is None) != (workers is None):
         raise typer.BadParameter("--ray and --workers N go together: N processes on the cluster train one model")
-    recipe = DEFAULT if workers and recipe is None else recipe
+    recipe = DEFAULT_RECIPE if workers and recipe is None else recipe
     short = flag_overrides(recipe, epochs=epochs, model=model, size=size, batch_size=batch_size, lr=lr, seed=seed,
                            device=device, devices=workers, track=track)  # fmt: skip
     overrides = [*short, *(set_ or ())]
@@ -143,7 +144,7 @@ def run_training(
         elif resume:
             budget.resume_within(path, minutes=minutes, progress=progress)
         else:
-            minutes, spent = minutes or budget.machine_minutes(config, progress), time.monotonic() - STARTED
+            spent = time.monotonic() - STARTED
             budget.train_within(config, path, minutes=minutes, spent_seconds=spent, progress=progress)
     if is_main_process():
         run = runs.Run(path)
@@ -175,7 +176,9 @@ def extend(
 def sweep(
     grid: Annotated[str, typer.Argument(help="Grid file or name of a shipped one; a recipe with --vary or --seeds.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs (sweeps/NAME); again to go on.")] = None,
-    vary: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="Try all combinations.")] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="Try each value; several: all combinations.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="Train each combination this many times.", min=1)] = None,
     data: Annotated[str | None, typer.Option(help="Photos of all cells.")] = None,
     set_: Overrides = None,
@@ -192,10 +195,13 @@ def sweep(
     plan = vary_recipe(grid, vary or (), seeds=seeds or 1) if vary or seeds else grid
     out = out or Path("sweeps") / Path(grid).stem
     with open_progress("sweep") as progress:
-        say = cache(progress.message)  # no line twice
+        shown = ""
 
         def show(status: SweepStatus) -> None:
-            say(_progress_line(status))
+            nonlocal shown
+            if (line := _progress_line(status)) != shown:
+                progress.message(line)
+            shown = line
 
         status = run_sweep(plan, out, data=data, overrides=set_ or (), jobs=jobs, ray=ray, on_status=show)
     for cell in status.cells:
@@ -209,7 +215,9 @@ def compare(
     runs: RunFolders,
     metric: Metric = "top1",
     split: Split = "val",
-    against: Annotated[Path | None, typer.Option(metavar="RUN", help="Compare each with this run alone.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Compare each with this run alone, not every two.")
+    ] = None,
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a table for a paper or a page.")] = False,
 ) -> None:

@@ -115,8 +115,12 @@ def calibrate(
     run: RunFolder,
     accuracy: Annotated[float | None, typer.Option(help="Wanted accuracy of the answers, such as 0.95.")] = None,
     coverage: Annotated[float | None, typer.Option(help="Wanted share of photos that are answered.")] = None,
-    confidence_level: Annotated[float, typer.Option(help="How sure it must be, below 1; 0 takes it as seen.")] = 0.0,
-    taxonomy: Annotated[Path | None, typer.Option(help="Table class,genus,family: answer with a sure group.")] = None,
+    confidence_level: Annotated[
+        float, typer.Option(help="How sure the accuracy must be, below 1; 0 takes it as seen.")
+    ] = 0.0,
+    taxonomy: Annotated[
+        Path | None, typer.Option(help="Table of class,genus,family: answer with the group that is sure.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make probabilities honest, and choose when to say "unknown".
@@ -175,9 +179,13 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="FIELDMARK_API_KEY", help="Key to ask for (X-API-Key).")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FIELDMARK_API_KEY", help="Ask clients for this key (X-API-Key).")
+    ] = None,
     hostname: Annotated[list[str] | None, typer.Option(help="Name that it is served under; may be repeated.")] = None,
-    cors: Annotated[list[str] | None, typer.Option(help="Site whose pages may ask, as https://birds.example.")] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Other site whose pages may ask, such as https://birds.example.")
+    ] = None,
     max_megabytes: Annotated[float, typer.Option(help="Largest request.", min=0.001)] = 64.0,
     max_megapixels: Annotated[float, typer.Option(help="Largest photo.", min=0.001)] = 60.0,
     max_photos: Annotated[int, typer.Option(help="Most photos in a request.", min=1)] = 64,
@@ -290,5 +298,7 @@ def app(
 
     root = root or Path.home()
     pages = create_studio_app(root, set_ or ())
-    typer.echo(f"open http://127.0.0.1:{port} in a browser; photos are those in {root} (stop with Ctrl-C)", err=True)
+    typer.echo(
+        f"open http://127.0.0.1:{port} in a browser; photos are looked for in {root} (stop with Ctrl-C)", err=True
+    )
     run_server(pages, host="127.0.0.1", port=port, drain_seconds=5, max_connections=200)

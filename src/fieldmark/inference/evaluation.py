@@ -182,7 +182,9 @@ def labeled_photos(run: Run, index: PhotoIndex, split: str) -> NDArray[np.int64]
     """(N,) the labeled photos of a split, as numbers of the index; at least one."""
     numbers = index.numbers(split)
     if split == "val" and run.config.data.train_on == "train+val":
-        raise RunError(f"{run.path} was trained on train+val: its validation photos are no test of it. Give others")
+        raise RunError(
+            f"{run.path} was trained on train+val: its validation photos are no test of it. Give another split"
+        )
     if not len(numbers):
         there = sorted({photo.split for photo in index.photos if photo.label})
         raise RunError(f"{run.path} has no labeled photos in {split!r}; it has {', '.join(there)}")

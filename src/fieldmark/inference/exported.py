@@ -72,18 +72,26 @@ class ModelMetadata:
             raise ExportError(f"{folder} is not an exported model: it has no {FILE}; make one with fieldmark export")
         try:
             content = json.loads(where.read_text(encoding="utf-8"))
-            found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            if found != FORMAT:
-                raise ValueError(f"has format {found!r}, this version reads {FORMAT}")
-            if "licence" in content:  # as earlier versions spelled it
-                content["license"] = content.pop("licence")
+        except OSError as error:
+            raise ExportError(f"{where} cannot be read: {error}") from None
+        except ValueError as error:
+            raise ExportError(f"{where} is not JSON: {error}; export the run again") from None
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if found != FORMAT:
+            raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
+        if "licence" in content:  # as earlier versions spelled it
+            content["license"] = content.pop("licence")
+        try:
             metadata = read_values(cls, content)
             if metadata.back_off and len(metadata.back_off.rows) != len(metadata.classes):
-                raise ValueError("has a 'back_off' that is not of the model's classes")
-            if len(set(metadata.classes)) < len(metadata.classes):
-                raise ValueError("has one of its 'classes' twice")
-        except (OSError, ValueError, DataError) as error:
-            raise ExportError(f"{where} is not JSON of an export: {error}. Export the run again") from None
+                raise DataError("is not of the model's classes")
+        except ValueError as error:
+            raise ExportError(f"{where} {error}. Export the run again") from None
+        except DataError as error:
+            raise ExportError(f"{where}, key 'back_off': {error}. Export the run again") from None
+        twice = [name for number, name in enumerate(metadata.classes) if name in metadata.classes[:number]]
+        if twice:
+            raise ExportError(f"{where}, key 'classes': {twice[0]!r} is there twice. Export the run again")
         return metadata
 
 
@@ -109,7 +117,9 @@ class ExportedModel:
         for name, digest in metadata.digests.items():
             # A flipped bit in a weight changes answers, and no runtime would notice.
             if not (folder / name).is_file() or digest_file(folder / name) != digest:
-                raise ExportError(f"{folder / name} is damaged: it is not what was exported. Export the run again")
+                raise ExportError(
+                    f"{folder / name} is not the file that was exported: it is damaged. Export the run again"
+                )
         loaders: dict[str, Callable[[], Compute]] = {
             **dict.fromkeys(("onnx", "web"), lambda: _load_onnx(path, threads)),
             "openvino": lambda: _load_openvino(path, threads, precision),

@@ -73,7 +73,9 @@ class WeightsReport:
         name = self.name if self.source == "pretrained" else self.source
         found: list[str] = []
         if NON_COMMERCIAL.search(self.license):
-            found.append(f"{name}: license {self.license} forbids or limits commercial use, of what you train too")
+            found.append(
+                f"{name}: license {self.license} forbids or limits commercial use of the weights and what you train"
+            )
         elif self.license == "unknown":
             found.append(f"{name}: the license of the weights is unknown; ask whoever made them before you publish")
         described = describe_pretraining(self.pretraining)
@@ -129,7 +131,12 @@ def data_config(name: str, source: str) -> InputConfig:
 
 
 def _fill(
-    model: Classifier, label: str, tensors: Mapping[str, Tensor], terms: str | None, tag: str | None, file: Path | None
+    model: Classifier,
+    label: str,
+    tensors: Mapping[str, Tensor],
+    terms: str | None,
+    pretraining: str | None,
+    file: Path | None,
 ) -> WeightsReport:
     state, target = model.backbone.state_dict(), _tensors(model)
     own: Any = getattr(model.backbone, "pretrained_cfg", {}).get("classifier") or ()
@@ -170,7 +177,7 @@ def _fill(
         mismatched=tuple(mismatched.values()),
         skipped=tuple(skipped),
         license=terms or "unknown",
-        pretraining=tag or "unknown",
+        pretraining=pretraining or "unknown",
         sha256=digest_file(file) if file else "",
     )
 

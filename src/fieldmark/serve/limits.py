@@ -57,6 +57,10 @@ class Access:
             if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
                 raise ConfigError(f'an origin is like "https://birds.example" or "*"; got {origin!r}')
 
+    def shares_with(self, origin: str) -> bool:
+        """Whether a page of another site may read the answers."""
+        return "*" in self.cors_origins or origin in self.cors_origins
+
     def require_own_name(self, host: str, origin: str) -> None:
         """Refuse a Host that is not this server, and pages of other sites unless they were allowed."""
         own = {name.lower() for name in self.hosts}
@@ -67,7 +71,7 @@ class Access:
             raise HTTPException(400, f"this server is not {host[:100]!r}; give it that name by --hostname at its start")
         sender = origin.lower().partition("://")[2]
         is_own = bool(sender) and (sender == host.lower() or _host_name(sender) in own)  # also behind a proxy
-        if origin and not is_own and not {"*", origin} & set(self.cors_origins):
+        if origin and not is_own and not self.shares_with(origin):
             raise HTTPException(403, f"pages of {origin[:100]!r} may not ask; start the server with --cors to let them")
 
     def require_key(self, path: str, headers: Headers) -> None:
@@ -120,7 +124,7 @@ class RequestLimits:
             await self._app(scope, receive, send)
             return
         origin = Headers(scope=scope).get("origin", "")
-        send = self._guard(send, origin if {"*", origin} & set(self._access.cors_origins) else "")
+        send = self._guard(send, origin if self._access.shares_with(origin) else "")
         with suppress(_ClientGoneError):  # nobody is there to answer
             try:
                 await self._serve(scope, receive, send)

@@ -347,7 +347,9 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter("fieldmark_requests", "Requests so far.", ["path", "status"], registry=registry)
+        self.requests = Counter(
+            "fieldmark_requests", "Requests by path and status.", ["path", "status"], registry=registry
+        )
         self.seconds = Histogram("fieldmark_request_seconds", "Time from body to answer.", ["path"], registry=registry)
         self.photos = Counter("fieldmark_photos", "Photos by outcome.", ["outcome"], registry=registry)
         self.batch_size = Histogram(

@@ -191,7 +191,7 @@ class Studio:
             taken = {entry.name.partition(".")[0] for entry in self.runs.iterdir()}
             name = next(name for number in count(1) if (name := f"{stem}-{number}") not in taken)
             asked = Asked(data=self.shown(data), minutes=minutes, asked=time.time(), settings=settings)
-            folder.write_json(self.runs / f"{name}.json", asked.model_dump())
+            self._write(name, asked)
         self.advance()
         return {"name": name}
 
@@ -218,8 +218,7 @@ class Studio:
                 asked = known[name]
                 words = [str(self.root / asked.data), "--out", str(self.runs / name), "--minutes", f"{asked.minutes:g}"]
                 child = self._spawn(name, "train", *words, *self._settings(asked.settings))
-                begun = asked.model_copy(update={"pid": child.pid, "started": time.time()})
-                folder.write_json(self.runs / f"{name}.json", begun.model_dump())
+                self._write(name, asked.model_copy(update={"pid": child.pid, "started": time.time()}))
 
     def _spawn(self, name: str, *words: str) -> subprocess.Popen[bytes]:
         """Begin a command of ours that outlives this server, with what it prints in NAME.txt."""
@@ -387,6 +386,9 @@ class Studio:
         if asked is None:
             raise RunError(f"there is no training {name!r} in {self.runs}")
         return asked
+
+    def _write(self, name: str, asked: Asked) -> None:
+        folder.write_json(self.runs / f"{name}.json", asked.model_dump())
 
     def _alone(self) -> AbstractContextManager[None]:
         """Keep other requests, and other servers over the same folder, from the queue."""
