@@ -51,6 +51,8 @@ class Finding:
     claim: str
     verdict: Verdict
     evidence: tuple[str, ...]
+    at_most: tuple[float, ...] = ()
+    """Of each comparison of accuracies the upper end of the interval in the claim's favor, in points."""
 
 
 def _more(first: Any, second: Any) -> bool:
@@ -120,12 +122,18 @@ NOT_IN_RUNS = (
 LEVEL = 0.95
 """Coverage of the intervals."""
 
+MARGIN = 3.0
+"""Points of accuracy of which the page says in how many comparisons such a gain is excluded."""
+
+NOTHING = "No two runs differ in this alone."
+
 INTRODUCTION = """\
 Each claim of the competition report and of those who beat it, with the verdict that our runs support. A claim is tested
 only by variants that differ in nothing else. Accuracy: paired 95 % intervals, and p-values corrected for the number of
 comparisons that test the claim. Histories: whether all runs of one variant lie beyond all of the other. "Partly"
-means that some pairs of variants support the claim and others cannot be told apart. Small models and few epochs stand
-in for large ones where the sweep's name ends in "quick": what holds for them need not hold for a ResNet-50."""
+means that some pairs of variants support the claim and others cannot be told apart. "May still gain" is the upper end
+of the intervals: what the claim could be worth at most, by these runs. Small models and few epochs stand in for large
+ones where the sweep's name ends in "quick": what holds for them need not hold for a ResNet-50."""
 
 
 def find_findings(comparisons: Sequence[Comparison]) -> list[Finding]:
@@ -169,8 +177,9 @@ def write_findings(
 
 def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunResults]], *, command: str) -> str:
     """The page as Markdown."""
-    rows = [
-        (finding.claim, finding.verdict, " ".join(finding.evidence) or "No two runs differ in this alone.")
+    rows = [(finding.claim, finding.verdict, describe_most(finding.at_most)) for finding in findings]
+    evidence = [
+        "\n".join([f"{finding.claim}: {finding.verdict}.\n", *(f"- {line}" for line in finding.evidence or (NOTHING,))])
         for finding in findings
     ]
     behind = [
@@ -184,13 +193,28 @@ def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunRe
                 "# Findings",
                 INTRODUCTION,
                 f"Made by `{command}`.",
-                markdown_table(Table(("Claim", "Verdict", "Evidence"), tuple(rows), frozenset())),
+                markdown_table(Table(("Claim", "Verdict", "May still gain, in points"), tuple(rows), frozenset())),
+                "## Evidence",
+                *evidence,
                 "## Runs behind it",
                 markdown_table(Table(("Sweep", "Runs", "Photos", "Models"), tuple(behind), frozenset({1, 2}))),
             ]
         )
         + "\n"
     )
+
+
+def describe_most(at_most: Sequence[float]) -> str:
+    """What a claim about accuracy could be worth at most, by its comparisons; "" where there is none."""
+    if not at_most:
+        return ""
+    if max(at_most) <= 0:
+        return "nothing"
+    excluded = sum(bound < MARGIN for bound in at_most)
+    if len(at_most) == 1:
+        return f"{at_most[0]:.1f}"
+    spread = f"{max(at_most):.1f}" if min(at_most) <= 0 else f"{min(at_most):.1f} to {max(at_most):.1f}"
+    return f"{spread}; {MARGIN:g} are excluded in {excluded} of {len(at_most)} comparisons"
 
 
 def _find(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
@@ -210,7 +234,12 @@ def _find(claim: Claim, comparisons: Sequence[Comparison]) -> Finding:
         if (found := _score_pair(claim, _variants_of(comparison, asked), pair, favors_second=favors_second))
     ]
     verdict = _together({verdict for verdict, _ in tested})
-    return Finding(claim.text, verdict, tuple(evidence for _, evidence in tested))
+    at_most = [
+        100 * (pair.difference.interval.high if favors_second else -pair.difference.interval.low)
+        for _, pair, favors_second in asked_pairs
+        if claim.measure == "accuracy"
+    ]
+    return Finding(claim.text, verdict, tuple(evidence for _, evidence in tested), tuple(at_most))
 
 
 def _together(verdicts: set[Verdict]) -> Verdict:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from experiments.findings import CLAIMS, NOT_IN_RUNS, epochs_to_reach, main, write_findings
+from experiments.findings import CLAIMS, NOT_IN_RUNS, describe_most, epochs_to_reach, main, write_findings
 
 from fieldmark.errors import RunError
 
@@ -37,6 +37,16 @@ def test_a_claim_about_accuracy_follows_the_paired_verdict(find, low, high, verd
     finding = find(*_mixing(low, high))[ACCURACY]
     assert finding.verdict == verdict
     assert "mix.share=0.8" in finding.evidence[0]
+    assert len(finding.at_most) == 1
+    assert (finding.at_most[0] > 0) == (verdict != "contradicted")
+
+
+def test_what_a_claim_may_still_be_worth_is_said_with_the_comparisons_that_exclude_a_margin():
+    assert describe_most([]) == ""
+    assert describe_most([-0.5]) == "nothing"
+    assert describe_most([1.25]) == "1.2"
+    assert describe_most([-1.0, 2.9, 14.5]) == "14.5; 3 are excluded in 2 of 3 comparisons"
+    assert describe_most([1.0, 2.0]) == "1.0 to 2.0; 3 are excluded in 2 of 2 comparisons"
 
 
 def test_a_claim_about_histories_asks_that_all_runs_lie_beyond_all_others(find):
