@@ -1,11 +1,12 @@
-"""Accuracy that minutes of this machine buy: ours beside scikit-learn, timm's own script and fastai.
+"""Accuracy that minutes of this machine buy: ours beside scikit-learn, timm's own script, fastai and AutoGluon.
 
     python -m benchmarks.budget [--quick] [--json FILE] [--minutes 1,3,10] [--data birds100,clothing10,signs10,elpv]
-                                [--seeds N] [--timm-script PATH/TO/timm/train.py]
+                                [--seeds N] [--timm-script PATH/TO/timm/train.py] [--autogluon-python PATH/TO/python]
 
 Peers start from the same weights, those of EfficientNet-Lite0; ours takes what its installation brings, and a second
 row takes Lite0 alone. Time counts from the start of a command to a prediction file for the test photos. How many epochs
 of a peer fit is found by a short trial that does not count. Results that FILE holds already are not measured again.
+AutoGluon asks for other versions of torch and timm, so it runs under the interpreter of an environment of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ FILL = 0.95
 LEAST_FILL = 0.8
 """A peer whose run took a smaller share of the budget, or more than all of it, plans and runs once more."""
 
+RUN_LIMIT_SECONDS = 3 * 3600.0
+"""A peer that is not at its end by then is stuck."""
+
 TRIAL_UPDATES = 8
+
+TRIAL_SECONDS = 15.0
+"""Time limit of AutoGluon's trial: its start and its end come on top, and a budget must leave room for them."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +164,23 @@ class Measuring:
         timm_script: timm's train.py; empty where it is not at hand.
         device: `cpu` or `cuda`, of the peers; ours chooses by itself.
         cores: Of this machine.
+        autogluon_python: Interpreter of the environment that has AutoGluon.
     """
 
-    def __init__(self, folder: Path, data: Mapping[str, DataSet], *, timm_script: str, device: str, cores: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        data: Mapping[str, DataSet],
+        *,
+        timm_script: str,
+        device: str,
+        cores: int,
+        autogluon_python: str = sys.executable,
+    ) -> None:
         self._folder = folder
         self._data = data
         self._timm_script = timm_script
+        self._autogluon_python = autogluon_python
         self._device = device
         self._workers = max(cores - 1, 1)
         self._costs: dict[tuple[str, str], Cost] = {}
@@ -185,14 +203,16 @@ class Measuring:
             if fitted is None:
                 return None
             chosen, plan = fitted
-            seconds, place = self.run_peer(replace(chosen, seed=seed, seconds=60 * FILL * minutes), data)
+            seconds, place = self.run_peer(replace(chosen, seed=seed), data)
             # Other work during the trial makes a bad plan: what the run itself cost then makes a second one.
-            if plan and not LEAST_FILL <= seconds / (60 * minutes) <= 1:
+            # AutoGluon stops by itself when its epochs are over, so that it ran for too short a time says nothing.
+            least = 0 if task.kind == "autogluon" else LEAST_FILL
+            if plan and not least <= seconds / (60 * minutes) <= 1:
                 self._costs[contender, data.name] = read_cost(seconds, place)
                 again = self._fit(contender, task, data, minutes)
                 if again is not None and again[0] != chosen:
                     plan = again[1]
-                    seconds, place = self.run_peer(replace(again[0], seed=seed, seconds=60 * FILL * minutes), data)
+                    seconds, place = self.run_peer(replace(again[0], seed=seed), data)
         right = score(data, place / "prediction.csv")
         return make_row(contender, data, minutes, seed, seconds=seconds, right=right, plan=plan)
 
@@ -212,12 +232,16 @@ class Measuring:
         return run_commands(commands, place, limit_seconds=240 * minutes + 300), place, given
 
     def _fit(self, contender: str, task: Task, data: DataSet, minutes: float) -> tuple[Task, dict[str, Any]] | None:
-        if task.kind not in ("timm", "fastai"):
+        if task.kind == "scikit-learn":
             return task, {}
         key = (contender, data.name)
         if key not in self._costs:
             self._costs[key] = self._try_out(task, data)
         cost = self._costs[key]
+        if task.kind == "autogluon":
+            limit = round(FILL * 60 * minutes - cost.fixed, 2)
+            plan = {"time_limit": limit, "trial": {"fixed": round(cost.fixed, 3)}}
+            return (replace(task, seconds=limit), plan) if limit > 0 else None
         whole = max(data.count("train") // BATCH_SIZE, 1)
         fitted = fit_epochs(cost, 60 * minutes, updates=whole)
         if fitted is None:
@@ -228,9 +252,9 @@ class Measuring:
         return chosen, {"epochs": epochs, "updates": updates, "trial": rounded}
 
     def _try_out(self, task: Task, data: DataSet) -> Cost:
-        """Two short epochs, with everything else that a whole run does."""
+        """Two short epochs, or a short time limit, with everything else that a whole run does."""
         updates = min(TRIAL_UPDATES, max(data.count("train") // BATCH_SIZE, 1))
-        seconds, place = self.run_peer(replace(task, epochs=2, updates=updates), data)
+        seconds, place = self.run_peer(replace(task, epochs=2, updates=updates, seconds=TRIAL_SECONDS), data)
         return read_cost(seconds, place)
 
     def run_peer(self, task: Task, data: DataSet) -> tuple[float, Path]:
@@ -249,8 +273,9 @@ class Measuring:
             device=self._device,
             timm_script=self._timm_script,
         )
-        command = [sys.executable, "-m", "benchmarks.rivals", json.dumps(asdict(whole))]
-        return sum(run_commands([command], place, limit_seconds=4 * task.seconds + 7200)), place
+        python = self._autogluon_python if task.kind == "autogluon" else sys.executable
+        command = [python, "-m", "benchmarks.rivals", json.dumps(asdict(whole))]
+        return sum(run_commands([command], place, limit_seconds=RUN_LIMIT_SECONDS)), place
 
     def _new_place(self) -> Path:
         self._runs += 1
@@ -264,7 +289,7 @@ def read_cost(seconds: float, place: Path) -> Cost:
     timings = json.loads((place / "timings.json").read_text(encoding="utf-8"))
     return Cost(
         fixed=max(seconds - timings["counted"], 0),
-        update=statistics.median(timings["updates"][1:] or timings["updates"]),
+        update=statistics.median(timings["updates"][1:] or timings["updates"] or [0.0]),
         frozen=min(timings["frozen"], default=0.0),
         validation=min(timings["validations"], default=0.0),
     )
@@ -355,19 +380,32 @@ def measure(
     return problems
 
 
-def find_missing(contenders: Sequence[str], *, timm_script: str) -> dict[str, str]:
-    """Contenders that cannot run here, and why."""
+def find_missing(contenders: Sequence[str], *, timm_script: str, autogluon: str) -> dict[str, str]:
+    """Contenders that cannot run here, and why; `autogluon` is what `ask_autogluon` said."""
     reasons = {
         "timm": "" if timm_script else "give the path of its script with --timm-script",
         "fastai": "" if importlib.util.find_spec("fastai") else "it is not installed (the extra is called bench)",
         "autogluon": ""
-        if importlib.util.find_spec("autogluon") and importlib.util.find_spec("autogluon.multimodal")
-        else "it is not installed: its releases ask for other versions of torch than ours, so it needs an environment "
-        "of its own",
+        if autogluon
+        else "its releases ask for other versions of torch and timm than ours; install autogluon.multimodal into an "
+        "environment of its own, and give the path of its interpreter with --autogluon-python",
     }
     everybody = list_contenders()
     kinds = {name: task.kind for name in contenders if (task := everybody[name]) is not None}
     return {name: reasons[kind] for name, kind in kinds.items() if reasons.get(kind)}
+
+
+def ask_autogluon(python: str) -> str:
+    """Versions of AutoGluon and what it stands on, by an interpreter; empty where it has none."""
+    question = (
+        "from importlib.metadata import version\n"
+        "print(', '.join(f'{name} {version(name)}' for name in ('autogluon.multimodal', 'torch', 'timm')))"
+    )
+    try:
+        answer = subprocess.run([python, "-c", question], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def load_rows(path: Path | None, *, is_quick: bool) -> tuple[list[Row], list[str]]:
@@ -410,6 +448,13 @@ NOTES = (
 )
 
 
+AUTOGLUON_NOTE = (
+    "AutoGluon runs in an environment of its own, by its own settings, from a folder with the same weights in its own "
+    "form, and without a GPU in 32 bits, as it forces; its time_limit is what a trial found that its start, its "
+    "averaging of checkpoints and its prediction leave of 95 % of the budget, set once more where it was late"
+)
+
+
 def main() -> None:
     """Measure and report."""
     import torch
@@ -427,8 +472,10 @@ def main() -> None:
         rows, earlier = load_rows(arguments.json, is_quick=arguments.quick)
     except ValueError as error:
         parser.error(str(error))
-    missing = find_missing(plan.contenders, timm_script=arguments.timm_script)
+    autogluon = ask_autogluon(arguments.autogluon_python) if "AutoGluon" in plan.contenders else ""
+    missing = find_missing(plan.contenders, timm_script=arguments.timm_script, autogluon=autogluon)
     notes = [*NOTES, *(f"{name} was left out: {why}" for name, why in missing.items())]
+    notes += [f"{AUTOGLUON_NOTE} ({autogluon})"] if autogluon else []
     plan = replace(plan, contenders=tuple(name for name in plan.contenders if name not in missing))
     before = load_average()
     with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as temporary:
@@ -460,6 +507,7 @@ def main() -> None:
             timm_script=arguments.timm_script and str(Path(arguments.timm_script).resolve()),
             device="cuda" if torch.cuda.is_available() else "cpu",
             cores=usable_cores(),
+            autogluon_python=arguments.autogluon_python,
         )
         names = {name: found.name for name, found in data.items()}
         notes += measure(list_races(plan), rows, names, measuring.race, save)
@@ -474,6 +522,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=0, help="of every budget; default 3 up to 3 minutes, else 1")
     parser.add_argument("--contenders", default="", metavar="A+B", help="some, with a plus between them; default all")
     parser.add_argument("--timm-script", default="", metavar="FILE", help="train.py of pytorch-image-models")
+    parser.add_argument(
+        "--autogluon-python",
+        default=sys.executable,
+        metavar="FILE",
+        help="interpreter with AutoGluon; default this one",
+    )
     parser.add_argument(
         "--photos", type=Path, default=PHOTOS.parent, metavar="FOLDER", help="in which the data sets lie"
     )

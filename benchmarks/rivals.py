@@ -50,7 +50,7 @@ class Task:
         workers: Loader processes.
         device: `cpu` or `cuda`.
         timm_script: timm's train.py.
-        seconds: The budget, for a peer that keeps one by itself.
+        seconds: Time limit of training, for a peer that keeps one by itself.
     """
 
     kind: str
@@ -231,28 +231,43 @@ def _time_epochs(learner: Any, *, updates: int) -> Timings:
 
 
 def autogluon_multimodal(task: Task) -> None:
-    """AutoGluon's MultiModalPredictor, which keeps a time limit by itself."""
+    """AutoGluon's MultiModalPredictor by its defaults; it keeps a time limit by itself."""
     import pandas as pd
-    import timm
     from autogluon.multimodal import MultiModalPredictor
 
-    create = timm.create_model
-
-    def with_weights(name: str, *args: Any, **settings: Any) -> Any:  # it knows no file of weights
-        return create(name, *args, **settings | {"pretrained_cfg_overlay": {"file": task.weights}})
-
-    timm.create_model = with_weights
+    folder = Path(task.folder)
     sets: dict[str, Any] = {}
     for split in ("train", "val"):
-        files = list_photos(Path(task.folder) / split, task.classes)
-        sets[split] = pd.DataFrame({"image": map(str, files), "label": [file.parent.name for file in files]})
-    predictor = MultiModalPredictor(label="label", path=str(Path(task.scratch) / "autogluon"))
-    settings = {"model.names": ["timm_image"], "model.timm_image.checkpoint_name": MODEL}
+        files = list_photos(folder / split, task.classes)
+        sets[split] = pd.DataFrame({"image": [*map(str, files)], "label": [file.parent.name for file in files]})
+    predictor = MultiModalPredictor(
+        label="label", path=str(Path(task.scratch) / "autogluon"), enable_progress_bar=False
+    )
+    checkpoint = write_autogluon_checkpoint(Path(task.weights), Path(task.scratch) / "lite0")
+    settings = {"model.names": ["timm_image"], "model.timm_image.checkpoint_name": str(checkpoint)}
     predictor.fit(
         sets["train"], tuning_data=sets["val"], time_limit=task.seconds, seed=task.seed, hyperparameters=settings
     )
+    Timings(counted=task.seconds).save(task.scratch)
     tests = list_photos(Path(task.photos))
-    write_predictions(task, tests, list(predictor.predict(pd.DataFrame({"image": map(str, tests)}))))
+    write_predictions(task, tests, list(predictor.predict(pd.DataFrame({"image": [*map(str, tests)]}))))
+
+
+def write_autogluon_checkpoint(weights: Path, folder: Path) -> Path:
+    """Write weights as the folder that AutoGluon reads instead of asking a hub; it adds a classifier of its own."""
+    import timm
+    import torch
+
+    tensors = torch.load(weights, weights_only=True)
+    folder.mkdir()
+    body = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+    torch.save(body, folder / "pytorch_model.bin")
+    config = timm.get_pretrained_cfg(MODEL)
+    assert config is not None
+    about = {"architecture": MODEL, "num_features": tensors["classifier.weight"].shape[1]}
+    about["pretrained_cfg"] = config.to_dict()
+    (folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder
 
 
 def forward(model: Any, files: Sequence[Path], task: Task) -> Any:

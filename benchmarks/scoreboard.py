@@ -148,6 +148,44 @@ def _seconds_taken(rows: Sequence[Row], data: str, name: str) -> str:
     return ", ".join(f"{statistics.median(seconds):.0f}" for _, seconds in sorted(by_budget.items()))
 
 
+def format_summary(rows: Sequence[Row]) -> Iterator[str]:
+    """Accuracy on the test photos of all data sets together as a Markdown table, one row for each contender.
+
+    A cell stays empty where a contender was not measured on every data set, and so does a budget without any number.
+    """
+    from benchmarks.tables import table
+
+    data_names, budgets, contenders = _axes(rows)
+    photos = {row["data"]: row["photos"] for row in rows}
+    cells = {name: [_pooled(rows, photos, minutes, name) for minutes in budgets] for name in contenders}
+    kept = [line for name, line in cells.items() if name != HAND]
+    shown = [place for place in range(len(budgets)) if any("%" in line[place] for line in kept)]
+    head = f"named right, of {sum(photos.values()):,} test photos of {len(data_names)} data sets"
+    lines = [[_full_name(name), *(line[place] for place in shown)] for name, line in cells.items()]
+    titles = [f"{budgets[place]:g} minute{'s' if budgets[place] != 1 else ''}" for place in shown]
+    yield from table([head, *titles], [line for line in lines if any(line[1:])])
+
+
+def _full_name(contender: str) -> str:
+    return contender.replace(OURS, "Fieldmark", 1) if contender in (OURS, OURS_ALONE) else contender
+
+
+def _pooled(rows: Sequence[Row], photos: Mapping[str, int], minutes: float, name: str) -> str:
+    """Share of all photos named right, with its Wilson interval, or on how many data sets the answer came too late."""
+    from fieldmark.training.metrics import wilson_interval
+
+    scores = {data: scores_at(rows, data, minutes, name) for data in photos}
+    run = {row["data"] for row in rows if row["contender"] == name and row["minutes"] in (0, minutes)}
+    if late := [data for data in run if not scores[data]]:
+        return f"late on {len(late)} of {len(run)}"
+    if len(run) < len(photos):
+        return ""
+    right = sum(statistics.median(scores[data]) * count for data, count in photos.items())
+    total = sum(photos.values())
+    low, high = wilson_interval(round(right), total)
+    return f"{right / total:.1%} ({100 * low:.1f} to {100 * high:.1f})".replace("%", " %")
+
+
 def draw(rows: Sequence[Row]) -> str:
     """Accuracy against minutes as an SVG: one field for each data set, one line for each contender."""
     from matplotlib.ticker import FuncFormatter, NullFormatter

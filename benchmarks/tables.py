@@ -2,7 +2,8 @@
 
     python -m benchmarks.tables [--check]
 
-What a reader should make of the numbers is in `results/comments.toml`, one text for each benchmark.
+The README's table of what minutes buy, and the chart beside it, are made here, too. What a reader should make of the
+numbers is in `results/comments.toml`, one text for each benchmark.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 HOME = Path(__file__).resolve().parents[1]
 RESULTS = HOME / "benchmarks" / "results"
 PAGE = HOME / "docs" / "performance.md"
+README = HOME / "README.md"
+BEGIN, END = "<!-- made by python -m benchmarks.tables -->\n\n", "\n<!-- end -->\n"
 CHART = HOME / "docs" / "images" / "budget.svg"
 ORDER = ("pipeline", "train", "reach", "memory", "shards", "startup", "gpu", "inference", "serving", "budget")
 INTRODUCTION = """# Performance
@@ -47,6 +50,23 @@ def page(records: Sequence[Mapping[str, Any]], comments: Mapping[str, str]) -> s
     for record in records:
         lines += ["", *_section(record, comments.get(record["benchmark"], ""))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def readme(text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """The README with its table of what minutes buy made anew; as it is where that was not measured.
+
+    Args:
+        text: The README, with the table between `BEGIN` and `END`.
+        records: Of all benchmarks.
+    """
+    from benchmarks.scoreboard import format_summary
+
+    for record in records:
+        if "rows" in record:
+            before, _, rest = text.partition(BEGIN)
+            _, _, after = rest.partition(END)
+            return before + BEGIN + "\n".join(format_summary(record["rows"])) + "\n" + END + after
+    return text
 
 
 def _targets(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -169,13 +189,15 @@ def main() -> None:
     comments_file = RESULTS / "comments.toml"
     comments = tomllib.loads(comments_file.read_text(encoding="utf-8")) if comments_file.is_file() else {}
     records = load_records(RESULTS)
-    text = page(records, comments)
+    made = {PAGE: page(records, comments), README: readme(README.read_text(encoding="utf-8"), records)}
+    for file, text in made.items():
+        if not arguments.check:
+            file.write_text(text, encoding="utf-8")
+            print(f"written to {file}")
+        elif not file.is_file() or file.read_text(encoding="utf-8") != text:
+            sys.exit(f"{file} is not what the records make: run python -m benchmarks.tables")
     if not arguments.check:
-        PAGE.write_text(text, encoding="utf-8")
-        print(f"written to {PAGE}")
         _write_chart(records)
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit(f"{PAGE} is not what the records make: run python -m benchmarks.tables")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+import timm
+import torch
 from benchmarks.budget import FILL, Cost, Plan
 from benchmarks.rivals import Task
 from benchmarks.scoreboard import HAND, OURS
@@ -139,11 +141,13 @@ def test_options_make_the_plan_and_wrong_ones_are_named():
 
 
 def test_who_cannot_run_is_told_with_the_reason():
-    missing = budget.find_missing(list(budget.list_contenders()), timm_script="")
+    missing = budget.find_missing(list(budget.list_contenders()), timm_script="", autogluon="")
     assert "--timm-script" in missing["timm train.py @112"]
     assert OURS not in missing
     assert HAND not in missing
-    assert "timm train.py @112" not in budget.find_missing(["timm train.py @112"], timm_script="train.py")
+    assert "--autogluon-python" in missing["AutoGluon"]
+    names = ["timm train.py @112", "AutoGluon"]
+    assert not budget.find_missing(names, timm_script="train.py", autogluon="autogluon.multimodal 1.6.3")
 
 
 def test_flags_of_the_script_are_those_of_the_task(tmp_path):
@@ -212,6 +216,22 @@ def test_errors_are_held_against_the_best_peer_at_each_budget():
     text = tables.page([record], {})
     assert "![Accuracy against minutes, one line for each contender](images/budget.svg)" in text
     assert "| elpv | fastai fine_tune @112 | 0.800 (0.770 to 0.830) | 60 |" in text
+
+
+def test_the_readme_pools_all_photos_and_tells_who_was_late_or_not_measured_on_all():
+    rows = [make_row(OURS, 60, top1, data=data) for data, top1 in (("birds100", 0.9), ("elpv", 0.7))]
+    rows += [make_row(HAND, 50 if data == "elpv" else 100, 0.6, data=data, minutes=0) for data in ("birds100", "elpv")]
+    rows += [make_row("fastai fine_tune @112", 60, 0.8), make_row(OURS, 590, 0.95, minutes=10.0)]
+    table = "\n".join(scoreboard.format_summary(rows))
+    assert table.splitlines()[0] == "| named right, of 200 test photos of 2 data sets | 1 minute |"
+    assert table.splitlines()[2:] == [
+        "| Fieldmark | 80.0 % (73.9 to 85.0) |",
+        f"| {HAND} | late on 1 of 2 |",
+    ]
+    page = f"before\n{tables.BEGIN}old\n{tables.END}after\n"
+    record = budget.sign(rows, [], is_quick=False, load_before=[1.0])
+    assert tables.readme(page, [record]) == f"before\n{tables.BEGIN}{table}\n{tables.END}after\n"
+    assert tables.readme(page, []) == page
 
 
 def test_the_chart_has_a_field_for_each_data_set_and_a_name_for_each_line():
@@ -325,6 +345,49 @@ def test_the_command_writes_a_record_and_a_second_call_measures_nothing(tmp_path
     with pytest.raises(SystemExit, match="2"):
         budget.main()
     assert "another machine" in capsys.readouterr().err
+
+
+def test_autogluon_runs_by_its_own_interpreter_for_as_long_as_its_start_and_end_leave(tmp_path, monkeypatch):
+    make_photos(tmp_path / "signs10", {"one": 20})
+    data = labeled.open_data("signs10", tmp_path, tmp_path / "out")
+    tasks, beyond = [], iter([12.0, 30.0, 20.0])
+
+    def run(commands, place, *, limit_seconds):
+        assert commands[0][:3] == ["/its/python", "-m", "benchmarks.rivals"]
+        tasks.append(Task(**json.loads(commands[0][-1])))
+        rivals.Timings(counted=tasks[-1].seconds).save(str(place))
+        rivals.write_predictions(tasks[-1], [], [])
+        return [tasks[-1].seconds + next(beyond)]
+
+    monkeypatch.setattr(budget, "run_commands", run)
+    monkeypatch.setattr(budget, "save_weights", lambda path: None)
+    folder = tmp_path / "runs"
+    measuring = budget.Measuring(
+        folder, {"signs10": data}, timm_script="", device="cpu", cores=2, autogluon_python="/its/python"
+    )
+    row = measuring.race("signs10", 1.0, 3, "AutoGluon")
+    assert [task.seconds for task in tasks] == [budget.TRIAL_SECONDS, 45, 27]
+    assert (row["seconds"], row["plan"]["time_limit"], tasks[-1].seed) == (47, 27, 3)
+    assert measuring.race("signs10", 0.5, 3, "AutoGluon") is None
+
+
+def test_a_python_without_autogluon_is_told_from_one_with_it(tmp_path):
+    assert budget.ask_autogluon(str(tmp_path / "no-such-python")) == ""
+    packages = tmp_path / "python"
+    packages.write_text("#!/bin/sh\necho autogluon.multimodal 1.6.3, torch 2.13.0, timm 1.0.3\n", encoding="utf-8")
+    packages.chmod(0o755)
+    assert budget.ask_autogluon(str(packages)) == "autogluon.multimodal 1.6.3, torch 2.13.0, timm 1.0.3"
+
+
+def test_autogluon_is_given_the_weights_in_its_own_form(tmp_path):
+    model = timm.create_model(rivals.MODEL)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    folder = rivals.write_autogluon_checkpoint(tmp_path / "weights.pth", tmp_path / "lite0")
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    body = timm.create_model(about["architecture"], num_classes=0, checkpoint_path=str(folder / "pytorch_model.bin"))
+    assert about["num_features"] == body.num_features
+    assert about["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in body.state_dict().items())
 
 
 @pytest.mark.slow

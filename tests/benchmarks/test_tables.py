@@ -67,6 +67,9 @@ def test_committed_ratios_are_those_of_the_committed_measurements():
 
 
 def test_the_page_is_what_the_committed_records_make():
-    comments = tables.RESULTS / "comments.toml"
-    text = tables.page(tables.load_records(tables.RESULTS), tomllib.loads(comments.read_text(encoding="utf-8")))
+    comments, records = tables.RESULTS / "comments.toml", tables.load_records(tables.RESULTS)
+    text = tables.page(records, tomllib.loads(comments.read_text(encoding="utf-8")))
     assert tables.PAGE.read_text(encoding="utf-8") == text, "run python -m benchmarks.tables"
+    front = tables.README.read_text(encoding="utf-8")
+    assert front.count(tables.BEGIN) == front.count(tables.END) == 1
+    assert tables.readme(front, records) == front, "run python -m benchmarks.tables"
