@@ -201,7 +201,7 @@ def draw(rows: Sequence[Row]) -> str:
             if points := _points(rows, data, name):
                 x, y = zip(*points, strict=True)
                 color = COLORS[index % len(COLORS)]
-                axes.plot(x, y, color=color, marker="o", markersize=3, linewidth=1.6, label=name)
+                axes.plot(x, y, color=color, marker="o", markersize=3, linewidth=1.6, label=_full_name(name))
         dress(axes, data, "minutes", "top-1 accuracy")
         axes.set_xscale("log")
         axes.set_xticks(budgets)

@@ -242,7 +242,7 @@ def test_the_chart_has_a_field_for_each_data_set_and_a_name_for_each_line():
     ]
     picture = scoreboard.draw(rows)
     ET.fromstring(picture)
-    for word in ("birds100", "clothing10", "elpv", OURS, "fastai fine_tune @112", "minutes"):
+    for word in ("birds100", "clothing10", "elpv", "Fieldmark", "fastai fine_tune @112", "minutes"):
         assert f">{word}<" in picture
 
 
