@@ -90,8 +90,8 @@ class Model:
 
 def ours() -> Any:
     """Our app, nothing limited that the load would reach."""
-    from fieldmark.serve.app import create_app
     from fieldmark.serve.limits import Access, Limits
+    from fieldmark.serve.server import create_app
 
     limits = Limits(
         max_body_bytes=2**26,

@@ -16,8 +16,15 @@ from torch import nn
 
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.errors import ExportError, ResourceError
-from fieldmark.export.export import Photos, export_model, push_export, require_parity, require_small_loss
-from fieldmark.export.model_card import evidence_text, model_card
+from fieldmark.export.export import (
+    Photos,
+    evidence_text,
+    export_model,
+    model_card,
+    push_export,
+    require_parity,
+    require_small_loss,
+)
 from fieldmark.inference.calibration import calibrate
 from fieldmark.inference.exported import ExportedModel, ModelMetadata
 from fieldmark.inference.predictor import Predictor

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from fieldmark.data.decode import DecodeSpec
-from fieldmark.serve.app import create_app
 from fieldmark.serve.limits import Access, Limits
+from fieldmark.serve.server import create_app
 from fieldmark.serve.service import Accuracy, Prepared
 
 LIMITS = {

@@ -16,9 +16,8 @@ from tests.inference.test_bulk import model  # noqa: F401, a fixture
 from tests.serve.conftest import LIMITS, ask, make_photo, upload
 
 from fieldmark.errors import MissingExtraError
-from fieldmark.serve.app import open_app
 from fieldmark.serve.limits import Access, Limits
-from fieldmark.serve.server import make_application
+from fieldmark.serve.server import make_application, open_app
 
 
 @pytest.mark.parametrize("package", ["ray", "ray.serve"])

@@ -164,8 +164,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the model for elsewhere, proven to give the same answers."""
-    from fieldmark.export.export import export_run, push_export
-    from fieldmark.export.model_card import evidence_text
+    from fieldmark.export.export import evidence_text, export_run, push_export
     from fieldmark.runs.folder import Run
 
     folder = out or run.with_name(f"{run.resolve().name}-{to}{'-int8' if int8 else ''}")
@@ -195,9 +194,8 @@ def serve(
 ) -> None:
     """Answer photos over HTTP, with a web page at the address itself."""
     from fieldmark.runs.environment import usable_cores
-    from fieldmark.serve.app import open_app
     from fieldmark.serve.limits import Access, Limits
-    from fieldmark.serve.server import is_local, run_server
+    from fieldmark.serve.server import is_local, open_app, run_server
 
     limits = Limits(
         max_body_bytes=int(max_megabytes * 2**20),

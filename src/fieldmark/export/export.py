@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,18 @@ from numpy.typing import NDArray
 from fieldmark.augment.reference import eval_reference
 from fieldmark.errors import ExportError, first_line
 from fieldmark.export import formats
-from fieldmark.export.model_card import model_card
 from fieldmark.files import digest_file, whole_folder
 from fieldmark.inference.calibration import load_calibration
+from fieldmark.inference.evaluation import METRIC_NAMES
 from fieldmark.inference.exported import FILE, Compute, ExportedModel, ModelMetadata, compute_with
 from fieldmark.inference.predictor import Predictor
+from fieldmark.models.catalog import describe_pretraining
 from fieldmark.models.classifier import Classifier
-from fieldmark.runs.folder import Run
+from fieldmark.models.weights import NON_COMMERCIAL
+from fieldmark.runs.folder import RECIPE, Run
+from fieldmark.study.report import render_template
 from fieldmark.training.evaluate import Device
-from fieldmark.training.metrics import Floats, Ints
+from fieldmark.training.metrics import Floats, Ints, wilson_interval
 
 KINDS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "model.safetensors"}
 KINDS["web"] = KINDS["onnx"]  # which the page opens
@@ -322,3 +327,59 @@ def measure_probe(compute: Compute, metadata: ModelMetadata) -> dict[str, Any]:
     numbers = np.arange(200 * 300 * 3, dtype=np.uint32) * np.uint32(2654435761) >> np.uint32(24)
     picture = eval_reference(numbers.astype(np.uint8).reshape(200, 300, 3), metadata.preprocessing)
     return {"logits": compute(picture[None].numpy())[0].tolist(), "limit": _PROBE_LIMITS[metadata.precision]}
+
+
+def model_card(run: Run, metadata: ModelMetadata) -> str:
+    """What a model is, what it was shown, how well it does, and where it should not be used, in Markdown.
+
+    Source:
+        Mitchell et al., "Model Cards for Model Reporting", arXiv:1810.03993; the front matter is the Hub's.
+    """
+    recipe = without_folders((run.path / RECIPE).read_text(encoding="utf-8")).rstrip()
+    counts: dict[str, dict[str, int]] = run.data_info.get("counts", {})
+    num_val = sum(splits.get("val", 0) for splits in counts.values())
+    scores: dict[str, Any] = run.summary.get("val", {})
+    intervals = {"top1": scores.get("top1_interval")}
+    if num_val and "top5" in scores:
+        intervals["top5"] = wilson_interval(round(scores["top5"] * num_val), num_val)
+    shown = {key: name for key, name in METRIC_NAMES.items() if key != "top5" or len(metadata.classes) > 5}
+    page = {
+        "model": metadata,
+        "library": "timm" if metadata.kind == "timm" else "fieldmark",
+        "spec": metadata.preprocessing,
+        "levels": metadata.back_off.levels[1:] if metadata.back_off else (),
+        "metrics": [(name, scores[key], intervals.get(key)) for key, name in shown.items() if key in scores],
+        "num_val": num_val,
+        "select": run.summary.get("select"),
+        "note": run.summary.get("note"),  # of a soup
+        "calibration": load_calibration(run),
+        "evidence": evidence_text(metadata.evidence),
+        "counts": counts,
+        "totals": sum(map(Counter[str], counts.values()), Counter[str]()),
+        "smallest": min(counts, key=lambda name: sum(counts[name].values()), default=""),
+        "fingerprint": run.data_info.get("fingerprint", "unknown"),
+        "pretraining": describe_pretraining(metadata.pretraining, default=metadata.pretraining),
+        "is_non_commercial": NON_COMMERCIAL.search(metadata.license) is not None,
+        "recipe": recipe,
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
+    }
+    return render_template("fieldmark.export", "model_card.md", page)
+
+
+def evidence_text(evidence: dict[str, Any]) -> str:
+    """What was measured when the model was exported, in one to three sentences."""
+    known = dict.fromkeys(("int8", "parity", "predict")) | evidence
+    return render_template("fieldmark.export", "evidence.md", {"evidence": known}).rstrip("\n")
+
+
+def without_folders(recipe: str) -> str:
+    """A recipe for strangers: of files and folders of this machine it has the name only.
+
+    >>> without_folders('path = "/home/ada/photos/birds"')
+    'path = "birds"'
+    """
+
+    def name(found: re.Match[str]) -> str:
+        return f'{found[1]}"{PureWindowsPath(PurePosixPath(found[2]).name).name}"'
+
+    return re.sub(r'^(\w+ = )"((?:[/~]|[A-Za-z]:|\.\.)[^"\n]*)"', name, recipe, flags=re.MULTILINE)

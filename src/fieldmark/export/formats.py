@@ -15,17 +15,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fieldmark.errors import ExportError, first_line, needs_extra
 from fieldmark.inference.exported import FILE, KEY, ModelMetadata, import_openvino
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 INPUT, OUTPUT = "images", "logits"
 OPSET = 18  # the oldest that torch's exporter writes without conversion; runtimes since 2023 read it
@@ -33,8 +31,6 @@ OPSET = 18  # the oldest that torch's exporter writes without conversion; runtim
 
 def write_onnx(model: nn.Module, path: Path, *, size: int, metadata: str) -> None:
     """Write `model` as one ONNX file with the weights inside; `size` is S."""
-    import torch
-
     with needs_extra("onnx", "export"):
         import onnx
     with needs_extra("onnxscript", "export"):
@@ -167,8 +163,6 @@ def quantize_openvino(source: Path, path: Path, *, calibration: NDArray[np.float
 
 def write_torch(model: nn.Module, path: Path, *, size: int, metadata: str) -> None:
     """Write `model` as a torch.export program (.pt2): it runs without Fieldmark and without timm; `size` is S."""
-    import torch
-
     shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},)
     with _one_error("by torch.export"):
         program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=shapes)
@@ -183,11 +177,10 @@ def write_torch(model: nn.Module, path: Path, *, size: int, metadata: str) -> No
 def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata) -> None:
     """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     import timm
-    import torch
     from timm.models import save_for_hf
 
     parts: Any = model
-    if not isinstance(parts.head, torch.nn.Linear):
+    if not isinstance(parts.head, nn.Linear):
         raise ExportError(
             "the timm form holds a linear head only, and this run has another: export --to onnx or torch, or train "
             'with model.head = "linear"'
@@ -195,8 +188,7 @@ def write_timm(model: nn.Module, folder: Path, metadata: ModelMetadata) -> None:
     architecture, spec = metadata.architecture.split(".")[0], metadata.preprocessing
     whole: Any = timm.create_model(architecture, num_classes=len(metadata.classes))
     strides = [
-        [module.stride for module in one.modules() if isinstance(module, torch.nn.Conv2d)]
-        for one in (parts.backbone, whole)
+        [module.stride for module in one.modules() if isinstance(module, nn.Conv2d)] for one in (parts.backbone, whole)
     ]
     if parts.pool is not None or strides[0] != strides[1]:
         raise ExportError(

@@ -2,10 +2,8 @@
 
 from importlib import import_module
 
-from fieldmark.errors import MissingExtraError
+from fieldmark.errors import needs_extra
 
 for package in ("fastapi", "python_multipart", "prometheus_client", "uvicorn"):
-    try:
+    with needs_extra(package.replace("_", "-"), "serve"):
         import_module(package)
-    except ImportError as error:
-        raise MissingExtraError((error.name or package).replace("_", "-"), "serve") from None

@@ -18,6 +18,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -105,10 +106,6 @@ def busy(reason: str) -> HTTPException:
     return HTTPException(503, reason, {"retry-after": "2"})
 
 
-class _ClientGoneError(Exception):
-    """The client closed the connection before its body was there, or does not read its answer."""
-
-
 class RequestLimits:
     """Check who asks, read the whole body under the limits, and only then call the app behind."""
 
@@ -125,7 +122,7 @@ class RequestLimits:
             return
         origin = Headers(scope=scope).get("origin", "")
         send = self._guard(send, origin if self._access.shares_with(origin) else "")
-        with suppress(_ClientGoneError):  # nobody is there to answer
+        with suppress(ClientDisconnect):  # nobody is there to answer
             try:
                 await self._serve(scope, receive, send)
             except HTTPException as error:  # the rest of the body is not read
@@ -142,7 +139,7 @@ class RequestLimits:
         self._access.require_key(scope["path"], headers)
         body = bytearray()
         try:
-            await self._take_body(headers.get("content-length", ""), receive, body)
+            await self._take_body(Request(scope, receive), body)
             whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
             async def replay() -> Message:
@@ -152,27 +149,21 @@ class RequestLimits:
         finally:
             self._held_bytes -= len(body)
 
-    async def _take_body(self, announced: str, receive: Receive, body: bytearray) -> None:
+    async def _take_body(self, request: Request, body: bytearray) -> None:
         """Fill `body`, whose bytes count as held from the moment they arrive."""
-        limits = self._limits
+        limits, announced = self._limits, request.headers.get("content-length", "")
         too_large = f"the request is larger than {limits.max_body_bytes} bytes; send fewer or smaller photos"
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > limits.max_body_bytes):
             raise HTTPException(413, too_large)
         try:
             async with asyncio.timeout(limits.body_seconds):
-                has_more = True
-                while has_more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _ClientGoneError
-                    part: bytes = message.get("body", b"")
+                async for part in request.stream():
                     if len(body) + len(part) > limits.max_body_bytes:
                         raise HTTPException(413, too_large)
                     if self._held_bytes + len(part) > limits.max_held_bytes:
                         raise busy("too many requests are arriving; send this one again later")
                     body += part
                     self._held_bytes += len(part)
-                    has_more = message.get("more_body", False)
         except TimeoutError:
             raise HTTPException(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
 
@@ -194,6 +185,6 @@ class RequestLimits:
                 async with asyncio.timeout(self._limits.answer_seconds):
                     await send(message)
             except TimeoutError:
-                raise _ClientGoneError from None
+                raise ClientDisconnect from None
 
         return guarded

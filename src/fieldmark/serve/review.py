@@ -26,8 +26,8 @@ from fieldmark.inference import triage
 from fieldmark.inference.triage import AttentionMaps, HeldOut
 from fieldmark.plots import thumbnail
 from fieldmark.runs.folder import Run
-from fieldmark.serve.app import add_pages, observe
-from fieldmark.serve.limits import Access, Limits, RequestLimits
+from fieldmark.serve.limits import Access, Limits
+from fieldmark.serve.server import finish_app
 from fieldmark.serve.service import ServerMetrics, prepare_photo
 
 _THUMBNAILS_KEPT = 4000  # about 15 KB each
@@ -349,9 +349,7 @@ def create_review_app(views: ReviewViews) -> FastAPI:
         app.add_api_route(path, method)
     for method in (views.decide, views.undo):
         app.add_api_route(f"/api/{method.__name__}", method, methods=["POST"], dependencies=[Depends(require_json)])
-    add_pages(app, {"/": "review.html"})
-    observe(app, ServerMetrics())
-    app.add_middleware(RequestLimits, limits=_LIMITS, access=Access())
+    finish_app(app, {"/": "review.html"}, ServerMetrics(), limits=_LIMITS, access=Access())
     return app
 
 

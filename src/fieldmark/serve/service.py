@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import BaseModel
 
 from fieldmark.augment.reference import EvalSpec, Views, eval_picture
@@ -346,7 +346,7 @@ class ServerMetrics:
     """Counters of one server, in a registry of their own, so that two apps in a process do not mix."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "fieldmark_requests", "Requests by path and status.", ["path", "status"], registry=registry
         )
@@ -359,7 +359,3 @@ class ServerMetrics:
             registry=registry,
         )
         self.waiting = Gauge("fieldmark_waiting_photos", "Photos that wait for the model.", registry=registry)
-
-    def text(self) -> bytes:
-        """The exposition format."""
-        return generate_latest(self._registry)

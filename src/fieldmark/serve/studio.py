@@ -47,9 +47,9 @@ from fieldmark.runs.dataset import decode_spec, find_photos
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import Run
 from fieldmark.runs.writer import LOCK
-from fieldmark.serve.app import add_pages, observe, open_app
-from fieldmark.serve.limits import Access, Limits, RequestLimits
+from fieldmark.serve.limits import Access, Limits
 from fieldmark.serve.review import open_review, require_json
+from fieldmark.serve.server import finish_app, open_app
 from fieldmark.serve.service import ServerMetrics
 from fieldmark.training.metrics import wilson_interval
 
@@ -461,9 +461,7 @@ def create_studio_app(root: Path, overrides: Sequence[str]) -> FastAPI:
     app.add_api_route("/photo", studio.read_photo, response_model=None)
     app.mount("/try/{name}", OneRun(studio.find_run, studio.open_predictor))
     app.mount("/review/{name}", OneRun(studio.find_run, studio.open_review))
-    add_pages(app, {"/": "studio.html"})
-    observe(app, ServerMetrics())
-    app.add_middleware(RequestLimits, limits=_LIMITS, access=Access())
+    finish_app(app, {"/": "studio.html"}, ServerMetrics(), limits=_LIMITS, access=Access())
     return app
 
 
