@@ -112,17 +112,13 @@ def plain_text(name: str, *, longest: int = LONGEST_NAME) -> str:
     return shown.replace("$", r"\$")
 
 
-def _shown_classes(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the classes that a confusion matrix shows: all, or the `MOST_CLASSES` with the most mistakes."""
-    mistakes = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * np.diag(confusion)
-    return np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES])
-
-
-def confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:
+def confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[Figure, list[Tip]]:
     """Confusion matrix: rows of (K, K) counts are the true classes; the stronger the color, the larger the share."""
     from matplotlib.colors import to_rgb
 
-    shown = _shown_classes(confusion)
+    # Of many classes those with the most mistakes.
+    mistakes = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * np.diag(confusion)
+    shown = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES])
     counts, names = confusion[np.ix_(shown, shown)], [plain_text(classes[int(index)]) for index in shown]
     shares = counts / np.maximum(confusion.sum(axis=1, keepdims=True)[shown], 1)
     has_counts = len(names) <= 25
@@ -146,21 +142,15 @@ def confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> Fi
         axes.set_yticks(np.arange(len(names)) + 0.5, minor=True)
         axes.grid(which="minor", linewidth=0.3, alpha=0.4)
         axes.tick_params(which="minor", length=0)
-    for row, column in zip(*np.nonzero(counts), strict=True) if has_counts else ():
-        color = "white" if shares[row, column] > 0.5 else INK
-        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=size, color=color)
-    return figure
-
-
-def confusion_tips(figure: Figure, confusion: NDArray[np.int64], classes: Sequence[str]) -> list[Tip]:
-    """A tooltip for each cell of `confusion_figure` that holds a photo."""
-    shown, totals = _shown_classes(confusion), confusion.sum(axis=1)
     tips: list[Tip] = []
-    for row, column in zip(*np.nonzero(confusion[np.ix_(shown, shown)]), strict=True):
-        true, predicted = int(shown[row]), int(shown[column])
-        text = f"{classes[true]} → {classes[predicted]}: {confusion[true, predicted]} of {totals[true]}"
-        tips.append(Tip(figure.axes[0], (column - 0.5, column + 0.5), (row - 0.5, row + 0.5), text))
-    return tips
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        true, predicted, count = int(shown[row]), int(shown[column]), str(counts[row, column])
+        text = f"{classes[true]} → {classes[predicted]}: {count} of {confusion[true].sum()}"
+        tips.append(Tip(axes, (column - 0.5, column + 0.5), (row - 0.5, row + 0.5), text))
+        if has_counts:
+            color = "white" if shares[row, column] > 0.5 else INK
+            axes.text(column, row, count, ha="center", va="center", fontsize=size, color=color)
+    return figure, tips
 
 
 def draw_lambda(axes: Axes, values: NDArray[np.float64], alpha: tuple[float, float], title: str) -> None:

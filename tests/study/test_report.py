@@ -283,8 +283,8 @@ def test_the_most_confused_pair_comes_first(make_run):
     pairs = most_confused(variant, with_photos=False)
     confusion = pooled_confusion(variant)
     off = confusion - np.diag(np.diag(confusion))
-    assert [pair.count for pair in pairs] == sorted(off[off > 0].tolist(), reverse=True)[:6]
-    assert all(pair.true != pair.predicted for pair in pairs)
+    assert [pair["count"] for pair in pairs] == sorted(off[off > 0].tolist(), reverse=True)[:6]
+    assert all(pair["true"] != pair["predicted"] for pair in pairs)
 
 
 def test_a_broken_photo_is_named_and_not_shown(make_run, tmp_path):
@@ -293,10 +293,10 @@ def test_a_broken_photo_is_named_and_not_shown(make_run, tmp_path):
         (tmp_path / photo).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / photo).write_bytes(b"\xff\xd8\xff\xe0 not a photo")
     shown = [
-        photo for pair in most_confused(compare_runs([run]).variants[0], with_photos=True) for photo in pair.photos
+        photo for pair in most_confused(compare_runs([run]).variants[0], with_photos=True) for photo in pair["photos"]
     ]
     assert shown
-    assert all(photo.source == "" for photo in shown)
+    assert all(photo["source"] == "" for photo in shown)
 
 
 def test_a_page_of_100_classes_and_photos_stays_under_half_a_megabyte(make_run, tmp_path):

@@ -81,17 +81,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         """A table for people: the metrics, then the classes with the lowest recall."""
-        rows = self.score_classes()
-        with_photos = sorted((row for row in rows if row.photos), key=lambda row: (row.recall, -row.photos))
-        shown = with_photos[:MOST_CLASSES_SHOWN]
-        values = {
-            "found": self,
-            "titles": METRIC_NAMES,
-            "rows": rows,
-            "shown": shown,
-            "width": min(max(len(row.name) for row in shown), 40),
-            "absent": [row.name for row in rows if not row.photos],
-        }
+        values = {"found": self, "titles": METRIC_NAMES, "rows": self.score_classes(), "most": MOST_CLASSES_SHOWN}
         return fill_template("evaluation.md", values)
 
     def score_classes(self) -> list[ClassScore]:
@@ -241,7 +231,7 @@ def save_evaluation(found: Evaluation, path: Path) -> list[Path]:
     folder.write_json(files[0], content)
     write_csv(files[1], list(content["classes"][0]), [list(row.values()) for row in content["classes"]])
     write_csv(files[2], ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, rows, strict=True)])
-    write_whole(files[3], figure_png(confusion_figure(found.confusion, names)))
+    write_whole(files[3], figure_png(confusion_figure(found.confusion, names)[0]))
     return files
 
 

@@ -160,10 +160,7 @@ class Fallback(Taxonomy):
 
 def describe_fallback(found: Fallback) -> str:
     """A line for each level, for people."""
-    levels = list(zip(found.scores, found.thresholds, strict=True))
-    width = max(len(score.level) for score in found.scores)
-    unknown = 1 - sum(score.answered for score in found.scores)
-    return fill_template("fallback.md", {"levels": levels, "width": width, "unknown": unknown})
+    return fill_template("fallback.md", {"found": found})
 
 
 def taxonomy_scores(run: Run, table: Path) -> dict[str, float]:

@@ -93,11 +93,7 @@ class PredictedPhotos:
 
     def failure_message(self) -> str:
         """Return which photos could not be read, and why."""
-        lines = [f"  {prediction.path!r} {prediction.problem}" for prediction in self.failed[:MOST_FAILURES_SHOWN]]
-        left = len(self.failed) - len(lines)
-        more = [f"  ... and {left} more"] if left else []
-        head = f"error: {len(self.failed)} of {self.count} photos could not be read; their rows have no label:"
-        return "\n".join([head, *lines, *more])
+        return fill_template("failures.md", {"failed": self.failed, "count": self.count, "most": MOST_FAILURES_SHOWN})
 
 
 def save_predictions(

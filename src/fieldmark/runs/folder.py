@@ -166,7 +166,7 @@ class Run:
     def _repr_html_(self) -> str:
         """What a notebook shows: the result with its interval, and the confusion matrix."""
         from fieldmark.files import fill_template
-        from fieldmark.plots import confusion_figure, confusion_tips, figure_svg
+        from fieldmark.plots import confusion_figure, figure_svg
         from fieldmark.training.metrics import confusion_matrix
 
         pictures: list[str] = []
@@ -174,8 +174,7 @@ class Run:
             found = self.predictions()
             predicted = found.probabilities.argmax(axis=1).astype(np.int64)
             confusion = confusion_matrix(predicted, found.labels, num_classes=len(self.classes))
-            figure = confusion_figure(confusion, self.classes)
-            tips = confusion_tips(figure, confusion, self.classes)
+            figure, tips = confusion_figure(confusion, self.classes)
             pictures.append(figure_svg(figure, tips, key=f"{self.path}-confusion"))
         return fill_template("run.html", {"text": repr(self), "pictures": pictures})
 

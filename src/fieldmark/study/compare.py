@@ -114,8 +114,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         """A table of the variants, and a sentence for every two of them."""
-        width = max(len(variant.name) for variant in self.variants)
-        return fill_template("comparison.md", {**vars(self), "width": width})
+        return fill_template("comparison.md", vars(self))
 
     def _repr_html_(self) -> str:
         return fill_template("comparison.html", {"comparison": self})

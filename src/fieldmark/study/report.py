@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +20,7 @@ from fieldmark.data.shards import locate_photos
 from fieldmark.errors import DataError, RunError
 from fieldmark.files import fill_template, write_whole
 from fieldmark.models.catalog import describe_pretraining
-from fieldmark.plots import confusion_figure, confusion_tips, figure_png, figure_svg, thumbnail_uri
+from fieldmark.plots import confusion_figure, figure_png, figure_svg, thumbnail_uri
 from fieldmark.runs.folder import Run, RunResults, flatten, format_value
 from fieldmark.study.charts import Chart, minutes, parameters, report_charts
 from fieldmark.study.compare import Comparison, Pair, Shown, Variant, compare_runs
@@ -41,26 +40,6 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: frozenset[int]
-
-
-@dataclass(frozen=True)
-class ShownPhoto:
-    """A photo of the page; `source` is a data URI, "" where the photo is gone."""
-
-    path: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """Photos of one class that were taken for another, and one of that; `count` and `out_of` are over all runs."""
-
-    true: str
-    predicted: str
-    count: int
-    out_of: int
-    photos: tuple[ShownPhoto, ...]
-    example: ShownPhoto | None
 
 
 def write_report(
@@ -150,11 +129,7 @@ def _page_parts(
         "rows_open": ROWS_OPEN,
         "confused": most_confused(best, with_photos=with_photos),
         "changes": changes,
-        "environment": {
-            key: " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            for key, value in flatten(best.runs[0].environment).items()
-        },
-        "css": (resources.files("fieldmark.study") / "templates" / "report.css").read_text(encoding="utf-8"),
+        "environment": flatten(best.runs[0].environment),
     }
 
 
@@ -187,11 +162,10 @@ def _headline(comparison: Comparison, best: Variant) -> str:
 
 def _confusion_chart(variant: Variant) -> Chart:
     """The confusion matrix over all runs of a variant."""
-    confusion, classes = pooled_confusion(variant), variant.runs[0].classes
-    figure = confusion_figure(confusion, classes)
+    figure, tips = confusion_figure(pooled_confusion(variant), variant.runs[0].classes)
     note = "Rows: the true class. The stronger the color, the larger the share of its photos."
     note += " Over all runs of the variant." if len(variant.runs) > 1 else ""
-    return Chart("confusion", "Confusion matrix", note, figure, tuple(confusion_tips(figure, confusion, classes)))
+    return Chart("confusion", "Confusion matrix", note, figure, tuple(tips))
 
 
 def _variants_table(comparison: Comparison) -> Table:
@@ -297,35 +271,36 @@ def pooled_confusion(variant: Variant) -> NDArray[np.int64]:
     return np.sum(matrices, axis=0)
 
 
-def most_confused(variant: Variant, *, with_photos: bool) -> list[Confusion]:
-    """The classes that were most often taken for each other, with photos that were, where they are still there."""
+def most_confused(variant: Variant, *, with_photos: bool) -> list[dict[str, Any]]:
+    """The classes that were most often taken for each other, over all runs, with photos that were, and one of that."""
     runs, classes = variant.runs, variant.runs[0].classes
     photos = [(run, photo) for run in runs for photo in run.photos]
     labels = np.concatenate([run.labels for run in runs])
     predicted = np.concatenate([run.predicted for run in runs])
     totals = np.bincount(labels, minlength=len(classes))
-    found: list[Confusion] = []
+    found: list[dict[str, Any]] = []
     for true, other, indices in confused_pairs(labels, predicted)[:PAIRS_SHOWN]:
+        pair = {"true": classes[true], "predicted": classes[other], "count": len(indices), "out_of": int(totals[true])}
         # The same photo in another run is the same picture.
         distinct = {photos[index][1]: photos[index] for index in indices[::-1]} if with_photos else {}
-        shown = tuple(_show_photo(*photo) for photo in list(distinct.values())[: -PHOTOS_SHOWN - 1 : -1])
-        example = _show_example(runs[0], other) if with_photos else None
-        found.append(Confusion(classes[true], classes[other], len(indices), int(totals[true]), shown, example))
+        shown = [_show_photo(*photo) for photo in list(distinct.values())[: -PHOTOS_SHOWN - 1 : -1]]
+        found.append(pair | {"photos": shown, "example": _show_example(runs[0], other) if with_photos else None})
     return found
 
 
-def _show_example(run: RunResults, index: int) -> ShownPhoto | None:
+def _show_example(run: RunResults, index: int) -> dict[str, str] | None:
     """The photo of a class that is recognized with the highest probability."""
     found = np.flatnonzero((run.labels == index) & run.correct)
     if not len(found):
         return None
-    photo = _show_photo(run, run.photos[int(found[run.probabilities[found, index].argmax()])])
-    return photo if photo.source else None
+    return _show_photo(run, run.photos[int(found[run.probabilities[found, index].argmax()])])
 
 
-def _show_photo(run: RunResults, photo: str) -> ShownPhoto:
+def _show_photo(run: RunResults, photo: str) -> dict[str, str]:
+    """The `path` of a photo, and it as a data URI in `source`, "" where it is gone."""
     try:
         [file] = locate_photos(str(run.data_info.get("root", "")), [photo])
     except (DataError, OSError, ValueError):
-        return ShownPhoto(photo, "")
-    return ShownPhoto(photo, thumbnail_uri(file, THUMBNAIL_PIXELS, run.decode_spec(), max_bytes=THUMBNAIL_BYTES))
+        return {"path": photo, "source": ""}
+    source = thumbnail_uri(file, THUMBNAIL_PIXELS, run.decode_spec(), max_bytes=THUMBNAIL_BYTES)
+    return {"path": photo, "source": source}
