@@ -1,4 +1,4 @@
-"""Settings as people type them, and as earlier versions called them."""
+"""Settings as people type them, and as other tools and the competition report call them."""
 
 from __future__ import annotations
 
@@ -127,10 +127,7 @@ def test_a_recipe_file_with_a_wrong_key_names_the_right_one(tmp_path):
     [
         ("competition", ["mix.prob=0.2"], 0.4, 0.5),
         ("strong", ["mix.prob=0.2"], 0.2, 1.0),
-        ("strong", ["mix.prob=0.4", 'mix.methods=["mixup", "cutmix"]'], 0.8, 0.5),
-        ("strong", ['mix.methods=["mixup", "cutmix"]', "mix.prob=0.4"], 0.8, 0.5),
-        ("strong", ["mix.methods=mixup"], 0.5, 0.0),
-        ("competition", ["mix.methods=[]"], 0.0, 0.5),
+        ("strong", ["mix.cutmix_share=0.5", "mix.prob=0.4"], 0.8, 0.5),
         (None, ["prob=0.3"], 0.6, 0.5),
         ("competition", ["mix.prob=0.2", "mix.share=0.3"], 0.3, 0.5),
     ],
@@ -142,42 +139,34 @@ def test_a_probability_per_method_is_read_as_a_share_of_all_batches(recipe, over
     assert "is read as mix.share = " in caplog.text
 
 
-def test_a_recipe_of_an_earlier_version_loads_with_one_note_a_name(tmp_path, caplog):
+def test_a_recipe_may_give_the_probability_of_each_method_and_is_told_once_what_that_means(tmp_path, caplog):
     path = tmp_path / "recipe.toml"
-    path.write_text(
-        '[mix]\nprob = 0.4\nmethods = ["mixup", "cutmix"]\n[eval]\ntransform = "weights"\n[augment]\ncrop = "weights"\n'
-    )
+    path.write_text("[mix]\nprob = 0.4\n")
     with caplog.at_level(logging.WARNING, logger="fieldmark"):
-        config = load_config(path)
-        assert load_config(path) == config
+        config = load_config(path, {"train.epochs": 3})
+        assert load_config(path, {"train.epochs": 3}) == config
+        assert load_config(path, {"mix.share": 0.3}).mix.share == 0.3
     assert (config.mix.share, config.mix.cutmix_share) == (0.8, 0.5)
-    assert (config.eval.transform, config.augment.crop) == ("pretrained", "pretrained")
-    assert len(caplog.records) == 3
-    assert "mix.prob = 0.4 and mix.methods = ['mixup', 'cutmix'] of earlier versions" in caplog.text
+    assert len(caplog.records) == 1
+    assert "mix.prob = 0.4 is per method: it is read as mix.share = 0.8" in caplog.text
 
 
-def test_a_setting_that_is_none_any_more_is_left_out_with_a_note_where_it_was_changed(tmp_path, caplog):
-    path = tmp_path / "recipe.toml"
-    path.write_text("[train]\nfit_memory = true\n[probe]\nepochs = 3\nbatch_size = 64\n[schedule]\nmin_factor = 0.0\n")
-    with caplog.at_level(logging.WARNING, logger="fieldmark"):
-        assert load_config(path).probe.epochs == 3
-    assert [record.getMessage() for record in caplog.records] == [
-        "note: probe.batch_size = 64 has no effect: it is no setting any more, and always 256"
-    ]
+@pytest.mark.parametrize("given", ["0.6", "often"])
+def test_a_probability_that_cannot_be_says_what_to_give(given):
+    with pytest.raises(ConfigError, match=rf"per method: of 2 methods at most 0\.5; got '?{given}'?\. Give mix\.share"):
+        load_config("competition", [f"mix.prob={given}"])
 
 
-def test_an_old_probability_that_is_too_large_says_what_to_give():
-    with pytest.raises(ConfigError, match=r"per method: of 2 methods at most 0\.5; got 0\.6\. Give mix\.share"):
-        load_config("competition", ["mix.prob=0.6"])
+def test_the_competition_recipe_answers_to_the_name_of_its_report():
+    assert load_config("report") == load_config("competition")
 
 
-def test_the_competition_recipe_answers_to_its_old_name(caplog):
-    with caplog.at_level(logging.WARNING, logger="fieldmark"):
-        assert load_config("report") == load_config("competition")
-    assert "the recipe 'report' is now called 'competition'" in caplog.text
+@pytest.mark.parametrize("name", ["1", "true", '"quoted"', "a=b"])
+def test_a_folder_of_photos_is_taken_literally_whatever_its_name(name):
+    assert load_config("laptop", ["epochs=1"], data=name).data.path == name
 
 
-def test_a_grid_of_an_earlier_version_plans_the_same_runs_under_the_same_names():
+def test_a_grid_may_vary_the_probability_of_each_method():
     grid = parse_grid({"recipe": "report", "grid": {"mix.prob": [0.0, 0.4]}}, "grid")
     cells = grid_cells(grid, base_settings(grid, []))
     assert [cell.name for cell in cells] == ["mix.prob=0", "mix.prob=0.4"]

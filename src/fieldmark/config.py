@@ -6,19 +6,18 @@ turns them into plain values.
 
 from __future__ import annotations
 
-import copy
 import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -30,8 +29,7 @@ from pydantic import (
 )
 
 from fieldmark.errors import ConfigError
-from fieldmark.overrides import RENAMED_RECIPES, describe_problems, parse_pair, read_old_names, set_value
-from fieldmark.progress import note
+from fieldmark.overrides import describe_problems, parse_pair, read_prob, set_value
 
 
 def _check_range(values: tuple[float, float]) -> tuple[float, float]:
@@ -40,6 +38,9 @@ def _check_range(values: tuple[float, float]) -> tuple[float, float]:
     return values
 
 
+Value = TypeVar("Value")
+# TOML has no word for None: where a setting may be None, `none` says so.
+OrNone = Annotated[Value | None, BeforeValidator(lambda value: None if value == "none" else value)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
@@ -51,16 +52,6 @@ class Section(BaseModel):
     """One table of the recipe. Unknown keys are errors; values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_none(cls, values: Any) -> Any:
-        """TOML has no word for None: where a setting may be None, `none` says so."""
-        if not isinstance(values, Mapping):
-            return values
-        given: Mapping[str, Any] = values
-        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
-        return {name: None if value == "none" and name in optional else value for name, value in given.items()}
 
 
 class DataConfig(Section):
@@ -159,7 +150,7 @@ class LoaderConfig(Section):
 class AugmentConfig(Section):
     """Random changes of a training photo."""
 
-    size: PositiveInt | None = None
+    size: OrNone[PositiveInt] = None
     """Side of the training image in pixels; None is the size that the weights were trained at."""
 
     executor: Literal["fast", "reference", "device"] = "fast"
@@ -257,13 +248,13 @@ class EvalConfig(Section):
     transform: Literal["pretrained", "squash"] = "pretrained"
     """`pretrained`: resize and center-crop as the weights ask for. `squash`: to a square, aspect lost."""
 
-    size: PositiveInt | None = None
+    size: OrNone[PositiveInt] = None
     """Side in pixels; None is the weights' test size for `pretrained`, else `augment.size`."""
 
-    crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    crop_fraction: OrNone[Annotated[float, Field(gt=0, le=1)]] = None
     """`size` over the resized short side; None is the weights' own."""
 
-    interpolation: Literal["bilinear", "bicubic"] | None = None
+    interpolation: OrNone[Literal["bilinear", "bicubic"]] = None
     """None is the weights' own; `squash` defaults to bilinear."""
 
     batch_size: PositiveInt = 64
@@ -300,10 +291,10 @@ class ModelConfig(Section):
     stride_in_1x1: bool = False
     """ResNets only: the original v1 layout, where the 1x1 convolution of a block has the stride (Keras' weights)."""
 
-    max_parameters_millions: PositiveFloat | None = None
+    max_parameters_millions: OrNone[PositiveFloat] = None
     """Refuse to train a larger model."""
 
-    min_photos_per_second: PositiveFloat | None = None
+    min_photos_per_second: OrNone[PositiveFloat] = None
     """Within a time budget: how many photos the model, or all networks that answer together, must answer here."""
 
     freeze: NonNegativeInt | Literal["all"] = 0
@@ -347,7 +338,7 @@ class ScheduleConfig(Section):
     warmup_epochs: NonNegativeFloat = 1.0
     """Length of the linear warm-up, for `cosine` and `constant`."""
 
-    restart_epochs: PositiveInt | None = None
+    restart_epochs: OrNone[PositiveInt] = None
     """T_0 of `warm_restarts`; None is all of `train.epochs`, one cycle; only `competition` uses it."""
 
     restart_factor: PositiveInt = 2
@@ -373,7 +364,7 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 32
     """Photos per update, over all devices and micro-batches."""
 
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: OrNone[PositiveInt] = None
     """Photos per forward pass on one device; None is as many as `batch_size` and memory allow. Gradients add up."""
 
     seed: NonNegativeInt = 0
@@ -462,14 +453,6 @@ class Config(Section):
     probe: ProbeConfig = ProbeConfig()
     train: TrainConfig = TrainConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_old_names(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            values = copy.deepcopy(values)
-            read_old_names(values)
-        return values
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         train, schedule = self.train, self.schedule
@@ -491,6 +474,7 @@ class Config(Section):
 
 
 RECIPES: Any = resources.files("fieldmark") / "recipes"
+OTHER_NAMES = {"report": "competition"}  # the recipe is that of the competition's report
 
 
 def recipe_names(folder: Any = RECIPES) -> list[str]:
@@ -498,13 +482,19 @@ def recipe_names(folder: Any = RECIPES) -> list[str]:
     return sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml"))
 
 
-def load_config(recipe: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+def load_config(
+    recipe: str | Path | None = None,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    *,
+    data: str | Path | None = None,
+) -> Config:
     """Read a recipe and apply overrides.
 
     Args:
         recipe: Name of a shipped recipe, path of a TOML file, or None for the defaults.
         overrides: A mapping, or `key=value` pairs whose values are TOML or bare words, applied in order. Keys are
             dotted; a last part that is unique, and the usual names of other tools, are understood.
+        data: The photos, in place of `data.path`.
 
     Raises:
         ConfigError: No such recipe, not TOML, an unknown key, or a value out of range. Names every problem.
@@ -515,6 +505,8 @@ def load_config(recipe: str | Path | None = None, overrides: Iterable[str] | Map
     """
     name, settings = read_recipe(recipe)
     apply_overrides(settings, overrides)
+    if data is not None:  # not an override: a folder named "1" or "true" must stay text
+        settings["data"] = {**settings.get("data", {}), "path": str(data)}
     return parse_config(settings, name)
 
 
@@ -559,16 +551,13 @@ def _fill_table(table: Any, section: Section, *, with_comments: bool) -> Any:
 
 
 def read_recipe(recipe: str | Path | None) -> tuple[str, dict[str, Any]]:
-    """Read a recipe's name and its own settings, without defaults; names of earlier versions are replaced."""
+    """Read a recipe's name and its own settings, without defaults."""
     if recipe is None:
         return "settings", {}
-    path, today = Path(recipe), RENAMED_RECIPES.get(str(recipe), str(recipe))
-    settings = read_toml(str(recipe), RECIPES / f"{today}.toml", "recipe", recipe_names())
-    is_file = path.is_file()
-    if today != str(recipe) and not is_file:
-        note(f"the recipe {recipe!r} is now called {today!r}")
-    read_old_names(settings)
-    return path.name if is_file else str(recipe), settings
+    name = str(recipe)
+    settings = read_toml(name, RECIPES / f"{OTHER_NAMES.get(name, name)}.toml", "recipe", recipe_names())
+    read_prob(settings)
+    return Path(recipe).name if Path(recipe).is_file() else name, settings
 
 
 def read_toml(name: str, shipped: Any, kind: str, names: Sequence[str], hint: str = "") -> dict[str, Any]:

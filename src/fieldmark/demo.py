@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 
 DEFECTIVE = 0.5  # experts' probability of a defect above which a cell counts as defective
 PUBLISHED = "CNN 88.4 %, SVM 82.4 % (Deitsch et al. 2019, Solar Energy 185, their own split of the same photos)"
-SETTINGS = {
-    "data.val_fraction": 0.15,
-    "data.test_fraction": 0.25,
-    "augment.vertical_flip": 0.5,  # a solar cell has no upside
-}
+SETTINGS = ("data.val_fraction=0.15", "data.test_fraction=0.25", "augment.vertical_flip=0.5")  # a cell has no upside
 SHOWN = 12
 RIGHT, WRONG = "#1a7f37", "#c62828"
 
@@ -45,8 +41,7 @@ def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress
         f"{num_photos} electroluminescence photos of solar cells, {num_defective} of them defective "
         "(elpv-dataset, CC-BY-NC-SA 4.0)"
     )
-    settings = [f"{key}={value}" for key, value in SETTINGS.items()]
-    config = load_config(None, [f'data.path="{table.as_posix()}"', *settings, *overrides])
+    config = load_config(None, [*SETTINGS, *overrides], data=table)
     run = train_within(config, folder / "run", minutes=minutes, progress=progress)
     progress.message(format_result(run))
     found = evaluate(run.path, split="test", progress=progress)

@@ -19,7 +19,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
-from fieldmark.config import apply_overrides, parse_config, read_recipe
+from fieldmark.config import load_config
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import DataError, PhotoError
 from fieldmark.progress import Progress, open_progress
@@ -59,10 +59,7 @@ def fit(
     from fieldmark.budget.run import train_within
     from fieldmark.runs.train import new_run_folder, train
 
-    name, tree = read_recipe(recipe)
-    apply_overrides(tree, flatten(settings))
-    tree["data"] = {**tree.get("data", {}), "path": str(photos)}
-    config = parse_config(tree, name)
+    config = load_config(recipe, flatten(settings), data=photos)
     folder = Path(out) if out is not None else new_run_folder(config, str(recipe or "minutes"))
     with nullcontext(progress) if progress else open_progress("train") as shown:
         if minutes is not None or recipe is None:
@@ -122,7 +119,6 @@ class Classifier(ClassifierMixin, BaseEstimator):
             raise DataError(f"fit needs at least two classes; got {self.classes_.tolist()}")
         if self.out:
             out = Path(self.out)
-            out.parent.mkdir(parents=True, exist_ok=True)
         else:
             temporary = tempfile.mkdtemp(prefix="fieldmark-")
             weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)

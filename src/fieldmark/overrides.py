@@ -1,4 +1,4 @@
-"""Settings as people type them: `key=value` pairs, short and foreign names, and the names of earlier versions."""
+"""Settings as people type them: `key=value` pairs, and short and foreign names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from fieldmark.progress import note
 _NAMES: dict[str, dict[str, Any]] = tomllib.loads((resources.files("fieldmark") / "synonyms.toml").read_text("utf-8"))
 SYNONYMS: dict[str, str] = {word: key for key, words in _NAMES["meant"].items() for word in words.split()}
 
-RENAMED_RECIPES = {"report": "competition"}
-OLD_KEYS = ("mix.prob", "mix.methods")
-RENAMED_VALUES = {("eval", "transform"): {"weights": "pretrained"}, ("augment", "crop"): {"weights": "pretrained"}}
+PROB = "mix.prob"  # the competition report's probability of each method, in place of `mix.share`
 
 
 def parse_pair(pair: str) -> tuple[str, str]:
@@ -68,7 +66,7 @@ def find_setting(model: type[BaseModel], key: str) -> str:
     """Return the dotted key that is meant by a short or foreign name; the ConfigError names the likely ones."""
     keys = list_settings(model)
     asked = key.lower().replace("-", "_")
-    if asked in keys or asked in OLD_KEYS:
+    if asked in keys or asked == PROB:
         return asked
     section, _, last = asked.rpartition(".")
     if not section and f"{asked}.name" in keys:
@@ -82,7 +80,7 @@ def find_setting(model: type[BaseModel], key: str) -> str:
     siblings = [_last(name) for name in keys if name.startswith(f"{section}.")]
     if close := difflib.get_close_matches(last, siblings, n=1):
         raise ConfigError(f"{key}: no such setting; did you mean {section}.{close[0]}?")
-    found = [wanted] if wanted else [name for name in (*keys, *OLD_KEYS) if _last(name) == last]
+    found = [wanted] if wanted else [name for name in (*keys, PROB) if _last(name) == last]
     if len(found) == 1:
         return found[0]
     by_last = {_last(word): SYNONYMS.get(word, word) for word in reversed((*keys, *SYNONYMS))}
@@ -93,57 +91,29 @@ def find_setting(model: type[BaseModel], key: str) -> str:
 
 
 def set_value(settings: dict[str, Any], model: type[BaseModel], key: str, value: Any) -> None:
-    """Put a value, parsed or as typed, into nested settings under the key that is meant, and read old names as new."""
+    """Put a value, parsed or as typed, into nested settings under the key that is meant."""
     found = find_setting(model, key)
     section, _, name = found.rpartition(".")
     table: Any = settings.setdefault(section, {}) if section else settings
     if not isinstance(table, dict):
         raise ConfigError(f"{key}: {section} is a group of settings, but has the value {table!r}")
     table[name] = _fit(list_settings(model).get(found), value) if isinstance(value, str) else value
-    read_old_names(settings)
+    read_prob(settings)
 
 
-def read_old_names(settings: dict[str, Any]) -> None:
-    """Replace the names of earlier versions by those of today, in place, with one note each."""
-    for (section, name), values in RENAMED_VALUES.items():
-        table = settings.get(section)
-        if isinstance(table, dict) and isinstance(old := table.get(name), str) and old in values:
-            table[name] = values[old]
-            note(f'{section}.{name} = "{old}" is now called "{values[old]}"')
-    for key, value in _NAMES["removed"].items():
-        section, _, name = key.partition(".")
-        table = settings.get(section)
-        if isinstance(table, dict) and name in table and (given := table.pop(name)) != value:
-            note(f"{key} = {given!r} has no effect: it is no setting any more, and always {value!r}")
+def read_prob(settings: Mapping[str, Any]) -> None:
+    """Replace `mix.prob`, in place: as it is of each method, 0.4 of MixUp and of CutMix mixes 80 % of the batches."""
     mix = settings.get("mix")
-    if isinstance(mix, dict) and {"prob", "methods"} & mix.keys():
-        _read_mix_prob(mix)
-
-
-def _read_mix_prob(mix: dict[str, Any]) -> None:
-    """Replace `prob` and `methods`: the probability was of each method, so 0.4 of two mixed 80 % of the batches."""
-    given = {key: mix[key] for key in ("prob", "methods") if mix.get(key) is not None}
-    before = 1 if mix.get("cutmix_share", 0.5) in (0, 1) else 2
-    methods = mix.pop("methods", None)
-    prob = mix.pop("prob", mix.get("share", 0.0) / before)
-    methods = [methods] if isinstance(methods, str) else methods
-    if not isinstance(prob, int | float) or any(method not in ("mixup", "cutmix") for method in methods or ()):
+    if not isinstance(mix, dict) or "prob" not in mix:
+        return
+    prob, methods = mix.pop("prob"), 1 if mix.get("cutmix_share", 0.5) in (0, 1) else 2
+    if not isinstance(prob, int | float) or prob * methods > 1:
         raise ConfigError(
-            f"mix.prob is a number and mix.methods a list of mixup and cutmix; got {given}. Give mix.share (share of "
-            "the batches that are mixed) and mix.cutmix_share (share of those that get CutMix)"
-        )
-    count = before if methods is None else len(methods)
-    if prob * count > 1:
-        raise ConfigError(
-            f"mix.prob is per method: of {count} methods at most {1 / count:g}; got {prob:g}. Give mix.share, the "
+            f"mix.prob is per method: of {methods} methods at most {1 / methods:g}; got {prob!r}. Give mix.share, the "
             "share of all batches that are mixed"
         )
-    mix["share"] = prob * count
-    if methods:
-        mix["cutmix_share"] = list(methods).count("cutmix") / count
-    changed = " and ".join(f"mix.{key} = {value}" for key, value in given.items())
-    share_text = f"mix.share = {mix['share']:g} and mix.cutmix_share = {mix.get('cutmix_share', 0.5):g}"
-    note(f"{changed} of earlier versions is read as {share_text}: shares of the batches, not per method")
+    mix["share"] = prob * methods
+    note(f"mix.prob = {prob:g} is per method: it is read as mix.share = {mix['share']:g}, the share of all batches")
 
 
 def _fit(annotation: Any, text: str) -> Any:

@@ -135,7 +135,7 @@ def test_every_setting_in_a_message_exists_and_takes_the_value_that_is_named():
     assert found > 40
 
 
-FORMER = {"mix.prob", "mix.methods"}  # settings of earlier versions, which are translated
+FORMER = {"mix.prob"}  # what the competition report sets, which is translated
 COMPANIONS = {
     ("data.train_on", "train+val"): ("train.select=last",),
     ("data.group_by", "pattern"): ("data.group_pattern=(.*)_",),

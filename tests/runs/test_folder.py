@@ -52,12 +52,6 @@ def test_a_run_without_validation_does_not_send_to_evaluate(make_run):
         Run(path).predictions()
 
 
-def test_a_run_from_before_licenses_were_spelled_so_is_read(make_run):
-    path = make_run("run")
-    (path / "model.json").write_text(json.dumps(MODEL | {"weights": {"licence": "mit"}}))
-    assert Run(path).model_info["weights"] == {"license": "mit"}
-
-
 MUTANTS = [None, True, 7, -1, float("nan"), "x", [], [1], {}, {"a": 1}]
 
 

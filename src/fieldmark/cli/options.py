@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fieldmark.errors import ConfigError
-
 if TYPE_CHECKING:
     from fieldmark.config import Config
 
@@ -122,13 +120,7 @@ def read_settings(recipe: str | None, data: str | None, overrides: list[str] | N
     """Read a recipe with overrides, for photos that the command line names."""
     from fieldmark.config import load_config
 
-    if recipe is not None and Path(recipe).is_dir():
-        raise ConfigError(f"--recipe {recipe} is a folder; give a shipped recipe or a TOML file")
-    config = load_config(recipe, overrides or ())
-    if data is None:
-        return config
-    # Not an override: a folder named "1" or "true" must stay text.
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": data})})
+    return load_config(recipe, overrides or (), data=data)
 
 
 def print_result(content: Any, text: str, *, as_json: bool) -> None:

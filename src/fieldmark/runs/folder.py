@@ -49,7 +49,7 @@ ENSEMBLE = "ensemble.json"
 MEMBERS = "members"
 
 # What the JSON files hold, as far as anybody reads it. Names of files and classes need not be valid UTF-8, which
-# pydantic asks of a `str`. A key that is missing is reported by whoever needs it: ensembles and old runs lack some.
+# pydantic asks of a `str`. A key that is missing is reported by whoever needs it: an ensemble lacks some.
 _Name = InstanceOf[str]
 
 
@@ -207,11 +207,7 @@ class Run:
     @cached_property
     def model_info(self) -> dict[str, Any]:
         """Backbone, head, evaluation transform, parameters, license and pre-training of the weights."""
-        info = _read_json(self._file(MODEL), _Model)
-        weights = info.get("weights", {})
-        if "licence" in weights:  # as earlier versions spelled it
-            weights["license"] = weights.pop("licence")
-        return info
+        return _read_json(self._file(MODEL), _Model)
 
     @cached_property
     def data_info(self) -> dict[str, Any]:
