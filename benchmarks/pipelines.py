@@ -156,12 +156,11 @@ class Ours:
         from fieldmark.config import load_config
         from fieldmark.data.decode import DecodeSpec
         from fieldmark.models.catalog import InputConfig
-        from fieldmark.runs.build import build_augment_spec, build_eval_spec
+        from fieldmark.runs.build import build_augment_spec
         from fieldmark.runs.dataset import PhotoReader, TrainPhotos
 
         config = load_config("competition", ["augment.executor=fast"])
         weights = InputConfig(SIZE, SIZE, 1.0, "bilinear", MEAN, STD, is_size_fixed=False)
-        evaluation = build_eval_spec(config, weights)
         if inspection is None:
             sizes = np.asarray([_upright_size(file) for file in files], np.int64)
         else:
@@ -174,7 +173,7 @@ class Ours:
             reader,
             self.open_cache(),
             sizes,
-            build_augment_spec(config, size=SIZE, evaluation=evaluation),
+            build_augment_spec(config, weights, size=SIZE),
             seed=0,
             is_fast=True,
         )

@@ -95,7 +95,7 @@ def first_batch(place: str, folder: Path) -> float:
     """Seconds from a path to the first batch of a training that has not seen the photos before, without a cache."""
     from fieldmark.config import load_config
     from fieldmark.progress import Quiet
-    from fieldmark.runs.build import build_eval_spec, build_input_config, build_reader, build_train_photos
+    from fieldmark.runs.build import build_input_config, build_reader, build_train_photos
     from fieldmark.runs.dataset import prepare_dataset
 
     config = load_config(
@@ -105,9 +105,8 @@ def first_batch(place: str, folder: Path) -> float:
         os.environ["XDG_CACHE_HOME"] = home
         began = time.perf_counter()
         dataset = prepare_dataset(config.data, progress=Quiet())
-        evaluation = build_eval_spec(config, build_input_config(config))
         reader = build_reader(config, dataset.index)
-        prepare = build_train_photos(config, reader, dataset.sizes, size=224, evaluation=evaluation)
+        prepare = build_train_photos(config, build_input_config(config), reader, dataset.sizes)
         prepare(range(BATCH), 0)
         return time.perf_counter() - began
 

@@ -184,3 +184,8 @@ def fill_template(
     )
     environment.filters.update(filters or {})
     return environment.get_template(file).render(values).rstrip("\n")
+
+
+def list_findings(file: str, values: Mapping[str, Any], *, filters: Mapping[str, Any] | None = None) -> list[str]:
+    """Fill in a template of rules that give a sentence each; list the sentences."""
+    return list(filter(None, fill_template(file, values, filters=filters).split("\n")))

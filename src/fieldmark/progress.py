@@ -39,13 +39,11 @@ class Progress(Protocol):
 
     def message(self, text: str) -> None:
         """One line that stays."""
+        _LOG.info("%s", text)
 
 
 class Quiet(Progress):
     """Progress that is shown nowhere; its messages go to the logger alone."""
-
-    def message(self, text: str) -> None:  # noqa: D102
-        _LOG.info("%s", text)
 
 
 class Logged(Progress):
@@ -132,7 +130,7 @@ class StreamProgress(Progress):
         self.message(state)
 
     def message(self, text: str) -> None:  # noqa: D102
-        _LOG.info("%s", text)
+        super().message(text)
         is_handled = _LOG.isEnabledFor(logging.INFO) and _LOG.hasHandlers()
         if _LOG.level <= logging.INFO and not is_handled:
             self._print(text)

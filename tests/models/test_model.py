@@ -95,7 +95,7 @@ def test_logits_are_the_head_on_the_features():
     model = make_classifier(feature_dropout=0.5).eval()
     images = torch.randn(2, 3, 64, 64)
     features = model.features(images)
-    assert features.shape == (2, model.num_features)
+    assert features.shape == (2, model.head.in_features)
     assert torch.equal(model(images), model.head(features))
     model.train()
     assert (model.feature_dropout(torch.ones(1000)) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
@@ -281,7 +281,7 @@ def test_a_vision_transformer_takes_any_multiple_of_its_patch_and_is_unchanged_a
     plain.load_state_dict(model.backbone.state_dict())
     images = torch.randn(2, 3, 160, 160)
     assert torch.equal(model.features(images), plain(images))
-    assert model.features(torch.randn(2, 3, 96, 96)).shape == (2, model.num_features)
+    assert model.features(torch.randn(2, 3, 96, 96)).shape == (2, model.head.in_features)
 
 
 def test_a_size_that_an_architecture_does_not_take_is_one_sentence():
@@ -310,7 +310,7 @@ def test_a_swin_transformer_takes_other_sizes_and_is_unchanged_at_its_own(size):
     plain = timm.create_model(name, num_classes=0).eval()
     plain.load_state_dict(model.backbone.state_dict())
     with torch.inference_mode():
-        assert model.features(torch.randn(1, 3, size, size)).shape == (1, model.num_features)
+        assert model.features(torch.randn(1, 3, size, size)).shape == (1, model.head.in_features)
         images = torch.randn(1, 3, 224, 224)
         assert torch.equal(model.features(images), plain(images))
 

@@ -80,7 +80,7 @@ def test_a_classifier_with_it_learns_through_it_and_keeps_its_directions_with_it
     model = create_classifier("test_resnet", pool="covariance", **SETTINGS)
     assert model.pool is not None
     model.pool.fit(model.feature_map(torch.rand(4, 3, 64, 64)))
-    assert model.features(torch.rand(2, 3, 64, 64)).shape == (2, model.num_features)
+    assert model.features(torch.rand(2, 3, 64, 64)).shape == (2, model.head.in_features)
     model(torch.rand(2, 3, 64, 64)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert "pool.projection" in model.state_dict()

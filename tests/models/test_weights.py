@@ -108,7 +108,7 @@ def test_the_report_names_what_did_not_fit(donor, tmp_path):
     assert (report.license, report.pretraining) == ("mit", "my own birds")
     summary = report.summary()
     assert f"{report.matched} of {report.total} tensors" in summary
-    assert "1 missing (layer4.0.conv2.weight)" in summary
+    assert "1 missing ('layer4.0.conv2.weight')" in summary
     assert "license mit; pre-trained on my own birds" in summary
     assert report.warnings() == [f"odd.safetensors: 2 of {report.total} tensors of test_resnet stay random"]
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fieldmark.config import load_config
 from fieldmark.models.weights import data_config
-from fieldmark.runs.check import LintInput, fallback_rate, lint_recipe
+from fieldmark.runs.check import fallback_rate, lint_recipe
 
 WEIGHTS = data_config("resnet101.a1h_in1k", "pretrained")  # trained at 224, tested at 288, bicubic
 CALM = ["train.select=last", "mix.share=0"]
@@ -16,8 +16,8 @@ CALM = ["train.select=last", "mix.share=0"]
 
 def lint(*settings, sizes=((400, 400),), classes=("a", "b"), steps=100, num_val=1000, recipe=None):
     config = load_config(recipe, [*CALM, *settings])
-    given = LintInput(config, WEIGHTS, np.array(sizes, np.int64), classes, steps, num_val)
-    return lint_recipe(given)
+    num_train = steps * config.train.batch_size
+    return lint_recipe(config, WEIGHTS, np.array(sizes, np.int64), classes, num_train=num_train, num_val=num_val)
 
 
 def test_nothing_is_said_where_nothing_is_wrong():

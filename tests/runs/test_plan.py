@@ -60,5 +60,5 @@ def test_processes_share_the_evaluation_batches_of_one():
 
 def test_each_epoch_has_its_size_and_its_mixing():
     phases = [build_phase(CONFIG, epoch, SimpleNamespace(train_size=64)) for epoch in range(10)]
-    assert [phase.size for phase in phases] == [32] * 5 + [64] * 5
-    assert [phase.is_mixing for phase in phases] == [True] * 7 + [False] * 3
+    assert [size for size, _ in phases] == [32] * 5 + [64] * 5
+    assert [is_mixing for _, is_mixing in phases] == [True] * 7 + [False] * 3

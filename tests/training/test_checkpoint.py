@@ -73,7 +73,7 @@ def test_torn_files_are_clear_errors(tmp_path, share):
         path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(RunError, match="cannot be read"):
         checkpoint.load_saved_weights(weights)
-    with pytest.raises(RunError, match=r"is not a checkpoint.*Delete it and resume: the run then starts again"):
+    with pytest.raises(RunError, match=r"is not a checkpoint.*delete it and resume: the run then starts again"):
         checkpoint.load_checkpoint(state)
 
 

@@ -28,7 +28,6 @@ from fieldmark.models.classifier import freeze_stages
 from fieldmark.runs import build, folder
 from fieldmark.runs.session import Session, assemble
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, UpdateOptions, compute_gradients, train_epochs
-from fieldmark.training.optim import Schedule
 
 TUNING = "tuning"
 MOVES = "end of fine-tuning"
@@ -203,12 +202,12 @@ class _Training:
     def run(self, on_epoch: OnEpoch, pool: ThreadPoolExecutor | None) -> bool:
         """Train to the end of the pace; False if a signal came."""
         session, state, pace = self.session, self.state, self.pace
-        state.schedule = Schedule(state.optimizer, lambda step: pace.shape.factor(step))
+        state.schedule = lambda step: pace.shape.factor(step)
         if (session.writer.path / folder.STATE).is_file():
             session.writer.restore(state)
         while self.moves and self.moves[0][0] <= state.step:
             pace.shape = pace.shape.moved(*self.moves.pop(0))
-        state.schedule.go_to(state.step)
+        state.set_rates()
         options = build.build_update_options(session.config, session.prior, session.fabric.device)
         reports = train_epochs(
             session.fabric,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -195,15 +196,10 @@ def sweep(
     plan = vary_recipe(grid, vary or (), seeds=seeds or 1) if vary or seeds else grid
     out = out or Path("sweeps") / Path(grid).stem
     with open_progress("sweep") as progress:
-        shown = ""
-
-        def show(status: SweepStatus) -> None:
-            nonlocal shown
-            if (line := _progress_line(status)) != shown:
-                progress.message(line)
-            shown = line
-
-        status = run_sweep(plan, out, data=data, overrides=set_ or (), jobs=jobs, ray=ray, on_status=show)
+        tell = cache(progress.message)  # each line once
+        status = run_sweep(
+            plan, out, data=data, overrides=set_ or (), jobs=jobs, ray=ray, on_status=lambda now: tell(_describe(now))
+        )
     for cell in status.cells:
         typer.echo(f"{cell.state:9} {cell.name}" + (f": {cell.error}" if cell.error else ""))
     if status.failed:
@@ -248,7 +244,7 @@ def report(
         typer.echo(f"wrote {path}")
 
 
-def _progress_line(status: SweepStatus) -> str:
+def _describe(status: SweepStatus) -> str:
     running = ", ".join(f"{cell.name} {cell.epoch}/{cell.epochs}" for cell in status.cells if cell.state == "running")
     left = f", {format_seconds(status.seconds_left)} to finish" if status.seconds_left is not None else ""
     failed = f", {len(status.failed)} failed" if status.failed else ""

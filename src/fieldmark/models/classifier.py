@@ -39,7 +39,6 @@ class Classifier(nn.Module):
         head: nn.Module,
         *,
         name: str,
-        num_features: int,
         feature_dropout: float,
         pool: CovariancePool | None = None,
     ) -> None:
@@ -49,7 +48,6 @@ class Classifier(nn.Module):
         self.feature_dropout = nn.Dropout(feature_dropout)
         self.head = head
         self.name = name
-        self.num_features = num_features
         self.num_frozen_stages = 0
         self.has_frozen_batchnorm = False
 
@@ -170,9 +168,7 @@ def create_classifier(
             nn.ReLU(),
             nn.Linear(head_hidden, num_classes),
         )
-    return Classifier(
-        backbone, layers, name=name, num_features=num_features, feature_dropout=feature_dropout, pool=covariance
-    )
+    return Classifier(backbone, layers, name=name, feature_dropout=feature_dropout, pool=covariance)
 
 
 def has_positive_map(backbone: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import copy
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fieldmark.data.folders import quote
 from fieldmark.errors import WeightsError, first_line
-from fieldmark.files import digest_file
+from fieldmark.files import digest_file, list_findings
 from fieldmark.models import catalog
 from fieldmark.models.catalog import InputConfig, describe_pretraining
 from fieldmark.models.classifier import Classifier
@@ -60,7 +61,7 @@ class WeightsReport:
             return f"{self.name}: random weights, nothing pre-trained"
         parts = [f"{self.name} from {self.source}: {self.matched} of {self.total} tensors"]
         left = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
-        parts += [f"{len(names)} {what} ({_list_some(names)})" for what, names in left.items() if names]
+        parts += [f"{len(names)} {what} ({quote(names)})" for what, names in left.items() if names]
         seen = describe_pretraining(self.pretraining, default=self.pretraining)
         parts += [f"license {self.license}", f"pre-trained on {seen}" if seen != "unknown" else "pre-training unknown"]
         parts += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
@@ -68,28 +69,15 @@ class WeightsReport:
 
     def warnings(self) -> list[str]:
         """License, contamination of a test set, and tensors that stayed random: one sentence each."""
-        if self.source == "random":
-            return []
-        name = self.name if self.source == "pretrained" else self.source
-        found: list[str] = []
-        if NON_COMMERCIAL.search(self.license):
-            found.append(
-                f"{name}: license {self.license} forbids or limits commercial use of the weights and what you train"
-            )
-        elif self.license == "unknown":
-            found.append(f"{name}: the license of the weights is unknown; ask whoever made them before you publish")
         described = describe_pretraining(self.pretraining)
-        seen = self.pretraining if described == "unknown" else f"{self.pretraining} ({described})"
-        if any(species in f"{described} {self.pretraining}" for species in _SPECIES_SETS):
-            found.append(
-                f"{name}: pre-trained on {seen}, photos of labeled species: a test set of species photos from "
-                "the web may be in it, and accuracy on it would be too high"
-            )
-        elif any(web in described for web in _WEB_SETS):
-            found.append(f"{name}: pre-trained on {seen}: photos from the web, possibly those of a public test set")
-        if random := len(self.missing) + len(self.mismatched):
-            found.append(f"{name}: {random} of {self.total} tensors of {self.name} stay random")
-        return found
+        values = {
+            "report": self,
+            "described": described,
+            "is_non_commercial": NON_COMMERCIAL.search(self.license) is not None,
+            "shows_species": any(species in f"{described} {self.pretraining}" for species in _SPECIES_SETS),
+            "is_of_the_web": any(web in described for web in _WEB_SETS),
+        }
+        return list_findings("weights.md", values) if self.source != "random" else []
 
 
 def load_weights(model: Classifier, source: str) -> WeightsReport:
@@ -164,7 +152,7 @@ def _fill(
         raise WeightsError(
             f"model.weights: {label} does not hold weights of {model.name}: {len(fitting)} of its {len(target)} "
             f"tensors match, {len(mismatched)} have another shape, {len(unexpected)} are unknown"
-            f"{f' ({_list_some(unexpected)})' if unexpected else ''}. Set model.name to the model that they belong to"
+            f"{f' ({quote(unexpected)})' if unexpected else ''}. Set model.name to the model that they belong to"
         )
     model.backbone.load_state_dict({**fitting, **counters}, strict=False)
     return WeightsReport(
@@ -197,10 +185,6 @@ def _as_float32(tensor: Tensor, name: str, label: str) -> Tensor:
             "for one). Get the file again, or save it in 32 bit"
         )
     return tensor
-
-
-def _list_some(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _load_from_hub(model: Classifier) -> WeightsReport:

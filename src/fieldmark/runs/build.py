@@ -206,12 +206,11 @@ class BuiltModel:
 def create_arguments(config: Config, *, num_classes: int) -> dict[str, Any]:
     """Give the arguments of `create_classifier`."""
     settings = config.model
-    names = ("head", "head_hidden", "head_dropout", "feature_dropout", "drop_path", "stride_in_1x1")
+    names = ("head", "head_hidden", "head_dropout", "feature_dropout", "drop_path", "stride_in_1x1", "pool")
     return {
         "name": resolve_name(settings.name, settings.weights),
         "num_classes": num_classes,
         **{name: getattr(settings, name) for name in names},
-        **({"pool": settings.pool} if settings.pool != "average" else {}),  # runs of before say nothing of it
     }
 
 
@@ -273,14 +272,15 @@ def build_eval_spec(config: Config, data: InputConfig) -> EvalSpec:
     )
 
 
-def build_augment_spec(config: Config, *, size: int, evaluation: EvalSpec) -> AugmentSpec:
-    """Return what is drawn for a training photo."""
+def build_augment_spec(config: Config, data: InputConfig, *, size: int | None = None) -> AugmentSpec:
+    """Return what is drawn for a training photo, of `size` pixels if that is not what the settings begin with."""
+    evaluation = build_eval_spec(config, data)
     settings = config.augment.model_dump(exclude={"executor", "size"})
     settings |= {
         "crop": "weights" if config.augment.crop == "pretrained" else config.augment.crop,
         "crop_fraction": evaluation.crop_fraction,
         "crop_interpolation": evaluation.interpolation,
-        "size": size,
+        "size": size or train_size(config, data),
         "mean": evaluation.mean,
         "std": evaluation.std,
     }
@@ -294,19 +294,19 @@ def build_reader(config: Config, index: PhotoIndex) -> PhotoReader:
 
 def build_train_photos(
     config: Config,
+    data: InputConfig,
     reader: PhotoReader,
     sizes: NDArray[np.int64],
     *,
-    size: int,
-    evaluation: EvalSpec,
+    size: int | None = None,
     cache: PhotoCache | None = None,
 ) -> TrainPhotos:
-    """What prepares training batches of `size` pixels from a reader's photos, (N, 2) `sizes` of which are known."""
+    """What prepares training batches from a reader's photos of (N, 2) sizes; `size` pixels differ with the epoch."""
     return TrainPhotos(
         reader=reader,
         cache=cache,
         sizes=sizes,
-        spec=build_augment_spec(config, size=size, evaluation=evaluation),
+        spec=build_augment_spec(config, data, size=size),
         seed=config.train.seed,
         is_fast=config.augment.executor == "fast",
     )
@@ -317,20 +317,12 @@ def build_mix_spec(config: Config) -> MixSpec:
     return MixSpec(**config.mix.model_dump(exclude={"off_epochs"}))
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Says what holds during one epoch."""
-
-    size: int  # side of the training images, in pixels
-    is_mixing: bool  # batches may be mixed
-
-
-def build_phase(config: Config, epoch: int, data: InputConfig) -> Phase:
-    """Give what holds during an epoch (0-based)."""
+def build_phase(config: Config, epoch: int, data: InputConfig) -> tuple[int, bool]:
+    """Give the side of an epoch's (0-based) training images in pixels, and whether its batches may be mixed."""
     epochs, size = config.train.epochs, train_size(config, data)
     for start, side in config.train.resolution_steps:
         size = side if epoch >= start * epochs else size
-    return Phase(size, is_mixing=epoch < epochs - config.mix.off_epochs)
+    return size, epoch < epochs - config.mix.off_epochs
 
 
 def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPlan:
@@ -343,11 +335,7 @@ def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPla
 
 
 def build_optimizer(config: Config, model: Classifier, *, precision: Precision) -> torch.optim.Optimizer:
-    """The optimizer over all parameters that may ever learn.
-
-    The fused kernel unscales fp16's gradients within its step, so there is no moment at which Fabric could clip them:
-    `MixedPrecision.unscale_gradients` refuses where there is a scaler, and nowhere else.
-    """
+    """The optimizer over all parameters that may ever learn."""
     settings = config.optim
     groups = parameter_groups(
         model.stage_parameters(),

@@ -22,7 +22,7 @@ from fieldmark.data.audit import Audit, audit
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, WeightsError
-from fieldmark.files import fill_template
+from fieldmark.files import fill_template, list_findings
 from fieldmark.models.catalog import InputConfig, pretrained_file, resolve_name, timm_config
 from fieldmark.models.classifier import count_parameters, create_classifier
 from fieldmark.progress import Progress, format_seconds
@@ -62,15 +62,14 @@ def measure(config: Config, index: PhotoIndex, sizes: NDArray[np.int64]) -> Pref
         torch.set_num_threads(build.choose_threads(config, workers=0).value)
     weights = build.build_input_config(config)
     build.require_sizes(config, weights)
-    size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
-    reader = build.build_reader(config, index)
-    prepare = build.build_train_photos(config, reader, sizes, size=size, evaluation=evaluation)
+    prepare = build.build_train_photos(config, weights, build.build_reader(config, index), sizes)
     numbers = np.flatnonzero(sizes[:, 0])[:PHOTOS_PREPARED].tolist()
     prepared = measure_rate(lambda: len(prepare(numbers, 0).numbers))
     model = create_classifier(**build.create_arguments(config, num_classes=len(index.classes))).train()
     if build.is_channels_last(config):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fabric.to_device(model)
+    size = build.train_size(config, weights)
     images = torch.zeros(PHOTOS_TRAINED, 3, size, size, device=fabric.device)
     plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
     network, optimizer = fabric.setup(model, plain)
@@ -166,19 +165,19 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
     sizes = np.asarray([(fact.width, fact.height) for fact in facts], np.int64).reshape(-1, 2)
     sizes[np.logical_not(is_trained)] = 0
     counts = Counter(photo.split for photo in index.photos)
-    given = LintInput.of(config, index, sizes, num_train=counts["train"], num_val=counts["val"])
-    no_weights = _why_no_weights(config) if with_recipe else ""
-    preflight = None
-    if with_recipe and not no_weights and sizes.any() and len(index.classes) > 1:
-        progress.message("measuring a few photos and updates")
-        preflight = measure(config, index, sizes)
+    no_weights, preflight, warnings, rate = "", None, [], None
+    if with_recipe:
+        no_weights, weights = _why_no_weights(config), build.build_input_config(config)
+        if not no_weights and sizes.any() and len(index.classes) > 1:
+            progress.message("measuring a few photos and updates")
+            preflight = measure(config, index, sizes)
+        rate = fallback_rate(config, weights, sizes) if sizes.any() else None
+        warnings = lint_recipe(config, weights, sizes, index.classes, num_train=counts["train"], num_val=counts["val"])
     audited = audit(index, facts, near_distance=NEAR_DISTANCE_BITS, skip_broken=config.data.broken == "skip")
     # Without a split the audit cannot help noticing that nothing is in train; the reason says more.
     must_fix = [problem] if problem else list(audited.must_fix)
     must_fix += [no_weights] if no_weights else []
-    warnings = tuple(lint_recipe(given)) if with_recipe else ()
-    rate = fallback_rate(config, given.weights, given.sizes) if sizes.any() and with_recipe else None
-    return Checkup(audited, tuple(must_fix), warnings, preflight, rate)
+    return Checkup(audited, tuple(must_fix), tuple(warnings), preflight, rate)
 
 
 def _why_no_weights(config: Config) -> str:
@@ -221,57 +220,46 @@ DIRECTIONS = {
 """Words that a flip turns into each other, by its setting."""
 
 
-@dataclass(frozen=True)
-class LintInput:
-    """Holds what the rules of `lint.md` look at."""
+def lint_recipe(
+    config: Config,
+    weights: InputConfig,
+    sizes: NDArray[np.int64],
+    classes: Sequence[str],
+    *,
+    num_train: int,
+    num_val: int,
+) -> list[str]:
+    """One sentence per finding, each with the way out; empty where nothing looks wrong.
 
-    config: Config
-    weights: InputConfig  # the picture that the weights expect
-    sizes: NDArray[np.int64]  # (N, 2) upright width and height of photos, in pixels; a sample will do
-    classes: Sequence[str]
-    steps_per_epoch: int
-    num_val: int  # photos of validation
-
-    @classmethod
-    def of(
-        cls, config: Config, index: PhotoIndex, sizes: NDArray[np.int64], *, num_train: int, num_val: int
-    ) -> LintInput:
-        """Gather it for a data set with the (N, 2) sizes of its photos, 0 where they are not known."""
-        known = sizes[sizes[:, 0] > 0]
-        steps = max(-(-num_train // config.train.batch_size), 1)
-        return cls(config, build.build_input_config(config), known, index.classes, steps, num_val)
-
-
-def lint_recipe(given: LintInput) -> list[str]:
-    """One sentence per finding, each with the way out; empty where nothing looks wrong."""
-    config, weights, sizes = given.config, given.weights, given.sizes
-    size, steps = build.train_size(config, weights), config.train.epochs * given.steps_per_epoch
-    pairs = {flip: _opposites(given.classes, words) for flip, words in DIRECTIONS.items()}
+    `sizes` are the (N, 2) upright width and height of photos, in pixels, 0 where they are not known; a sample will do.
+    """
+    rate, sizes = fallback_rate(config, weights, sizes), sizes[sizes[:, 0] > 0]
+    size = build.train_size(config, weights)
+    pairs = {flip: _opposites(classes, words) for flip, words in DIRECTIONS.items()}
     values = {
         **dict(config),  # its sections
-        "are_digits": all(len(name) == 1 and name.isdigit() for name in given.classes),
+        "are_digits": all(len(name) == 1 and name.isdigit() for name in classes),
         "weights": weights,
         "size": size,
         "evaluation": build.build_eval_spec(config, weights),
-        "fallback_rate": fallback_rate(config, weights, sizes),
+        "fallback_rate": rate,
         "small": float((sizes.min(axis=1) < size).mean()) if len(sizes) else 0.0,
         "aspect": float(np.median(sizes.max(axis=1) / np.maximum(sizes.min(axis=1), 1))) if len(sizes) else 1.0,
         "opposites": {flip: pair for flip, pair in pairs.items() if pair and getattr(config.augment, flip)},
         "schedule": build.build_schedule_spec(config).warnings(),
-        "steps": steps,
-        "num_val": given.num_val,
+        "steps": config.train.epochs * max(-(-num_train // config.train.batch_size), 1),
+        "num_val": num_val,
     }
-    return list(filter(None, fill_template("lint.md", values, filters={"repr": repr}).split("\n")))
+    return list_findings("lint.md", values, filters={"repr": repr})
 
 
 def fallback_rate(config: Config, weights: InputConfig, sizes: NDArray[np.int64]) -> float:
-    """Share of training crops on photos of these sizes that are one fixed center crop in fact."""
+    """Share of training crops on photos of these sizes, 0 where not known, that are one fixed center crop in fact."""
+    sizes = sizes[sizes[:, 0] > 0]
     if not len(sizes):
         return 0.0
-    size, evaluation = build.train_size(config, weights), build.build_eval_spec(config, weights)
-    spec = build.build_augment_spec(config, size=size, evaluation=evaluation)
     some = sizes[:: len(sizes) // CROPS_DRAWN + 1]
-    return crop_fallback_rate(spec, some, draws=CROPS_DRAWN // len(some))
+    return crop_fallback_rate(build.build_augment_spec(config, weights), some, draws=CROPS_DRAWN // len(some))
 
 
 def _opposites(classes: Sequence[str], words: tuple[set[str], set[str]]) -> tuple[str, str] | None:

@@ -20,13 +20,13 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import Batch
 from fieldmark.errors import DataError
 from fieldmark.files import write_whole
+from fieldmark.models.catalog import InputConfig
 from fieldmark.progress import Progress
 from fieldmark.runs import build
-from fieldmark.runs.check import LintInput, lint_recipe
+from fieldmark.runs.check import lint_recipe
 from fieldmark.runs.dataset import find_photos, inspect
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
 
@@ -50,19 +50,21 @@ def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str
     if not num_val:  # its share will be taken out of training
         num_val = round(len(numbers) * config.data.val_fraction)
         num_train = round(len(numbers) * (1 - config.data.val_fraction - config.data.test_fraction))
-    given = LintInput.of(config, index, sizes, num_train=num_train, num_val=num_val)
-    write_whole(out, plots.figure_png(_draw_preview(given, index, sizes), dpi=110))
-    return lint_recipe(given)
+    weights = build.build_input_config(config)
+    steps_per_epoch = max(-(-num_train // config.train.batch_size), 1)
+    figure = _draw_preview(config, weights, index, sizes, steps_per_epoch)
+    write_whole(out, plots.figure_png(figure, dpi=110))
+    return lint_recipe(config, weights, sizes, index.classes, num_train=num_train, num_val=num_val)
 
 
-def _draw_preview(given: LintInput, index: PhotoIndex, sizes: NDArray[np.int64]) -> Figure:
+def _draw_preview(
+    config: Config, weights: InputConfig, index: PhotoIndex, sizes: NDArray[np.int64], steps_per_epoch: int
+) -> Figure:
     """Photos (whose (N, 2) sizes are known, not 0) before and after augmentation, mixed, λ and learning rate."""
-    config = given.config
-    evaluation = build.build_eval_spec(config, given.weights)
+    evaluation, size = build.build_eval_spec(config, weights), build.train_size(config, weights)
     shown = _spread(np.flatnonzero(sizes[:, 0]).tolist(), SHOWN)
-    size = build.train_size(config, given.weights)
     reader = build.build_reader(config, index)
-    prepare = build.build_train_photos(config, reader, sizes, size=size, evaluation=evaluation)
+    prepare = build.build_train_photos(config, weights, reader, sizes)
     batches = [prepare(shown, epoch) for epoch in (0, 1)]
     # A row of photos is as high in every section, so that one method of mixing leaves no gap where another would be.
     heights = [1, 2, 1.1 * len(build.build_mix_spec(config).methods), 1.6]
@@ -72,8 +74,8 @@ def _draw_preview(given: LintInput, index: PhotoIndex, sizes: NDArray[np.int64])
     _draw_row(whole, "photos", photos, [index.photos[number].label or "" for number in shown])
     seen = [_pixels(image, evaluation) for batch in batches for image in batch.images.numpy()]
     _draw_row(augmented, "as the model sees them, in two epochs", seen, [""] * len(seen), rows=2)
-    _draw_mixed(mixed, given, batches[0], evaluation, index.classes)
-    _draw_curves(curves, given)
+    _draw_mixed(mixed, config, batches[0], evaluation, index.classes)
+    _draw_curves(curves, config, size, steps_per_epoch)
     return figure
 
 
@@ -96,11 +98,9 @@ def _draw_row(
     plots.fill_grid(part.subplots(rows, SHOWN, squeeze=False), len(photos) // rows, photos, captions)
 
 
-def _draw_mixed(
-    part: SubFigure, given: LintInput, batch: Batch, evaluation: EvalSpec, classes: tuple[str, ...]
-) -> None:
+def _draw_mixed(part: SubFigure, config: Config, batch: Batch, evaluation: EvalSpec, classes: tuple[str, ...]) -> None:
     """Each method at work on the first photos, every photo from a batch (and so with a λ) of its own."""
-    config, num_photos = given.config, len(batch.labels)
+    num_photos = len(batch.labels)
     targets = one_hot(batch.labels, len(classes), config.train.label_smoothing)
     photos: list[NDArray[np.uint8]] = []
     captions: list[str] = []
@@ -123,15 +123,11 @@ def _draw_mixed(
     _draw_row(part, title, photos, captions, rows=len(whole.methods))
 
 
-def _draw_curves(part: SubFigure, given: LintInput) -> None:
-    config, steps_per_epoch = given.config, given.steps_per_epoch
-    first, second, rate = part.subplots(1, 3)
-    size, spec = build.train_size(config, given.weights), build.build_mix_spec(config)
-    methods: tuple[tuple[Axes, Method, tuple[float, float]], ...] = (
-        (first, "mixup", config.mix.mixup_alpha),
-        (second, "cutmix", config.mix.cutmix_alpha),
-    )
-    for axes, method, alpha in methods:
+def _draw_curves(part: SubFigure, config: Config, size: int, steps_per_epoch: int) -> None:
+    *histograms, rate = part.subplots(1, 3)
+    spec = build.build_mix_spec(config)
+    methods: dict[Method, tuple[float, float]] = {"mixup": spec.mixup_alpha, "cutmix": spec.cutmix_alpha}
+    for axes, (method, alpha) in zip(histograms, methods.items(), strict=True):
         drawn = lambda_draws(spec, method, count=LAMBDAS_DRAWN, seed=0, image_size=size)
         plots.draw_lambda(axes, drawn, alpha, f"λ of {method}, α from {alpha[0]:g} to {alpha[1]:g}")
     total = config.train.epochs * steps_per_epoch

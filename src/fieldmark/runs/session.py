@@ -5,7 +5,6 @@ Shape letters: B photos of a batch, K classes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from fieldmark.data.cache import PhotoCache
 from fieldmark.data.loader import Loader, shard_plan
 from fieldmark.data.storage import is_url, resolve
 from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError, command
+from fieldmark.files import list_findings
 from fieldmark.models.classifier import freeze_stages
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
@@ -46,7 +46,6 @@ from fieldmark.runs.writer import RunWriter, claim_folder, require_trackers, wri
 from fieldmark.training import metrics
 from fieldmark.training.evaluate import Predictions, Validation, predict_batches
 from fieldmark.training.loop import EpochTally, TrainBatch, TrainState
-from fieldmark.training.optim import Schedule
 
 Start = Literal["new", "again", "resumed"]
 Result = TypeVar("Result")
@@ -75,17 +74,12 @@ class Session:
 
     def train_batches(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
         """Yield this process's batches of an epoch, on the device, mixed."""
-        phase, device = build.build_phase(self.config, epoch, self.built.data), self.fabric.device
+        (size, is_mixing), device = build.build_phase(self.config, epoch, self.built.data), self.fabric.device
         prepare = build.build_train_photos(
-            self.config,
-            self.reader,
-            self.dataset.sizes,
-            size=phase.size,
-            evaluation=self.evaluation,
-            cache=self.cache,
+            self.config, self.built.data, self.reader, self.dataset.sizes, size=size, cache=self.cache
         )
         mix = build.build_mix_spec(self.config)
-        mix = mix if phase.is_mixing else replace(mix, share=0.0)
+        mix = mix if is_mixing else replace(mix, share=0.0)
         updates = self.plan.updates(epoch)[first_step:]
         shares = shard_plan(updates, rank=self.fabric.global_rank, processes=self.fabric.world_size)
         is_raw = build.augments_on_device(self.config, device)
@@ -139,16 +133,17 @@ class Session:
         freeze_stages(model, config.model.freeze, freeze_batchnorm=config.model.freeze_batchnorm)
         plain = build.build_optimizer(config, model, precision=fabric.strategy.precision)
         network, optimizer = fabric.setup(build.compile_model(config, model, fabric.device), plain)
-        decay, factor = config.train.ema_decay, build.build_schedule_spec(config).factor
+        decay, schedule = config.train.ema_decay, build.build_schedule_spec(config)
         state = TrainState(
             model=model,
             network=network,
             optimizer=optimizer,
-            schedule=Schedule(plain, partial(factor, steps_per_epoch=self.plan.steps_per_epoch)),
+            schedule=partial(schedule.factor, steps_per_epoch=self.plan.steps_per_epoch),
             average=ModelEmaV3(model, decay=decay) if decay else None,
             tally=EpochTally.zeros(fabric.device),
             micro_batch_size=build.first_micro_batch(config, processes=fabric.world_size),
         )
+        state.set_rates()
         # Dropout draws from torch's own generator, apart on each process.
         torch.manual_seed((config.train.seed * 1_000_003 + fabric.global_rank) % 2**63)
         return state
@@ -324,15 +319,7 @@ def _reload_dataset(config: Config, path: Path, data: Path | str | None, *, prog
 
 def _describe_start(session: Session, choices: dict[str, build.Choice[str] | build.Choice[int]]) -> list[str]:
     """List what the user should know before the first update."""
-    dataset, weights = session.dataset, session.built.weights
-    counts = Counter(photo.split for photo in dataset.index.photos)
-    splits = ", ".join(f"{counts[name]} {name}" for name in ("train", "val", "test"))
-    lines = [f"data: {len(dataset.index.photos)} photos of {len(dataset.index.classes)} classes ({splits})"]
-    if dataset.broken:
-        lines.append(f"data: {len(dataset.broken)} broken photos left out, listed in {folder.BROKEN}")
-    lines.append(f"weights: {weights.summary()}")
-    lines += [f"{name}: {choice.value} ({choice.reason})" for name, choice in choices.items()]
-    if session.plan.processes > 1:
-        lines.append(f"processes: {session.fabric.world_size} of {session.plan.processes}")
-    warnings = [*weights.warnings(), *build.build_schedule_spec(session.config).warnings()]
-    return [*dataset.notes, *lines, *(f"warning: {text}" for text in warnings)]
+    index, schedule = session.dataset.index, build.build_schedule_spec(session.config)
+    counts = {name: len(index.numbers(name)) for name in ("train", "val", "test")}
+    values = {"session": session, "counts": counts, "choices": choices, "schedule": schedule, "broken": folder.BROKEN}
+    return [*session.dataset.notes, *list_findings("start.md", values)]

@@ -32,7 +32,7 @@ from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.folder import Run, format_accuracy
 from fieldmark.runs.session import Session, Start, open_session, require_photos_of
-from fieldmark.runs.writer import Trackers, flatten
+from fieldmark.runs.writer import Trackers
 from fieldmark.training import metrics
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, train_epochs, train_head
 
@@ -179,11 +179,10 @@ def _fit_probe(session: Session) -> EpochReport:
     head = model.head.cpu()
     generator = torch.Generator().manual_seed(config.train.seed)
     losses = list(train_head(head, features, targets, generator=generator, **config.probe.model_dump()))
+    with torch.inference_mode():
+        hits = (head(features).argmax(1) == labels).double().mean().item()
     fabric.to_device(model)
     validation = session.validate(model.eval(), step=0)
-    with torch.inference_mode():
-        hits = (head.cpu()(features).argmax(1) == labels).double().mean().item()
-    fabric.to_device(model)
     report = EpochReport(
         epoch=0,
         step=0,
@@ -223,7 +222,7 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
                 writer.save(state)
                 _raise_interrupted(session, state, stop)
             row = _record_epoch(session, report, state.kept_model)
-            trackers.log(flatten(row), epoch=report.epoch)
+            trackers.log(row, epoch=report.epoch)
             is_over = state.epoch == plan.epochs or _is_patience_over(session, report.epoch)
             writer.save(state)
             yield report
@@ -343,15 +342,16 @@ def _explain_lost_process(session: Session, error: RuntimeError) -> Exception:
 
 def format_epoch(report: EpochReport) -> str:
     """Format an epoch in one line; accuracy on clean training batches is kept apart from that on mixed ones."""
+    figures = {
+        "loss": report.train_loss,
+        "train": report.train_top1_clean,
+        "train, mixed": report.train_top1_mixed,
+        "val top-1": report.metrics.get("top1"),
+        "val loss": report.metrics.get("log_loss"),
+    }
     name = "probe   " if report.step == 0 else f"epoch {report.epoch:3d}"
-    parts = [f"{name}  loss {report.train_loss:.4f}"]
-    if report.train_top1_clean is not None:
-        parts.append(f"train {report.train_top1_clean:.4f}")
-    if report.train_top1_mixed is not None:
-        parts.append(f"train, mixed {report.train_top1_mixed:.4f}")
-    if "top1" in report.metrics:
-        parts.append(f"val top-1 {report.metrics['top1']:.4f}  val loss {report.metrics['log_loss']:.4f}")
-    return "  ".join([*parts, f"lr {report.lr:.1e}", f"{report.seconds:.0f} s"])
+    parts = [f"{what} {value:.4f}" for what, value in figures.items() if value is not None]
+    return "  ".join([name, *parts, f"lr {report.lr:.1e}", f"{report.seconds:.0f} s"])
 
 
 def format_result(run: Run) -> str:

@@ -6,6 +6,7 @@ Shape letters: N photos, M photos of validation, K classes.
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -25,7 +26,7 @@ from fieldmark.data.index import save_split_table
 from fieldmark.data.storage import resolve
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import MissingExtraError, ResourceError, RunError, command, first_line
-from fieldmark.files import exclusive_lock, remove_dead_parts, whole_or_absent, write_whole
+from fieldmark.files import exclusive_lock, remove_dead_parts, write_whole
 from fieldmark.runs import folder
 from fieldmark.runs.dataset import Dataset
 from fieldmark.runs.environment import describe_environment
@@ -176,7 +177,11 @@ class RunWriter:
                 file.write(json.dumps(row) + "\n")
             if predictions is not None:
                 history.val_by_epoch.append(predictions.logits.argmax(axis=1).astype(np.int32))
-                self._write_epochs(self._dataset.labels[predictions.numbers])
+                # Of every epoch, so that the optimistic bias of "best" can be estimated.
+                stacked, labels = np.stack(history.val_by_epoch), self._dataset.labels[predictions.numbers]
+                content = io.BytesIO()
+                np.savez_compressed(content, predicted=stacked, labels=labels.astype(np.int32))
+                write_whole(self.path / folder.EPOCHS, content.getvalue())
         return row
 
     def save(self, state: TrainState) -> None:
@@ -227,7 +232,7 @@ class RunWriter:
                 f"{path} does not belong to this run: {first_line(error)}. "
                 f"Delete it, and `{again}` trains the run again from its beginning, to the same result"
             ) from error
-        state.schedule.go_to(state.step)
+        state.set_rates()
         if fabric.is_global_zero:
             write_whole(self.path / folder.METRICS, "".join(json.dumps(row) + "\n" for row in rows))
             if (self.path / folder.EPOCHS).is_file():
@@ -238,16 +243,6 @@ class RunWriter:
         if self._fabric.is_global_zero:
             with _continuable(self.path):
                 folder.write_json(self.path / folder.SUMMARY, content)
-
-    def _write_epochs(self, labels: NDArray[np.int64]) -> None:
-        """Write the predicted classes of every epoch, from which the optimistic bias of "best" is estimated."""
-        stacked, path = np.stack(self.history.val_by_epoch), self.path / folder.EPOCHS
-
-        def write(part: Path) -> None:
-            with part.open("wb") as file:
-                np.savez_compressed(file, predicted=stacked, labels=labels.astype(np.int32))
-
-        whole_or_absent(path, write)
 
 
 @contextmanager
@@ -285,12 +280,6 @@ def require_trackers(names: Sequence[str]) -> None:
             raise MissingExtraError(name, name)
 
 
-def flatten(row: Mapping[str, Any]) -> dict[str, float]:
-    """Nested numbers as one level with "/" between names; what is no number is left out."""
-    leaves = folder.flatten(row, separator="/").items()
-    return {name: float(leaf) for name, leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool)}
-
-
 class Trackers:
     """The trackers asked for, as one.
 
@@ -309,19 +298,21 @@ class Trackers:
             except Exception as error:  # each package has errors of its own
                 self.close()
                 raise ResourceError(
-                    f"{name} does not start: {_in_a_line(error)}. Check its settings (WANDB_MODE=offline, "
+                    f"{name} does not start: {first_line(error)}. Check its settings (WANDB_MODE=offline, "
                     f"MLFLOW_TRACKING_URI), or leave it out of train.trackers"
                 ) from error
 
-    def log(self, values: Mapping[str, float], *, epoch: int) -> None:
-        """Hand the values of an epoch to each."""
+    def log(self, row: Mapping[str, Any], *, epoch: int) -> None:
+        """Hand the numbers of an epoch's row to each, nested ones with "/" between their names."""
+        leaves = folder.flatten(row, separator="/").items()
+        values = {name: float(leaf) for name, leaf in leaves if type(leaf) in (int, float)}  # not bool
         for name, (log, _) in list(self._open.items()):
             try:
                 log(values, epoch)
             except Exception as error:
                 del self._open[name]
                 self._warn(
-                    f"warning: {name} failed in epoch {epoch}: {_in_a_line(error)}. The training goes on without it; "
+                    f"warning: {name} failed in epoch {epoch}: {first_line(error)}. The training goes on without it; "
                     "metrics.jsonl has every epoch"
                 )
 
@@ -331,25 +322,15 @@ class Trackers:
             try:
                 close()
             except Exception as error:
-                self._warn(f"warning: {name} did not close: {_in_a_line(error)}")
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+                self._warn(f"warning: {name} did not close: {first_line(error)}")
 
 
 def _start_tensorboard(path: Path, settings: dict[str, Any]) -> tuple[Log, Callable[[], object]]:
     """Write event files to RUN/tensorboard."""
-    from torch.utils.tensorboard import SummaryWriter
+    from lightning_fabric.loggers import TensorBoardLogger
 
-    writer = SummaryWriter(str(path / "tensorboard"))
-
-    def log(values: Mapping[str, float], epoch: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, epoch)
-        writer.flush()
-
-    return log, writer.close
+    logger = TensorBoardLogger(path, name="tensorboard", version="")
+    return lambda values, epoch: (logger.log_metrics(values, epoch), logger.save()), lambda: logger.finalize("success")
 
 
 def _start_wandb(path: Path, settings: dict[str, Any]) -> tuple[Log, Callable[[], object]]:

@@ -40,12 +40,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, on the CPU, or raise RunError."""
     if not path.is_file():
         raise RunError(f"{path} does not exist: there is nothing to resume")
-    if _has_damaged_record(path):
-        raise RunError(
-            f"{path} is damaged: its checksum does not fit what it holds. Bring back a copy, or delete it and resume: "
-            "the run then starts again, to the same result"
-        )
     try:
+        if _has_damaged_record(path):
+            raise ValueError("its checksum does not fit what it holds")
         with warnings.catch_warnings():
             # torch warns of pickles that it did not write, before it refuses them.
             warnings.simplefilter("ignore")
@@ -55,8 +52,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if isinstance(error, pickle.UnpicklingError):  # torch would advise to load it all the same, which can run code
             reason = "it holds more than plain values"
         raise RunError(
-            f"{path} is not a checkpoint of Fieldmark, or is torn: {reason}. Delete it and resume: the run then starts "
-            "again, to the same result"
+            f"{path} is not a checkpoint of Fieldmark, or is damaged: {reason}. Bring back a copy. Or "
+            "delete it and resume: the run then starts again, to the same result"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RunError(f"{path} has another format than this version's ({FORMAT}): resume with the one that made it")
@@ -102,7 +99,7 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path} cannot be read: {reason}") from None
-    if stored and stored != _digest(tensors):  # files of before have none
+    if stored and stored != _digest(tensors):  # files of other programs have none
         raise RunError(f"{path} is damaged: its checksum does not fit what it holds. Bring back a copy, or train again")
     return tensors
 

@@ -24,7 +24,6 @@ from torch.nn import functional
 from fieldmark.errors import ConfigError, NonFiniteError, ResourceError
 from fieldmark.training.checkpoint import update_average
 from fieldmark.training.evaluate import Predictions, Validation
-from fieldmark.training.optim import Schedule
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -120,7 +119,7 @@ class TrainState:
     model: nn.Module  # the plain model: weights, buffers, what is frozen
     network: nn.Module  # the same model as Fabric set it up: precision, gradient sync
     optimizer: torch.optim.Optimizer  # as Fabric set it up
-    schedule: Schedule
+    schedule: Callable[[int], float]  # update (0-based) -> its learning rate over the peak rate
     average: ModelEmaV3 | None  # of weights and buffers: with statistics of another model, averaged weights fail
     tally: EpochTally  # of the epoch under way
     micro_batch_size: int  # photos per forward pass; lowered when memory runs out
@@ -129,6 +128,15 @@ class TrainState:
     step_in_epoch: int = 0  # completed updates of the epoch under way
     lr: float = 0.0  # of the head in the last update
     watch: FiniteWatch = field(default_factory=FiniteWatch)
+
+    def set_rates(self) -> None:
+        """Set the rate of every parameter group for the next update: its peak (`base_lr`) times the schedule's factor.
+
+        Resuming needs the number of updates alone: torch's schedulers land in the wrong cycle of warm restarts.
+        """
+        factor = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
 
     @property
     def kept_model(self) -> nn.Module:
@@ -224,8 +232,8 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
     if state.average is not None:
         update_average(state.average, state.model, step=state.step)
     state.lr = state.optimizer.param_groups[-1]["lr"]
-    state.schedule.step()
     state.step += 1
+    state.set_rates()
     state.step_in_epoch += 1
     return total, logits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fieldmark.errors import ConfigError, did_you_mean
+from fieldmark.files import list_findings
 
 _NOT_OURS = ("adahessian", "bnb", "fused")  # they need second derivatives in the loop, or a package for CUDA
 _MOMENTUM = 0.9
@@ -31,8 +32,7 @@ def parameter_groups(
     `stages` are lists of (name, parameter) from the input outwards, the head last; the numbers are settings of
     `config.OptimConfig`. Parameters of one dimension or none (biases, norms, layer scales) and those named in
     `no_weight_decay` (such as position embeddings) are exempt from decay unless `decay_norms_and_biases`.
-    A group has a `name` ("stage2.decay", "head.no_decay") and a `base_lr`, which
-    `Schedule` multiplies.
+    A group has a `name` ("stage2.decay", "head.no_decay") and a `base_lr`, which the schedule multiplies.
 
     Source:
         Layer-wise rates: Clark et al., "ELECTRA", arXiv:2003.10555, section 3.1 and table 6; for stages of image
@@ -69,8 +69,8 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], *, use_fused: bool
     """Make "adamw" (as torch's), "sgd" (Nesterov momentum 0.9) or an optimizer of timm.optim over `parameter_groups`.
 
     With `use_fused` adamw and sgd take torch's one-kernel step where the parameters' device has it. Same update to
-    rounding, several times as fast. Not together with clipping under fp16 loss scaling, because the kernel would
-    unscale by itself (Fabric refuses).
+    rounding, several times as fast. Not together with clipping under fp16 loss scaling: the kernel unscales within its
+    step, so there is no moment at which Fabric could clip (`MixedPrecision.unscale_gradients` refuses).
     """
     settings: dict[str, Any] = {"lr": groups[-1]["lr"], "weight_decay": 0.0, "momentum": _MOMENTUM}
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
@@ -133,27 +133,9 @@ class ScheduleSpec:
 
     def warnings(self) -> list[str]:
         """List what is likely to disappoint, one sentence each; empty for a schedule that ends well."""
-        first, total = self.restart_epochs, self.total_epochs
-        if total and self.name == "cosine" and self.warmup_epochs > total / 2:
-            return [f"the warm-up of {self.warmup_epochs:g} epochs is more than half of the {total} epochs"]
-        if not total or self.name != "warm_restarts" or first is None:  # None is one cycle, as asked for
-            return []
-        warnings: list[str] = []
-        if total <= first:
-            warnings.append(
-                f"warm_restarts never restarts: {total} epochs are no more than the first cycle "
-                f"(restart_epochs, T_0) of {first}"
-            )
-        position, length = self._find_cycle(total - 1)
-        begun = total - 1 - position
-        if total < begun + length:
-            ends = [begun, begun + length] if begun else [length]
-            warnings.append(
-                f"warm_restarts ends within a cycle: the last of {total} epochs is epoch {position + 1} of a cycle "
-                f"of {length}, at {self._fall(position / length):.0%} of the peak rate; cycles end at "
-                f"train.epochs = {' or '.join(map(str, ends))}"
-            )
-        return warnings
+        position, length = self._find_cycle(max(self.total_epochs - 1, 0))
+        values = {"spec": self, "position": position, "length": length, "share": self._fall(position / length)}
+        return list_findings("schedule.md", values) if self.total_epochs else []
 
     def _find_cycle(self, epoch: int) -> tuple[int, int]:
         """(epochs into its cycle, length of that cycle) of an epoch; whole numbers, so no rounding at a boundary."""
@@ -167,26 +149,3 @@ class ScheduleSpec:
 
     def _fall(self, progress: float) -> float:
         return (1 + math.cos(math.pi * progress)) / 2
-
-
-class Schedule:
-    """Sets the rate of every parameter group to its peak (`base_lr`) times a factor of the updates done.
-
-    Resuming needs that number alone: torch's schedulers, given `last_epoch`, land in the wrong cycle for T_mult > 1.
-    """
-
-    def __init__(self, optimizer: Optimizer, factor_of: Callable[[int], float]) -> None:
-        self.optimizer = optimizer
-        self._factor_of = factor_of
-        self.go_to(0)
-
-    def step(self) -> None:
-        """Count an update that was done, and set the rates of the next one."""
-        self.go_to(self.step_number + 1)
-
-    def go_to(self, step: int) -> None:
-        """Set the rates of update `step` (0-based); in a resume after the optimizer's own state is restored."""
-        self.step_number = step
-        factor = self._factor_of(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor

@@ -72,7 +72,6 @@ def _survives(model: Mapping[str, Any], computation: Computation, processor: str
     survived = try_update(job)
     if survived is not None:
         with suppress(OSError, ResourceError):  # tried again next time
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps({"survived": survived, **job}))
     return survived is not False
 
