@@ -63,9 +63,8 @@ def _depthwise(
     if torch.is_autocast_enabled("cpu"):
         precision = torch.get_autocast_dtype("cpu")
         images, weight, bias = images.to(precision), weight.to(precision), None if bias is None else bias.to(precision)
-    if images.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != images.dtype:
-        return None
-    if not images.is_contiguous(memory_format=torch.channels_last):
+    is_known = images.dtype in (torch.float32, torch.bfloat16) and weight.dtype == images.dtype
+    if not is_known or not images.is_contiguous(memory_format=torch.channels_last):
         return None
     return _Convolution.apply(images, weight, bias, step, margin)  # type: ignore[no-any-return]
 

@@ -6,7 +6,7 @@ Shape letters: B photos of a batch, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -201,14 +201,9 @@ def open_session(
     config, warning = build.guard_computation(config) if start != "resumed" else (config, "")
     fabric, choices = setup_fabric(config)
     with ExitStack() as stack:
-        if fabric.is_global_zero:
-            claim = claim_folder(path, is_new=start == "new")
-            _run_together(fabric, lambda: stack.enter_context(claim))
-            progress = Logged(progress, path / folder.LOG)
-        else:
-            _run_together(fabric, lambda: None)
-            progress = Quiet()
-
+        claim = claim_folder(path, is_new=start == "new") if fabric.is_global_zero else nullcontext()
+        _run_together(fabric, lambda: stack.enter_context(claim))
+        progress = Logged(progress, path / folder.LOG) if fabric.is_global_zero else Quiet()
         skip = _skip_broken(config.data.path, path) if start == "again" else SKIP_BROKEN
         load = partial(prepare_dataset, config.data, skip=skip)
         load = load if start != "resumed" else partial(_reload_dataset, config, path, data)
