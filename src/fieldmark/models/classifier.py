@@ -150,7 +150,7 @@ def create_classifier(
     if stride_in_1x1:
         _move_stride_to_1x1(backbone, name)
     # The width after the backbone's own pre-logits layer, which some networks (MobileNetV3, VGG) have.
-    num_features = int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
+    width = int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
     covariance = None
     if pool == "covariance":
         if not has_positive_map(backbone):
@@ -159,14 +159,11 @@ def create_classifier(
                 "Set model.pool=average"
             )
         covariance = CovariancePool(cast(int, backbone.num_features))
-        num_features = covariance.width
-    layers: nn.Module = nn.Linear(num_features, num_classes)
+        width = covariance.width
+    layers: nn.Module = nn.Linear(width, num_classes)
     if head == "mlp":
         layers = nn.Sequential(
-            nn.Linear(num_features, head_hidden),
-            nn.Dropout(head_dropout),
-            nn.ReLU(),
-            nn.Linear(head_hidden, num_classes),
+            nn.Linear(width, head_hidden), nn.Dropout(head_dropout), nn.ReLU(), nn.Linear(head_hidden, num_classes)
         )
     return Classifier(backbone, layers, name=name, feature_dropout=feature_dropout, pool=covariance)
 

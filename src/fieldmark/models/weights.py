@@ -119,12 +119,7 @@ def data_config(name: str, source: str) -> InputConfig:
 
 
 def _fill(
-    model: Classifier,
-    label: str,
-    tensors: Mapping[str, Tensor],
-    terms: str | None,
-    pretraining: str | None,
-    file: Path | None,
+    model: Classifier, label: str, tensors: Mapping[str, Tensor], terms: str | None, tag: str | None, file: Path | None
 ) -> WeightsReport:
     state, target = model.backbone.state_dict(), _tensors(model)
     own: Any = getattr(model.backbone, "pretrained_cfg", {}).get("classifier") or ()
@@ -165,7 +160,7 @@ def _fill(
         mismatched=tuple(mismatched.values()),
         skipped=tuple(skipped),
         license=terms or "unknown",
-        pretraining=pretraining or "unknown",
+        pretraining=tag or "unknown",
         sha256=digest_file(file) if file else "",
     )
 

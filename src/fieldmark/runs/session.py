@@ -74,15 +74,14 @@ class Session:
 
     def train_batches(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
         """Yield this process's batches of an epoch, on the device, mixed."""
-        (size, is_mixing), device = build.build_phase(self.config, epoch, self.built.data), self.fabric.device
-        prepare = build.build_train_photos(
-            self.config, self.built.data, self.reader, self.dataset.sizes, size=size, cache=self.cache
-        )
-        mix = build.build_mix_spec(self.config)
+        config, data, device = self.config, self.built.data, self.fabric.device
+        size, is_mixing = build.build_phase(config, epoch, data)
+        prepare = build.build_train_photos(config, data, self.reader, self.dataset.sizes, size=size, cache=self.cache)
+        mix = build.build_mix_spec(config)
         mix = mix if is_mixing else replace(mix, share=0.0)
         updates = self.plan.updates(epoch)[first_step:]
         shares = shard_plan(updates, rank=self.fabric.global_rank, processes=self.fabric.world_size)
-        is_raw = build.augments_on_device(self.config, device)
+        is_raw = build.augments_on_device(config, device)
         loaded = self.loader.batches(prepare.raw if is_raw else prepare, shares, epoch=epoch)
         first = epoch * self.plan.steps_per_epoch + first_step
         for step, (batch, update) in enumerate(zip(loaded, updates, strict=True), start=first):
@@ -91,16 +90,11 @@ class Session:
             labels = ready.labels.to(device, non_blocking=True)
             targets = self.make_targets(labels)
             drawn = draw_mix(
-                mix,
-                seed=self.config.train.seed,
-                epoch=epoch,
-                step=step,
-                batch_size=len(labels),
-                image_size=images.shape[-1],
+                mix, seed=config.train.seed, epoch=epoch, step=step, batch_size=len(labels), image_size=size
             )
             partners = labels[torch.from_numpy(drawn.partners).to(device)]
             images, targets = apply_mix(images, targets, drawn)
-            if build.is_channels_last(self.config):
+            if build.is_channels_last(config):
                 images = images.contiguous(memory_format=torch.channels_last)
             is_mixed = drawn.kind != "none"
             yield TrainBatch(images, targets, labels, partners, drawn.lam, is_mixed, ready.numbers, len(update))

@@ -17,16 +17,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from fieldmark import errors
 from fieldmark.config import Config
 from fieldmark.data.folders import quote
-from fieldmark.errors import (
-    InterruptedRunError,
-    NonFiniteError,
-    ReportedElsewhereError,
-    RunError,
-    TrainingError,
-    command,
-)
 from fieldmark.files import fill_template
 from fieldmark.progress import Logged, Progress, Quiet
 from fieldmark.runs import build, folder
@@ -70,9 +63,9 @@ def _stop_at_once(path: Path) -> Generator[None]:
     """Turn SIGTERM into an error: before the first update there is nothing to save."""
 
     def on_signal(number: int, frame: FrameType | None) -> NoReturn:
-        begins_again = (path / folder.RECIPE).is_file()
-        way_on = f"Begin again with: {command('train', '--resume', path)}" if begins_again else "Nothing was written"
-        raise InterruptedRunError(f"stopped by {signal.Signals(number).name} before the first update. {way_on}")
+        again = errors.command("train", "--resume", path)
+        way_on = f"Begin again with: {again}" if (path / folder.RECIPE).is_file() else "Nothing was written"
+        raise errors.InterruptedRunError(f"stopped by {signal.Signals(number).name} before the first update. {way_on}")
 
     with _handle_signals(on_signal, signal.SIGTERM):
         yield
@@ -137,7 +130,7 @@ def resume(
     """
     run = Run(out)
     if run.summary["status"] == "finished":
-        raise RunError(f"{out} is finished: there is nothing to resume")
+        raise errors.RunError(f"{out} is finished: there is nothing to resume")
     config, moved = run.config, data
     if (run.path / folder.STATE).is_file():
         yield from _run(config, run.path, "resumed", progress, moved)
@@ -230,7 +223,7 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
                 break
             if _all_ranks_want(session, stop, 0):
                 _raise_interrupted(session, state, stop)
-    except NonFiniteError as error:
+    except errors.NonFiniteError as error:
         raise _with_photo_names(session, state, error) from error
     except RuntimeError as error:
         raise _explain_lost_process(session, error) from error
@@ -317,17 +310,17 @@ def _write_summary(session: Session, state: TrainState) -> None:
 def _raise_interrupted(session: Session, state: TrainState, stop: StopRequest) -> NoReturn:
     path = session.writer.path
     session.writer.write_summary({"status": "interrupted", "epochs": state.epoch, "step": state.step})
-    raise InterruptedRunError(
+    raise errors.InterruptedRunError(
         f"stopped by {stop.signal_name or 'another process'} after update {state.step}, everything is saved. "
-        f"Continue with: {command('train', '--resume', path)}"
+        f"Continue with: {errors.command('train', '--resume', path)}"
     )
 
 
-def _with_photo_names(session: Session, state: TrainState, error: NonFiniteError) -> TrainingError:
+def _with_photo_names(session: Session, state: TrainState, error: errors.NonFiniteError) -> errors.TrainingError:
     """The same error, with the names of the photos."""
     names = [session.dataset.index.photos[number].path for number in error.numbers]
     photos = f" The photos of that update: {quote(names, 40)}." if names else ""
-    return TrainingError(
+    return errors.TrainingError(
         f"{error}.{photos} Learning rate {state.lr:g}. The last good weights are kept in {session.writer.path}. "
         "Lower optim.lr, set optim.clip_norm=1, or train with train.precision=32-true"
     )
@@ -337,7 +330,7 @@ def _explain_lost_process(session: Session, error: RuntimeError) -> Exception:
     """Return what a broken connection means: another process of this training failed, and its message says why."""
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "DistBackendError")
     is_lost = session.fabric.world_size > 1 and any(word in f"{type(error).__name__} {error}" for word in words)
-    return ReportedElsewhereError(None) if is_lost else error
+    return errors.ReportedElsewhereError(None) if is_lost else error
 
 
 def format_epoch(report: EpochReport) -> str:
@@ -364,8 +357,8 @@ def format_result(run: Run) -> str:
 
 def next_steps(run: Run) -> list[str]:
     """List what to do with a finished run, as commands."""
-    predict = command("predict", run.path, "PHOTOS", "--out", "prediction.csv")
-    return ["next:", f"  {command('evaluate', run.path)}", f"  {predict}"]
+    predict = errors.command("predict", run.path, "PHOTOS", "--out", "prediction.csv")
+    return ["next:", f"  {errors.command('evaluate', run.path)}", f"  {predict}"]
 
 
 def new_run_folder(config: Config, recipe: str) -> Path:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MEMORY_SIGNS = ("can't allocate memory", "out of memory")  # of the processor, and of libraries below torch
 PROBE_WEIGHT_DECAY, PROBE_BATCH_SIZE = 1e-2, 256
+Chunk = tuple[Tensor, Tensor]  # images and targets of a micro-batch
 READ_TOGETHER = 32  # numbers of a GPU that are read at once: it waits for the host so much more seldom
 
 
@@ -253,7 +254,7 @@ def compute_gradients(
     num_chunks = -(-len(images) // micro_batch_size)
     chunks = list(zip(images.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True))
     if options.pool is not None:
-        return _compute_side_by_side(options.pool, fabric, network, chunks, options.class_weights, scale=scale)
+        return _compute_side_by_side(fabric, network, chunks, options, scale=scale)
     logits: list[Tensor] = []
     total = torch.zeros((), device=fabric.device)
     for number, (part, part_targets) in enumerate(chunks, start=1):
@@ -267,13 +268,7 @@ def compute_gradients(
 
 
 def _compute_side_by_side(
-    pool: ThreadPoolExecutor,
-    fabric: Fabric,
-    network: nn.Module,
-    chunks: Sequence[tuple[Tensor, Tensor]],
-    class_weights: Tensor | None,
-    *,
-    scale: float,
+    fabric: Fabric, network: nn.Module, chunks: Sequence[Chunk], options: UpdateOptions, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute micro-batches in threads and add their gradients in order.
 
@@ -281,16 +276,17 @@ def _compute_side_by_side(
     The sum does not depend on which thread is faster. For networks that draw nothing and gather nothing in a
     pass: no dropout, and BatchNorm frozen.
     """
+    assert options.pool is not None
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     plain = getattr(network, "module", network)  # Fabric's wrapper wants a backward pass of its own
 
-    def compute(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def compute(chunk: Chunk) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         with fabric.autocast():
             output = plain(chunk[0])
-        loss = soft_cross_entropy(output, chunk[1], class_weights)
+        loss = soft_cross_entropy(output, chunk[1], options.class_weights)
         return output.detach(), loss.detach(), torch.autograd.grad(loss * scale, learning)
 
-    logits, losses, gradients = zip(*pool.map(compute, chunks), strict=True)
+    logits, losses, gradients = zip(*options.pool.map(compute, chunks), strict=True)
     for parameter, *parts in zip(learning, *gradients, strict=True):
         parameter.grad = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
     return torch.stack(losses).sum(), torch.cat(logits)
