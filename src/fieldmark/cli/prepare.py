@@ -201,14 +201,11 @@ def find_extras() -> dict[str, list[str]]:
 
     missing: dict[str, list[str]] = {}
     for line in metadata.requires("fieldmark") or ():
-        requirement, _, marker = line.partition(";")
-        extra = re.search(r"""extra == ['"]([^'"]+)['"]""", marker)
-        name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        if not extra or not name or extra[1] in NOT_FOR_USERS:
-            continue
-        absent = missing.setdefault(extra[1], [])
-        if name[0] != "fieldmark" and not package_versions([name[0]]):
-            absent.append(name[0])
+        found = re.match(r"""([A-Za-z0-9._-]+).*;.*extra == ['"]([^'"]+)['"]""", line)
+        if found and found[2] not in NOT_FOR_USERS:
+            absent = missing.setdefault(found[2], [])
+            if found[1] != "fieldmark" and not package_versions([found[1]]):
+                absent.append(found[1])
     return missing
 
 
@@ -222,13 +219,10 @@ def measure_folder(name: str, path: Path) -> dict[str, Any]:
 
 def hub_answers() -> bool:
     """Whether the model hub, or the mirror that HF_ENDPOINT names, can be reached, by the proxy if there is one."""
-    import urllib.error
-    import urllib.request
-
-    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub import constants, get_session
 
     try:
-        with urllib.request.urlopen(ENDPOINT, timeout=HUB_SECONDS):
-            return True
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # who refuses is there
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # the client raises its HTTP library's errors, and that library changes
+        return False
+    return True  # who refuses is there, too
