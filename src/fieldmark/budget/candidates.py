@@ -158,10 +158,9 @@ def _packaged() -> list[Backbone]:
     """Those in installed packages that classified ImageNet."""
     found: list[Backbone] = []
     for label, package in PACKAGES.items():
-        if package.has_classifier:
-            with suppress(FieldmarkError):
-                package_file(package)
-                found.append(_describe(package.timm_name, f"package:{label}"))
+        with suppress(FieldmarkError):
+            package_file(package)
+            found.append(_describe(package.timm_name, f"package:{label}"))
     return found
 
 

@@ -145,8 +145,7 @@ def calibrate(
     )
     levels = taxonomy_scores(opened, taxonomy) if taxonomy else {}
     shown = [f"right at the level of {level}: {share:.1%}" for level, share in levels.items()]
-    parts = [describe_calibration(found), "\n".join(shown)]
-    parts.append(describe_fallback(found.back_off) if found.back_off else "")
+    parts = [describe_calibration(found), "\n".join(shown), describe_fallback(found.back_off) if found.back_off else ""]
     content = asdict(found) | ({"levels": levels} if levels else {})
     print_result(content, "\n\n".join(filter(None, parts)), as_json=as_json)
     typer.echo(f"wrote {save_calibration_figure(opened, found)}", err=True)

@@ -30,8 +30,7 @@ class Package:
 
     distribution: str  # what pip installs; its module has the same name with underscores
     file: str  # pattern of the file within the package
-    timm_name: str  # the timm model whose layout and input configuration it has
-    has_classifier: bool  # the file ends with a classifier of 1000 classes: time budgets race only those
+    timm_name: str  # the timm model of 1000 classes whose layout and input configuration it has
     license: str  # SPDX name
     pretraining: str  # as in timm's tags
 

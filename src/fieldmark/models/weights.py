@@ -203,7 +203,7 @@ def _load_package(model: Classifier, source: str) -> WeightsReport:
     package = catalog.find_package(source, model.name)
     path = catalog.package_file(package)
     with torch.device("meta"):
-        layout = timm.create_model(package.timm_name, num_classes=1000 if package.has_classifier else 0)
+        layout = timm.create_model(package.timm_name)
     tensors = match_by_position(read_tensors(path)[0], layout.state_dict(), path.name)
     return _fill(model, source, tensors, package.license, package.pretraining, path)
 

@@ -33,14 +33,13 @@ def describe_hardware() -> dict[str, Any]:
     import psutil
     import torch
 
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "system": platform.platform(),
         "processor": processor_name(),
         "cores": usable_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gigabytes": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
     }
 
 
