@@ -7,7 +7,7 @@ Shape letters: N photos, K classes. `probabilities` is (N, K) with rows summing 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -39,20 +39,15 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     return value < best if metric in LOWER_IS_BETTER else value > best
 
 
-def best_value(rows: Iterable[Mapping[str, Any]], metric: str) -> float | None:
-    """Best validation value among rows of metrics.jsonl, negated where lower is better; None without any."""
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    values = [(row.get("val") or {}).get(metric) for row in rows]
-    return max((sign * value for value in values if value is not None), default=None)
-
-
 def compare_with_probe(rows: Sequence[Mapping[str, Any]], *, metric: str, select: str) -> dict[str, Any] | None:
     """Find whether the probe beats every epoch of fine-tuning; None where it does not, or one of them is missing."""
-    probe = best_value((row for row in rows if row.get("is_probe")), metric)
-    tuned = best_value((row for row in rows if not row.get("is_probe")), metric)
-    if probe is None or tuned is None or not probe > tuned:
+    scored = [row for row in rows if (row.get("val") or {}).get(metric) is not None]
+    best = min if metric in LOWER_IS_BETTER else max
+    probe = best((row["val"][metric] for row in scored if row.get("is_probe")), default=None)
+    tuned = best((row["val"][metric] for row in scored if not row.get("is_probe")), default=None)
+    if probe is None or tuned is None or not is_better(metric, probe, tuned):
         return None
-    return {"value": abs(probe), "best_fine_tuned": abs(tuned), "is_kept": select == "best"}
+    return {"value": probe, "best_fine_tuned": tuned, "is_kept": select == "best"}
 
 
 def top_k(probabilities: Floats, labels: Ints, *, k: int) -> float:
