@@ -22,7 +22,7 @@ from fieldmark.data.folders import quote
 from fieldmark.data.index import join_indexes
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import DataError, RunError, command
-from fieldmark.files import whole_folder
+from fieldmark.files import fill_template, whole_folder
 from fieldmark.inference.predictor import predict_features
 from fieldmark.models.classifier import Classifier, count_parameters
 from fieldmark.progress import Progress, Quiet
@@ -188,14 +188,6 @@ def _describe_old(old: dict[str, float]) -> str:
 
 def format_extended(run: Run) -> str:
     """Return what became of a run that was extended, for people."""
-    summary, found = run.summary, run.summary["extended"]
-    seconds, reasons = summary["seconds"], "; ".join(found["advice"])
-    better = f"would probably be better: {reasons}" if reasons else "may be better: the backbone learned nothing new"
-    lines = [
-        f"run: {run.path}, {found['run']} extended by {found['photos']} photos in {seconds:.0f} s",
-        f"classes: {len(run.classes)}; new: {quote(found['classes'], 5) or 'none'}",
-        _describe_old(found["old"]) if found["old"] else "old classes: no validation photos show what they lost",
-        f"validation: {format_accuracy(summary['val'])}" if summary["val"] else "validation: no photos",
-        f"a full training {better}. Begin one with: {command('train', run.path / TABLE)}",
-    ]
-    return "\n".join([*lines, *next_steps(run)])
+    values = {"run": run, "training": command("train", run.path / TABLE), "next_steps": next_steps(run)}
+    filters = {"quote": quote, "accuracy": format_accuracy, "change": _describe_old}
+    return fill_template("extended.md", values | {"found": run.summary["extended"]}, filters=filters)

@@ -111,16 +111,10 @@ def combine(
 
 def format_combined(run: Run) -> str:
     """Return what was made, for people."""
-    summary = run.summary
-    members: dict[str, dict[str, Any]] = summary["members"]
-    values = {
-        "path": run.path,
-        "summary": summary,
-        "width": max(map(len, members)),
-        "accuracy": format_accuracy(summary["val"]),
-        "as_they_are": [name for name, row in members.items() if row.get("temperature", 1.0) == 1],
-    }
-    return fill_template("combined.md", values)
+    members: dict[str, dict[str, Any]] = run.summary["members"]
+    as_they_are = [name for name, row in members.items() if row.get("temperature", 1.0) == 1]
+    values = {"path": run.path, "summary": run.summary, "as_they_are": as_they_are}
+    return fill_template("combined.md", values, filters={"accuracy": format_accuracy})
 
 
 def open_combinable(paths: Sequence[str | Path]) -> list[Run]:
