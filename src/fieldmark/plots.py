@@ -17,6 +17,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 
 from fieldmark.data.decode import DecodeSpec
@@ -155,11 +156,9 @@ def confusion_figure(confusion: NDArray[np.int64], classes: Sequence[str]) -> tu
 
 def draw_lambda(axes: Axes, values: NDArray[np.float64], alpha: tuple[float, float], title: str) -> None:
     """Histogram of (N,) values of λ, and the Beta density of α, drawn evenly from a range."""
-    from scipy.stats import beta
-
     axes.hist(values, bins=40, range=(0, 1), density=True, color=COLORS[0], alpha=0.5, label="λ")
     inside = np.linspace(0, 1, 201)[1:-1]
-    drawn = np.mean([beta.pdf(inside, a, a) for a in np.linspace(*alpha, 25)], axis=0)
+    drawn = np.mean([scipy.stats.beta.pdf(inside, a, a) for a in np.linspace(*alpha, 25)], axis=0)
     axes.plot(inside, drawn, "--", color=COLORS[1], linewidth=1, label="Beta(α, α) drawn from")
     axes.set_ylim(0, 4)
     axes.legend(frameon=False, fontsize=8)

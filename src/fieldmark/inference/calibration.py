@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from pydantic import FiniteFloat
 from scipy.special import log_softmax, softmax
@@ -217,8 +218,6 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
     Source:
         Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, section 4.2.
     """
-    from scipy.optimize import minimize_scalar
-
     broken = int((~np.isfinite(logits)).any(axis=1).sum())
     if broken:
         raise DataError(f"{broken} of {len(logits)} photos have predictions that are not finite: evaluate again")
@@ -227,7 +226,7 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
     def loss(inverse: float) -> float:
         return float(-log_softmax(logits * inverse, axis=1)[rows, labels].mean())
 
-    found = minimize_scalar(loss, bounds=(1 / _MAX_TEMPERATURE, 1 / _MIN_TEMPERATURE), method="bounded")
+    found = scipy.optimize.minimize_scalar(loss, bounds=(1 / _MAX_TEMPERATURE, 1 / _MIN_TEMPERATURE), method="bounded")
     return float(1 / found.x)
 
 
@@ -281,8 +280,6 @@ def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, confidence_
     the first failure (fixed-sequence testing; Angelopoulos et al., arXiv:2110.01052, section 5.1), so the confidence
     level holds for the threshold that is chosen.
     """
-    from scipy.stats import beta  # a second that a prediction need not wait for
-
     _check_share("accuracy", accuracy)
     if not 0 <= confidence_level < 1:
         raise DataError(f"the confidence level is a share from 0 to below 1; got {confidence_level}")
@@ -295,7 +292,8 @@ def threshold_for_accuracy(curve: CoverageCurve, accuracy: float, *, confidence_
             )
         return float(curve.thresholds[reached[0]])
     right = np.rint(curve.accuracy * curve.answered)
-    bound = np.where(right > 0, beta.ppf(1 - confidence_level, np.maximum(right, 1), curve.answered - right + 1), 0.0)
+    lowest = scipy.stats.beta.ppf(1 - confidence_level, np.maximum(right, 1), curve.answered - right + 1)
+    bound = np.where(right > 0, lowest, 0.0)
     # With fewer answers than this not even an unbroken row of right ones proves anything. The sequence starts at twice
     # as many, so that one mistake does not end it; where it starts depends on counts alone, never on the outcomes.
     least = np.log(1 - confidence_level) / np.log(accuracy) if accuracy < 1 else np.inf

@@ -7,7 +7,8 @@ Shape letters: S runs of a variant (seeds), N photos, E epochs, K classes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,53 +18,29 @@ import numpy as np
 from fieldmark.config import Metric
 from fieldmark.errors import RunError
 from fieldmark.files import fill_template
-from fieldmark.runs.folder import Run, RunResults, find_runs
+from fieldmark.runs.folder import Run, RunResults, find_runs, flatten, format_value
 from fieldmark.study import statistics
-from fieldmark.study.statistics import Difference, Interval, Scores
-from fieldmark.study.variants import Group, check_same_photos, group_runs, join_folds, name_against
+from fieldmark.study.grid import NO_EFFECT
+from fieldmark.study.statistics import EFFECT, SHOWN, Difference, Interval, Scores, Shown
 from fieldmark.training.metrics import compare_with_probe
 
-EFFECT = 0.01  # the smallest difference worth seeing: one point of accuracy, or 0.01 nats of log loss
 POWER = 0.8  # probability with which a true difference of `EFFECT` is to be seen
 MOST_SEEDS = 50  # more are not proposed: nobody trains them to see a point
 FEW_PHOTOS = 50  # of fewer a note says that they are few
 DRAWS = 2000  # of the bootstrap for the bias of the best epoch
+# Runs that differ in chance alone are runs of one variant. Where the photos are stored is no difference either: whether
+# they are the same photos is checked by name.
+IGNORED = NO_EFFECT | {"train.seed", "data.fold", "data.path"}
+MOST_CHANGES = 6  # variants that differ in more keys are named by their folders: nobody reads a recipe as a name
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A metric in words, and its numbers as people read them."""
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The runs of one variant, in the order given, folds included."""
 
-    title: str
-    scale: int = 100
-    digits: int = 1
-    suffix: str = " %"
-    unit: str = "points"  # of differences
-    effect: str = "1 point"  # `EFFECT` in words
-
-    def number(self, value: float, sign: str = "") -> str:
-        """The number alone; with `sign` "+" positive ones have a sign too."""
-        return f"{self.scale * value:{sign}.{self.digits}f}"
-
-    def value(self, value: float) -> str:
-        """Such as `91.2 %`."""
-        return self.number(value) + self.suffix
-
-    def interval(self, interval: Interval) -> str:
-        """Such as `91.2 % (88.1 to 93.6)`."""
-        return f"{self.value(interval.estimate)} ({self.number(interval.low)} to {self.number(interval.high)})"
-
-    def change(self, interval: Interval) -> str:
-        """The ends of a difference's interval, such as `-1.3 to +3.3`."""
-        return f"{self.number(interval.low, '+')} to {self.number(interval.high, '+')}"
-
-
-SHOWN = {
-    "top1": Shown("Top-1 accuracy"),
-    "macro_recall": Shown("Macro recall"),
-    "prior_top1": Shown("Accuracy under the training prior"),
-    "log_loss": Shown("Negated log loss", scale=1, digits=3, suffix="", unit="nats", effect=f"{EFFECT:g} nats"),
-}
+    name: str  # the changes in words; a folder's name where there are none, or too many to read
+    changes: Mapping[str, Any]  # value of each key in which the compared variants differ
+    runs: tuple[RunResults, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +177,99 @@ def compare_runs(
         notes=_notes(variants),
         baseline=None if against is None else variants[0].name,
     )
+
+
+def group_runs(results: Sequence[RunResults]) -> list[Group]:
+    """Put runs together that differ in nothing but chance, in order of first appearance."""
+    if not results:
+        raise RunError("no runs to compare: give run folders, or a folder of them")
+    groups: dict[str, tuple[dict[str, Any], list[RunResults]]] = {}
+    for run in results:
+        own = {key: value for key, value in flatten(run.config).items() if key not in IGNORED}
+        # What was combined has the recipe of one of its members, but is no further run of it.
+        own = {"combined": run.summary.get("combined", "none"), **own}
+        groups.setdefault(repr(sorted(own.items())), (own, []))[1].append(run)
+    settings = [own for own, _ in groups.values()]
+    differing = [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings[1:])]
+    # The folder of a single run, or the one that holds a variant's runs.
+    paths = [(runs[0].path.resolve(), len(runs)) for _, runs in groups.values()]
+    folders = [path.name if count == 1 else path.parent.name for path, count in paths]
+    by_folder = len(differing) > MOST_CHANGES and len(set(folders)) == len(folders)
+    named: list[Group] = []
+    for (own, runs), folder in zip(groups.values(), folders, strict=True):
+        changes = {key: own[key] for key in differing}
+        name = folder if by_folder else _describe(changes) or runs[0].name
+        named.append(Group(name, changes, tuple(runs)))
+    return named
+
+
+def name_against(groups: Sequence[Group], run: Path) -> list[Group]:
+    """The variant of one run first, under that run's name; the others named by what they change of it."""
+    wanted = run.resolve()
+    base = next((group for group in groups if any(one.path.resolve() == wanted for one in group.runs)), None)
+    if base is None:
+        raise RunError(f"{run} is not among the runs that are compared: name one of them, or add it")
+    named = [base if len(base.changes) > MOST_CHANGES else replace(base, name=wanted.name)]
+    for group in groups:
+        if group is not base:
+            changes = {key: value for key, value in group.changes.items() if value != base.changes[key]}
+            named.append(replace(group, name=_describe(changes)) if len(changes) <= MOST_CHANGES else group)
+    return named
+
+
+def _describe(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={format_value(value)}" for key, value in changes.items())
+
+
+def join_folds(group: Group) -> list[RunResults]:
+    """One run per seed, its folds joined, in order of seed."""
+    by_seed: dict[int, list[RunResults]] = {}
+    for run in group.runs:
+        by_seed.setdefault(run.config.train.seed, []).append(run)
+    return [_join(runs) for _, runs in sorted(by_seed.items())]
+
+
+def _join(runs: Sequence[RunResults]) -> RunResults:
+    """The first run with the photos of all."""
+    joined, photos = copy(runs[0]), [photo for run in runs for photo in run.photos]
+    # Without folds a second run of the same recipe and seed is a repetition or was made on other data: never joined.
+    if len({run.config.data.fold for run in runs}) < len(runs) or len(set(photos)) < len(photos):
+        names = ", ".join(str(run.path) for run in runs)
+        raise RunError(f"{names} have the same settings, seed and fold: give one of them, or runs with other seeds")
+    if len({run.classes for run in runs}) > 1:
+        raise RunError(f"the folds of {joined.path} have different classes: they come from different data")
+    order = sorted(range(len(photos)), key=photos.__getitem__)
+    joined.photos = tuple(photos[index] for index in order)
+    joined.labels = np.concatenate([run.labels for run in runs])[order]
+    joined.probabilities = np.concatenate([run.probabilities for run in runs])[order]
+    joined.prior = np.mean([run.prior for run in runs], axis=0)
+    return joined
+
+
+def check_same_photos(runs: Sequence[RunResults]) -> None:
+    """Check that all runs scored the same photos under the same labels, or say where they differ."""
+    first, *others = runs
+    for other in others:
+        names = f"{first.name} and {other.name}"
+        if other.classes != first.classes:
+            raise RunError(
+                f"{names} know different classes ({len(first.classes)} and {len(other.classes)}): only runs on the "
+                "same data can be compared"
+            )
+        if other.photos != first.photos:
+            common = len(set(first.photos) & set(other.photos))
+            odd = min(set(first.photos) ^ set(other.photos))
+            raise RunError(
+                f"{names} were scored on different photos ({len(first.photos)} and {len(other.photos)}, {common} in "
+                f"common; {odd!r} is in one alone), and accuracies on different photos cannot be compared. Train both "
+                "on the same split: same data, data.split_seed and folds"
+            )
+        if not np.array_equal(other.labels, first.labels):
+            index = int(np.flatnonzero(other.labels != first.labels)[0])
+            raise RunError(
+                f"{names} disagree on the label of {first.photos[index]!r}: were labels corrected between them? Train "
+                "both on the same labels"
+            )
 
 
 def _measure(

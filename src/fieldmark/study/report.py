@@ -23,7 +23,8 @@ from fieldmark.models.catalog import describe_pretraining
 from fieldmark.plots import confusion_figure, figure_png, figure_svg, thumbnail_uri
 from fieldmark.runs.folder import Run, RunResults, flatten, format_value
 from fieldmark.study.charts import Chart, minutes, parameters, report_charts
-from fieldmark.study.compare import Comparison, Pair, Shown, Variant, compare_runs
+from fieldmark.study.compare import Comparison, Pair, Variant, compare_runs
+from fieldmark.study.statistics import Shown
 from fieldmark.training.metrics import confused_pairs, confusion_matrix, wilson_interval
 
 ROWS_OPEN = 12
@@ -148,16 +149,9 @@ def markdown_text(text: str) -> str:
 
 def _headline(comparison: Comparison, best: Variant) -> str:
     """The result in a sentence or two."""
-    shown = comparison.shown
-    found = f"{shown.title} {shown.interval(best.interval)}"
-    photos = f"{comparison.num_photos:,} photos"
-    if len(comparison.variants) == 1:
-        return f"{found} on {photos}."
     rivals = [pair for pair in comparison.pairs if best.name in (pair.first, pair.second)]
-    beaten = sum(pair.is_distinguishable for pair in rivals)
-    words = {0: "None of the others is distinguishable from it", len(rivals): "It is better than every other variant"}
-    some = f"It is better than {beaten} of the {len(rivals)} others and not distinguishable from the rest"
-    return f"Highest: {best.name}, {found[0].lower()}{found[1:]} on {photos}. {words.get(beaten, some)}."
+    values = {"comparison": comparison, "shown": comparison.shown, "best": best, "rivals": rivals}
+    return fill_template("headline.md", values, package="fieldmark.study")
 
 
 def _confusion_chart(variant: Variant) -> Chart:

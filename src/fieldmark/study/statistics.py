@@ -1,4 +1,4 @@
-"""Intervals, tests and sample sizes for paired comparisons of classifiers.
+"""Intervals, tests and sample sizes for paired comparisons of classifiers, and how people read their numbers.
 
 Pure functions over arrays. Shape letters: S runs of one variant (seeds), N photos, E epochs. A score is per photo and
 in [0, 1] where it is correctness; differences are `second - first`, so a positive one favors the second. `level` is the
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # which loads its parts when they are used: nobody waits a second for what a prediction does not need
 from numpy.typing import NDArray
 
 from fieldmark.training.metrics import wilson_interval
@@ -19,6 +20,7 @@ from fieldmark.training.metrics import wilson_interval
 Scores = NDArray[np.float64]
 
 MOST_FLIPPED = 14
+EFFECT = 0.01  # the smallest difference worth seeing: one point of accuracy, or 0.01 nats of log loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,42 @@ class Interval:
     def half_width(self) -> float:
         """Half of the interval's width: the x in "± x"."""
         return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A metric in words, and its numbers as people read them."""
+
+    title: str
+    scale: int = 100
+    digits: int = 1
+    suffix: str = " %"
+    unit: str = "points"  # of differences
+    effect: str = "1 point"  # `EFFECT` in words
+
+    def number(self, value: float, sign: str = "") -> str:
+        """The number alone; with `sign` "+" positive ones have a sign too."""
+        return f"{self.scale * value:{sign}.{self.digits}f}"
+
+    def value(self, value: float) -> str:
+        """Such as `91.2 %`."""
+        return self.number(value) + self.suffix
+
+    def interval(self, interval: Interval) -> str:
+        """Such as `91.2 % (88.1 to 93.6)`."""
+        return f"{self.value(interval.estimate)} ({self.number(interval.low)} to {self.number(interval.high)})"
+
+    def change(self, interval: Interval) -> str:
+        """The ends of a difference's interval, such as `-1.3 to +3.3`."""
+        return f"{self.number(interval.low, '+')} to {self.number(interval.high, '+')}"
+
+
+SHOWN = {
+    "top1": Shown("Top-1 accuracy"),
+    "macro_recall": Shown("Macro recall"),
+    "prior_top1": Shown("Accuracy under the training prior"),
+    "log_loss": Shown("Negated log loss", scale=1, digits=3, suffix="", unit="nats", effect=f"{EFFECT:g} nats"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +104,8 @@ def mcnemar_exact(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
         McNemar, Psychometrika 12 (1947), in its exact binomial form; recommended for one run of each of two classifiers
         by Dietterich, "Approximate statistical tests", Neural Computation 10 (1998), section 3.1.
     """
-    from scipy.stats import binomtest
-
     gained, lost = int(np.sum(second & ~first)), int(np.sum(first & ~second))
-    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+    return float(scipy.stats.binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -155,26 +191,22 @@ def runs_needed(difference: Difference, *, effect: float, level: float, power: f
 
 
 def _variance_allowed(effect: float, level: float, power: float) -> float:
-    from scipy.stats import norm
-
-    return float((effect / (norm.ppf((1 + level) / 2) + norm.ppf(power))) ** 2)
+    normal = scipy.stats.norm
+    return float((effect / (normal.ppf((1 + level) / 2) + normal.ppf(power))) ** 2)
 
 
 def _interval(estimate: float, error: float, freedom: float, *, level: float) -> Interval:
-    from scipy.stats import t as student
-
-    half = float(student.ppf((1 + level) / 2, freedom)) * error
+    half = float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * error
     return Interval(estimate, estimate - half, estimate + half)
 
 
 def _p_value(first: Scores, second: Scores, t_value: float, freedom: float) -> float:
     """McNemar's exact one where each variant has one run and scores are 0 or 1; Student's otherwise."""
-    from scipy.stats import t as student
-
     scores = np.concatenate([first, second])
     if len(first) == len(second) == 1 and bool(np.isin(scores, (0.0, 1.0)).all()):
         return mcnemar_exact(first[0] > 0, second[0] > 0)
-    return max(float(2 * student.sf(abs(t_value), freedom)), _sign_flip_p(second.mean(axis=0) - first.mean(axis=0)))
+    change = second.mean(axis=0) - first.mean(axis=0)
+    return max(float(2 * scipy.stats.t.sf(abs(t_value), freedom)), _sign_flip_p(change))
 
 
 def _sign_flip_p(change: Scores) -> float:
