@@ -298,7 +298,7 @@ class Trackers:
             except Exception as error:  # each package has errors of its own
                 self.close()
                 raise ResourceError(
-                    f"{name} does not start: {first_line(error)}. Check its settings (WANDB_MODE=offline, "
+                    f"{name} does not start: {_in_a_line(error)}. Check its settings (WANDB_MODE=offline, "
                     f"MLFLOW_TRACKING_URI), or leave it out of train.trackers"
                 ) from error
 
@@ -312,7 +312,7 @@ class Trackers:
             except Exception as error:
                 del self._open[name]
                 self._warn(
-                    f"warning: {name} failed in epoch {epoch}: {first_line(error)}. The training goes on without it; "
+                    f"warning: {name} failed in epoch {epoch}: {_in_a_line(error)}. The training goes on without it; "
                     "metrics.jsonl has every epoch"
                 )
 
@@ -322,7 +322,11 @@ class Trackers:
             try:
                 close()
             except Exception as error:
-                self._warn(f"warning: {name} did not close: {first_line(error)}")
+                self._warn(f"warning: {name} did not close: {_in_a_line(error)}")
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _start_tensorboard(path: Path, settings: dict[str, Any]) -> tuple[Log, Callable[[], object]]:
