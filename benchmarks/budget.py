@@ -449,9 +449,9 @@ NOTES = (
 
 
 AUTOGLUON_NOTE = (
-    "AutoGluon runs in an environment of its own, by its own settings, from a folder with the same weights in its own "
-    "form, and without a GPU in 32 bits, as it forces; its time_limit is what a trial found that its start, its "
-    "averaging of checkpoints and its prediction leave of 95 % of the budget, set once more where it was late"
+    "AutoGluon runs in an environment of its own, by its preset medium_quality, from a folder with the same weights in "
+    "its own form, and without a GPU in 32 bits, as it forces; its time_limit is what a trial found that its start, "
+    "its averaging of checkpoints and its prediction leave of 95 % of the budget, set once more where it was late"
 )
 
 
