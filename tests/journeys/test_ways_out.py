@@ -104,9 +104,10 @@ def test_every_option_in_a_message_is_one_of_some_verb():
 def test_every_setting_in_a_message_exists_and_takes_the_value_that_is_named():
     settings = flatten(Config())
     sections = "|".join(sorted({key.partition(".")[0] for key in settings}))
+    setting = re.compile(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?: ?= ?\"?([\w+-]+(?:\.\d+)?))?(?![\w(])")
     found = 0
     for where, text in sentences():
-        for key, value in re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?: ?= ?\"?([\w+-]+))?(?![\w(])", text):
+        for key, value in setting.findall(text):
             if key.endswith(
                 (
                     ".json",
