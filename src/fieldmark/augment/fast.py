@@ -203,9 +203,7 @@ def apply_policy_colors(picture: Tensor, ops: Whole, magnitudes: Floats, fill: t
     steps = [(op, magnitude) for op, magnitude in pairs if op and op not in MOVING]
     if not steps:
         return
-    from torchvision.transforms import InterpolationMode
-
     image = picture.round().to(torch.uint8)
     for op, magnitude in steps:
-        image = apply_operation(image, op, magnitude, interpolation=InterpolationMode.NEAREST, fill=fill)
+        image = apply_operation(image, op, magnitude, interpolation="nearest", fill=fill)
     picture.copy_(image)

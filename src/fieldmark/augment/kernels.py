@@ -175,14 +175,6 @@ def warp(pixels: Any, matrices: Any, limits: Any, fill: Any, out: Any) -> None:
 
 
 @compiled()
-def brighten(r: Any, g: Any, b: Any, factor: Any) -> None:
-    """Each value times `factor`, within 0 to 255, in place."""
-    high = np.float32(255)
-    for i in range(len(r)):
-        r[i], g[i], b[i] = min(r[i] * factor, high), min(g[i] * factor, high), min(b[i] * factor, high)
-
-
-@compiled()
 def gray(r: Any, g: Any, b: Any) -> Any:
     """Luma of ITU-R BT.601, as in Pillow."""
     return np.float32(0.299) * r + np.float32(0.587) * g + np.float32(0.114) * b
@@ -190,7 +182,7 @@ def gray(r: Any, g: Any, b: Any) -> Any:
 
 @compiled()
 def blend_with_gray(r: Any, g: Any, b: Any, factor: Any, mean: Any, is_own: bool) -> None:
-    """Blend with each pixel's own gray (saturation), or with the picture's mean gray (contrast), in place."""
+    """Blend with each pixel's own gray (saturation), or with one `mean`: the picture's (contrast) or 0 (brightness)."""
     low, high = np.float32(0), np.float32(255)
     for i in range(len(r)):
         level = gray(r[i], g[i], b[i]) if is_own else mean
@@ -235,10 +227,8 @@ def turn_hue(r: Any, g: Any, b: Any, shift: Any) -> None:
 @compiled()
 def recolor(r: Any, g: Any, b: Any, kind: int, factor: Any, mean: Any) -> None:
     """One color operation on a row of pixels: `kind` as in `sample.BRIGHTNESS` and its neighbors."""
-    if kind == 0:
-        brighten(r, g, b, factor)
-    elif kind <= 2:
-        blend_with_gray(r, g, b, factor, mean, kind == 2)
+    if kind <= 2:
+        blend_with_gray(r, g, b, factor, mean if kind else np.float32(0), kind == 2)
     else:
         turn_hue(r, g, b, factor)
 

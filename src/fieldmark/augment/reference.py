@@ -53,17 +53,14 @@ def augment_reference(photo: NDArray[np.uint8], params: BatchParams, row: int, s
 
     The order is the competition's: crop and resize, flips, policy, affine, color, normalize, erase.
     """
-    from torchvision.transforms import InterpolationMode
-
     functional = _functional()
     image = _crop(to_pil(photo), params.box[row].tolist(), spec)
     if params.flip_x[row]:
         image = functional.horizontal_flip(image)
     if params.flip_y[row]:
         image = functional.vertical_flip(image)
-    interpolation = InterpolationMode(spec.affine_interpolation)
     for op, magnitude in zip(params.ops[row].tolist(), params.magnitudes[row].tolist(), strict=True):
-        image = apply_operation(image, op, magnitude, interpolation=interpolation, fill=spec.fill)
+        image = apply_operation(image, op, magnitude, interpolation=spec.affine_interpolation, fill=spec.fill)
     if spec.has_affine:
         image = functional.affine(
             image,
@@ -71,7 +68,7 @@ def augment_reference(photo: NDArray[np.uint8], params: BatchParams, row: int, s
             translate=[int(pixels) for pixels in params.shift[row]],
             scale=1.0,
             shear=[float(params.shear[row]), 0.0],
-            interpolation=interpolation,
+            interpolation=functional.InterpolationMode(spec.affine_interpolation),
             fill=list(spec.fill),
         )
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
@@ -141,10 +138,8 @@ def _normalize(image: Image.Image, mean: RGB, std: RGB) -> Tensor:
 
 def eval_reference(photo: NDArray[np.uint8], spec: EvalSpec) -> Tensor:
     """(3, S, S) evaluation picture of an upright (H, W, 3) photo: the same numbers as timm's own transform."""
-    from torchvision.transforms import InterpolationMode
-
     functional, image, square = _functional(), to_pil(photo), [spec.size, spec.size]
-    interpolation = InterpolationMode(spec.interpolation)
+    interpolation = functional.InterpolationMode(spec.interpolation)
     if spec.transform == "squash":
         image = functional.resize(image, square, interpolation)
     else:

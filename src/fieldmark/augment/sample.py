@@ -13,15 +13,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fieldmark.errors import DataError
-
-if TYPE_CHECKING:
-    from torchvision.transforms import InterpolationMode
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of `BatchParams.factors`, values of `color_order`
 Floats = NDArray[np.float64]
@@ -286,15 +283,15 @@ def operation_matrix(op: int, magnitude: float, size: int) -> Floats:
 
 
 def apply_operation(
-    image: Any, op: int, magnitude: float, *, interpolation: InterpolationMode, fill: tuple[int, int, int]
+    image: Any, op: int, magnitude: float, *, interpolation: Literal["nearest", "bilinear"], fill: tuple[int, int, int]
 ) -> Any:
     """Apply one operation to a PIL image, or a (..., 3, H, W) uint8 tensor, as torchvision's policies do."""
-    from torchvision.transforms.v2 import TrivialAugmentWide
+    from torchvision.transforms.v2 import InterpolationMode, TrivialAugmentWide
 
     name = OPERATIONS[op]
     strength = magnitude / 255 if name == "Solarize" else magnitude  # there a share of the largest value
     apply: Any = TrivialAugmentWide()._apply_image_or_video_transform  # pyright: ignore[reportPrivateUsage]
-    return apply(image, name, strength, interpolation, {"others": list(fill)})
+    return apply(image, name, strength, InterpolationMode(interpolation), {"others": list(fill)})
 
 
 def uniforms(seed: int, epoch: int, numbers: ArrayLike, *, stream: int, count: int) -> Floats:

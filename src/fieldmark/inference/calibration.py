@@ -368,10 +368,8 @@ def save_calibration_figure(run: Run, found: Calibration) -> Path:
     curve = coverage_curve(confidence, is_right)
     right.step(curve.coverage, curve.accuracy, where="post")
     if found.threshold > 0:
-        place = (found.coverage, found.accuracy)
-        right.scatter(*place, zorder=3)
-        offset: Any = {"textcoords": "offset points", "xytext": (-8, -14), "ha": "right"}
-        right.annotate(f"threshold {found.threshold:.2f}", place, **offset)
+        right.plot(found.coverage, found.accuracy, "o", label=f"threshold {found.threshold:.2f}")
+        right.legend(frameon=False)
     right.set(xlabel="share of photos answered", ylabel="share of right answers", xlim=(0, 1.02))
     right.set_title("Coverage and accuracy")
     path = run.path / "calibration.png"
