@@ -83,13 +83,8 @@ class PredictedPhotos:
 
     def prior_message(self) -> str:
         """That the answers were corrected for other class shares than in training, and the largest changes."""
-        changes = [(name, share["training"], share["assumed"]) for name, share in self.prior.items()]
-        largest = sorted(changes, key=lambda row: -abs(row[2] - row[1]))[:MOST_CLASSES_SHOWN]
-        shares = ", ".join(f"{name} {before:.1%} to {now:.1%}" for name, before, now in largest)
-        return (
-            f"{self.count} photos were corrected by --prior for the shares of the classes, from training to here: "
-            f"{shares}{' ...' if len(self.prior) > len(largest) else ''}"
-        )
+        changes = sorted(self.prior.items(), key=lambda row: -abs(row[1]["assumed"] - row[1]["training"]))
+        return fill_template("prior.md", {"count": self.count, "changes": changes, "most": MOST_CLASSES_SHOWN})
 
     def failure_message(self) -> str:
         """Return which photos could not be read, and why."""

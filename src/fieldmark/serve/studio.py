@@ -126,14 +126,12 @@ class Studio:
     def open_data(self, path: str) -> Path:
         """A folder of photos without a link that leads out of the root: checks and trainings follow links."""
         data = self.inside(path)
-        seen: set[Path] = set()
-        waiting = [data]
+        seen, waiting = {data}, [data]
         while waiting:
-            here = waiting.pop()
-            seen.add(here)
-            for entry in here.iterdir():
+            for entry in waiting.pop().iterdir():
                 real = self.inside(self.shown(entry)) if entry.is_symlink() else entry
                 if real.is_dir() and real not in seen and not is_skipped(entry.name):
+                    seen.add(real)
                     waiting.append(real)
         return data
 

@@ -166,7 +166,6 @@ class _Work:
                 self.start(cell)
 
     def start(self, cell: Cell) -> None:
-        """Train or resume one cell."""
         cell.refuse_other_recipe(self.out)
         cell.clear_broken(self.out)
         self.note(cell, "running")
@@ -176,7 +175,6 @@ class _Work:
         self.running[cell.name] = cell, self.executor.start(job)
 
     def end(self, cell: Cell, trouble: str) -> None:
-        """Note how a cell ended."""
         try:
             trouble = trouble or book(self.out, cell.name, "outcome").read_text(encoding="utf-8")
         except OSError:
@@ -191,7 +189,6 @@ class _Work:
         self.statuses[cell.name] = CellStatus(cell.name, state, epoch, cell.config.train.epochs, error)
 
     def status(self) -> SweepStatus:
-        """Return how far all cells are."""
         cells = tuple(self.statuses.values())
         done = sum(cell.epoch for cell in cells) - sum(self.epochs_before.values())
         left = sum(cell.epochs - cell.epoch for cell in cells if cell.state in ("waiting", "running"))
