@@ -381,9 +381,3 @@ def test_an_export_carries_the_groups_and_one_from_before_there_were_any_is_read
     old = json.loads(make_metadata("onnx").to_json())
     del old["back_off"]
     assert _read(json.dumps(old), tmp_path).back_off is None
-
-
-def test_an_export_from_before_licenses_were_spelled_so_is_read(tmp_path):
-    old = json.loads(make_metadata("onnx").to_json())
-    old["licence"] = old.pop("license")
-    assert _read(json.dumps(old), tmp_path).license == "cc-by-nc-4.0"

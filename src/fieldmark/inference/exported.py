@@ -79,8 +79,6 @@ class ModelMetadata:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         if found != FORMAT:
             raise ExportError(f"{where} has format {found!r}, this version reads {FORMAT}: export the run again")
-        if "licence" in content:  # as earlier versions spelled it
-            content["license"] = content.pop("licence")
         try:
             metadata = read_values(cls, content)
             if metadata.back_off and len(metadata.back_off.rows) != len(metadata.classes):

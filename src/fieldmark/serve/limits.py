@@ -19,7 +19,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fieldmark.errors import ConfigError
@@ -58,10 +58,6 @@ class Access:
             if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
                 raise ConfigError(f'an origin is like "https://birds.example" or "*"; got {origin!r}')
 
-    def shares_with(self, origin: str) -> bool:
-        """Whether a page of another site may read the answers."""
-        return "*" in self.cors_origins or origin in self.cors_origins
-
     def require_own_name(self, host: str, origin: str) -> None:
         """Refuse a Host that is not this server, and pages of other sites unless they were allowed."""
         own = {name.lower() for name in self.hosts}
@@ -72,7 +68,7 @@ class Access:
             raise HTTPException(400, f"this server is not {host[:100]!r}; give it that name by --hostname at its start")
         sender = origin.lower().partition("://")[2]
         is_own = bool(sender) and (sender == host.lower() or _host_name(sender) in own)  # also behind a proxy
-        if origin and not is_own and not self.shares_with(origin):
+        if origin and not is_own and not {"*", origin} & set(self.cors_origins):
             raise HTTPException(403, f"pages of {origin[:100]!r} may not ask; start the server with --cors to let them")
 
     def require_key(self, path: str, headers: Headers) -> None:
@@ -120,8 +116,7 @@ class RequestLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        origin = Headers(scope=scope).get("origin", "")
-        send = self._guard(send, origin if self._access.shares_with(origin) else "")
+        send = self._guard(send)
         with suppress(ClientDisconnect):  # nobody is there to answer
             try:
                 await self._serve(scope, receive, send)
@@ -131,11 +126,7 @@ class RequestLimits:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        origin = headers.get("origin", "")
-        self._access.require_own_name(headers.get("host", ""), origin)
-        if scope["method"] == "OPTIONS" and origin and "access-control-request-method" in headers:
-            await Response(status_code=204, headers=HTTP["preflight"])(scope, receive, send)
-            return
+        self._access.require_own_name(headers.get("host", ""), headers.get("origin", ""))
         self._access.require_key(scope["path"], headers)
         body = bytearray()
         try:
@@ -167,20 +158,15 @@ class RequestLimits:
         except TimeoutError:
             raise HTTPException(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
 
-    def _guard(self, send: Send, shared_with: str) -> Send:
+    def _guard(self, send: Send) -> Send:
         """Put the safe headers on an answer, and give up on a client that does not read it.
 
-        What the request of such a client holds would be held for ever. `shared_with` is another site that may read the
-        answer, or "".
+        What the request of such a client holds would be held for ever.
         """
-        fields: dict[str, str] = dict(HTTP["safe_headers"])
-        if shared_with:
-            fields |= {"access-control-allow-origin": shared_with, "vary": "Origin"}
-            fields |= {"access-control-expose-headers": "Retry-After"}
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(fields)
+                MutableHeaders(scope=message).update(HTTP["safe_headers"])
             try:
                 async with asyncio.timeout(self._limits.answer_seconds):
                     await send(message)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import generate_latest
 from starlette.datastructures import UploadFile
@@ -174,6 +175,8 @@ def finish_app(app: FastAPI, pages: dict[str, str], metrics: ServerMetrics, *, l
     app.add_exception_handler(RequestValidationError, refuse)
     app.middleware("http")(watch)
     app.add_middleware(RequestLimits, limits=limits, access=access)
+    if access.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=access.cors_origins, **HTTP["cors"])
 
 
 def run_server(app: FastAPI, *, host: str, port: int, drain_seconds: int, max_connections: int) -> None:

@@ -225,11 +225,6 @@ class Job:
         """The run folder."""
         return Path(self.sweep) / self.name
 
-    @property
-    def path(self) -> Path:
-        """The job file."""
-        return book(self.sweep, self.name, "job.json")
-
 
 def book(sweep: str | Path, name: str, kind: str) -> Path:
     """Path of what a sweep keeps of a cell beside its run folder: job, outcome, log, lock."""

@@ -171,7 +171,7 @@ class _Work:
         self.note(cell, "running")
         settings = cell.config.model_dump(mode="json")
         job = Job(str(self.out), cell.name, settings, self.trainer, parent=os.getpid())
-        write_json(job.path, asdict(job))
+        write_json(book(self.out, cell.name, "job.json"), asdict(job))
         self.running[cell.name] = cell, self.executor.start(job)
 
     def end(self, cell: Cell, trouble: str) -> None:
@@ -221,7 +221,7 @@ class LocalCells:
         with book(job.sweep, job.name, "log").open("ab") as log:
             # A session of its own: Ctrl-C reaches this process alone, which then asks the cells to save.
             process = subprocess.Popen(
-                [sys.executable, "-m", "fieldmark.study.grid", str(job.path)],
+                [sys.executable, "-m", "fieldmark.study.grid", str(book(job.sweep, job.name, "job.json"))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
