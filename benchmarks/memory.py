@@ -100,10 +100,10 @@ sys.exit(os.waitstatus_to_exitcode(status) and 1)
 """
 
 
-def python(function: str, *arguments: object) -> list[str]:
-    """The command that calls a function of this module in a process of its own."""
+def python(function: str, *arguments: object, module: str = "memory") -> list[str]:
+    """The command that calls a function of a benchmark in a process of its own."""
     quoted = ", ".join(repr(str(value) if isinstance(value, Path) else value) for value in arguments)
-    return [sys.executable, "-c", f"from benchmarks.memory import {function}; {function}({quoted})"]
+    return [sys.executable, "-c", f"from benchmarks.{module} import {function}; {function}({quoted})"]
 
 
 def _train_peak(data: Path, folder: Path, updates: int) -> float:

@@ -25,7 +25,7 @@ RESULTS = HOME / "benchmarks" / "results"
 PAGE = HOME / "docs" / "how-to" / "millions.md"
 BEGIN, END = "<!-- made by python -m benchmarks.scale: do not edit -->", "<!-- end of what was made -->"
 COUNTS = (1_000_000, 100_000_000)
-SOURCES = ("pipeline", "inference", "gpu", "storage")
+SOURCES = ("pipeline", "inference", "gpu", "storage", "lists")
 GPU_SPEED = 3_500  # photos per second of one H100, ResNet-50 at 224: as others published; gpu.json would be ours
 EPOCHS = 10
 TAR_BYTES = 256e6  # of `fieldmark pack`, unless it is told otherwise
@@ -137,7 +137,7 @@ def _whole(records: Records) -> list[str]:
 
 def _training(records: Records) -> list[str]:
     """What a training takes, each row from the measurements that it names."""
-    weights = records.get("storage", {}).get("measured", {})
+    weights, lists = (records.get(name, {}).get("measured", {}) for name in ("storage", "lists"))
     photo, cached = weights.get("500×375 JPEG"), weights.get("JPEG-320 cache of 500×375 JPEG")
     first, later = (per_core(records, step) for step in (TRAIN[0], TRAIN[2]))
     rows: list[list[str]] = []
@@ -160,6 +160,11 @@ def _training(records: Records) -> list[str]:
         add("cores for each GPU, cached", _number, lambda _: GPU_SPEED / later, "pipeline.json, a GPU's speed")
     speed = f"{GPU_SPEED:,} photos a second, published for one H100: not ours"
     add("GPU hours, ResNet-50 at 224", _number, lambda n: EPOCHS * hours(GPU_SPEED, n), speed)
+    many = "10,000,000 rows: index, split and fingerprint"
+    if {many, f"{many}, memory", "1,000 rows: index, split and fingerprint, memory"} <= set(lists):
+        peak = (lists[f"{many}, memory"] - lists["1,000 rows: index, split and fingerprint, memory"]) * 2**20 / 1e7
+        add("memory of a list: index, split, fingerprint", _bytes, lambda n: n * peak, "lists.json, in proportion")
+        add("seconds of it", _number, lambda n: lists[many] * n / 1e7, "lists.json, in proportion")
     return list(table(["It takes", *map(_count, COUNTS), "from"], rows)) if len(rows) > 1 else []
 
 
@@ -254,15 +259,12 @@ def _row_bytes(folder: Path) -> float:
 
 def _index_bytes(count: int = 100_000) -> float:
     """Names of photos and what they need in memory."""
-    import tracemalloc
+    from fieldmark.data.columns import Photos
+    from fieldmark.data.folders import Photo
 
-    from fieldmark.data.index import Photo
-
-    tracemalloc.start()
-    photos = tuple(Photo(f"{n // 1000:03d}/{n:07d}.jpg", None, "", "") for n in range(count))
-    size = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    return size / len(photos)
+    photos = Photos.of(Photo(f"{n // 1000:03d}/{n:07d}.jpg", "a class", "", "") for n in range(count))
+    columns = (photos.paths.array, photos.labels.numbers, photos.splits, photos.groups.numbers)
+    return sum(column.nbytes for column in columns) / len(photos)
 
 
 def with_tables(text: str, made: str) -> str:

@@ -11,13 +11,14 @@ from benchmarks.contender import timm_flags
 from benchmarks.contest import Setup
 from benchmarks.record import Findings
 
-from benchmarks import gpu, memory, pipeline, shards, startup, train
+from benchmarks import gpu, lists, memory, pipeline, shards, startup, train
 
 PLANS = {
     "pipeline": lambda is_quick: pipeline.make_plan(is_quick=is_quick, cores=16),
     "train": lambda is_quick: train.make_plan(is_quick=is_quick),
     "memory": lambda is_quick: memory.make_plan(is_quick=is_quick),
     "shards": lambda is_quick: shards.make_plan(is_quick=is_quick),
+    "lists": lambda is_quick: lists.make_plan(is_quick=is_quick),
     "startup": lambda is_quick: startup.make_plan(is_quick=is_quick),
     "gpu": lambda is_quick: gpu.make_plan(is_quick=is_quick),
 }

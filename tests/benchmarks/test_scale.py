@@ -19,7 +19,8 @@ PIPELINE = record(PROCESSOR, measured={"small: scaled decode": 500.0, "small: ou
 INFERENCE = record(CLOCK, measured={"OpenVINO int8": 2000.0}, is_quick=True)
 GPU = record(CLOCK, measured={"resnet50: ours": 3600.0, "resnet50: ours, model only": 4000.0}, gpus=["a GPU"])
 STORAGE = {"measured": {"500×375 JPEG": 112_000.0}}
-ALL = {"pipeline": PIPELINE, "inference": INFERENCE, "gpu": GPU, "storage": STORAGE}
+LISTS = record(PROCESSOR, measured={"1,000 rows: index": 0.1})
+ALL = {"pipeline": PIPELINE, "inference": INFERENCE, "gpu": GPU, "storage": STORAGE, "lists": LISTS}
 
 
 def test_speeds_by_the_clock_are_shared_by_the_cores_and_those_of_the_processor_are_not():

@@ -11,20 +11,29 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from fieldmark.config import load_config
+from fieldmark.data import index as photo_index
+from fieldmark.data.columns import Categories
 from fieldmark.errors import ConfigError, DataError, InterruptedRunError, ResourceError, RunError, TrainingError
 from fieldmark.inference.evaluation import evaluate
-from fieldmark.runs.dataset import cut_updates
+from fieldmark.progress import Quiet
+from fieldmark.runs import session
+from fieldmark.runs.dataset import cut_updates, prepare_dataset
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import resume, train
 from fieldmark.runs.writer import RunWriter
+from fieldmark.serve.review import open_review
+from fieldmark.study.report import write_report
 from fieldmark.training.checkpoint import load_checkpoint, load_saved_weights
 from fieldmark.training.metrics import summarize
 
@@ -249,6 +258,46 @@ def test_a_resumed_run_equals_an_unbroken_one(photos, tmp_path, epochs):
     leave_after(config, tmp_path / "broken", epochs)
     list(resume(tmp_path / "broken"))
     assert_same_result(tmp_path / "broken", tmp_path / "unbroken")
+
+
+def test_a_run_with_a_parquet_split_table_is_resumed_and_read_as_one_with_csv(photos, tmp_path, monkeypatch):
+    list(train(tiny(photos), tmp_path / "csv"))
+    monkeypatch.setattr(photo_index, "MOST_CSV_ROWS", 10)
+    leave_after(tiny(photos), tmp_path / "parquet", 1)
+    list(resume(tmp_path / "parquet"))
+    runs = [Run(tmp_path / name) for name in ("csv", "parquet")]
+    assert [sorted(file.name for file in run.path.glob("split.*")) for run in runs] == [
+        ["split.csv"],
+        ["split.parquet"],
+    ]
+    assert runs[0].split == runs[1].split
+    assert_same_result(*(run.path for run in runs))
+    results = [evaluate(run) for run in runs]
+    np.testing.assert_array_equal(results[0].predictions.probabilities, results[1].predictions.probabilities)
+    assert write_report([runs[1]], tmp_path / "report.md")
+    review = TestClient(
+        open_review([runs[1]], tmp_path / "corrections.csv", max_distance=6), base_url="http://localhost"
+    )
+    assert review.get("/api/overview").json()["photos"] == 48
+
+
+def test_processes_that_read_other_labels_do_not_train_together(photos, tmp_path):
+    dataset = prepare_dataset(tiny(photos).data, progress=Quiet())
+    digests: list[int] = []
+
+    def gather(digest):
+        digests.append(int(digest))
+        return torch.tensor(digests)
+
+    def exchange(dataset):
+        session._require_same(SimpleNamespace(world_size=2, device="cpu", all_gather=gather), dataset)
+
+    exchange(dataset)
+    exchange(dataset)
+    labels = [*dataset.index.photos.labels]
+    changed = replace(dataset.index.photos, labels=Categories.of(["10", *labels[1:]]))
+    with pytest.raises(DataError, match="see, label or divide the photos"):
+        exchange(replace(dataset, index=replace(dataset.index, photos=changed)))
 
 
 @pytest.mark.parametrize("saves", [1, 2])

@@ -115,8 +115,9 @@ def _gather(run: Run, photos: str | Path, log: Progress) -> Dataset:
     log.message("\n".join(more.notes))
     index = replace(more.index, root=Path(more.index.root).resolve())
     if settings.group_by == "capture_time":  # bursts are numbered anew for each folder
-        named = (replace(one, group=one.group and f"{photos}: {one.group}") for one in index.photos)
-        index = replace(index, photos=tuple(named))
+        bursts = index.photos.groups
+        bursts = replace(bursts, words=[f"{photos}: {burst}" for burst in bursts.words])
+        index = replace(index, photos=replace(index.photos, groups=bursts))
     joined = join_indexes(run.split, index)
     if len(joined) == len(run.split):
         raise DataError(f"all {len(index)} photos of {photos} are in {run.path} already: give new ones")
@@ -145,8 +146,7 @@ def _fit(dataset: Dataset, key: str, member: Run, network: Classifier, features:
     """The network of a run with a head for all classes, fitted on the training photos."""
     labels, index = dataset.labels, dataset.index
     train, val, num_classes = index.numbers("train"), index.numbers("val"), len(index.classes)
-    groups = [index.photos[number].group for number in train]
-    folds = make_folds(labels[train], groups, folds=FEW_FOLDS, seed=member.config.train.seed)
+    folds = make_folds(labels[train], index.photos.groups[train], folds=FEW_FOLDS, seed=member.config.train.seed)
     head = fit_head(features.select(train), labels[train], folds, num_classes=num_classes)
     answers = head.answer(features.select(val))
     if member.config.data.train_on == "train+val":  # what is said of the validation photos stays the first head's
@@ -161,7 +161,7 @@ def _fit(dataset: Dataset, key: str, member: Run, network: Classifier, features:
 
 def _configure(config: Config, dataset: Dataset, out: Path) -> Config:
     """The settings of the extended run, whose photos are those of its own table."""
-    group_by = "column" if any(photo.group for photo in dataset.index.photos) else "none"
+    group_by = "column" if any(dataset.index.photos.groups) else "none"
     columns = {f"{name}_column": name for name in ("path", "label", "split", "group")}
     table = {"path": str(out.absolute() / TABLE), "group_by": group_by, "corrections": "", "folds": 0, "fold": 0}
     return change(config, {"data": columns | table, "model": {"head": "linear"}})
@@ -172,7 +172,7 @@ def _compare_old(run: Run, dataset: Dataset, answer: Answer) -> dict[str, float]
     if not len(run.split.numbers("val")):
         return {}
     stored, val = run.predictions("val"), dataset.index.numbers("val")
-    number = {photo.path: number for number, photo in enumerate(run.split.photos)}
+    number = {path: number for number, path in enumerate(run.split.photos.paths)}
     rows = np.searchsorted(val, [number[path] for path in stored.paths])
     before = stored.probabilities.argmax(1) == stored.labels
     after = answer.val[rows].argmax(1) == dataset.labels[val[rows]]

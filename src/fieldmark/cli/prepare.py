@@ -55,7 +55,7 @@ def check(
 
 def split(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Table to write (CSV: path,label,split,group).")],
+    out: Annotated[Path, typer.Option(help="Table to write (path,label,split,group): .csv or .parquet.")],
     recipe: Recipe = DEFAULT_RECIPE,
     set_: Overrides = None,
 ) -> None:

@@ -109,15 +109,14 @@ def audit(index: PhotoIndex, facts: Sequence[PhotoFacts], *, near_distance: int,
     across = [numbers for numbers in copies if len({photos[n].split for n in numbers} - {""}) > 1]
     leaks = [numbers for numbers in across if len({photos[n].split for n in numbers if photos[n].label} - {""}) > 1]
     near = _find_near_duplicates(index, facts, near_distance)
-    usable = tuple(photo for photo, fact in zip(photos, facts, strict=True) if not fact.problem)
-    trained = replace(index, photos=usable) if skip_broken else index
+    trained = index.select(np.array([not fact.problem for fact in facts], np.bool_)) if skip_broken else index
     num_train = {name: count.get("train", 0) for name, count in trained.counts().items()}
     present = [count for count in num_train.values() if count]
     found = Audit(
         root=str(index.root),
         num_photos=len(photos),
         counts=index.counts(),
-        num_unlabeled=sum(photo.label is None for photo in photos),
+        num_unlabeled=int((~photos.is_labeled()).sum()),
         ignored=dict(index.ignored),
         reading=index.describe(),
         sizes=_summarize_sizes(index, facts),
@@ -197,9 +196,9 @@ def _find_near_duplicates(index: PhotoIndex, facts: Sequence[PhotoFacts], max_di
     pairs: list[NearDuplicate] = []
     numbers = [number for number, fact in enumerate(facts) if fact.perceptual_hash]
     hashes = np.array([int(facts[number].perceptual_hash, 16) for number in numbers], np.uint64)
-    splits = np.array([index.photos[number].split for number in numbers], object)
+    splits = index.photos.splits[numbers]
     for one, other in combinations(SPLITS, 2):
-        ours, theirs = np.flatnonzero(splits == one), np.flatnonzero(splits == other)
+        ours, theirs = (np.flatnonzero(splits == SPLITS.index(split)) for split in (one, other))
         found = near_pairs(hashes[ours], hashes[theirs], max_distance=max_distance)
         for left, right, distance in zip(*(values.tolist() for values in found), strict=True):
             first, second = numbers[ours[left]], numbers[theirs[right]]

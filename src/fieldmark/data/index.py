@@ -18,22 +18,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fieldmark.data import folders, shards
+from fieldmark.data.columns import PARTS, TEST, UNDECIDED, Categories, Photos, Texts, natural_order, to_bytes
 from fieldmark.data.folders import Photo, is_photo_path, natural_key, photo_extensions, quote, read_folders, split_of
-from fieldmark.data.shards import PhotoFile, Scan, StoredPhoto
+from fieldmark.data.shards import PhotoFiles, Scan, StoredPhoto
 from fieldmark.data.storage import Found, absolute, is_url
-from fieldmark.data.tables import TABLE_SUFFIXES, Table, cell_text, encoding_problem, read_table, write_csv
+from fieldmark.data.tables import TABLE_SUFFIXES, Table, cell_text, encoding_problem, read_table, write_table
 from fieldmark.errors import DataError, did_you_mean
 from fieldmark.files import require_path
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-SPLITS = ("train", "val", "test")
+SPLITS = PARTS[:UNDECIDED]
 SPLIT_COLUMNS = tuple(field.name for field in fields(Photo))
+MOST_CSV_ROWS = 1_000_000  # a larger split table is written as Parquet, which is read in seconds
 ARCHIVE_SUFFIXES = frozenset({".zip", ".gz", ".bz2", ".xz", ".7z", ".rar"})
 
 
@@ -42,7 +43,7 @@ class PhotoIndex:
     """The photos of a data set. A photo's number is its index in `photos`."""
 
     root: Path | str  # the folder that paths are relative to; text if it is a URL
-    photos: tuple[Photo, ...]  # in natural order of path
+    photos: Photos  # in natural order of path; any sequence of `Photo` becomes one
     classes: tuple[str, ...]  # in natural order ("2" before "10"), over all splits; a class's number is its index here
     ignored: Mapping[str, int]  # reason -> count of files, folders and rows that were skipped
     layout: str = ""  # how folders, a table or shards were read
@@ -50,42 +51,46 @@ class PhotoIndex:
     """By path, where photos are that are no files of this machine; empty where it is to be looked up."""
     damaged: tuple[tuple[str, str], ...] = ()  # (path, reason) of shards whose photos are not all there
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "photos", Photos.of(self.photos))
+        object.__setattr__(self, "root", self.root if is_url(str(self.root)) else Path(self.root))
+
     def __len__(self) -> int:
         return len(self.photos)
 
+    def select(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> PhotoIndex:
+        """Some photos by number, or where a mask is true, with the same classes."""
+        return replace(self, photos=self.photos[rows])
+
     def of(self, split: str) -> PhotoIndex:
         """The photos of one split, with the same classes."""
-        return replace(self, photos=tuple(photo for photo in self.photos if photo.split == split))
+        return self.select(self.photos.splits == PARTS.index(split))
 
     def label_numbers(self) -> NDArray[np.int64]:
         """(N,) class number of each photo, -1 where it has no label."""
-        import numpy as np
-
-        numbers: dict[str | None, int] = {name: number for number, name in enumerate(self.classes)}
-        numbers[None] = -1
-        return np.array([numbers[photo.label] for photo in self.photos], dtype=np.int64)
+        return self.photos.labels.find(self.classes)
 
     def numbers(self, split: str) -> NDArray[np.int64]:
         """(N,) the labeled photos of a split, rising."""
-        import numpy as np
+        return np.flatnonzero((self.photos.splits == PARTS.index(split)) & self.photos.is_labeled())
 
-        found = [number for number, photo in enumerate(self.photos) if photo.split == split and photo.label is not None]
-        return np.asarray(found, np.int64)
-
-    def files(self) -> list[PhotoFile]:
+    def files(self) -> PhotoFiles:
         """The file of each photo, or its place in a shard or behind a URL."""
         if self.known:
-            return [self.known.get(photo.path) or Path(self.root, photo.path) for photo in self.photos]
-        return shards.locate_photos(str(self.root), [photo.path for photo in self.photos])
+            return PhotoFiles(str(self.root), self.photos.paths, self.known)
+        return shards.locate_photos(str(self.root), self.photos.paths)
+
+    def count_splits(self) -> Counter[str]:
+        """Split -> number of photos, of those that exist."""
+        parts, counts = np.unique(self.photos.splits, return_counts=True)
+        return Counter({PARTS[part]: count for part, count in zip(parts, counts.tolist(), strict=True)})
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Class -> split -> number of photos, with a zero where a class is absent from a split that exists."""
-        splits = sorted({photo.split for photo in self.photos}, key=(*SPLITS, "").index)
-        counts = {name: dict.fromkeys(splits, 0) for name in self.classes}
-        for photo in self.photos:
-            if photo.label is not None:
-                counts[photo.label][photo.split] += 1
-        return counts
+        table = np.zeros((len(self.classes) + 1, len(PARTS)), np.int64)  # whose last row is that of -1
+        np.add.at(table, (self.label_numbers(), self.photos.splits), 1)
+        rows = zip(self.classes, table[:-1].tolist(), strict=True)
+        return {name: {part: row[PARTS.index(part)] for part in self.count_splits()} for name, row in rows}
 
     def describe(self) -> str:
         """Say how the data were read, and what was skipped of them."""
@@ -95,14 +100,10 @@ class PhotoIndex:
 
     def fingerprint(self) -> str:
         """64 hex digits over path, label, split and size in bytes of every photo (-1 where the file is gone)."""
-        digest = hashlib.sha256()
-        for photo, file in zip(self.photos, self.files(), strict=True):
-            try:
-                num_bytes = file.num_bytes if isinstance(file, StoredPhoto) else file.stat().st_size
-            except OSError:
-                num_bytes = -1
-            values = (photo.path, repr(photo.label), photo.split, str(num_bytes))
-            digest.update("\0".join(values).encode("utf-8", errors="surrogateescape") + b"\0")
+        photos, files, digest = self.photos, self.files(), hashlib.sha256()
+        for path, label, split in zip(photos.paths, photos.labels, photos.splits, strict=True):
+            values = (path, repr(label or None), PARTS[split], str(files.count_bytes(path)), "")
+            digest.update(to_bytes("\0".join(values)))
         return digest.hexdigest()
 
 
@@ -128,10 +129,9 @@ def load_index(
         index = _index_of_source(absolute(text), columns)
     else:
         index = _index_of_path(require_path(Path(path)), columns)
-    key = natural_key()
     classes = _list_classes(index.photos)
     _refuse_unreadable_names(index.root, classes)
-    return replace(index, photos=tuple(sorted(index.photos, key=lambda photo: key(photo.path))), classes=classes)
+    return replace(index, classes=classes)
 
 
 def _index_of_path(path: Path, columns: _Columns) -> PhotoIndex:
@@ -140,7 +140,7 @@ def _index_of_path(path: Path, columns: _Columns) -> PhotoIndex:
         if not names and any(shards.is_shard(file.name) for file in path.rglob("*")):
             return _index_of_source(absolute(path), columns)
         photos, layout = read_folders(path, names, ignored)
-        return PhotoIndex(path, tuple(photos), (), dict(+ignored), layout)
+        return PhotoIndex(path, Photos.of(photos).sort(), (), dict(+ignored), layout)
     if path.suffix.lower() in photo_extensions():
         raise DataError(f"{path} is one photo. Give the folder that holds the class folders")
     if shards.is_shard(path.name):
@@ -166,24 +166,31 @@ def _index_of_source(text: str, columns: _Columns) -> PhotoIndex:
     photos, layout = read_folders(text, names, ignored)
     places = (StoredPhoto(file.path, shards.locate(root, file.path), file.version, file.num_bytes) for file in found)
     known = {place.name: place for place in places} if is_url(root) else {}
-    return PhotoIndex(root if is_url(root) else Path(root), tuple(photos), (), dict(+ignored), layout, known)
+    return PhotoIndex(root, Photos.of(photos).sort(), (), dict(+ignored), layout, known)
 
 
 def _index_of_table(location: str, folder: str, columns: _Columns) -> PhotoIndex:
-    table, (path_column, label_column, split_column, group_column) = read_table(location), columns
-    labels = table.column(label_column, option="--set data.label_column=NAME")
-    splits = [_read_split(table.where(row), value) for row, value in enumerate(table.optional_column(split_column))]
-    groups = table.optional_column(group_column, is_text=False)
-    names = table.column(path_column, option="--set data.path_column=NAME", is_text=False)
+    table, (path_column, label_column, split_column, group_column) = read_table(location, columns), columns
+    texts = table.column(label_column, option="--set data.label_column=NAME")
+    labels = Categories.of(text if text.strip() else "" for text in texts)
+    splits = _read_splits(table, Categories.of(table.optional_column(split_column)))
+    groups = Categories.of(table.optional_column(group_column, is_text=False))
+    names = Texts.of(table.column(path_column, option="--set data.path_column=NAME", is_text=False))
     root, known = folder, dict[str, StoredPhoto]()
-    if is_url(folder) or any(map(is_url, names)):
-        known = {file.name: file for file in shards.locate_photos(folder, names) if isinstance(file, StoredPhoto)}
+    if is_url(folder) or len(names.matching("://")):
+        known = shards.locate_photos(folder, names).known
     else:
-        root, names = _Paths(Path(folder), table).resolve(names)
-    photos, ignored = _read_rows(table, label_column, zip(names, labels, splits, groups, strict=True))
-    has_split = "its splits" if any(splits) else "no splits"
+        root, names = _find_files(table, Path(folder), names)
+    photos = Photos(names, labels, splits, groups)
+    for row in np.flatnonzero(~photos.is_labeled() & (splits != TEST))[:1]:
+        raise DataError(
+            f"{table.where(row)}: {names[row]!r} has an empty {label_column!r}. Name its class; only test photos may "
+            "have none"
+        )
+    photos, ignored = _drop_repeats(photos, table)
+    has_split = "its splits" if (splits != UNDECIDED).any() else "no splits"
     layout = f"read as a table: path from {path_column!r}, class from {label_column!r}, {has_split}"
-    return PhotoIndex(root if is_url(folder) else Path(root), tuple(photos), (), ignored, layout, known)
+    return PhotoIndex(root, photos, (), ignored, layout, known)
 
 
 def _index_of_shards(root: str, found: Sequence[Found], columns: _Columns) -> PhotoIndex:
@@ -213,7 +220,7 @@ def _index_of_shards(root: str, found: Sequence[Found], columns: _Columns) -> Ph
         photos = [replace(photo, label=same.label, split=photo.split or same.split) for photo, same in pairs]
         layout = f"{len(found)} shards {layout}"
     damaged = tuple((shard.path, scan.problem) for shard, scan in zip(found, scans, strict=True) if scan.problem)
-    return PhotoIndex(root if is_url(root) else Path(root), tuple(photos), (), dict(+ignored), layout, known, damaged)
+    return PhotoIndex(root, Photos.of(photos).sort(), (), dict(+ignored), layout, known, damaged)
 
 
 def _read_notes(scan: Scan, columns: _Columns, split: str) -> list[tuple[str, str, str]]:
@@ -246,24 +253,32 @@ def join_indexes(old: PhotoIndex, new: PhotoIndex) -> PhotoIndex:
     except ValueError:
         raise DataError(f"{old.root} and {new.root} are on different drives. Bring them to one") from None
     named = (replace(one, path=os.path.relpath(file, base).replace(os.sep, "/")) for file, one in photos.items())
-    return PhotoIndex(Path(base), tuple(named), _list_classes(photos.values()), new.ignored)
+    joined = Photos.of(named)
+    return PhotoIndex(Path(base), joined, _list_classes(joined), new.ignored)
 
 
 def save_split_table(index: PhotoIndex, path: Path) -> None:
-    """Write path, label, split and group of every photo as CSV, in index order, whole or not at all."""
-    rows = [(photo.path, photo.label or "", photo.split, photo.group) for photo in index.photos]
-    write_csv(path, SPLIT_COLUMNS, rows)
+    """Write path, label, split and group of every photo as CSV or Parquet, in index order, whole or not at all."""
+    photos = index.photos
+    columns = (photos.paths, photos.labels, Categories(photos.splits, PARTS), photos.groups)
+    write_table(path, dict(zip(SPLIT_COLUMNS, columns, strict=True)))
+
+
+def find_split_table(path: Path, count: int = 0) -> Path:
+    """The table by this name in .csv, or the same in .parquet: if that is there, or for a large count of photos."""
+    other = path.with_suffix(".parquet")
+    return other if other.is_file() or count > MOST_CSV_ROWS else path
 
 
 def load_split_table(path: Path, root: Path | str) -> PhotoIndex:
     """Read what `save_split_table` wrote, in the same order. The photos need not exist."""
     table = read_table(require_path(path))
-    columns = [table.column(name, is_text=name == "label") for name in SPLIT_COLUMNS]
-    photos = [Photo(name, label or None, split, group) for name, label, split, group in zip(*columns, strict=True)]
-    unknown = sorted({photo.split for photo in photos} - {*SPLITS, ""})
-    if unknown:
+    paths, *columns = (table.column(name, is_text=name == "label") for name in SPLIT_COLUMNS)
+    labels, splits, groups = map(Categories.of, columns)
+    if unknown := sorted({*splits.words} - {*SPLITS}):
         raise DataError(f"{path}: {unknown[0]!r} is not a split; use train, val or test")
-    return PhotoIndex(root, tuple(photos), _list_classes(photos), {})
+    photos = Photos(Texts.of(paths), labels, splits.find(PARTS).astype(np.int8), groups)
+    return PhotoIndex(root, photos, _list_classes(photos), {})
 
 
 def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
@@ -276,16 +291,19 @@ def apply_corrections(index: PhotoIndex, table: Path) -> PhotoIndex:
     columns = [content.column(name, is_text=name != "path") for name in ("path", "action", "label")]
     rows = enumerate(zip(*columns, strict=True))
     decisions = check_decisions(index, ((content.where(row), *values) for row, values in rows))
-    kept = [photo for photo in index.photos if decisions.get(photo.path) != ("drop", "")]
-    photos = [replace(photo, label=decisions.get(photo.path, ("", ""))[1] or photo.label) for photo in kept]
+    labels, is_kept = index.label_numbers(), np.ones(len(index), np.bool_)
+    for number, (action, label) in zip(Texts.of(decisions).find(index.photos.paths), decisions.values(), strict=True):
+        is_kept[number] = action != "drop"
+        labels[number] = index.classes.index(label) if label else labels[number]
+    photos = replace(index.photos, labels=Categories(labels, index.classes))[is_kept]
     ignored = Counter(index.ignored)
-    ignored["dropped by corrections"] += len(index.photos) - len(photos)
-    return replace(index, photos=tuple(photos), ignored=dict(+ignored))
+    ignored["dropped by corrections"] += len(index) - len(photos)
+    return replace(index, photos=photos, ignored=dict(+ignored))
 
 
 def check_decisions(index: PhotoIndex, rows: Iterable[tuple[str, str, str, str]]) -> dict[str, tuple[str, str]]:
     """The decisions (action, label) by path of rows (where, path, action, label), as `apply_corrections` takes them."""
-    known = {photo.path for photo in index.photos}
+    known = {*index.photos.paths}
     composed = {_compose(path): path for path in known}
     decisions: dict[str, tuple[str, str]] = {}
     for where, given, action, label in rows:
@@ -303,8 +321,14 @@ def check_decisions(index: PhotoIndex, rows: Iterable[tuple[str, str, str, str]]
     return decisions
 
 
-def _list_classes(photos: Iterable[Photo]) -> tuple[str, ...]:
-    return tuple(sorted({photo.label for photo in photos if photo.label is not None}, key=natural_key()))
+def _list_classes(photos: Photos) -> tuple[str, ...]:
+    return tuple(sorted(photos.labels.used().values(), key=natural_key()))
+
+
+def _read_splits(table: Table, texts: Categories) -> NDArray[np.int8]:
+    """(N,) numbers of PARTS, of what people write for splits."""
+    firsts = (table.where(int((texts.numbers == number).argmax())) for number in range(len(texts.words)))
+    return replace(texts, words=[*map(_read_split, firsts, texts.words)]).find(PARTS).astype(np.int8)
 
 
 def _read_split(where: str, value: str) -> str:
@@ -315,82 +339,72 @@ def _read_split(where: str, value: str) -> str:
     return split
 
 
-def _read_rows(
-    table: Table, label_column: str, rows: Iterable[tuple[str, str, str, str]]
-) -> tuple[list[Photo], dict[str, int]]:
-    """The photos of rows of path, label, split and group, each once, and what was skipped."""
-    photos: dict[str, Photo] = {}
-    for number, (name, label, split, group) in enumerate(rows):
-        if not label.strip() and split != "test":
-            raise DataError(
-                f"{table.where(number)}: {name!r} has an empty {label_column!r}. Name its class; only test photos may "
-                "have none"
-            )
-        photo = Photo(name, label if label.strip() else None, split, group)
-        first = photos.setdefault(name, photo)
-        for what, one, other in zip(SPLIT_COLUMNS, astuple(first), astuple(photo), strict=True):
-            if one != other:
-                raise DataError(f"{table.where(number)}: {name!r} has two {what}s, {one!r} and {other!r}. Keep one row")
-    num_repeated = table.num_rows - len(photos)
-    return list(photos.values()), {"row that repeats another": num_repeated} if num_repeated else {}
+def _drop_repeats(photos: Photos, table: Table) -> tuple[Photos, dict[str, int]]:
+    """The photos of a table's rows in order, each once, and how many rows say again what another says."""
+    rows = natural_order(photos.paths)
+    photos = photos[rows]
+    is_repeat = photos.paths.are_repeats()
+    if not is_repeat.any():
+        return photos, {}
+    columns = (photos.labels.numbers, photos.splits, photos.groups.numbers)
+    differs = np.flatnonzero(is_repeat & np.any([np.diff(column, prepend=0) != 0 for column in columns], axis=0))
+    if len(differs):
+        later = int(min(differs, key=rows.__getitem__))  # the first row that says anything else
+        pairs = zip(SPLIT_COLUMNS, astuple(photos[later - 1]), astuple(photos[later]), strict=True)
+        what, one, other = next(pair for pair in pairs if pair[1] != pair[2])
+        where = f"{table.where(rows[later])}: {photos.paths[later]!r}"
+        raise DataError(f"{where} has two {what}s, {one!r} and {other!r}. Keep one row")
+    return photos[~is_repeat], {"row that repeats another": int(is_repeat.sum())}
 
 
-class _Paths:
-    """The paths of a table in a folder, found on disk."""
+def _find_files(table: Table, folder: Path, paths: Texts) -> tuple[str, Texts]:
+    """Root and relative names of a table's photos. The root is the table's folder unless a photo is elsewhere."""
+    base, names_in, missing = os.path.normpath(folder.absolute()), functools.cache(list_names), list[int]()
 
-    def __init__(self, folder: Path, table: Table) -> None:
-        self._folder = folder
-        self._table = table
-        self._base = os.path.normpath(folder.absolute())
-        self._names_in = functools.cache(list_names)
-
-    def resolve(self, paths: Sequence[str]) -> tuple[Path, list[str]]:
-        """Root and relative names of the photos. The root is the table's folder unless a photo is elsewhere."""
-        if not paths:
-            raise DataError(f"{self._table.name} has no rows. Each row names one photo")
-        whole = [self._check(row, path) for row, path in enumerate(paths)]
-        full = [
-            path if os.path.isfile(path) or shards.split_path("", path) else find_spelling(path, self._names_in)  # noqa: PTH113
-            for path in whole
-        ]
-        missing = [row for row, path in enumerate(full) if not path]
-        if missing:
-            raise DataError(self._explain_missing(paths, whole, missing))
-        root, base = self._folder, self._base
-        here = [(shards.split_path("", path) or (path, ""))[0] for path in full]
-        if not all(_is_inside(path, base) for path in here):
-            try:
-                base = os.path.commonpath([os.path.dirname(path) for path in here])  # noqa: PTH120
-            except ValueError:
-                raise DataError(f"{self._table.name}: photos are on more than one drive. Bring them to one") from None
-            root = Path(base)
-        return root, [os.path.relpath(path, base).replace(os.sep, "/") for path in full]
-
-    def _check(self, row: int, path: str) -> str:
-        """The absolute path that a row names, which may not exist."""
-        where = self._table.where(row)
-        if not path.strip():
-            raise DataError(f"{where}: this row names no photo. Fill in its path, or delete the row")
-        if "\0" in path:
-            raise DataError(f"{where}: {path!r} holds a zero byte, which no path can. Correct the row")
-        whole = os.path.normpath(os.path.join(self._base, path))  # noqa: PTH118, Path would tidy what is to be checked
-        if not os.path.isabs(path) and not _is_inside(whole, self._base):  # noqa: PTH117
-            raise DataError(f"{where}: {path!r} leads out of the table's folder. Write an absolute path, or move it")
+    def find(row: int, path: str) -> str:
+        whole = os.path.normpath(os.path.join(base, path))  # noqa: PTH118, Path would tidy what is to be checked
+        if not path.strip() or "\0" in path or not (_is_inside(whole, base) or os.path.isabs(path)):  # noqa: PTH117
+            raise DataError(f"{table.where(row)}: {_explain_path(path)}")
+        if not (os.path.isfile(whole) or shards.split_path("", whole)):  # noqa: PTH113
+            whole = find_spelling(whole, names_in)
+            missing.extend([] if whole else [row])
         return whole
 
-    def _explain_missing(self, paths: Sequence[str], whole: Sequence[str], missing: Sequence[int]) -> str:
-        first = missing[0]
-        text = (
-            f"{self._table.name}: {len(missing)} of {len(paths)} photos not found in {self._folder}: "
-            f"{quote([paths[row] for row in missing])}, the first in line {self._table.lines[first]}"
-        )
-        if problem := path_problem(paths[first]):
-            return f"{text}. {problem}"
-        where, name = os.path.split(whole[first])
-        hint = did_you_mean(name, self._names_in(where).values())
-        if not paths[first].isascii() and sys.getfilesystemencoding() != "utf-8":
-            hint = "; this Python reads file names as ASCII: set PYTHONUTF8=1"
-        return f"{text}{hint or '.'} Relative paths start at the table's folder"
+    if not len(paths):
+        raise DataError(f"{table.name} has no rows. Each row names one photo")
+    found = Texts.of(find(row, path) for row, path in enumerate(paths))
+    if missing:
+        count = f"{len(missing)} of {len(paths)} photos not found in {folder}: {quote([paths[row] for row in missing])}"
+        hint = _explain_missing(paths[missing[0]], base, names_in)
+        raise DataError(f"{table.name}: {count}, the first in line {table.lines[missing[0]]}{hint}")
+    root = str(folder)
+    if not all(_is_inside(path, base) for path in found):
+        try:
+            base = os.path.commonpath({os.path.dirname(path) for path in found})  # noqa: PTH120
+        except ValueError:
+            raise DataError(f"{table.name}: photos are on more than one drive. Bring them to one") from None
+        while not os.path.isdir(base):  # noqa: PTH112, a shard
+            base = os.path.dirname(base)  # noqa: PTH120
+        root = base
+    return root, Texts.of(path[len(base.rstrip(os.sep)) + 1 :].replace(os.sep, "/") for path in found)
+
+
+def _explain_path(path: str) -> str:
+    if not path.strip():
+        return "this row names no photo. Fill in its path, or delete the row"
+    if "\0" in path:
+        return f"{path!r} holds a zero byte, which no path can. Correct the row"
+    return f"{path!r} leads out of the table's folder. Write an absolute path, or move it"
+
+
+def _explain_missing(path: str, base: str, names_in: Callable[[str], Mapping[str, str]]) -> str:
+    if problem := path_problem(path):
+        return f". {problem}"
+    where, name = os.path.split(os.path.normpath(os.path.join(base, path)))  # noqa: PTH118
+    hint = did_you_mean(name, names_in(where).values())
+    if not path.isascii() and sys.getfilesystemencoding() != "utf-8":
+        hint = "; this Python reads file names as ASCII: set PYTHONUTF8=1"
+    return f"{hint or '.'} Relative paths start at the table's folder"
 
 
 def path_problem(path: str) -> str:

@@ -20,7 +20,7 @@ import tarfile
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from fieldmark.data.columns import Rows, Texts
 from fieldmark.data.folders import is_photo_path, is_skipped, natural_key
 from fieldmark.data.storage import Found, absolute, fetch, find_file, find_files, find_objects, is_file, is_url, opened
 from fieldmark.data.tables import cell_text, open_parquet
@@ -41,6 +42,8 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_b
 KEY_COLUMNS = ("path", "__key__", "key", "file_name", "filename", "name", "id")
 # More than any photo within the limit of pixels: a packed archive of a few megabytes may claim members of any size.
 MAX_MEMBER_BYTES = 2**30
+MOST_LOOKED_UP = 100_000  # photos behind URLs; with a request each, by 16 at a time, some minutes
+_NOT_LOOKED_UP = "not looked up"  # as the version of a photo
 _SHARD_ROWS_AT_ONCE = 32
 FETCHES_AT_ONCE = 16  # a request to a store takes tens of milliseconds, of which most is waiting
 _READ_AHEAD_BYTES = 2**20
@@ -240,18 +243,51 @@ def split_path(root: str, path: str) -> tuple[str, str] | None:
     return None
 
 
-def locate_photos(root: str, paths: Sequence[str]) -> list[PhotoFile]:
-    """The file of each photo of a data set, or its place in a shard or behind a URL, as they are now."""
-    members = {path: found[0] for path in paths if (found := split_path(root, path))}
+@dataclass(frozen=True, eq=False)
+class PhotoFiles(Rows[PhotoFile]):
+    """The file of each photo of a data set, or its place in a shard or behind a URL, made when it is asked for."""
+
+    root: str
+    paths: Texts
+    known: Mapping[str, StoredPhoto]  # by path
+
+    def count_bytes(self, path: str) -> int:
+        """Size of a photo, -1 where that is not known or the photo is gone."""
+        if known := self.known.get(path):
+            return known.num_bytes
+        try:
+            return -1 if "://" in path or is_url(self.root) else os.stat(os.path.join(self.root, path)).st_size  # noqa: PTH116, PTH118
+        except (OSError, ValueError):
+            return -1
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        path = self.paths[index]
+        if isinstance(path, Texts):
+            return PhotoFiles(self.root, path, self.known)
+        location = locate(self.root, path)
+        place = StoredPhoto(path, location, _NOT_LOOKED_UP, -1) if is_url(location) else Path(location)
+        return self.known.get(path, place)
+
+
+def locate_photos(root: str, paths: Sequence[str]) -> PhotoFiles:
+    """The files of a data set as they are now; beyond `MOST_LOOKED_UP` URLs are taken at their word."""
+    paths = Texts.of(paths)
+    inside = (paths[number] for number in paths.matching(r"(?is)\.(tar|parquet)/."))
+    members = {path: found[0] for path in inside if (found := split_path(root, path))}
     locations = {shard: locate(root, shard) for shard in dict.fromkeys(members.values())}
     found = [find_file(location, shard) for shard, location in locations.items()]
     known = {path: StoredPhoto(path, "", "", -1) for path in members}  # gone, unless it is found
     known |= {photo.name: photo for scan in scan_shards(root, found) for photo in scan.photos}
-    places = {path: locate(root, path) for path in paths if path not in members}
-    far = {path: url for path, url in places.items() if is_url(url)}
-    for (path, url), file in zip(far.items(), find_objects(list(far.values())), strict=True):
-        known[path] = StoredPhoto(path, url, file.version, file.num_bytes)
-    return [known.get(path) or Path(root, path) for path in paths]
+    far = range(len(paths)) if is_url(root) else paths.matching("://")
+    if len(far) <= MOST_LOOKED_UP:
+        places = ((paths[number], locate(root, paths[number])) for number in far)
+        urls = {path: url for path, url in places if is_url(url) and path not in members}
+        for (path, url), file in zip(urls.items(), find_objects(list(urls.values())), strict=True):
+            known[path] = StoredPhoto(path, url, file.version, file.num_bytes)
+    return PhotoFiles(root, paths, known)
 
 
 def is_pattern(text: str) -> bool:

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fieldmark.data.index import SPLITS, PhotoIndex, load_split_table, save_split_table
+from fieldmark.data.columns import PARTS, TEST, TRAIN, UNDECIDED, VAL, Categories, Photos
+from fieldmark.data.index import SPLITS, PhotoIndex, find_split_table, load_split_table, save_split_table
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.data.storage import resolve
 from fieldmark.errors import DataError, ResourceError
@@ -34,7 +35,7 @@ def split_index(
     test_fraction: float,
     seed: int,
     groups: Sequence[str] | None,
-    before: Mapping[str, str] | None = None,
+    before: Photos | None = None,
 ) -> PhotoIndex:
     """Decide a split for every labeled photo that has none, stratified by class; same seed and photos, same split.
 
@@ -42,25 +43,26 @@ def split_index(
     otherwise only undecided photos are touched. A class with two photos or more keeps at least one in train. Without
     groups, each class gives its exact share, rounded down or up so that the totals are right; with groups (one a photo,
     "" for none), which are never divided, the share is as near as they allow. The fractions are of the labeled photos
-    to divide. Photos whose path is in `before` stay in the split that they had. Raises DataError where no photo could
-    be kept for a split that was asked for.
+    to divide. Photos that are among `before` by their path stay in the split that they had. Raises DataError where no
+    photo could be kept for a split that was asked for.
     """
     division = _Division.begin(index, groups)
     parts, labeled = division.parts, division.labels >= 0
-    fractions = {"val": val_fraction, "test": test_fraction}
+    fractions = {VAL: val_fraction, TEST: test_fraction}
     wanted = {part: share for part, share in fractions.items() if share > 0 and part not in parts}
-    is_train = "" not in parts[labeled]
-    pool = division.pool = np.flatnonzero((parts == ("train" if is_train else "")) & labeled)
-    for number in pool:
-        remembered = (before or {}).get(index.photos[number].path, "")
-        parts[number] = remembered if remembered == "train" or remembered in wanted else ""
+    is_train = UNDECIDED not in parts[labeled]
+    pool = division.pool = np.flatnonzero((parts == (TRAIN if is_train else UNDECIDED)) & labeled)
+    parts[pool] = UNDECIDED
+    if before is not None:
+        remembered = np.append(before.splits, UNDECIDED)[index.photos.paths.find(before.paths)[pool]]
+        parts[pool] = np.where(np.isin(remembered, [TRAIN, *wanted]), remembered, UNDECIDED)
     division.follow_groups(is_train=is_train)
     division.assign(wanted, np.random.default_rng(seed))
     division.return_to_train()
     for part in wanted:
         if part not in parts:
             raise DataError(
-                f"no photo of {index.root} can be kept for {part}: of {len(pool)} photos in "
+                f"no photo of {index.root} can be kept for {PARTS[part]}: of {len(pool)} photos in "
                 f"{len(np.unique(division.groups[pool]))} groups, each class keeps one in train. Add photos, or group "
                 "less"
             )
@@ -85,20 +87,19 @@ def remembered_split(
     """
     key = {**settings, "val_fraction": val_fraction, "test_fraction": test_fraction, "seed": seed}
     text = json.dumps([resolve(index.root), key], sort_keys=True)
-    table = folder / f"split-{hashlib.sha256(text.encode()).hexdigest()[:16]}.csv"
-    kept = load_split_table(table, index.root).photos if table.exists() else ()
-    before = {photo.path: photo.split for photo in kept}
+    table = find_split_table(folder / f"split-{hashlib.sha256(text.encode()).hexdigest()[:16]}.csv")
+    kept = load_split_table(table, index.root).photos if table.exists() else Photos.of(())
     divided = split_index(
-        index, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed, groups=groups, before=before
+        index, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed, groups=groups, before=kept
     )
     # Photos that are away for now (an unmounted disk, a review) are remembered too.
-    now = {photo.path for photo in divided.photos}
-    away = (photo for photo in kept if photo.path not in now)
+    away = kept[kept.paths.find(divided.photos.paths) < 0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_split_table(replace(divided, photos=(*divided.photos, *away)), table)
+        everything = replace(divided, photos=Photos.of((*divided.photos, *away))) if len(away) else divided
+        save_split_table(everything, find_split_table(table, len(everything)))
     except (OSError, ResourceError) as error:
-        if [photo.split for photo in divided.photos] == [photo.split for photo in index.photos]:
+        if np.array_equal(divided.photos.splits, index.photos.splits):
             return divided  # the data say it all: there was nothing to remember
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(
@@ -121,7 +122,7 @@ def fold_index(index: PhotoIndex, *, folds: int, fold: int, seed: int, groups: S
 
     division = _Division.begin(index, groups)
     parts, labels = division.parts, division.labels
-    pool = division.pool = np.flatnonzero((parts != "test") & (labels >= 0))
+    pool = division.pool = np.flatnonzero((parts != TEST) & (labels >= 0))
     largest = int(np.bincount(labels[pool]).max(initial=0))
     if largest < folds:
         raise DataError(f"{folds} folds need a class of as many photos; the largest has {largest}. Use fewer folds")
@@ -134,8 +135,8 @@ def fold_index(index: PhotoIndex, *, folds: int, fold: int, seed: int, groups: S
         # A class smaller than k has a photo in as many folds as it can: split_gaps reports the others.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         divided = list(kind(folds, shuffle=True, random_state=seed % 2**32).split(pool, labels[pool], grouping))
-    parts[pool] = "train"
-    parts[pool[divided[fold][1]]] = "val"
+    parts[pool] = TRAIN
+    parts[pool[divided[fold][1]]] = VAL
     division.return_to_train()
     return division.end()
 
@@ -147,19 +148,19 @@ def split_gaps(index: PhotoIndex) -> list[tuple[str, str]]:
     return [(name, split) for name, count in counts.items() for split in splits if not count[split]]
 
 
-def groups_by_column(index: PhotoIndex) -> list[str]:
+def groups_by_column(index: PhotoIndex) -> Categories:
     """The group that the table gave to each photo; raises DataError if no photo has one."""
-    groups = [photo.group for photo in index.photos]
+    groups = index.photos.groups
     if not any(groups):
         raise DataError(f"no photo of {index.root} has a group: the table needs a group column with values in it")
     return groups
 
 
-def groups_by_pattern(index: PhotoIndex, pattern: str) -> list[str]:
+def groups_by_pattern(index: PhotoIndex, pattern: str) -> Categories:
     """What the first parentheses of a regular expression match in each path, "" for nothing; DataError for no match."""
     expression = re.compile(pattern)
-    matches = [expression.search(photo.path) for photo in index.photos]
-    groups = [(match[1] or "") if match else "" for match in matches]
+    matches = map(expression.search, index.photos.paths)
+    groups = Categories.of((match[1] or "") if match else "" for match in matches)
     if not any(groups):
         example = f", such as {index.photos[0].path!r}" if index.photos else ""
         raise DataError(f"group pattern {pattern!r} matches no path{example}. The path starts below {index.root}")
@@ -185,7 +186,7 @@ class _Division:
     """Photos while they are divided."""
 
     index: PhotoIndex
-    parts: NDArray[np.object_]  # (N,) split of each photo, "" while undecided
+    parts: NDArray[np.int8]  # (N,) split of each photo, by its number
     labels: Numbers  # (N,) class numbers; of the pool at least 0
     groups: Numbers  # (N,) group numbers; a photo without a group is one of its own
     pool: Numbers  # (M,) photos that may move
@@ -194,24 +195,20 @@ class _Division:
     def begin(cls, index: PhotoIndex, groups: Sequence[str] | None) -> _Division:
         members = np.arange(len(index))
         if groups is not None:
-            photos = tuple(replace(photo, group=group) for photo, group in zip(index.photos, groups, strict=True))
-            index = replace(index, photos=photos)
-            numbers: dict[str, int] = {}
-            given = [numbers.setdefault(group, len(numbers)) if group else -1 for group in groups]
-            members = np.where(np.array(given, np.int64) < 0, members + len(numbers), given)
-        parts = np.array([photo.split for photo in index.photos], dtype=object)
-        return cls(index, parts, index.label_numbers(), members, np.empty(0, np.int64))
+            found = Categories.of(groups)
+            index = replace(index, photos=replace(index.photos, groups=found))
+            members = np.where(found.numbers < 0, members + len(found.words), found.numbers)
+        return cls(index, index.photos.splits.copy(), index.label_numbers(), members, np.empty(0, np.int64))
 
     def end(self) -> PhotoIndex:
         """The photos with their splits."""
-        pairs = zip(self.index.photos, self.parts, strict=True)
-        return replace(self.index, photos=tuple(replace(photo, split=str(part)) for photo, part in pairs))
+        return replace(self.index, photos=replace(self.index.photos, splits=self.parts))
 
     def count(self, numbers: Numbers) -> Numbers:
         """Photos of each class of the pool among some of it."""
         return np.bincount(self.labels[numbers], minlength=int(self.labels[self.pool].max(initial=-1)) + 1)
 
-    def within(self, part: str) -> Numbers:
+    def within(self, part: int) -> Numbers:
         """The photos of the pool that are in a part."""
         return self.pool[self.parts[self.pool] == part]
 
@@ -221,18 +218,18 @@ class _Division:
         If the data say that the pool is train, photos outside it hold their group to train, as moving it would go
         against the data.
         """
-        movable = np.zeros(len(self.parts), dtype=bool)
-        movable[self.pool] = True
-        homes: dict[int, str] = {}
-        for number in np.flatnonzero(self.parts != ""):
-            home = "train" if is_train and not movable[number] else str(self.parts[number])
-            homes.setdefault(int(self.groups[number]), home)
-        for number in self.pool:
-            self.parts[number] = homes.get(int(self.groups[number]), self.parts[number])
+        homes = self.parts.copy()
+        if is_train:
+            homes[np.setdiff1d(np.flatnonzero(self.parts != UNDECIDED), self.pool)] = TRAIN
+        decided = np.flatnonzero(self.parts != UNDECIDED)[::-1]
+        home_of = np.full(int(self.groups.max(initial=-1)) + 1, UNDECIDED, np.int8)
+        home_of[self.groups[decided]] = homes[decided]  # of several the last that is written, which is the first photo
+        found = home_of[self.groups[self.pool]]
+        self.parts[self.pool] = np.where(found == UNDECIDED, self.parts[self.pool], found)
 
-    def assign(self, wanted: Mapping[str, float], rng: np.random.Generator) -> None:
+    def assign(self, wanted: Mapping[int, float], rng: np.random.Generator) -> None:
         """Decide the undecided photos of the pool, a group as a whole, by shares of the pool; the rest is train."""
-        undecided = self.within("")
+        undecided = self.within(UNDECIDED)
         if np.bincount(self.groups[undecided]).max(initial=0) < 2:
             self._assign_photos(wanted, rng)
         else:
@@ -245,18 +242,18 @@ class _Division:
         """Move the smallest group of each class of the pool that train lacks into train."""
         members = self.groups[self.pool]
         sizes = np.bincount(members)
-        for label in np.setdiff1d(self.labels[self.pool], self.labels[self.parts == "train"]):
-            if label in self.labels[self.parts == "train"]:  # came along with the group of another class
+        for label in np.setdiff1d(self.labels[self.pool], self.labels[self.parts == TRAIN]):
+            if label in self.labels[self.parts == TRAIN]:  # came along with the group of another class
                 continue
             holders = np.unique(members[self.labels[self.pool] == label])
             smallest = holders[np.argmin(sizes[holders])]
-            self.parts[self.pool[members == smallest]] = "train"
+            self.parts[self.pool[members == smallest]] = TRAIN
 
-    def _assign_photos(self, wanted: Mapping[str, float], rng: np.random.Generator) -> None:
+    def _assign_photos(self, wanted: Mapping[int, float], rng: np.random.Generator) -> None:
         """Exact shares: each class's share rounded down or up, so that the total is right (largest remainders)."""
         sizes = self.count(self.pool)
-        undecided = rng.permutation(self.within(""))
-        free = self.count(undecided) - (self.count(self.within("train")) == 0)  # one photo stays in train
+        undecided = rng.permutation(self.within(UNDECIDED))
+        free = self.count(undecided) - (self.count(self.within(TRAIN)) == 0)  # one photo stays in train
         for part, share in wanted.items():
             have = self.count(self.within(part))
             quota = np.clip(np.floor(sizes * share).astype(np.int64) - have, 0, np.maximum(free, 0))
@@ -270,24 +267,24 @@ class _Division:
             labels = self.labels[by_class]
             rank = np.arange(len(labels)) - np.searchsorted(labels, labels)
             self.parts[by_class[rank < quota[labels]]] = part
-            undecided = undecided[self.parts[undecided] == ""]
+            undecided = undecided[self.parts[undecided] == UNDECIDED]
             free = free - quota
-        self.parts[undecided] = "train"
+        self.parts[undecided] = TRAIN
 
-    def _assign_groups(self, wanted: Mapping[str, float], rng: np.random.Generator) -> None:
+    def _assign_groups(self, wanted: Mapping[int, float], rng: np.random.Generator) -> None:
         """Large groups first, each to the split that it brings nearest to its share of every class.
 
         The distance is squared error over the class's size, so that small classes count as much as large ones, plus
         the same for the total. The idea is that of Sechidis et al., "On the Stratification of Multi-Label Data", ECML
         2011, section 4, and of scikit-learn's StratifiedGroupKFold, here with any shares.
         """
-        names = ("train", *wanted)
+        names = (TRAIN, *wanted)
         shares = np.array([1 - sum(wanted.values()), *wanted.values()])
         # The last column is the total, which is weighed like one more class.
         sizes = np.append(self.count(self.pool), len(self.pool))
         have = np.stack([self.count(self.within(part)) for part in names])
         need = shares[:, None] * sizes - np.column_stack([have, have.sum(axis=1)])
-        undecided = self.within("")
+        undecided = self.within(UNDECIDED)
         undecided = undecided[np.argsort(self.groups[undecided], kind="stable")]
         _, starts = np.unique(self.groups[undecided], return_index=True)
         members = np.split(undecided, starts[1:])
@@ -299,9 +296,9 @@ class _Division:
             self.parts[group] = names[best]
             need[best, columns] -= added
 
-    def _move_one_group(self, part: str) -> None:
+    def _move_one_group(self, part: int) -> None:
         """Move the smallest group out of train that leaves every class a photo there, if there is such a group."""
-        train = self.within("train")
+        train = self.within(TRAIN)
         left = self.count(train)
         names, counts = np.unique(self.groups[train], return_counts=True)
         for name in names[np.argsort(counts, kind="stable")]:

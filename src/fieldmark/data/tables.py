@@ -10,15 +10,16 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from fieldmark.data.columns import Texts
 from fieldmark.data.storage import opened
 from fieldmark.errors import DataError, did_you_mean, first_line
-from fieldmark.files import write_whole
+from fieldmark.files import whole_or_absent, write_whole
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -28,7 +29,7 @@ class Table:
     """Columns of text with their names."""
 
     name: str  # what messages call it
-    values: Mapping[str, list[str]]  # the text of each column, in the order of the file; one value for each row
+    values: Mapping[str, Sequence[str]]  # the text of each column, in the order of the file; one value for each row
     unusable: Mapping[str, str]  # columns that cannot be taken as text, and why; it matters if they are asked for
     lines: Sequence[int]  # the line of the file that each row begins on, from 1; of Parquet the row's number, from 1
 
@@ -41,7 +42,7 @@ class Table:
         """Name a row for a message: the table and the line."""
         return f"{self.name}, line {self.lines[row]}"
 
-    def column(self, name: str, *, option: str = "", is_text: bool = True) -> list[str]:
+    def column(self, name: str, *, option: str = "", is_text: bool = True) -> Sequence[str]:
         """Read the values of a column, one for each row.
 
         The DataError for a column that is not there names the option that would say which it is. Bytes that are not
@@ -61,7 +62,7 @@ class Table:
                     raise DataError(f"{self.where(row)}: {problem}. Save the table as UTF-8 (Excel: CSV UTF-8)")
         return self.values[name]
 
-    def optional_column(self, name: str | None, *, is_text: bool = True) -> list[str]:
+    def optional_column(self, name: str | None, *, is_text: bool = True) -> Sequence[str]:
         """Read a column as `column` does; empty text for each row where there is none or `name` is None."""
         if name is None or (name not in self.values and name not in self.unusable):
             return [""] * self.num_rows
@@ -81,16 +82,16 @@ def encoding_problem(text: str) -> str:
     return ""
 
 
-def read_table(location: Path | str) -> Table:
+def read_table(location: Path | str, only: Collection[str | None] | None = None) -> Table:
     """Read a CSV (comma, semicolon or tab; UTF-8 or UTF-16) or Parquet file, here or behind a URL, as text.
 
-    Raises DataError.
+    Of Parquet `only` some columns, if that is said. Raises DataError.
     """
     name = str(location)
     if not name.lower().endswith(TABLE_SUFFIXES):
         raise DataError(f"{name} is a file, but not a table ({', '.join(TABLE_SUFFIXES)}). Give a folder or a table")
     if name.lower().endswith(".parquet"):
-        return _read_parquet(name)
+        return _read_parquet(name, only)
     with opened(name) as file:
         return read_csv(name, file.read())
 
@@ -130,11 +131,25 @@ def read_csv(path: str, data: bytes) -> Table:
     return Table(path, {name: [row[column] for row in rows] for column, name in enumerate(names)}, {}, lines)
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file whole or not at all; `read_table` gives the same text back."""
     text = io.StringIO(newline="")
     write_rows(text, [columns, *rows])
     write_whole(path, text.getvalue())
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[str]]) -> None:
+    """Write columns of text as CSV or, by the name, Parquet, where what is not UTF-8 is bytes; whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix.lower() != ".parquet":
+        return write_csv(path, [*columns], zip(*columns.values(), strict=True))
+    arrays = {name: Texts.of(texts).array for name, texts in columns.items()}
+    for name, array in arrays.items():
+        with suppress(pa.ArrowInvalid):
+            arrays[name] = array.cast(pa.large_string())
+    return whole_or_absent(path, lambda part: pq.write_table(pa.table(arrays), part, write_page_checksum=True))
 
 
 def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
@@ -180,20 +195,34 @@ def open_parquet(location: str, name: str) -> Generator[Any]:
         yield table
 
 
-def _read_parquet(path: str) -> Table:
+def _read_parquet(path: str, only: Collection[str | None] | None) -> Table:
     import pyarrow as pa
 
-    with open_parquet(path, path) as file:
-        content = file.read()
-    values: dict[str, list[str]] = {}
+    values: dict[str, Texts] = {}
     unusable: dict[str, str] = {}
-    names = _check_header(path, content.column_names)
-    for name, column in zip(names, content.columns, strict=True):
-        if pa.types.is_floating(column.type):
-            unusable[name] = f"holds {column.type} numbers: is it 1 or 1.0? Store it as text or as integers"
-        else:
-            values[name] = [cell_text(value) for value in column.to_pylist()]
-    return Table(path, values, unusable, range(1, content.num_rows + 1))
+    with open_parquet(path, path) as file:
+        _check_header(path, file.schema_arrow.names)
+        for field in file.schema_arrow:
+            if pa.types.is_floating(field.type):
+                unusable[field.name] = f"holds {field.type} numbers: is it 1 or 1.0? Store it as text or as integers"
+            elif only is None or field.name in only:
+                values[field.name] = _as_texts(file.read([field.name]).column(0))
+            else:
+                unusable[field.name] = "was not asked for"
+        return Table(path, values, unusable, range(1, file.metadata.num_rows + 1))
+
+
+def _as_texts(column: Any) -> Texts:
+    """The text of a Parquet column: of what is text or whole numbers at once, of all else value by value."""
+    import pyarrow as pa
+
+    column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_integer(column.type):
+        column = column.cast(pa.string())
+    try:
+        return Texts(column.cast(pa.large_binary()).fill_null(b"").combine_chunks())
+    except pa.ArrowNotImplementedError:
+        return Texts.of(map(cell_text, column.to_pylist()))
 
 
 def cell_text(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from fieldmark.data.index import find_split_table
 from fieldmark.errors import RunError
 from fieldmark.files import fill_template, whole_folder
 from fieldmark.inference.calibration import load_calibration
@@ -203,7 +204,7 @@ def _name_runs(runs: Sequence[Run]) -> list[str]:
 
 def _copy_description(run: Run, part: Path, runs: Sequence[Run], info: dict[str, Any]) -> None:
     """Recipe, classes and photos of the run that stands for all; model.json with the licenses of all that went in."""
-    for name in (folder.RECIPE, folder.CLASSES, folder.DATA, folder.SPLIT):
+    for name in (folder.RECIPE, folder.CLASSES, folder.DATA, find_split_table(run.path / folder.SPLIT).name):
         shutil.copyfile(run.path / name, part / name)
     weights: dict[str, Any] = dict(info.get("weights", {}))
     for key in ("source", "license", "pretraining"):
@@ -247,7 +248,7 @@ def _write_soup(runs: Sequence[Run], part: Path, progress: Progress) -> dict[str
     """Fill a run folder with the soup of runs that were checked to fit together."""
     names, index = _name_runs(runs), runs[0].split
     numbers = labeled_photos(runs[0], index, "val")
-    files, paths = index.files(), [photo.path for photo in index.photos]
+    files, paths = index.files(), index.photos.paths
     gone = [paths[number] for number in numbers if not files[number].is_file()]
     if gone:
         raise RunError(

@@ -160,7 +160,7 @@ def evaluate(
             f"warning: the photos under {index.root} are not all as they were when {run.path} was trained (their "
             "fingerprint differs): the result is of the photos as they are now"
         )
-    labels, paths = index.label_numbers()[numbers], tuple(index.photos[number].path for number in numbers)
+    labels, paths = index.label_numbers()[numbers], tuple(index.photos.paths[numbers])
     probabilities = predict_split(run, index, numbers, flips=flips, progress=progress)
     if not flips:
         path = run.path / "predictions" / f"{split}.parquet"
@@ -176,7 +176,7 @@ def labeled_photos(run: Run, index: PhotoIndex, split: str) -> NDArray[np.int64]
             f"{run.path} was trained on train+val: its validation photos are no test of it. Give another split"
         )
     if not len(numbers):
-        there = sorted({photo.split for photo in index.photos if photo.label})
+        there = [part for part in index.select(index.photos.is_labeled()).count_splits() if part]
         raise RunError(f"{run.path} has no labeled photos in {split!r}; it has {', '.join(there)}")
     return numbers
 

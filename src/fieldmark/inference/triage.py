@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fieldmark.data.audit import near_pairs
+from fieldmark.data.columns import Photos
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.folders import Photo
 from fieldmark.data.index import PhotoIndex
@@ -259,7 +260,7 @@ def cover(features: NDArray[np.float32], count: int) -> tuple[list[int], list[in
 
 def _compute_features(run: Run, files: Sequence[Path]) -> NDArray[np.float32]:
     """(N, F) what the head of a run is given of each photo; of an ensemble that of all members, side by side."""
-    index = PhotoIndex(Path(), tuple(Photo(str(file.absolute()), None, "", "") for file in files), (), {})
+    index = PhotoIndex(Path(), Photos.of(Photo(str(file.absolute()), None, "", "") for file in files), (), {})
     networks = ((member, member.load_model()) for member in run.members)
     numbers, quiet = np.arange(len(files)), Quiet()
     columns = [predict_features(one, index, numbers, network=network, progress=quiet) for one, network in networks]

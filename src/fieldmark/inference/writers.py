@@ -167,7 +167,7 @@ def in_sample_order(paths: Sequence[str], sample: Path) -> list[str]:
     return sorted(paths, key=lambda path: order.get(PurePosixPath(path).stem, len(order)))
 
 
-def _sample_names(sample: Path) -> list[str]:
+def _sample_names(sample: Path) -> Sequence[str]:
     try:
         table = read_table(sample)
     except DataError as error:

@@ -289,7 +289,7 @@ def build_augment_spec(config: Config, data: InputConfig, *, size: int | None = 
 
 def build_reader(config: Config, index: PhotoIndex) -> PhotoReader:
     """The pixels of an index's photos by number."""
-    return PhotoReader(tuple(index.files()), index.label_numbers(), decode_spec(config.data))
+    return PhotoReader(index.files(), index.label_numbers(), decode_spec(config.data))
 
 
 def build_train_photos(

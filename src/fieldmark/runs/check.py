@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -19,6 +18,7 @@ from torch.nn import functional
 from fieldmark.augment.sample import crop_fallback_rate
 from fieldmark.config import Config
 from fieldmark.data.audit import Audit, audit
+from fieldmark.data.columns import Categories
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, WeightsError
@@ -87,7 +87,7 @@ def measure(config: Config, index: PhotoIndex, sizes: NDArray[np.int64]) -> Pref
 
     activations = _saved_bytes(loss) / len(images) * (config.train.micro_batch_size or config.train.batch_size)
     trained, parameters = measure_rate(step), count_parameters(model)
-    counts = Counter(photo.split for photo in index.photos)
+    counts = index.count_splits()
     num_train, num_val = counts["train"], counts["val"]
     # A forward pass is a third of a training step.
     compute, preparation = (num_train + num_val / 3) / trained, (num_train + num_val) / (prepared * usable_cores())
@@ -161,10 +161,9 @@ def check_data(config: Config, *, progress: Progress, with_recipe: bool = True) 
     found = find_photos(config.data)
     facts, _ = inspect(found, config.data, progress=progress, with_hash=True)
     index, problem = _divide_usable(found, facts, config)
-    is_trained = [photo.split == "train" and photo.label is not None for photo in index.photos]
-    sizes = np.asarray([(fact.width, fact.height) for fact in facts], np.int64).reshape(-1, 2)
-    sizes[np.logical_not(is_trained)] = 0
-    counts = Counter(photo.split for photo in index.photos)
+    sizes, trained = np.zeros((len(facts), 2), np.int64), index.numbers("train")
+    sizes[trained] = np.reshape([(facts[number].width, facts[number].height) for number in trained.tolist()], (-1, 2))
+    counts = index.count_splits()
     no_weights, preflight, warnings, rate = "", None, [], None
     if with_recipe:
         no_weights, weights = _why_no_weights(config), build.build_input_config(config)
@@ -193,15 +192,15 @@ def _why_no_weights(config: Config) -> str:
 
 def _divide_usable(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Config) -> tuple[PhotoIndex, str]:
     """The index with the split that training would make of the usable photos, or why there is none."""
-    rows = enumerate(zip(index.photos, facts, strict=True))
-    usable = [number for number, (photo, fact) in rows if photo.label is not None and not fact.problem]
-    part = replace(index, photos=tuple(index.photos[number] for number in usable))
+    usable = np.flatnonzero(index.photos.is_labeled() & np.array([not fact.problem for fact in facts], np.bool_))
     try:
-        divided = divide(part, [facts[number] for number in usable], config.data)
+        divided = divide(index.select(usable), [facts[number] for number in usable.tolist()], config.data)
     except DataError as error:
         return index, str(error)
-    photos = dict(enumerate(index.photos)) | dict(zip(usable, divided.photos, strict=True))
-    return replace(index, photos=tuple(photos.values())), ""
+    splits, groups = index.photos.splits.copy(), dict(enumerate(index.photos.groups))
+    splits[usable] = divided.photos.splits
+    groups |= dict(zip(usable.tolist(), divided.photos.groups, strict=True))
+    return replace(index, photos=replace(index.photos, splits=splits, groups=Categories.of(groups.values()))), ""
 
 
 def format_checkup(checkup: Checkup) -> str:

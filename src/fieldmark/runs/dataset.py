@@ -20,6 +20,7 @@ from fieldmark.config import DataConfig
 from fieldmark.data import splits
 from fieldmark.data.audit import find_doubts, find_gaps_in_training
 from fieldmark.data.cache import PhotoCache
+from fieldmark.data.columns import TRAIN, VAL
 from fieldmark.data.decode import DecodeSpec, Source
 from fieldmark.data.index import PhotoIndex, apply_corrections, load_index
 from fieldmark.data.inspection import Inspection, PhotoFacts, name_folder
@@ -87,14 +88,14 @@ def prepare_dataset(
     """
     everything = find_photos(config)
     # Photos without labels have no part in training: `check` and `predict` look at them.
-    found = replace(everything, photos=tuple(photo for photo in everything.photos if photo.label is not None))
+    found = everything.select(everything.photos.is_labeled())
     facts, cached = inspect(found, config, progress=progress, fill=fill)
-    problems = [(photo.path, fact.problem) for photo, fact in zip(found.photos, facts, strict=True) if fact.problem]
+    problems = [(path, fact.problem) for path, fact in zip(found.photos.paths, facts, strict=True) if fact.problem]
     broken = [*found.damaged, *problems]
     if broken and config.broken == "refuse":
         raise DataError(f"{list_broken(broken, len(found.photos))}\nFix or remove them, or {skip}")
-    photos = tuple(photo for photo, fact in zip(found.photos, facts, strict=True) if not fact.problem)
-    index, kept = replace(found, photos=photos), [fact for fact in facts if not fact.problem]
+    kept = [fact for fact in facts if not fact.problem]
+    index = found.select(np.fromiter((not fact.problem for fact in facts), np.bool_, len(facts)))
     notes = [everything.describe(), *find_doubts(index, kept)]
     if broken:
         notes.append(f"{len(broken)} photos cannot be used and are skipped, such as {broken[0][0]!r}: {broken[0][1]}")
@@ -150,8 +151,8 @@ def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -
             folder=user_folder("splits"),
         )
     if config.train_on == "train+val":
-        photos = (replace(photo, split="train") if photo.split == "val" else photo for photo in index.photos)
-        index = replace(index, photos=tuple(photos))
+        splits_now = index.photos.splits
+        index = replace(index, photos=replace(index.photos, splits=np.where(splits_now == VAL, TRAIN, splits_now)))
     return index
 
 

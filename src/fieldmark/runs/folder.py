@@ -22,8 +22,7 @@ from typing_extensions import TypedDict
 
 from fieldmark.config import Config, Pool, load_config
 from fieldmark.data.decode import DecodeSpec
-from fieldmark.data.index import PhotoIndex, load_split_table
-from fieldmark.data.storage import is_url
+from fieldmark.data.index import PhotoIndex, find_split_table, load_split_table
 from fieldmark.errors import RunError
 from fieldmark.files import Positive, Share, read_values, whole_or_absent, write_whole
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 RECIPE = "recipe.toml"
-SPLIT = "split.csv"
+SPLIT = "split.csv"  # or the same in .parquet, which `find_split_table` finds
 CLASSES = "classes.json"
 MODEL = "model.json"
 DATA = "data.json"
@@ -199,8 +198,7 @@ class Run:
     @cached_property
     def split(self) -> PhotoIndex:
         """Every photo of the run with its label and split."""
-        root = self.data_info["root"]
-        index = load_split_table(self._file(SPLIT), root if is_url(root) else Path(root))
+        index = load_split_table(self._file(find_split_table(self.path / SPLIT).name), self.data_info["root"])
         # The classes of the model, in its order, whatever the photos in the table would say.
         return replace(index, classes=self.classes)
 

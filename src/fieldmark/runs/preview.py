@@ -38,15 +38,14 @@ LAMBDAS_DRAWN = 20_000
 def preview_recipe(config: Config, out: Path, *, progress: Progress) -> list[str]:
     """Draw a recipe at work on a few photos, as a PNG, and give the findings of its lint."""
     index = find_photos(config.data)
-    numbers = [number for number, photo in enumerate(index.photos) if photo.label and photo.split in ("train", "")]
+    numbers = np.sort(np.concatenate([index.numbers("train"), index.numbers("")])).tolist()
     chosen = _spread(numbers, SIZES_READ)
-    part = replace(index, photos=tuple(index.photos[number] for number in chosen))
-    found, _ = inspect(part, config.data, progress=progress)
+    found, _ = inspect(index.select(np.array(chosen, np.int64)), config.data, progress=progress)
     sizes = np.zeros((len(index.photos), 2), np.int64)
     sizes[chosen] = [(fact.width, fact.height) for fact in found]
     if not sizes.any():
         raise DataError(f"{index.root} holds no labeled photo that can be read: `fieldmark check` says why")
-    num_train, num_val = len(numbers), sum(photo.split == "val" for photo in index.photos)
+    num_train, num_val = len(numbers), index.count_splits()["val"]
     if not num_val:  # its share will be taken out of training
         num_val = round(len(numbers) * config.data.val_fraction)
         num_train = round(len(numbers) * (1 - config.data.val_fraction - config.data.test_fraction))

@@ -23,6 +23,7 @@ from fieldmark.augment.mixing import apply_mix, draw_mix, one_hot
 from fieldmark.augment.reference import EvalSpec
 from fieldmark.config import Config, dump_config
 from fieldmark.data.cache import PhotoCache
+from fieldmark.data.columns import to_bytes
 from fieldmark.data.loader import Loader, shard_plan
 from fieldmark.data.storage import is_url, resolve
 from fieldmark.errors import DataError, FieldmarkError, ReportedElsewhereError, command
@@ -261,13 +262,16 @@ def _run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
 
 
 def _require_same(fabric: Fabric, dataset: Dataset) -> None:
-    """Refuse to train in processes that see different photos, or that divide them in other ways."""
+    """Refuse to train in processes that see different photos, or that label or divide them in other ways."""
     if fabric.world_size == 1:
         return
-    names = "\0".join(f"{photo.path}\0{photo.split}" for photo in dataset.index.photos)
-    seen: Any = fabric.all_gather(torch.tensor(crc32(names.encode("utf-8", "surrogateescape")), device=fabric.device))
+    index = dataset.index
+    found = crc32(index.label_numbers().tobytes(), crc32(repr(index.classes).encode()))
+    for path, split in zip(index.photos.paths, index.photos.splits, strict=True):
+        found = crc32(to_bytes(f"{split}{path}\0"), found)
+    seen: Any = fabric.all_gather(torch.tensor(found, device=fabric.device))
     if seen.min() != seen.max():
-        raise DataError(f"the machines see or divide the photos in {dataset.index.root} in different ways: share the "
+        raise DataError(f"the machines see, label or divide the photos in {index.root} in different ways: share the "
                         "folder, and give splits by folders or a column")  # fmt: skip
 
 
@@ -292,7 +296,7 @@ def _reload_dataset(config: Config, path: Path, data: Path | str | None, *, prog
     index = run.split if data is None else replace(run.split, root=data)
     require_photos_of(path, index.root)
     facts, cached = inspect(index, config.data, progress=progress, fill=fill)
-    broken = [(photo.path, fact.problem) for photo, fact in zip(index.photos, facts, strict=True) if fact.problem]
+    broken = [(path, fact.problem) for path, fact in zip(index.photos.paths, facts, strict=True) if fact.problem]
     if broken:
         raise DataError(
             f"the photos of this run changed since it began: {list_broken(broken, len(index.photos))}\n"

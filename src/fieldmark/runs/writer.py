@@ -22,7 +22,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fieldmark.data.index import save_split_table
+from fieldmark.data.index import find_split_table, save_split_table
 from fieldmark.data.storage import resolve
 from fieldmark.data.tables import write_csv
 from fieldmark.errors import MissingExtraError, ResourceError, RunError, command, first_line
@@ -37,7 +37,7 @@ from fieldmark.training.loop import EpochReport, EpochTally, TrainState
 LOCK = ".lock"
 _COUNTS = ("epoch", "step", "step_in_epoch", "micro_batch_size")
 _BEGINNING = {LOCK, folder.LOG, folder.SPLIT, folder.CLASSES, folder.MODEL, folder.DATA, folder.ENVIRONMENT,
-              folder.BROKEN}  # fmt: skip
+              folder.BROKEN, "split.parquet"}  # fmt: skip
 
 
 @dataclass
@@ -111,7 +111,7 @@ def write_beginning(
 ) -> None:
     """Write what does not change; the recipe last, so that a folder that has one can begin again."""
     index = dataset.index
-    save_split_table(index, path / folder.SPLIT)
+    save_split_table(index, find_split_table(path / folder.SPLIT, len(index)))
     folder.write_json(path / folder.CLASSES, list(index.classes))
     if model is not None:  # a budget has none yet
         folder.write_json(path / folder.MODEL, model)
@@ -136,7 +136,7 @@ def write_validation(
     """Store what a run answers for these validation photos."""
     folder.write_predictions(
         path / "predictions" / "val.parquet",
-        paths=[dataset.index.photos[number].path for number in numbers],
+        paths=dataset.index.photos.paths[numbers],
         labels=dataset.labels[numbers],
         probabilities=probabilities,
         classes=dataset.index.classes,

@@ -15,6 +15,7 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from fieldmark.data.columns import Photos
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.folders import Photo
 from fieldmark.data.index import PhotoIndex
@@ -314,7 +315,7 @@ def open_labeling(run: Run, listing: Path, table: Path) -> FastAPI:
     folder = listing.absolute().parent
     if table.absolute().parent != folder:
         paths = [str(folder / path) for path in paths]
-    index = PhotoIndex(folder, tuple(Photo(path, None, "", "") for path in paths), run.classes, {})
+    index = PhotoIndex(folder, Photos.of(Photo(path, None, "", "") for path in paths), run.classes, {})
     if not any(file.is_file() for file in index.files()):
         raise DataError(f"{listing} names no photo that is there: keep the list where `fieldmark suggest` wrote it")
     guesses, reasons = content.optional_column("label"), content.optional_column("why")

@@ -1,0 +1,205 @@
+"""Photos by the million in Parquet lists: index, split and fingerprint; what an update costs the host; two processes.
+
+    python -m benchmarks.lists [--quick] [--json FILE]
+
+The list names photos by URL, in no order, of 100 classes, with no split. Each size is a process of its own, whose
+peak resident memory the system tells; its time is the processor's, which waiting for other work does not lengthen. The
+work of the host for an update of 32 photos is all but their pixels: order, share, places of files, random numbers,
+mixing. Two processes train ResNet-18 at 64 pixels with 32 photos each, against one with 32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.memory import peak_mebibytes, python
+from benchmarks.photos import find_pictures, link_photos, make_photos
+from benchmarks.record import Findings, Ratio, load_average, make_parser, report
+
+CLASSES = 100
+BATCH = 32
+UPDATES = 200
+COLUMNS = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": None}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rows: tuple[int, ...]
+    photos: int
+    rounds: int
+    limit_seconds: float
+
+
+def make_plan(*, is_quick: bool) -> Plan:
+    """The quick plan ends within 3 minutes on 2 cores."""
+    if is_quick:
+        return Plan((1_000, 100_000, 1_000_000), photos=512, rounds=1, limit_seconds=60)
+    return Plan((1_000, 10_000, 100_000, 1_000_000, 10_000_000), photos=2048, rounds=3, limit_seconds=1800)
+
+
+def measure(plan: Plan, folder: Path) -> Findings:
+    """Lists of each size, then processes."""
+    findings = Findings()
+    for rows in plan.rows:
+        table = folder / f"{rows}.parquet"
+        write_list(table, rows)
+        for what, work in (("index, split and fingerprint", "divide_list"), ("updates", "draw_updates")):
+            out = folder / f"{rows}-{work}.json"
+            peak = peak_mebibytes(python(work, table, out, module="lists"), folder / f"home-{rows}")
+            told = json.loads(out.read_text())
+            findings.add(f"{rows:,} rows: {what}, memory", peak, "MiB, peak resident")
+            for name, (seconds, unit) in told.items():
+                findings.add(f"{rows:,} rows: {name}", seconds, unit)
+        table.unlink()
+    least, most = (f"{rows:,} rows: an update" for rows in (plan.rows[0], plan.rows[-1]))
+    findings.ratios[f"update at {plan.rows[0]:,} / at {plan.rows[-1]:,}"] = Ratio(least, most)
+    _measure_processes(findings, plan, folder)
+    return findings
+
+
+def write_list(path: Path, rows: int) -> None:
+    """A Parquet list of photos in folders of a thousand, shuffled."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute
+    import pyarrow.parquet as pq
+
+    compute, numbers = pyarrow.compute, np.random.default_rng(0).permutation(rows)
+    names = pa.array([f"class {number:03d}" for number in range(CLASSES)])
+    with pq.ParquetWriter(path, pa.schema({"path": pa.string(), "label": pa.string()})) as writer:
+        for start in range(0, rows, 10**6):
+            part = numbers[start : start + 10**6]
+            texts = (compute.cast(pa.array(values), pa.string()) for values in (part // 1000, part))
+            folder, name = (compute.utf8_lpad(text, 8, "0") for text in texts)
+            paths = compute.binary_join_element_wise("s3://bucket/", folder, "/", name, ".jpg", "")
+            writer.write_table(pa.table({"path": paths, "label": names.take(pa.array(part * 7919 % CLASSES))}))
+
+
+def divide_list(table: str, out: str) -> None:
+    """Index a list, divide it and take its fingerprint, and write how long each took."""
+    from fieldmark.data import shards
+    from fieldmark.data.index import load_index
+    from fieldmark.data.splits import remembered_split
+
+    shards.MOST_LOOKED_UP = 0  # there is no store: each size is taken at its word, as the large ones are
+    told: dict[str, tuple[float, str]] = {}
+    began, cpu = time.perf_counter(), time.process_time()
+
+    def tell(name: str) -> None:
+        nonlocal cpu
+        told[name] = (time.process_time() - cpu, "seconds of processor time")
+        cpu = time.process_time()
+
+    index = load_index(table, **COLUMNS)
+    tell("index")
+    home = Path(os.environ["XDG_CACHE_HOME"])
+    index = remembered_split(
+        index, val_fraction=0.1, test_fraction=0.1, seed=0, groups=None, settings={}, folder=home / "splits"
+    )
+    tell("split")
+    index.fingerprint()
+    tell("fingerprint")
+    told["index, split and fingerprint"] = (sum(seconds for seconds, _ in told.values()), "seconds of processor time")
+    told["index, split and fingerprint, by the clock"] = (time.perf_counter() - began, "seconds")
+    Path(out).write_text(json.dumps(told))
+
+
+def draw_updates(table: str, out: str) -> None:
+    """Do what the host does for the updates of an epoch but for pixels, and write what one of them took."""
+    import numpy as np
+
+    from fieldmark.augment.mixing import draw_mix
+    from fieldmark.config import load_config
+    from fieldmark.data import shards
+    from fieldmark.data.index import load_index
+    from fieldmark.data.loader import shard_plan
+    from fieldmark.runs import build
+    from fieldmark.runs.dataset import TrainPlan
+
+    shards.MOST_LOOKED_UP = 0
+    index = load_index(table, **COLUMNS)
+    config = load_config(None, [f"data.path={table}", "model.name=resnet18", "model.weights=random"])
+    sizes = np.full((len(index), 2), 256)
+    evaluation = build.build_eval_spec(config, build.build_input_config(config))
+    reader = build.build_reader(config, index)
+    prepare = build.build_train_photos(config, reader, sizes, size=224, evaluation=evaluation)
+    mix, everything = build.build_mix_spec(config), np.arange(len(index))
+    plan = TrainPlan(1, everything, everything[:0], 0, BATCH, BATCH, 1)
+    began = time.process_time()
+    shares = shard_plan(plan.updates(0), rank=0, processes=1)
+    order = (time.process_time() - began) / len(shares)
+    began, count = time.process_time(), min(UPDATES, len(shares))
+    for step, numbers in enumerate(shares[:count]):
+        rows = np.asarray(numbers)
+        prepare.params(rows, 0)
+        draw_mix(mix, seed=0, epoch=0, step=step, batch_size=len(rows), image_size=224)
+        assert all(str(reader.files[number]) for number in numbers)
+        assert len(reader.labels[rows]) == len(rows)
+    update = order + (time.process_time() - began) / count
+    told = {"an update": (update * 1e3, "ms of processor time, of 32 photos"), "of it the order": (order * 1e3, "ms")}
+    Path(out).write_text(json.dumps(told))
+
+
+def _measure_processes(findings: Findings, plan: Plan, folder: Path) -> None:
+    """Photos per second by the clock and by processor time, of one process and of two."""
+    pictures, source = find_pictures(60)
+    files, made = make_photos(pictures, folder / "made", count=64, shape=(80, 80, 4_000))
+    link_photos(files, folder / "photos", count=plan.photos, classes=4)
+    findings.notes.append(f"processes: {plan.photos} links to {made}, mosaics of {source}; one thread each")
+    for devices in (1, 2):
+        out = folder / f"{devices}.json"
+        peak_mebibytes(python("train_processes", folder / "photos", out, devices, module="lists"), folder / "home")
+        for name, value in json.loads(out.read_text()).items():
+            findings.add(f"{devices} process{'es' * (devices - 1)}, {name}", value, f"photos per second of {name}")
+    for name in ("the clock", "processor time"):
+        findings.ratios[f"2 processes / 1, {name}"] = Ratio(f"2 processes, {name}", f"1 process, {name}")
+    findings.notes.append("ideal on two idle cores: 2 by the clock, 1 by processor time, which both processes add up")
+
+
+def train_processes(photos: str, out: str, devices: str) -> None:
+    """Train three epochs in some processes, and write photos per second of the last two."""
+    import resource
+    import subprocess
+
+    run = Path(out).with_suffix("")
+    settings = ["model.name=resnet18", "model.weights=random", "augment.size=64", "train.epochs=3", "probe.epochs=0"]
+    settings += [f"train.batch_size={BATCH * int(devices)}", f"train.devices={devices}", "loader.workers=0"]
+    settings += ["train.precision=32-true", "cache.mode=uint8", "data.val_fraction=0.1"]
+    command = [sys.executable, "-m", "fieldmark", "train", photos, "--out", str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def train(epochs: int) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        more = [word for setting in [*settings, f"train.epochs={epochs}"] for word in ("--set", setting)]
+        place = [*command[:-1], f"{run}-{epochs}"]
+        subprocess.run([*place, *more], check=True, capture_output=True, env=environment)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # What starting costs is in both, so that their difference is epochs alone.
+    short, long = train(1), train(4)
+    rows = [json.loads(line) for line in Path(f"{run}-4", "metrics.jsonl").read_text().splitlines()]
+    seen = sum(1 for _ in Path(photos).rglob("*.jpg")) * 3
+    clock = max(row["images_per_second"] for row in rows[1:])
+    Path(out).write_text(json.dumps({"the clock": clock, "processor time": seen / (long - short)}))
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = make_parser(__doc__ or "").parse_args()
+    before = load_average()
+    with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
+        findings = measure(make_plan(is_quick=arguments.quick), Path(folder))
+    report("lists", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
+
+
+if __name__ == "__main__":
+    main()
