@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from fieldmark.errors import WeightsError
-from fieldmark.models import catalog
+from fieldmark.models import catalog, weights
 from fieldmark.models.catalog import Package, describe_pretraining
 from fieldmark.models.classifier import create_classifier
 from fieldmark.models.weights import WeightsReport, data_config, load_weights, match_by_position, read_tensors
@@ -232,6 +232,17 @@ def test_a_lite_package_fills_every_tensor(number, total, sizes):
     found = data_config(name, package)
     assert (found.train_size, found.test_size, found.interpolation) == (sizes, sizes, "bicubic")
     assert found.mean == found.std == (0.5, 0.5, 0.5)
+
+
+def test_without_a_hub_an_installed_package_gives_the_pretrained_weights(monkeypatch):
+    def refuse(model):
+        raise WeightsError("no network")
+
+    monkeypatch.setattr(weights, "_load_from_hub", refuse)
+    report = load_weights(make_classifier("tf_efficientnet_lite0"), "pretrained")
+    assert (report.source, report.matched) == ("package:efficientnet-lite0", report.total)
+    with pytest.raises(WeightsError, match="no network"):
+        load_weights(make_classifier("resnet18"), "pretrained")
 
 
 def test_a_package_for_another_model_is_refused():

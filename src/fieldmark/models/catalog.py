@@ -218,6 +218,14 @@ def find_package(source: str, name: str) -> Package:
     return package
 
 
+def package_of(name: str) -> str:
+    """Return the "package:NAME" that holds a model's own weights; raise WeightsError where there is none."""
+    for label, package in PACKAGES.items():
+        if name in (package.timm_name, f"{package.timm_name}.{package.pretraining}"):
+            return f"package:{label}"
+    raise WeightsError(f"model.weights: no package holds weights of {name}")
+
+
 def package_file(package: Package) -> Path:
     """Find the weight file without importing the package; raise WeightsError where either is missing."""
     spec = importlib.util.find_spec(package.distribution.replace("-", "_"))

@@ -10,6 +10,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -83,10 +84,10 @@ class WeightsReport:
 def load_weights(model: Classifier, source: str) -> WeightsReport:
     """Fill the backbone, all at once or not at all; the head stays as it is.
 
-    The source is "pretrained" (timm's hub), "random", a .safetensors, .pth or .pt file, a folder with config.json and a
-    weight file (timm's local-dir form), or "package:NAME" with a NAME from `catalog.PACKAGES`. Half-precision tensors
-    become float32. Names may carry `module.`, `model.`, `backbone.` or be nested under `state_dict`, `model` or
-    `model_ema` (preferred, as in timm).
+    The source is "pretrained" (timm's hub, or an installed package where that is out of reach), "random", a
+    .safetensors, .pth or .pt file, a folder with config.json and a weight file (timm's local-dir form), or
+    "package:NAME" with a NAME from `catalog.PACKAGES`. Half-precision tensors become float32. Names may carry
+    `module.`, `model.`, `backbone.` or be nested under `state_dict`, `model` or `model_ema` (preferred, as in timm).
 
     Raises WeightsError where the source cannot be had or read, has code or values that are not finite, or fits less
     than half of the backbone.
@@ -94,7 +95,12 @@ def load_weights(model: Classifier, source: str) -> WeightsReport:
     if source == "random":
         return WeightsReport(model.name, "random", 0, len(_tensors(model)), license="none", pretraining="none")
     if source == "pretrained":
-        return _load_from_hub(model)
+        try:
+            return _load_from_hub(model)
+        except WeightsError:  # without a network: an installed package may hold them
+            with suppress(WeightsError):
+                return _load_package(model, catalog.package_of(model.name))
+            raise
     if source.startswith("package:"):
         return _load_package(model, source)
     return _load_path(model, Path(source).expanduser())
