@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 import fieldmark
@@ -125,6 +126,20 @@ def test_a_loss_of_the_old_classes_is_refused_unless_it_is_forced(home, tmp_path
     assert forced.exit_code == 0
     assert "a full training would probably be better: there are 80 new photos beside 30 old ones" in forced.stdout
     assert "new: 'crimson', 'moss'" in forced.stdout
+
+
+def test_class_weights_of_the_run_hold_for_the_new_head(home, tmp_path):
+    plain, balanced = copy(home, "probed", tmp_path / "a"), copy(home, "probed", tmp_path / "b")
+    recipe = (balanced / "recipe.toml").read_text()
+    assert recipe.count('class_weights = "none"') == 1
+    (balanced / "recipe.toml").write_text(recipe.replace('class_weights = "none"', 'class_weights = "balanced"'))
+    before, after = (extend(run, home / "more", run.parent / "new", force=True) for run in (plain, balanced))
+    assert before.prior.max() > 1.3 * before.prior.min()
+    biases = [load_file(run.path / "best.safetensors")["head.bias"] for run in (before, after)]
+    moved = (biases[0] - biases[1]) / np.log(before.prior)
+    np.testing.assert_allclose(moved, moved[0], rtol=1e-3)  # the temperature, the same for all classes
+    assert (before.config.train.class_weights, after.config.train.class_weights) == ("none", "balanced")
+    np.testing.assert_allclose(*(run.predictions().probabilities.sum(1) for run in (before, after)), atol=1e-3)
 
 
 def test_an_ensemble_stays_one(home, tmp_path):

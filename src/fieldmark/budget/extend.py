@@ -156,7 +156,9 @@ def _fit(dataset: Dataset, key: str, member: Run, network: Classifier, features:
     create = {**info["create"], "num_classes": num_classes, "head": "linear"}
     described = {**info, "create": create, "parameters": count_parameters(network)}
     config, temperature = _configure(member.config, dataset, out), choose_temperature(answers, labels[val])
-    return Model(key, config, described, network.state_dict(), answers, temperature)
+    model = Model(key, config, described, network.state_dict(), answers, temperature)
+    prior = np.bincount(labels[train], minlength=num_classes) / len(train)
+    return model if config.train.class_weights == "none" else model.balance(prior)
 
 
 def _configure(config: Config, dataset: Dataset, out: Path) -> Config:

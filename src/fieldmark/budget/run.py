@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from fieldmark.budget import tune as tuning
-from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, change, find_backbones, list_candidates
+from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, find_backbones, list_candidates
 from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
 from fieldmark.budget.race import FEATURES, STORED, Course, Entry, best_average, rungs, stratified_order
@@ -38,7 +38,6 @@ from fieldmark.runs.session import setup_fabric
 from fieldmark.runs.train import StopRequest, next_steps, stop_requests
 from fieldmark.runs.writer import claim_folder
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
-from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import EpochReport
 from fieldmark.training.metrics import log_loss
 
@@ -543,22 +542,11 @@ class _Work:
         return Answer(f"{answer.name} (heads fitted on train+val)", tuple(members))
 
     def _balance(self, answer: Answer) -> Answer:
-        """The answer with the class shares of training divided out, if `train.class_weights` asks for it.
-
-        That gains more macro recall than weights in the loss: docs/uneven.md.
-        """
+        """The answer with the class shares of training divided out, if `train.class_weights` asks for it."""
         if self.course.config.train.class_weights == "none":
             return answer
-        prior = self.shelf.prior
-        logs = np.log(prior, where=prior > 0, out=np.zeros_like(prior))
-        members: list[Model] = []
-        for member in answer.members:
-            last = max(name for name in member.weights if name.startswith("head") and name.endswith("bias"))
-            shift = member.temperature * logs
-            weights = {**member.weights, last: member.weights[last] - torch.from_numpy(shift).float()}
-            config = change(member.config, {"train": {"class_weights": "balanced"}})
-            val = softmax(log_probabilities(member.val) - shift)
-            members.append(replace(member, key=f"{member.key}{BALANCED}", config=config, weights=weights, val=val))
+        balanced = [member.balance(self.shelf.prior) for member in answer.members]
+        members = [replace(member, key=f"{member.key}{BALANCED}") for member in balanced]
         return Answer(f"{answer.name} (the class shares of training divided out)", tuple(members))
 
     def _store_features(self, answer: Answer) -> None:
