@@ -26,6 +26,7 @@ from fieldmark.budget.candidates import Candidate, View, find_backbones
 from fieldmark.budget.heads import fit_head, refit_head
 from fieldmark.budget.plan import Plan
 from fieldmark.budget.race import Course, make_folds, stratified_order
+from fieldmark.budget.team import Team
 from fieldmark.config import Config, load_config
 from fieldmark.data.loader import Batch
 from fieldmark.models.classifier import Classifier
@@ -92,13 +93,13 @@ class Trial:
     def _open(self, kind: str) -> Course:
         pool = "average" if kind == PLAIN else "covariance"
         config = load_config(None, [f'data.path="{self.data.resolve().as_posix()}"', f'model.pool="{pool}"'])
-        fabric, _ = setup_fabric(config)
+        team = Team(setup_fabric(config)[0], StopRequest())
         folder = self.folder / f"{self.data.stem}-{MIRRORED if kind == MIRRORED else pool}"
         folder.mkdir(parents=True, exist_ok=True)
         order = self.numbers[stratified_order(self.labels, seed=0)]
         plan = Plan(folder / "plan.jsonl", 1e9)
         make = Mirrored if kind == MIRRORED else Course
-        return make(config, folder, plan, Quiet(), StopRequest(), self.dataset, fabric, order, self.numbers[:0])
+        return make(config, folder, plan, Quiet(), team, self.dataset, order, self.numbers[:0])
 
     def features(self, kind: str, name: str, view: View = "whole") -> Floats:
         """(N, F) features of a backbone at its own size."""

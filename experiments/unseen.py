@@ -25,6 +25,7 @@ from fieldmark.budget.candidates import Backbone, Candidate, find_backbones
 from fieldmark.budget.heads import CURVATURE, FINE, STRENGTHS, _Basis
 from fieldmark.budget.plan import Plan
 from fieldmark.budget.race import Course, stratified_order
+from fieldmark.budget.team import Team
 from fieldmark.config import load_config
 from fieldmark.progress import Quiet
 from fieldmark.runs.build import BuiltModel
@@ -47,7 +48,7 @@ def collect(data: Path, folder: Path, models: Models) -> Photos:
     The first data set chooses the directions of the pooling. Of one that has labeled test photos, train is left out.
     """
     config = load_config(None, [f'data.path="{data.resolve().as_posix()}"', 'model.pool="covariance"'])
-    fabric, _ = setup_fabric(config)
+    team = Team(setup_fabric(config)[0], StopRequest())
     dataset = prepare_dataset(config.data, progress=Quiet())
     splits = np.asarray([photo.split for photo in dataset.index.photos])
     train = np.flatnonzero((splits == "train") & (dataset.labels >= 0))
@@ -55,7 +56,7 @@ def collect(data: Path, folder: Path, models: Models) -> Photos:
     own = folder / data.stem
     own.mkdir(parents=True, exist_ok=True)
     plan = Plan(own / "plan.jsonl", 1e9)
-    course = Course(config, own, plan, Quiet(), StopRequest(), dataset, fabric, order, order[:0], models)
+    course = Course(config, own, plan, Quiet(), team, dataset, order, order[:0], models)
     (backbone,) = (one for one in find_backbones(config) if one.name == NETWORK)
     candidate = Candidate(backbone, backbone.picture.test_size, "whole")
     course.load_model(candidate)

@@ -22,7 +22,7 @@ class FakeClock:
 
 def begin(tmp_path, clock, seconds=60.0) -> Plan:
     plan = Plan(tmp_path / "plan.jsonl", seconds, clock)
-    plan.begin()
+    plan.decide("budget", lambda: plan.seconds)
     return plan
 
 

@@ -18,13 +18,16 @@ from fieldmark.budget import run as budget
 from fieldmark.budget.candidates import Candidate, find_backbones, list_candidates
 from fieldmark.budget.plan import Plan
 from fieldmark.budget.race import Features, best_average
+from fieldmark.budget.team import Team
 from fieldmark.budget.tune import MICRO_BATCH, Option, tuning_config
 from fieldmark.config import Config, load_config
 from fieldmark.errors import ConfigError, InterruptedRunError, PredictionError, RunError
 from fieldmark.inference.evaluation import evaluate
 from fieldmark.inference.predict import _training_prior
 from fieldmark.inference.predictor import Predictor
+from fieldmark.progress import Quiet
 from fieldmark.runs.folder import Run
+from fieldmark.runs.session import setup_fabric
 from fieldmark.runs.train import StopRequest
 
 COLORS = {"red": (200, 60, 50), "green": (50, 170, 70), "blue": (60, 70, 200)}
@@ -81,6 +84,11 @@ def finished(settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     budget.train_within(settings, out, minutes=0.2, clock=TickClock())
     return out
+
+
+def prepare(config: Config, path: Path) -> budget._Work:
+    team = Team(setup_fabric(config)[0], StopRequest())
+    return budget._prepare(config, path, Plan(path / "plan.jsonl", 60), Quiet(), team)
 
 
 def find_weights(run: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -265,7 +273,7 @@ def test_class_weights_within_a_budget_divide_out_the_class_shares(photos, tmp_p
 
 
 def test_two_sets_of_weights_of_one_architecture_give_their_own_features(settings, tmp_path):
-    course = budget._prepare(settings, tmp_path, Plan(tmp_path / "plan.jsonl", 60), None, StopRequest()).course
+    course = prepare(settings, tmp_path).course
     (first,) = find_backbones(settings)
     weights = course.load_model(Candidate(first, 32, "whole")).model.backbone.state_dict()
     doubled = {name: tensor.numpy() for name, tensor in weights.items()}
@@ -319,7 +327,6 @@ def test_a_budget_takes_a_linear_head_and_a_model_within_the_limit(photos, tmp_p
         (["model.head=mlp"], "fits a linear head; got model.head = 'mlp'"),
         (["model.max_parameters_millions=0.1"], r"the limit is 0.1 M; test_resnet has .* Raise it"),
         (["model.min_photos_per_second=1e9"], r"1e\+09 are wanted; test_resnet, the smallest .* Lower it"),
-        (["train.devices=2"], "is spent by one process; train.devices and train.nodes ask for 2. Leave both at 1"),
     ]
     for overrides, message in cases:
         with pytest.raises(ConfigError, match=message):
@@ -331,8 +338,7 @@ def test_a_budget_takes_a_linear_head_and_a_model_within_the_limit(photos, tmp_p
 def test_networks_answer_together_only_as_fast_as_is_asked_for(pace, number, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(Features, "seconds_per_photo", 0.01)
     model = settings.model.model_copy(update={"min_photos_per_second": pace})
-    plan = Plan(tmp_path / "plan.jsonl", 60)
-    work = budget._prepare(settings.model_copy(update={"model": model}), tmp_path, plan, None, StopRequest())
+    work = prepare(settings.model_copy(update={"model": model}), tmp_path)
     course = work.course
     candidates = list_candidates(settings, work.backbones)
     entries = [course.score(candidate, course.order) for candidate in candidates[:2]]
@@ -350,6 +356,9 @@ def test_networks_answer_together_only_as_fast_as_is_asked_for(pace, number, set
 
 def test_check_tells_what_a_head_and_an_epoch_would_cost(settings):
     said = budget.describe_plan(settings)
+    assert "process" not in said
+    two = settings.model_copy(update={"train": settings.train.model_copy(update={"devices": 2})})
+    assert "2 processes share features and fine-tuning" in budget.describe_plan(two)
     assert re.search(r"test_resnet-32-whole: a head on all photos takes \d+ s, an epoch of fine-tuning \d+ s", said)
 
 

@@ -96,7 +96,7 @@ def test_more_workers_than_a_cluster_has_room_for_are_refused_but_where_fewer_wi
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--ray", "--workers", "2", "--minutes", "3"], "--minutes are spent by one process"),
+        (["--ray", "--workers", "2", "--minutes", "3"], "--minutes go with train.devices=N or torchrun"),
         (["--ray"], "--ray and --workers N go together"),
         (["--workers", "2"], "--ray and --workers N go together"),
     ],
@@ -112,7 +112,7 @@ def test_a_run_within_a_budget_does_not_go_on_on_a_cluster(tmp_path, make_run):
     (run / "plan.jsonl").write_text("")
     answer = CliRunner().invoke(app, ["train", "--resume", str(run), "--ray="])
     assert answer.exit_code == 2
-    assert "was trained within a budget: in one process" in " ".join(answer.output.split())
+    assert "was trained within a budget: --ray and --data don't go with that" in " ".join(answer.output.split())
 
 
 def test_missing_ray_is_answered_with_its_extra_and_nothing_is_written(tmp_path, monkeypatch):

@@ -62,10 +62,6 @@ class Plan:
         seconds = float(records[0]["value"]) if minutes is None else spent + 60 * minutes
         return cls(path, seconds, clock, spent, records, 1)
 
-    def begin(self) -> None:
-        """Write the first line of a new record."""
-        self.decide("budget", lambda: self.seconds)
-
     @property
     def elapsed(self) -> float:
         """Seconds spent, those of earlier processes of this run included."""

@@ -10,20 +10,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from fieldmark.budget.candidates import Backbone, Candidate
 from fieldmark.budget.heads import STRENGTHS, Head, fit_head
 from fieldmark.budget.plan import Plan
+from fieldmark.budget.team import Team
 from fieldmark.config import Config
-from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches
+from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches, shard_plan
 from fieldmark.models.catalog import InputConfig
 from fieldmark.models.classifier import Classifier
 from fieldmark.models.weights import fuse_batch_norm
@@ -31,7 +31,7 @@ from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.dataset import Dataset, EvalPhotos, PhotoReader
 from fieldmark.runs.environment import usable_cores
-from fieldmark.runs.train import StopRequest
+from fieldmark.runs.session import run_together
 from fieldmark.training.checkpoint import load_saved_weights, save_weights
 from fieldmark.training.metrics import log_loss
 
@@ -96,10 +96,10 @@ class Features:
         row = {int(number): row for row, number in enumerate(self.numbers)}
         return self.values[[row[int(number)] for number in numbers]]
 
-    def join(self, numbers: Numbers, values: NDArray[np.float32]) -> Features:
+    def join(self, numbers: Numbers, values: NDArray[np.float32], *, seconds: float = 0.0) -> Features:
         """These and those of other photos."""
         parts = [self.values, values] if len(self.numbers) else [values]
-        return Features(np.concatenate([self.numbers, numbers]), np.concatenate(parts), self.seconds)
+        return Features(np.concatenate([self.numbers, numbers]), np.concatenate(parts), self.seconds + seconds)
 
     def save(self, path: Path, *, kind: torch.dtype = torch.float32) -> None:
         """Write them as shares of a power of two, so that `kind` may be float16, which is enough for a head."""
@@ -149,9 +149,8 @@ class Course:
     path: Path  # the run folder
     plan: Plan
     log: Progress
-    stop: StopRequest
+    team: Team
     dataset: Dataset
-    fabric: Fabric
     order: Numbers  # (N,) training photos, stratified
     val: Numbers  # (M,) validation photos
     models: dict[Backbone, build.BuiltModel] = field(default_factory=dict[Backbone, build.BuiltModel])
@@ -167,9 +166,10 @@ class Course:
     def load_model(self, candidate: Candidate) -> build.BuiltModel:
         """The candidate's network with its weights, on the device, in evaluation mode."""
         if candidate.backbone not in self.models:
+            torch.manual_seed(self.config.train.seed)  # random weights are the same in all processes
             built = build.build_model(candidate.configure(self.config), num_classes=self.num_classes)
             built.model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.fabric.to_device(built.model)
+            self.team.fabric.to_device(built.model)
             # By one picture of each backbone, whichever of its candidates comes first.
             own = replace(candidate, size=candidate.backbone.picture.test_size)
             build.fit_pool(built.model, self._pictures(own, built.data), self.order)
@@ -183,7 +183,7 @@ class Course:
         """
         built = self.load_model(candidate)
         pictures = self._pictures(candidate, built.data)
-        if self.fabric.device.type != "cpu":
+        if self.team.fabric.device.type != "cpu":
             return pictures
         if candidate.backbone not in self.fused:
             fused = copy.deepcopy(built.model)
@@ -205,8 +205,8 @@ class Course:
 
     def _compute(self, model: Classifier, batch: Batch) -> Batch:
         """The batch with (B, F, 1, 1) features in place of its pictures."""
-        images = batch.images.to(self.fabric.device).contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode(), self.fabric.autocast():
+        images = batch.images.to(self.team.fabric.device).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), self.team.fabric.autocast():
             features = model.features(images).float().cpu()
         return replace(batch, images=features[:, :, None, None])
 
@@ -217,35 +217,48 @@ class Course:
         missing = numbers[~np.isin(numbers, known.numbers)]
         if not len(missing):
             return known
-        parts = [known.values] if len(known.numbers) else []
-        done, rates = [known.numbers], list[float]()
         self.log.start(len(missing), 0)
-        with Loader(workers=0, threads=usable_cores()) as loader:
-            prepare = self._prepare_features(candidate)
-            for start in range(0, len(missing), CHUNK):
-                began = time.perf_counter()
-                chunk = np.sort(missing[start : start + CHUNK])
-                (batch,) = loader.batches(prepare, [chunk.tolist()], epoch=0)
-                if self.fabric.device.type != "cpu":
-                    batch = self._compute(self.load_model(candidate).model, batch)
-                parts.append(batch.images.flatten(1).numpy())
-                done.append(batch.numbers.numpy())
-                rates.append((time.perf_counter() - began) / len(chunk))
-                self.log.advance(len(chunk))
-                if self.plan.elapsed > deadline or self.stop:
-                    break
-        seconds = known.seconds + median(rates) * sum(map(len, done[1:]))
-        self.kept[candidate.key] = found = Features(np.concatenate(done), np.concatenate(parts), seconds)
+        new = self.team.ask(self, Course.compute_features, candidate, missing, deadline)
+        found = known.join(new.numbers, new.values, seconds=new.seconds)
+        self.kept[candidate.key] = found
         found.save(file)
         return found
 
+    def compute_features(self, candidate: Candidate, numbers: Numbers, deadline: float) -> Features:
+        """In all processes: each computes a share, and the first looks at the clock."""
+        done, parts, rates = list[Numbers](), list[NDArray[np.float32]](), list[float]()
+        rank, processes = self.team.fabric.global_rank, self.team.fabric.world_size
+        with Loader(workers=0, threads=usable_cores()) as loader:
+            prepare = run_together(self.team.fabric, lambda: self._prepare_features(candidate))
+
+            def compute(share: Sequence[int]) -> tuple[list[NDArray[np.float32]], bool]:
+                batches = list(loader.batches(prepare, [share] if len(share) else [], epoch=0))
+                if self.team.fabric.device.type != "cpu":
+                    batches = [self._compute(self.load_model(candidate).model, batch) for batch in batches]
+                values = [batch.images.flatten(1).numpy() for batch in batches]
+                return values, self.plan.elapsed > deadline or bool(self.team.stop)
+
+            for start in range(0, len(numbers), CHUNK * processes):
+                began = time.perf_counter()
+                chunk = np.sort(numbers[start : start + CHUNK * processes])
+                (share,) = shard_plan([chunk.tolist()], rank=rank, processes=processes)
+                shares = self.team.gather(partial(compute, share))
+                parts += [value for values, _ in shares for value in values]
+                done.append(chunk)
+                rates.append((time.perf_counter() - began) / len(chunk))
+                self.log.advance(len(chunk))
+                if shares[0][1]:
+                    break
+        return Features(np.concatenate(done), np.concatenate(parts), median(rates) * sum(map(len, done)))
+
     def time_photos(self, candidate: Candidate) -> float:
         """Seconds per photo of a few; those before them warm up."""
-        sample = self.order[:64]
-        self.collect_features(candidate, sample[:16])
+        sample = self.order[: CHUNK * self.team.fabric.world_size]
+        few = sample[: CHUNK // 4 * self.team.fabric.world_size]
+        self.collect_features(candidate, few)
         began = time.perf_counter()
         self.collect_features(candidate, sample)
-        return (time.perf_counter() - began) / max(len(sample) - 16, 1)
+        return (time.perf_counter() - began) / max(len(sample) - len(few), 1)
 
     def enter(self, candidate: Candidate, count: int, *, deadline: float) -> Entry | None:
         """Score a candidate on the first `count` training photos, or on as many as fit; None if they are too few."""

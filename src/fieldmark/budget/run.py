@@ -25,18 +25,18 @@ from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
 from fieldmark.budget.race import FEATURES, STORED, Course, Entry, best_average, rungs, stratified_order
 from fieldmark.budget.shelf import Answer, Floats, Model, Shelf, choose_temperature
+from fieldmark.budget.team import Team
 from fieldmark.config import Config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError, command
 from fieldmark.files import fill_template
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
-from fieldmark.progress import Logged, Progress, Quiet
+from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import prepare_dataset
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import Run, format_accuracy
-from fieldmark.runs.session import setup_fabric
+from fieldmark.runs.session import claim_together, load_together, setup_fabric
 from fieldmark.runs.train import StopRequest, next_steps, stop_requests
-from fieldmark.runs.writer import claim_folder
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.loop import EpochReport
 from fieldmark.training.metrics import log_loss
@@ -63,15 +63,18 @@ def machine_minutes(config: Config) -> float:
 
 def describe_plan(config: Config) -> str:
     """Return what a training without a recipe would choose from, and what it would cost; nothing is trained."""
+    processes = config.train.devices * config.train.nodes
+    config = config.model_copy(update={"train": config.train.model_copy(update={"devices": 1, "nodes": 1})})
     try:
         with TemporaryDirectory() as path:
-            work = _prepare(config, Path(path), Plan(Path(path) / PLAN, math.inf), None, StopRequest())
+            team = Team(setup_fabric(config)[0], StopRequest())
+            work = _prepare(config, Path(path), Plan(Path(path) / PLAN, math.inf), Quiet(), team)
             count = len(work.course.order) + len(work.course.val)
             firsts = [list_candidates(config, [backbone])[0] for backbone in work.backbones]
             costs = [(candidate, count * work.course.time_photos(candidate)) for candidate in firsts]
     except FieldmarkError as error:
         return f"train without a recipe is not possible here: {error}"
-    return fill_template("plan.md", {"minutes": machine_minutes(config), "costs": costs})
+    return fill_template("plan.md", {"minutes": machine_minutes(config), "costs": costs, "processes": processes})
 
 
 def train_within(
@@ -86,27 +89,13 @@ def train_within(
     """Make the best model that fits a time, and write a run folder, which must not exist, or be empty.
 
     Without minutes it takes as many as suit the machine, and says so. What the settings name explicitly (model,
-    evaluation size, view) is not varied. `spent_seconds` of the minutes are
-    gone already: those of a program that took time to start. After an InterruptedRunError (Ctrl-C or SIGTERM) the
-    folder holds the best model so far.
+    evaluation size, view) is not varied. `spent_seconds` of the minutes are gone already: those of a program that took
+    time to start. After an InterruptedRunError (Ctrl-C or SIGTERM) the folder holds the best model so far.
+
+    Of several processes each calls this; the first makes the plan, and the others compute with it.
     """
-    if (processes := config.train.devices * config.train.nodes) > 1:
-        raise ConfigError(
-            f"a time budget is spent by one process; train.devices and train.nodes ask for {processes}. Leave both at "
-            "1, or train on all of them by a recipe without --minutes"
-        )
-    if minutes is None:
-        minutes = machine_minutes(config)
-        message = f"no recipe and no --minutes: taking {minutes:g} minutes, which suit this machine"
-        (progress or Quiet()).message(message)
-    path = Path(out)
-    plan = Plan(path / PLAN, 60 * minutes, clock, spent_seconds)
-    with claim_folder(path, is_new=True), stop_requests() as stop:
-        work = _prepare(config, path, plan, progress, stop)
-        work.require_pace()
-        plan.begin()
-        plan.decide("settings", lambda: config.model_dump(mode="json", exclude_unset=True))
-        return work.run()
+    plan = Plan(Path(out) / PLAN, 60 * (minutes or machine_minutes(config)), clock, spent_seconds)
+    return _spend(config, plan, progress, is_new=True, is_default=minutes is None)
 
 
 def resume_within(
@@ -119,8 +108,7 @@ def resume_within(
         more = command("train", "--resume", path, "--minutes", "N")
         raise RunError(f"{path} is finished. Give it more time with: {more}")
     config = parse_config(plan.decide("settings", dict), PLAN)
-    with claim_folder(path, is_new=False), stop_requests() as stop:
-        return _prepare(config, path, plan, progress, stop).run()
+    return _spend(config, plan, progress, is_new=False)
 
 
 def is_budgeted(out: str | Path) -> bool:
@@ -128,22 +116,37 @@ def is_budgeted(out: str | Path) -> bool:
     return (Path(out) / PLAN).is_file()
 
 
-def _prepare(config: Config, path: Path, plan: Plan, progress: Progress | None, stop: StopRequest) -> _Work:
-    """Gather photos, weights and a device; what is missing is said before anything but the log is written."""
-    log = Logged(progress or Quiet(), path / folder.LOG)
-    log.message(f"budget: {plan.left / 60:.1f} minutes, on {usable_cores()} cores")
-    backbones = find_backbones(config)
+def _spend(config: Config, plan: Plan, progress: Progress | None, *, is_new: bool, is_default: bool = False) -> Run:
+    """Prepare in all processes; then the first spends the budget, with the others at its hand."""
+    path = plan.path.parent
+    with stop_requests() as stop:
+        team = Team(setup_fabric(config)[0], stop)
+        with claim_together(team.fabric, path, is_new=is_new, progress=progress or Quiet()) as log:
+            if is_default:
+                minutes = f"{plan.seconds / 60:g} minutes"
+                log.message(f"no recipe and no --minutes: taking {minutes}, which suit this machine")
+            work = _prepare(config, path, plan, log, team)
+            team.work(work.course, partial(work.run, is_new=is_new))
+    return Run(path)
+
+
+def _prepare(config: Config, path: Path, plan: Plan, log: Progress, team: Team) -> _Work:
+    """Gather photos and weights; what is missing is said before anything but the log is written."""
+    fabric = team.fabric
+    processes = f" in each of {fabric.world_size} processes" if fabric.world_size > 1 else ""
+    log.message(f"budget: {plan.left / 60:.1f} minutes, on {usable_cores()} cores{processes}")
+    backbones = team.agree(lambda: find_backbones(config))
     log.message("weights at hand: " + ", ".join(f"{one.name} ({one.parameters / 1e6:.1f} M)" for one in backbones))
-    fabric, _ = setup_fabric(config)
     if fabric.device.type == "cpu":
         torch.set_num_threads(build.choose_threads(config, workers=0).value)
     # Validation photos choose first; `train+val` lets the heads learn from them at the end.
-    dataset = prepare_dataset(config.data.model_copy(update={"train_on": "train"}), progress=log)
+    settings = config.data.model_copy(update={"train_on": "train"})
+    dataset = load_together(fabric, partial(prepare_dataset, settings, progress=log))
     index, labels = dataset.index, dataset.labels
     train, val = index.numbers("train"), index.numbers("val")
     log.message(f"data: {len(train)} photos of {len(index.classes)} classes to learn from, {len(val)} to validate on")
     order = train[stratified_order(labels[train], seed=config.train.seed)]
-    course = Course(config, path, plan, log, stop, dataset, fabric, order, val)
+    course = Course(config, path, plan, log, team, dataset, order, val)
     return _Work(course, backbones, Shelf(path, dataset, train=train, val=val))
 
 
@@ -165,9 +168,13 @@ class _Work:
         """The answer that the folder holds."""
         return self.history[-1][1]
 
-    def run(self) -> Run:
+    def run(self, *, is_new: bool) -> None:
         """Spend the budget; a signal leaves what is best by then."""
-        course = self.course
+        course, plan = self.course, self.course.plan
+        if is_new:
+            self.require_pace()
+            plan.decide("budget", lambda: plan.seconds)
+            plan.decide("settings", lambda: course.config.model_dump(mode="json", exclude_unset=True))
         self.shelf.open(course.config)
         try:
             self.floor()
@@ -176,13 +183,13 @@ class _Work:
             if may_tune:
                 self.tune()
         except _StoppedError:
-            self.end("interrupted")
-            raise InterruptedRunError(
-                f"stopped by {course.stop.signal_name}: {course.path} holds {self.best.name}, which answers. Go on "
-                f"with: {command('train', '--resume', course.path)}"
-            ) from None
+            kept, name = " before anything answered", course.team.stop.signal_name
+            if self.history:
+                self.end("interrupted")
+                kept = f": {course.path} holds {self.best.name}, which answers"
+            again = command("train", "--resume", course.path)
+            raise InterruptedRunError(f"stopped by {name}{kept}. Go on with: {again}") from None
         self.end("finished")
-        return Run(course.path)
 
     def require_pace(self) -> None:
         """Raise ConfigError where the smallest network does not answer as many photos a second as are asked for."""
@@ -390,18 +397,14 @@ class _Work:
         slowest = max(entry.seconds_per_photo for entry in self.entries.values())
         reserve = 5 * 1.3 * slowest * len(course.val) + 5 + 0.01 * course.plan.seconds
 
-        def choose() -> list[Any]:
-            self._check()
-            return self._choose_tuning(course.plan.left - reserve, done=tuned)
-
-        while record := course.plan.decide("fine-tune", choose):
+        while record := course.plan.decide("fine-tune", lambda: self._choose_tuning(reserve, done=tuned)):
             key, seconds_of_others, *values = record
             entry, option = self.entries[key], tuning.Option(*values)
             course.log.message(
                 f"fine-tuning {key} at {option.size} pixels, {option.freeze} stages frozen, {option.epochs:.1f} epochs"
             )
-            on_epoch = partial(self._keep_epoch, entry)
-            found = tuning.tune(course, entry, option, reserve=reserve + seconds_of_others, on_epoch=on_epoch)
+            own = {"reserve": reserve + seconds_of_others, "on_epoch": partial(self._keep_epoch, entry)}
+            found = course.team.ask(course, tuning.tune, tuning.soften(course, entry), option, **own)
             if found is None:
                 raise _StoppedError
             self.tried.append({"what": f"fine-tuning of {key}", "updates": found.updates, "seconds": found.seconds})
@@ -413,11 +416,13 @@ class _Work:
         if not tuned:
             course.log.message("fine-tuning: the time left allows too few epochs to pay")
 
-    def _choose_tuning(self, seconds: float, *, done: Container[str]) -> list[Any]:
+    def _choose_tuning(self, reserve: float, *, done: Container[str]) -> list[Any]:
         """Key of the best entry that can be fine-tuned for long enough, what it leaves to others, and how; or nothing.
 
         Time that buys enough epochs for several is shared: their average errs less than one does after more epochs.
         """
+        self._check()
+        seconds = self.course.plan.left - reserve
         ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
         ranked = [one for one in ranked if one.candidate.backbone.name not in done and self._may_answer([one])]
         firsts = _firsts(ranked)
@@ -488,18 +493,12 @@ class _Work:
         """Return the model.json of an entry's network."""
         built = self.course.load_model(entry.candidate)
         evaluation = build.build_eval_spec(config, built.data)
-        precision = self.course.fabric.strategy.precision.precision
+        precision = self.course.team.fabric.strategy.precision.precision
         return build.describe_model(built, evaluation, precision=precision, channels_last=True)
 
     def _check(self) -> None:
-        stop = self.course.stop
-        if stop and self.history:
+        if self.course.team.stop:
             raise _StoppedError
-        if stop:
-            raise InterruptedRunError(
-                f"stopped by {stop.signal_name} before anything answered. Go on with: "
-                f"{command('train', '--resume', self.course.path)}"
-            )
 
     def end(self, status: str) -> None:
         """Leave the best answer as an ordinary run, and say how it came about."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,13 @@ from torch import Tensor
 
 from fieldmark.budget.candidates import SMALLER, Candidate, change, round_size
 from fieldmark.budget.heads import refit_head
-from fieldmark.budget.plan import Pace, Shape
+from fieldmark.budget.plan import REPLAN_EVERY, Pace, Shape
 from fieldmark.budget.race import Course, Entry
 from fieldmark.config import Config
 from fieldmark.data.loader import compute_alone
 from fieldmark.models.classifier import freeze_stages
 from fieldmark.runs import build, folder
-from fieldmark.runs.session import Session, assemble
+from fieldmark.runs.session import Session, assemble, run_in_turn, run_together
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, UpdateOptions, compute_gradients, train_epochs
 
 TUNING = "tuning"
@@ -67,7 +68,7 @@ class Option:
 def open_pool(course: Course, config: Config) -> AbstractContextManager[ThreadPoolExecutor | None]:
     """Threads for micro-batches side by side, a core for each, where that is exact (see `training.loop`)."""
     cores = torch.get_num_threads()
-    model, fabric = config.model, course.fabric
+    model, fabric = config.model, course.team.fabric
     is_exact = model.freeze_batchnorm and not (model.feature_dropout or model.drop_path)
     is_plain = fabric.device.type == "cpu" and fabric.world_size == 1
     if cores < 2 or not is_exact or not is_plain or config.train.compile == "on":
@@ -75,15 +76,16 @@ def open_pool(course: Course, config: Config) -> AbstractContextManager[ThreadPo
     return ThreadPoolExecutor(cores, "fieldmark-update", compute_alone)
 
 
-def measure_update(course: Course, candidate: Candidate, *, size: int, freeze: int) -> float:
-    """Seconds per photo of an update of a copy of the candidate's network; the first one warms up."""
-    fabric, device = course.fabric, course.fabric.device
+def measure_update(course: Course, candidate: Candidate, size: int, freeze: int) -> float:
+    """In all processes: seconds per photo of an update of a copy of the network; the first update warms up."""
+    fabric, device = course.team.fabric, course.team.fabric.device
     config = tuning_config(course.config, candidate, Option(size, freeze, 0.0, 1.0))
     model = copy.deepcopy(course.load_model(candidate).model).train()
     freeze_stages(model, freeze, freeze_batchnorm=True)
     network, optimizer = fabric.setup(model, build.build_optimizer(config, model, precision=fabric.strategy.precision))
-    images = torch.zeros(MEASURED_PHOTOS, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    targets = torch.zeros(MEASURED_PHOTOS, course.num_classes, device=device)
+    num_photos = min(MEASURED_PHOTOS, -(-config.train.batch_size // fabric.world_size))
+    images = torch.zeros(num_photos, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    targets = torch.zeros(num_photos, course.num_classes, device=device)
     micro_batch = build.first_micro_batch(config, processes=fabric.world_size)
     started = 0.0
     with open_pool(course, config) as pool:
@@ -94,7 +96,7 @@ def measure_update(course: Course, candidate: Candidate, *, size: int, freeze: i
             optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-    return (time.perf_counter() - started) / MEASURED_PHOTOS
+    return (time.perf_counter() - started) / (num_photos * fabric.world_size)
 
 
 def choose_option(options: Sequence[Option], *, sharing: int = 1) -> Option | None:
@@ -116,7 +118,7 @@ def list_options(course: Course, candidate: Candidate, *, seconds: float, depths
     large = course.config.augment.size or max(candidate.size, small)
     found: list[Option] = []
     for freeze in (0, num_stages // 3, 2 * num_stages // 3)[:depths]:
-        measured = measure_update(course, candidate, size=small, freeze=freeze)
+        measured = course.team.ask(course, measure_update, candidate, small, freeze)
         for side in dict.fromkeys((large, small)):
             each = measured * (side / small) ** 2
             found.append(Option(side, freeze, each, seconds / (len(course.order) * each)))
@@ -152,10 +154,20 @@ class Tuned:
 OnEpoch = Callable[[EpochReport, Config, Weights], None]
 
 
-def tune(course: Course, entry: Entry, option: Option, *, reserve: float, on_epoch: OnEpoch) -> Tuned | None:
-    """Fine-tune a candidate from its head, and mix with it; None if a signal came, with the state saved.
+def soften(course: Course, entry: Entry) -> Entry:
+    """The entry with a head of smaller weights: large ones turn each small step of the backbone into a large one."""
+    features = course.collect_features(entry.candidate, entry.numbers).select(entry.numbers)
+    soft = replace(entry.head, l2=max(entry.head.l2, SOFT_L2), out_of_fold=entry.head.out_of_fold[:0])
+    return replace(entry, head=refit_head(features, course.dataset.labels[entry.numbers], soft))
 
-    `reserve` are seconds to leave for what follows; `on_epoch` takes report, settings and weights of each epoch.
+
+def tune(
+    course: Course, entry: Entry, option: Option, *, reserve: float = 0.0, on_epoch: OnEpoch = lambda *_: None
+) -> Tuned | None:
+    """In all processes: fine-tune a candidate from its head, and mix with it; None if a signal came, with all saved.
+
+    The first has the clock. `reserve` are seconds to leave for what follows; `on_epoch` takes report, settings and
+    weights of each epoch.
     """
     started = course.plan.elapsed
     session = _open_session(course, entry, option)
@@ -175,17 +187,14 @@ def tune(course: Course, entry: Entry, option: Option, *, reserve: float, on_epo
 
 
 def _open_session(course: Course, entry: Entry, option: Option) -> Session:
-    fabric, dataset, log = course.fabric, course.dataset, course.log
+    fabric, path = course.team.fabric, course.path / TUNING / entry.candidate.key
     config = tuning_config(course.config, entry.candidate, option)
-    built = copy.deepcopy(course.load_model(entry.candidate))
-    # A head of smaller weights to begin with: large ones turn each small step of the backbone into a large one.
-    features = course.collect_features(entry.candidate, entry.numbers).select(entry.numbers)
-    soft = replace(entry.head, l2=max(entry.head.l2, SOFT_L2))
-    built.model.head = refit_head(features, dataset.labels[entry.numbers], soft).as_linear()
-    path = course.path / TUNING / entry.candidate.key
+    built = run_together(fabric, lambda: copy.deepcopy(course.load_model(entry.candidate)))
+    built.model.head = entry.head.as_linear()
     path.mkdir(parents=True, exist_ok=True)
-    session, _, note = assemble(config, path, fabric, dataset, built, select="last", progress=log)
-    log.message(note)
+    begin = partial(assemble, config, path, fabric, course.dataset, built, select="last", progress=course.log)
+    session, _, note = run_in_turn(fabric, begin)
+    course.log.message(note)
     return session
 
 
@@ -201,12 +210,13 @@ class _Training:
 
     def run(self, on_epoch: OnEpoch, pool: ThreadPoolExecutor | None) -> bool:
         """Train to the end of the pace; False if a signal came."""
-        session, state, pace = self.session, self.state, self.pace
+        session, state, pace, team = self.session, self.state, self.pace, self.course.team
         state.schedule = lambda step: pace.shape.factor(step)
         if (session.writer.path / folder.STATE).is_file():
             session.writer.restore(state)
         while self.moves and self.moves[0][0] <= state.step:
             pace.shape = pace.shape.moved(*self.moves.pop(0))
+        pace.shape = team.agree(lambda: pace.shape)
         state.set_rates()
         options = build.build_update_options(session.config, session.prior, session.fabric.device)
         reports = train_epochs(
@@ -220,48 +230,56 @@ class _Training:
         )
         for report in reports:
             session.writer.save(state)
-            if self.course.stop:
+            if team.agree(lambda: bool(team.stop)):
                 return False
             if not report.is_complete or state.step >= pace.shape.end:
                 break
-            on_epoch(report, session.config, state.kept_model.state_dict())
+            team.agree(partial(on_epoch, report, session.config, state.kept_model.state_dict()))
         return True
 
     def _watch(self, epoch: int, first: int) -> Iterator[TrainBatch]:
         """Yield batches until the pace's end."""
-        clock, state = self.course.plan.clock, self.state
-        self.pace.forget()
-        saved = clock()
+        team, clock, state, pace = self.course.team, self.course.plan.clock, self.state, self.pace
+        minutes = min(self.session.config.train.save_minutes, 1.0)
+        # To agree at each update would let GPUs wait for their hosts.
+        every = REPLAN_EVERY if team.fabric.world_size > 1 and team.fabric.device.type != "cpu" else 1
+        pace.forget()
+        now = saved = clock()
+
+        def decide() -> tuple[bool, tuple[int, int] | None, bool]:
+            is_stopped = bool(team.stop)
+            return is_stopped, None if is_stopped else self._choose_move(), 0 < 60 * minutes < now - saved
+
         for batch in self.session.train_batches(epoch, first):
             now = clock()
-            self.pace.observe(now)
-            if self.course.stop:
+            pace.observe(now)
+            if state.step % every == 0:
+                is_stopped, move, is_unsaved = team.agree(decide)
+                if is_stopped:
+                    return
+                if move is not None:
+                    pace.shape = pace.shape.moved(*move)
+                if is_unsaved:
+                    self.session.writer.save(state)
+                    saved = now
+            if state.step >= pace.shape.end:
                 return
-            self._move_end()
-            if state.step >= self.pace.shape.end:
-                return
-            minutes = self.session.config.train.save_minutes
-            if minutes and now - saved > 60 * min(minutes, 1.0):
-                self.session.writer.save(state)
-                saved = now
             yield batch
 
-    def _move_end(self) -> None:
+    def _choose_move(self) -> tuple[int, int] | None:
+        """In the first process: a new end from this update on, if there is one."""
         plan, pace, step = self.course.plan, self.pace, self.state.step
         if self.moves:
-            if self.moves[0][0] == step:
-                pace.shape = pace.shape.moved(*self.moves.pop(0))
-            return
+            return self.moves.pop(0) if self.moves[0][0] <= step else None
         # A record that goes on after the moves says that there were no others.
         end = None if plan.is_repeating else pace.propose(step)
         if end is None:
-            return
-        plan.decide(MOVES, lambda: [step, end])
+            return None
         self.course.log.message(
             f"fine-tuning: ends after update {end} instead of {pace.shape.end}, as the clock runs; "
             f"{max(plan.left, 0):.0f} s left"
         )
-        pace.shape = pace.shape.moved(step, end)
+        return plan.decide(MOVES, lambda: (step, end))
 
     def mix_with(self, probe: Weights) -> dict[str, tuple[Weights, NDArray[np.float32]]]:
         """Evaluate the last weights, their average and interpolations with the probe, as far as time allows.
@@ -279,7 +297,8 @@ class _Training:
         evaluated: dict[str, tuple[Weights, NDArray[np.float32]]] = {}
         seconds = 0.0
         for name, weights in networks.items():
-            if not plan.decide(f"evaluate {name}", lambda needed=seconds: plan.left > 2 * needed + 4):
+            has_time = partial(plan.decide, f"evaluate {name}", lambda needed=seconds: plan.left > 2 * needed + 4)
+            if not self.course.team.agree(has_time):
                 continue
             began = plan.elapsed
             state.model.load_state_dict(weights)

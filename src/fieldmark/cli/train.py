@@ -87,7 +87,7 @@ def train(
     With --minutes, or without a recipe, the plan is made by measuring: which backbones, sizes and views, and how long.
     """
     if ray is not None and minutes is not None:
-        raise typer.BadParameter("--minutes are spent by one process: give --ray a --recipe instead")
+        raise typer.BadParameter("--ray takes a --recipe; --minutes go with train.devices=N or torchrun")
     if resume is None and (ray is None) != (workers is None):
         raise typer.BadParameter("--ray and --workers N go together: N processes on the cluster train one model")
     recipe = DEFAULT_RECIPE if workers and recipe is None else recipe
@@ -126,7 +126,7 @@ def run_training(
     if minutes is not None and not has_budget:
         raise typer.BadParameter(f"{resume} was not trained within a budget: --resume goes on with its own recipe")
     if resume and has_budget and (data or ray is not None):
-        raise typer.BadParameter(f"{resume} was trained within a budget: in one process, and on photos where they were")
+        raise typer.BadParameter(f"{resume} was trained within a budget: --ray and --data don't go with that")
     path = resume or out or runs.new_run_folder(config, recipe or "minutes")
     with open_progress("train") as progress:
         if watch and is_main_process():

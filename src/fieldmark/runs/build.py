@@ -87,7 +87,7 @@ def choose_threads(config: Config, *, workers: int) -> Choice[int]:
     """Choose the compute threads of a CPU run: more threads than cores, workers included, would collapse."""
     if config.train.threads:
         return Choice(config.train.threads, "as asked")
-    cores = usable_cores(config.train.devices)
+    cores = usable_cores()
     return Choice(max(cores - workers, 1), f"{cores} cores, {workers} of them for the loader")
 
 
@@ -95,7 +95,7 @@ def choose_workers(config: Config, *, is_cached: bool, device: torch.device) -> 
     """Choose how many processes prepare batches."""
     if config.loader.workers != "auto":
         return Choice(config.loader.workers, "as asked")
-    cores = usable_cores(config.train.devices)
+    cores = usable_cores()
     return Choice(*auto_workers(cores=cores, is_cached=is_cached, has_gpu=device.type != "cpu"))
 
 

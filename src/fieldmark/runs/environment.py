@@ -43,13 +43,12 @@ def describe_hardware() -> dict[str, Any]:
     }
 
 
-def usable_cores(processes: int = 1) -> int:
-    """Return the cores of one of so many processes here: by affinity, a container's quota, and OMP_NUM_THREADS."""
+def usable_cores() -> int:
+    """Return the cores of this process: by affinity, a container's quota, and OMP_NUM_THREADS, as launchers set it."""
     from joblib import cpu_count
 
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    cores = min(cpu_count(), int(asked)) if asked.isdecimal() and int(asked) else cpu_count()
-    return cores // (1 if "LOCAL_WORLD_SIZE" in os.environ else processes)  # torchrun and Ray give each its own
+    return min(cpu_count(), int(asked)) if asked.isdecimal() and int(asked) else cpu_count()
 
 
 def is_main_process() -> bool:

@@ -196,18 +196,12 @@ def open_session(
     config, warning = build.guard_computation(config) if start != "resumed" else (config, "")
     fabric, choices = setup_fabric(config)
     with ExitStack() as stack:
-        claim = claim_folder(path, is_new=start == "new") if fabric.is_global_zero else nullcontext()
-        _run_together(fabric, lambda: stack.enter_context(claim))
-        progress = Logged(progress, path / folder.LOG) if fabric.is_global_zero else Quiet()
+        progress = stack.enter_context(claim_together(fabric, path, is_new=start == "new", progress=progress))
         skip = _skip_broken(config.data.path, path) if start == "again" else SKIP_BROKEN
         load = partial(prepare_dataset, config.data, skip=skip)
         load = load if start != "resumed" else partial(_reload_dataset, config, path, data)
-        load = partial(load, progress=progress, fill=partial(build.fill_cache, config))
-        # One process decodes; the others find the photos inspected and the cache filled.
-        first = _run_together(fabric, lambda: load() if fabric.is_global_zero else None)
-        dataset = _run_together(fabric, lambda: first or load())
-        _run_together(fabric, lambda: _require_same(fabric, dataset))
-        built = _run_together(fabric, lambda: build.build_model(config, num_classes=len(dataset.index.classes)))
+        dataset = load_together(fabric, partial(load, progress=progress, fill=partial(build.fill_cache, config)))
+        built = run_together(fabric, lambda: build.build_model(config, num_classes=len(dataset.index.classes)))
         session, workers, cache_note = assemble(
             config, path, fabric, dataset, built, select=config.train.select, progress=progress
         )
@@ -244,7 +238,29 @@ def setup_fabric(config: Config) -> tuple[Fabric, dict[str, build.Choice[str] | 
     return fabric, choices
 
 
-def _run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
+@contextmanager
+def claim_together(fabric: Fabric, path: Path, *, is_new: bool, progress: Progress) -> Generator[Progress]:
+    """Hold a run folder for all processes; the first one's progress has a log in it, the others say nothing."""
+    with ExitStack() as stack:
+        claim = claim_folder(path, is_new=is_new) if fabric.is_global_zero else nullcontext()
+        run_together(fabric, lambda: stack.enter_context(claim))
+        yield Logged(progress, path / folder.LOG) if fabric.is_global_zero else Quiet()
+
+
+def load_together(fabric: Fabric, load: Callable[[], Dataset]) -> Dataset:
+    """Load the photos in every process; they must be the same."""
+    dataset = run_in_turn(fabric, load)
+    run_together(fabric, lambda: _require_same(fabric, dataset))
+    return dataset
+
+
+def run_in_turn(fabric: Fabric, work: Callable[[], Result]) -> Result:
+    """Do `work` in the first process, then in the others: they find photos inspected and a cache filled."""
+    first = run_together(fabric, lambda: work() if fabric.is_global_zero else None)
+    return run_together(fabric, lambda: first or work())
+
+
+def run_together(fabric: Fabric, work: Callable[[], Result]) -> Result:
     """Do `work` in every process, or raise in all of them: its own error in the first that has one."""
     result, problem = None, None
     try:

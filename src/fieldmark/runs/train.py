@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from fieldmark import errors
@@ -226,7 +227,7 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
     except errors.NonFiniteError as error:
         raise _with_photo_names(session, state, error) from error
     except RuntimeError as error:
-        raise _explain_lost_process(session, error) from error
+        raise explain_lost_process(session.fabric, error) from error
     finally:
         trackers.close()
     _write_summary(session, state)
@@ -326,10 +327,10 @@ def _with_photo_names(session: Session, state: TrainState, error: errors.NonFini
     )
 
 
-def _explain_lost_process(session: Session, error: RuntimeError) -> Exception:
+def explain_lost_process(fabric: Fabric, error: RuntimeError) -> Exception:
     """Return what a broken connection means: another process of this training failed, and its message says why."""
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "DistBackendError")
-    is_lost = session.fabric.world_size > 1 and any(word in f"{type(error).__name__} {error}" for word in words)
+    is_lost = fabric.world_size > 1 and any(word in f"{type(error).__name__} {error}" for word in words)
     return errors.ReportedElsewhereError(None) if is_lost else error
 
 
