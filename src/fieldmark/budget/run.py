@@ -118,9 +118,9 @@ def is_budgeted(out: str | Path) -> bool:
 
 def _spend(config: Config, plan: Plan, progress: Progress | None, *, is_new: bool, is_default: bool = False) -> Run:
     """Prepare in all processes; then the first spends the budget, with the others at its hand."""
-    path = plan.path.parent
     with stop_requests() as stop:
         team = Team(setup_fabric(config)[0], stop)
+        path = team.agree(lambda: plan.path.parent)
         with claim_together(team.fabric, path, is_new=is_new, progress=progress or Quiet()) as log:
             if is_default:
                 minutes = f"{plan.seconds / 60:g} minutes"
