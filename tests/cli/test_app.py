@@ -164,6 +164,11 @@ def test_a_notebooks_backend_of_matplotlib_does_not_matter(monkeypatch):
     assert os.environ["MPLBACKEND"] == "agg"
 
 
+def test_models_are_timed_here_on_request():
+    row = json.loads(invoke("models", "test_resnet", "--measure", "--json").output)[0]
+    assert row["photos_per_second"] > 0
+
+
 def test_imports_without_searches_for_garbage_leave_the_collector_on() -> None:
     with quick_imports():
         assert not gc.isenabled()

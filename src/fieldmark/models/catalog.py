@@ -111,9 +111,11 @@ def list_models(pattern: str) -> list[dict[str, Any]]:
 
 def format_models(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the rows of `list_models` as a table for people."""
-    columns = {"name": "timm name", "alias": "short name", **NUMBERS, "train_size": "pixels", "license": "license",
-               "pretraining": "pre-trained on"}  # fmt: skip
-    cells = [list(columns.values()), *([_as_text(row[key]) for key in columns] for row in rows)]
+    columns = {"name": "timm name", "alias": "short name", **NUMBERS, "photos_per_second": "photos/s",
+               "train_size": "pixels", "license": "license", "pretraining": "pre-trained on"}  # fmt: skip
+    keys = [key for key in columns if key in rows[0]]
+    shown = [[_as_text(row[key]) for key in keys] for row in rows]
+    cells = [[columns[key] for key in keys], *shown]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
