@@ -191,6 +191,13 @@ def test_time_for_two_backbones_is_shared_and_a_killed_second_one_goes_on(settin
     assert_same_weights(whole.path, out)
 
 
+def test_time_that_a_short_race_leaves_goes_to_fine_tuning(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget._Work, "may_tune", lambda work: False)
+    run = budget.train_within(settings, tmp_path / "left", minutes=0.4, clock=TickClock())
+    assert any(row["what"].startswith("fine-tuning of ") for row in run.summary["tried"])
+    assert '"half of the time is left", "value": true' in (run.path / "plan.jsonl").read_text()
+
+
 def test_fine_tuning_that_leaves_no_time_to_look_at_it_keeps_the_probe(settings, tmp_path, monkeypatch):
     tune = budget.tuning.tune
     monkeypatch.setattr(budget.tuning, "tune", lambda *given, **more: replace(tune(*given, **more), networks={}))

@@ -180,7 +180,9 @@ class _Work:
             self.floor()
             may_tune = self.may_tune()
             self.race(RACE_SHARE if may_tune else PROBE_SHARE)
-            if may_tune:
+            # A race of few candidates ends early, and leaves time for the epochs that half of it did not allow.
+            half = TUNE_SHARE * plan.seconds
+            if may_tune or (len(course.val) and plan.decide("half of the time is left", lambda: plan.left > half)):
                 self.tune()
         except _StoppedError:
             kept, name = " before anything answered", course.team.stop.signal_name
@@ -257,7 +259,7 @@ class _Work:
 
         epochs = self.course.plan.decide("epochs of fine-tuning that half of the time allows", count_epochs)
         is_enough = epochs >= tuning.LEAST_EPOCHS
-        what = "about half of the time goes to it" if is_enough else "too few to pay, so all time goes to the race"
+        what = "about half of the time goes to it" if is_enough else "too few to pay, so the race may take all of it"
         self.course.log.message(f"fine-tuning: {TUNE_SHARE:.0%} of the time would allow {epochs:.1f} epochs; {what}")
         self._check()
         return is_enough
