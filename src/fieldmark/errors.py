@@ -97,8 +97,14 @@ class ReportedElsewhereError(FieldmarkError):
     """Another process of the same training, of this rank if it is known, raises the error and prints its message."""
 
     def __init__(self, rank: int | None) -> None:
-        name = "another process" if rank is None else f"process {rank}"
-        super().__init__(f"{name} of this training has failed; its own message says why")
+        message = f"process {rank} of this training has failed; its own message says why"
+        if rank is None:
+            message = (
+                "another process of this training was lost: its own message says why, or the system killed it, as when "
+                "memory runs out. Go on with --resume"
+            )
+        super().__init__(message)
+        self.rank = rank
 
 
 class RunError(FieldmarkError):

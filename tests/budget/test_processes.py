@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
@@ -93,8 +94,8 @@ def start(photos: Path, out: Path, *words: str) -> list[str]:
     return [sys.executable, *words, "-m", "fieldmark", "train", str(photos), "--out", str(out), *pairs]
 
 
-def test_a_signal_to_one_of_two_processes_leaves_the_best_and_the_run_goes_on(photos, tmp_path):
-    out = tmp_path / "run"
+def start_fine_tuning(photos: Path, out: Path) -> subprocess.Popen[str]:
+    """Two processes that have saved a state."""
     command = [*start(photos, out), "--minutes", "10", "--set=train.devices=2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_thread())
     deadline = time.monotonic() + 120
@@ -102,6 +103,12 @@ def test_a_signal_to_one_of_two_processes_leaves_the_best_and_the_run_goes_on(ph
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    return process
+
+
+def test_a_signal_to_one_of_two_processes_leaves_the_best_and_the_run_goes_on(photos, tmp_path):
+    out = tmp_path / "run"
+    process = start_fine_tuning(photos, out)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130, told
@@ -115,6 +122,20 @@ def test_a_signal_to_one_of_two_processes_leaves_the_best_and_the_run_goes_on(ph
     command = [sys.executable, "-m", "fieldmark", "train", *words]
     done = subprocess.run(command, env=one_thread(), capture_output=True, text=True, check=True, timeout=240)
     assert json.loads(done.stdout)["status"] == "finished"
+
+
+def test_a_worker_that_is_killed_is_told_of_and_the_folder_answers(photos, tmp_path):
+    out = tmp_path / "run"
+    process = start_fine_tuning(photos, out)
+    (worker,) = psutil.Process(process.pid).children()
+    worker.kill()
+    _, told = process.communicate(timeout=120)
+    # Lightning looks each five seconds whether all live, and may end the first before it has noticed.
+    assert process.returncode in (2, -signal.SIGKILL), told
+    assert told.count("error: another process of this training was lost") == (process.returncode == 2)
+    assert "Traceback" not in told
+    assert Run(out).summary["status"] == "running"
+    assert Predictor.load(out).classes == ("0", "1", "2")
 
 
 def test_torchrun_spends_a_budget_and_tells_its_result_once(photos, tmp_path):

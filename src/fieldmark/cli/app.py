@@ -105,12 +105,12 @@ def main() -> None:
 
 def _report(error: FieldmarkError) -> int:
     """Print an error that no other process of the same training prints; give the exit code."""
-    if isinstance(error, InterruptedRunError):
+    is_stopped = isinstance(error, InterruptedRunError)
+    is_told = isinstance(error, ReportedElsewhereError) and error.rank is not None
+    if is_stopped or isinstance(error, ReportedElsewhereError):
         from fieldmark.runs.environment import is_main_process
 
-        if is_main_process():
-            typer.echo(str(error), err=True)
-        return 130
-    if not isinstance(error, ReportedElsewhereError):
-        typer.echo(f"error: {error}", err=True)
-    return 2
+        is_told = is_told or not is_main_process()
+    if not is_told:
+        typer.echo(str(error) if is_stopped else f"error: {error}", err=True)
+    return 130 if is_stopped else 2
