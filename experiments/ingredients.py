@@ -32,7 +32,8 @@ from fieldmark.budget.candidates import Candidate, find_backbones
 from fieldmark.budget.heads import Head, _Basis
 from fieldmark.budget.plan import Plan, Shape
 from fieldmark.budget.race import Course, Entry, stratified_order
-from fieldmark.budget.tune import Option, _open_session
+from fieldmark.budget.team import Team
+from fieldmark.budget.tune import Option, _open_session, soften
 from fieldmark.config import load_config
 from fieldmark.inference.calibration import fit_temperature, log_probabilities
 from fieldmark.progress import Quiet
@@ -44,7 +45,6 @@ from fieldmark.study.statistics import paired_difference
 from fieldmark.training.checkpoint import load_saved_weights, save_weights
 from fieldmark.training.evaluate import softmax
 from fieldmark.training.loop import TrainBatch, TrainState, soft_cross_entropy
-from fieldmark.training.optim import Schedule
 
 LEARN, JUDGE = 960, 1500  # photos of a data set, at most
 SIZE, TRAIN_SIZE = 128, 96  # sides of the pictures that heads and judges see, and of those that train
@@ -140,12 +140,12 @@ def open_course(data: Path, folder: Path) -> Course:
     """Find a data set's photos, and say where what is computed of them is kept."""
     config = load_config(None, [f'data.path="{data.resolve().as_posix()}"', "train.ema_decay=0"])
     dataset = draw_photos(prepare_dataset(config.data, progress=Quiet()))
-    fabric, _ = setup_fabric(config)
+    team = Team(setup_fabric(config)[0], StopRequest())
     own = folder / f"{data.stem}-ingredients"
     own.mkdir(parents=True, exist_ok=True)
     train, val = dataset.index.numbers("train"), dataset.index.numbers("val")
     order = train[stratified_order(dataset.labels[train], seed=0)]
-    return Course(config, own, Plan(own / "plan.jsonl", 1e9), Quiet(), StopRequest(), dataset, fabric, order, val)
+    return Course(config, own, Plan(own / "plan.jsonl", 1e9), Quiet(), team, dataset, order, val)
 
 
 def keep(file: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ def fine_tune(course: Course, probe: Probe, teacher: Floats, way: Way) -> dict[s
     """Fine-tune from a probe, and answer the photos that judge; `teacher` are (N, K) answers in the course's order."""
     train = course.config.train.model_copy(update={"seed": way.seed})
     course = replace(course, config=course.config.model_copy(update={"train": train}))
-    session = _open_session(course, probe.entry, Option(TRAIN_SIZE, 0, 0.0, EPOCHS))
+    session = _open_session(course, soften(course, probe.entry), Option(TRAIN_SIZE, 0, 0.0, EPOCHS))
     row = np.zeros(len(course.dataset.labels), np.int64)
     row[course.order] = np.arange(len(course.order))
     place = torch.from_numpy(row)
@@ -237,7 +237,8 @@ def fine_tune(course: Course, probe: Probe, teacher: Floats, way: Way) -> dict[s
             group = {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": 0.0, "name": "projector"}
             state.optimizer.add_param_group(group)
         shape = Shape.of(EPOCHS * session.plan.steps_per_epoch)
-        state.schedule = Schedule(state.optimizer, shape.factor)
+        state.schedule = shape.factor
+        state.set_rates()
         began = time.process_time()
         for epoch in range(EPOCHS):
             state.model.train()
@@ -273,8 +274,8 @@ def update(
     torch.nn.utils.clip_grad_norm_(model.parameters(), session.config.optim.clip_norm)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.schedule.step()
     state.step += 1
+    state.set_rates()
     if contrast is not None:
         contrast.memory[rows] = torch.cat(embeddings)
 
