@@ -127,10 +127,8 @@ def draw_updates(table: str, out: str) -> None:
     shards.MOST_LOOKED_UP = 0
     index = load_index(table, **COLUMNS)
     config = load_config(None, [f"data.path={table}", "model.name=resnet18", "model.weights=random"])
-    sizes = np.full((len(index), 2), 256)
-    evaluation = build.build_eval_spec(config, build.build_input_config(config))
-    reader = build.build_reader(config, index)
-    prepare = build.build_train_photos(config, reader, sizes, size=224, evaluation=evaluation)
+    sizes, reader = np.full((len(index), 2), 256), build.build_reader(config, index)
+    prepare = build.build_train_photos(config, build.build_input_config(config), reader, sizes, size=224)
     mix, everything = build.build_mix_spec(config), np.arange(len(index))
     plan = TrainPlan(1, everything, everything[:0], 0, BATCH, BATCH, 1)
     began = time.process_time()
@@ -165,22 +163,23 @@ def _measure_processes(findings: Findings, plan: Plan, folder: Path) -> None:
 
 
 def train_processes(photos: str, out: str, devices: str) -> None:
-    """Train three epochs in some processes, and write photos per second of the last two."""
+    """Train some epochs in some processes, and write photos per second of all but the first."""
     import resource
     import subprocess
 
-    run = Path(out).with_suffix("")
-    settings = ["model.name=resnet18", "model.weights=random", "augment.size=64", "train.epochs=3", "probe.epochs=0"]
-    settings += [f"train.batch_size={BATCH * int(devices)}", f"train.devices={devices}", "loader.workers=0"]
-    settings += ["train.precision=32-true", "cache.mode=uint8", "data.val_fraction=0.1"]
-    command = [sys.executable, "-m", "fieldmark", "train", photos, "--out", str(run)]
+    run, recipe = Path(out).with_suffix(""), Path(out).with_suffix(".toml")
+    recipe.write_text('[model]\nname = "resnet18"\nweights = "random"\n')
+    settings = ["augment.size=64", "probe.epochs=0", "loader.workers=0", "train.precision=32-true", "cache.mode=uint8"]
+    settings += [f"train.batch_size={BATCH * int(devices)}", f"train.devices={devices}", "data.val_fraction=0.1"]
+    command = [sys.executable, "-m", "fieldmark", "train", photos, "--recipe", str(recipe)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def train(epochs: int) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         more = [word for setting in [*settings, f"train.epochs={epochs}"] for word in ("--set", setting)]
-        place = [*command[:-1], f"{run}-{epochs}"]
-        subprocess.run([*place, *more], check=True, capture_output=True, env=environment)
+        done = subprocess.run([*command, "--out", f"{run}-{epochs}", *more], capture_output=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(done.stderr.decode()[-500:])
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

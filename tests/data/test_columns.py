@@ -59,6 +59,7 @@ def test_columns_are_the_photos_that_went_in():
     assert columns[3:9] == photos[3:9]
     assert columns[np.array([5, 2])] == [photos[5], photos[2]]
     assert columns[columns.splits == 1] == [photo for photo in photos if photo.split == "val"]
+    assert columns[:9].append(columns[9:]) == photos
     assert columns != photos[1:]
     assert Photos.of(()) == ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -133,10 +133,18 @@ class Photos(Rows[Photo]):
         """Photos as they are, or in columns."""
         if isinstance(photos, Photos):
             return photos
-        rows = [(photo.path, photo.label or "", photo.split, photo.group) for photo in photos]
-        paths, *others = zip(*rows, strict=True) if rows else [()] * 4
-        labels, splits, groups = map(Categories.of, others)
-        return cls(Texts.of(paths), labels, splits.find(PARTS).astype(np.int8), groups)
+        photos = [*photos]
+        labels = Categories.of(photo.label or "" for photo in photos)
+        splits = Categories.of(photo.split for photo in photos).find(PARTS).astype(np.int8)
+        groups = Categories.of(photo.group for photo in photos)
+        return cls(Texts.of(photo.path for photo in photos), labels, splits, groups)
+
+    def append(self, others: Photos) -> Photos:
+        """These, then others."""
+        paths = Texts.of(chain(self.paths, others.paths))
+        labels, groups = chain(self.labels, others.labels), chain(self.groups, others.groups)
+        splits = np.concatenate([self.splits, others.splits])
+        return Photos(paths, Categories.of(labels), splits, Categories.of(groups))
 
     def sort(self) -> Photos:
         """The same in natural order of path."""

@@ -96,7 +96,7 @@ def remembered_split(
     away = kept[kept.paths.find(divided.photos.paths) < 0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        everything = replace(divided, photos=Photos.of((*divided.photos, *away))) if len(away) else divided
+        everything = replace(divided, photos=divided.photos.append(away)) if len(away) else divided
         save_split_table(everything, find_split_table(table, len(everything)))
     except (OSError, ResourceError) as error:
         if np.array_equal(divided.photos.splits, index.photos.splits):
