@@ -51,7 +51,7 @@ class Texts(Rows[str]):
         """Texts as they are, or made of others."""
         if isinstance(texts, Texts):
             return texts
-        return cls(_pack(map(to_bytes, texts)))
+        return cls(_pack(map(to_bytes, texts)).combine_chunks())
 
     def find(self, others: Texts) -> NDArray[np.int64]:
         """(N,) the index among `others` of each, -1 for one that is not there."""
@@ -178,14 +178,13 @@ def to_bytes(text: str) -> bytes:
 def natural_order(paths: Texts) -> NDArray[np.int64]:
     """(N,) the numbers of paths in the order of `natural_key`; equal paths in their own order."""
     (pa, pc), key = arrow(), natural_key()
-    keys = _pack(key(path)[0] for path in paths)
-    rows = pa.RecordBatch.from_arrays([keys, paths.array], ["key", "path"])
+    rows = pa.table({"key": _pack(key(path)[0] for path in paths), "path": paths.array})
     order = pc.sort_indices(rows, sort_keys=[("key", "ascending"), ("path", "ascending")])
     return np.asarray(order).astype(np.int64)
 
 
 def _pack(contents: Iterator[bytes]) -> Any:
-    """A LargeBinaryArray, made piece by piece."""
+    """A pyarrow ChunkedArray, made piece by piece."""
     pa, _ = arrow()
     parts = iter(lambda: [*islice(contents, ROWS_AT_ONCE)], [])
-    return pa.concat_arrays([pa.array(part, pa.large_binary()) for part in ([], *parts)])
+    return pa.chunked_array([pa.array(part, pa.large_binary()) for part in parts], pa.large_binary())
