@@ -55,7 +55,7 @@ class Texts(Rows[str]):
 
     def find(self, others: Texts) -> NDArray[np.int64]:
         """(N,) the index among `others` of each, -1 for one that is not there."""
-        if self.array.equals(others.array):
+        if not len(self) or self.array.equals(others.array):  # what would be looked up in takes memory
             return np.arange(len(self))
         return np.asarray(arrow()[1].index_in(self.array, value_set=others.array).fill_null(-1)).astype(np.int64)
 
@@ -179,8 +179,10 @@ def natural_order(paths: Texts) -> NDArray[np.int64]:
     """(N,) the numbers of paths in the order of `natural_key`; equal paths in their own order."""
     (pa, pc), key = arrow(), natural_key()
     rows = pa.table({"key": _pack(key(path)[0] for path in paths), "path": paths.array})
-    order = pc.sort_indices(rows, sort_keys=[("key", "ascending"), ("path", "ascending")])
-    return np.asarray(order).astype(np.int64)
+    order = np.asarray(pc.sort_indices(rows, sort_keys=[("key", "ascending"), ("path", "ascending")]))
+    del rows
+    pa.default_memory_pool().release_unused()  # it would keep what the keys took
+    return order.astype(np.int64)
 
 
 def _pack(contents: Iterator[bytes]) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.data import folders, shards
-from fieldmark.data.columns import PARTS, TEST, UNDECIDED, Categories, Photos, Texts, natural_order, to_bytes
+from fieldmark.data.columns import PARTS, TEST, UNDECIDED, Categories, Photos, Texts, arrow, natural_order, to_bytes
 from fieldmark.data.folders import Photo, is_photo_path, natural_key, photo_extensions, quote, read_folders, split_of
 from fieldmark.data.shards import PhotoFiles, Scan, StoredPhoto
 from fieldmark.data.storage import Found, absolute, is_url
@@ -129,6 +129,7 @@ def load_index(
         index = _index_of_source(absolute(text), columns)
     else:
         index = _index_of_path(require_path(Path(path)), columns)
+    arrow()[0].default_memory_pool().release_unused()  # it would keep what the table took
     classes = _list_classes(index.photos)
     _refuse_unreadable_names(index.root, classes)
     return replace(index, classes=classes)

@@ -209,6 +209,7 @@ def _read_parquet(path: str, only: Collection[str | None] | None) -> Table:
                 values[field.name] = _as_texts(file.read([field.name]).column(0))
             else:
                 unusable[field.name] = "was not asked for"
+            pa.default_memory_pool().release_unused()  # it would keep what unpacking took
         return Table(path, values, unusable, range(1, file.metadata.num_rows + 1))
 
 
