@@ -62,7 +62,6 @@ class Way:
     name: str
     teacher: float = 0.0  # share of each target that is the ensemble's answer
     contrast: float = 0.0  # weight of the contrastive term
-    seed: int = 0  # of order and crops
 
 
 PROBE, ENSEMBLE = "head on one backbone", "average of heads on three backbones"
@@ -71,13 +70,10 @@ HALF = Way("half of each target from the ensemble", teacher=0.5)
 WHOLE = Way("each target wholly from the ensemble", teacher=1.0)
 SLIGHT = Way("contrastive term of weight 0.1", contrast=0.1)
 FULL = Way("contrastive term of weight 1", contrast=1.0)
-PLAIN_AGAIN = replace(PLAIN, name="fine-tuned, another seed", seed=1)
-FULL_AGAIN = replace(FULL, name="contrastive term of weight 1, another seed", seed=1)
-WAYS = (PLAIN, HALF, WHOLE, FULL, SLIGHT, PLAIN_AGAIN, FULL_AGAIN)
+WAYS = (PLAIN, HALF, WHOLE, FULL, SLIGHT)
 
 QUESTIONS = (
     (FULL.name, PLAIN.name, FULL.name),
-    (FULL_AGAIN.name, PLAIN_AGAIN.name, FULL_AGAIN.name),
     (SLIGHT.name, PLAIN.name, SLIGHT.name),
     (HALF.name, PLAIN.name, HALF.name),
     (f"{WHOLE.name} (distillation)", PLAIN.name, WHOLE.name),
@@ -221,8 +217,6 @@ class Contrast:
 
 def fine_tune(course: Course, probe: Probe, teacher: Floats, way: Way) -> dict[str, Tensor]:
     """Fine-tune from a probe, and answer the photos that judge; `teacher` are (N, K) answers in the course's order."""
-    train = course.config.train.model_copy(update={"seed": way.seed})
-    course = replace(course, config=course.config.model_copy(update={"train": train}))
     session = _open_session(course, soften(course, probe.entry), Option(TRAIN_SIZE, 0, 0.0, EPOCHS))
     row = np.zeros(len(course.dataset.labels), np.int64)
     row[course.order] = np.arange(len(course.order))
@@ -306,7 +300,7 @@ class Trial:
 
     def run(self, way: Way) -> None:
         """Fine-tune one way, unless that was done before."""
-        file = self.course.path / f"{way.name.replace(', ', '-').replace(' ', '-')}.safetensors"
+        file = self.course.path / f"{way.name.replace(' ', '-')}.safetensors"
         found = keep(file, lambda: fine_tune(self.course, self.probes[0], self.teacher, way))
         self.answers[way.name], self.seconds[way.name] = found["answers"].numpy(), float(found["seconds"])
 
