@@ -105,10 +105,10 @@ budget calibrates what it keeps. All ways get **equal epochs**; what each costs 
 READING = """\
 ## What a time budget takes from it
 
-**Soft targets and distillation: nothing.** The teacher must not have seen a photo's label, and then it is wrong on as
-many photos that learn as the column *Teacher* says, where the label is right. In 6 epochs that costs more than its view
-of the other classes gives, and the one network does not reach the ensemble by it: an ensemble that fits is better kept.
-The teacher answers each photo once, not each crop of it; a teacher that does would cost three networks' passes a crop.
+**Soft targets and distillation: nothing.** The network that learns from the teacher alone loses to the one that learns
+from labels on all four. The likely reason: a teacher that must not have seen a photo's label names no more of the
+photos that learn rightly than the column *Teacher* says. An ensemble that fits is better kept than distilled. The
+teacher answers each photo once, not each crop of it; one that does was not tried: three networks' passes a crop.
 
 **A contrastive term: not by default.** At weight 1, which the sources take, it gains two points on birds and clothes,
 nothing on signs that are nearly solved, and loses two on solar cells (perhaps since defects have many looks, which it
