@@ -96,8 +96,8 @@ def test_a_call_that_was_stopped_goes_on_and_writes_what_is_damaged_again(photos
 def test_a_killed_call_goes_on(photos, tmp_path):
     pack(photos, tmp_path / "whole", max_photos=4)
     out = tmp_path / "out"
-    slowed = "import time; from fieldmark.data import packing as p; w = p._digest; "
-    slowed += "p._digest = lambda path: (time.sleep(0.3), w(path))[1]; from fieldmark.cli.app import main; main()"
+    slowed = "import time; from fieldmark.data import packing as p; w = p.digest_file; "
+    slowed += "p.digest_file = lambda path: (time.sleep(0.3), w(path))[1]; from fieldmark.cli.app import main; main()"
     call = [sys.executable, "-c", slowed, "pack", str(photos), "--out", str(out), "--photos", "4"]
     process = subprocess.Popen(call)
     while len(list(out.glob("*.tar"))) < 3:
