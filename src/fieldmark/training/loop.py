@@ -174,7 +174,7 @@ class EpochReport:
     train_top1_clean: float | None  # share of hits on batches that were not mixed; None if all were
     train_top1_mixed: float | None  # λ-weighted, on mixed batches, of at most E[max(λ, 1 - λ)]; None if none was mixed
     clean_fraction: float  # share of photos in batches that were not mixed
-    images: int  # trained on in this epoch by this process since it started
+    images: int  # trained on in this epoch by all processes since these started
     seconds: float  # wall time of the epoch's training part since this process started
     metrics: dict[str, float] = field(default_factory=dict[str, float])  # of the validation photos
     predictions: Predictions | None = field(default=None, repr=False, compare=False)
@@ -319,7 +319,7 @@ def train_epochs(
         state.check_finite()
         loss_sum, photos, clean_hits, clean_photos, mixed_hits, mixed_photos = state.tally.reduce(fabric)
         seconds = time.perf_counter() - started
-        images = round(state.tally.count_photos() - photos_before)
+        images = round(photos - photos_before * fabric.world_size)  # all processes', whose shares are alike
         validation = Validation()
         if is_complete:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
