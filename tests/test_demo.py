@@ -9,7 +9,7 @@ from importlib import resources
 import pytest
 
 from fieldmark.demo import run_demo, write_table
-from fieldmark.errors import MissingExtraError
+from fieldmark.errors import ConfigError, MissingExtraError
 from fieldmark.progress import Quiet
 
 
@@ -33,6 +33,11 @@ def test_a_missing_package_says_which_extra_brings_it(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "files", absent)
     with pytest.raises(MissingExtraError, match=r"elpv-dataset is not installed.*fieldmark\[demo\]"):
         write_table(tmp_path / "photos.csv")
+
+
+def test_several_processes_are_refused_before_they_write_over_each_other(tmp_path):
+    with pytest.raises(ConfigError, match="the demo trains in one process"):
+        run_demo(tmp_path / "demo", minutes=0.8, overrides=["train.devices=2"], progress=Quiet())
 
 
 @pytest.mark.slow

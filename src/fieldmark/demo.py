@@ -14,7 +14,7 @@ from fieldmark import plots
 from fieldmark.budget.run import format_result, train_within
 from fieldmark.config import load_config
 from fieldmark.data.tables import write_csv
-from fieldmark.errors import needs_extra
+from fieldmark.errors import ConfigError, needs_extra
 from fieldmark.files import fill_template, write_whole
 from fieldmark.inference.evaluation import Evaluation, evaluate, save_evaluation
 from fieldmark.progress import Progress, format_seconds
@@ -42,6 +42,8 @@ def run_demo(folder: Path, *, minutes: float, overrides: Iterable[str], progress
         "(elpv-dataset, CC-BY-NC-SA 4.0)"
     )
     config = load_config(None, [*SETTINGS, *overrides], data=table)
+    if config.train.devices * config.train.nodes > 1:
+        raise ConfigError("the demo trains in one process: leave train.devices and train.nodes at 1")
     run = train_within(config, folder / "run", minutes=minutes, progress=progress)
     progress.message(format_result(run))
     found = evaluate(run.path, split="test", progress=progress)

@@ -394,6 +394,15 @@ def test_odd_names_on_disk_go_through_folder_and_table(tmp_path):
     assert len(found.fingerprint()) == 64
 
 
+def test_a_python_that_reads_names_as_ascii_is_told_the_way_out(tmp_path, monkeypatch):
+    make_files(tmp_path, "auk/1.jpg")
+    monkeypatch.setattr(index.sys, "getfilesystemencoding", lambda: "ascii")
+    assert load(tmp_path).classes == ("auk",)
+    make_files(tmp_path, "ünder/1.jpg")
+    with pytest.raises(DataError, match=r"names such as 'ünder/1.jpg' as ASCII. Set PYTHONUTF8=1"):
+        load(tmp_path)
+
+
 def test_the_fingerprint_follows_path_label_split_and_size(tmp_path):
     make_files(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
     found = load(tmp_path)

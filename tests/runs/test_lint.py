@@ -133,3 +133,7 @@ def test_check_says_that_weights_cannot_be_had_before_training_fails_of_it(tmp_p
     alone = check.check_data(config, progress=Quiet(), with_recipe=False)
     assert not any("hub" in text for text in alone.must_fix)
     assert alone.recipe_warnings == ()
+
+    # Weights that an installed package holds are at hand.
+    packaged = load_config("strong", ["model.name=tf_efficientnet_lite0", "model.weights=pretrained"])
+    assert check._why_no_weights(packaged) == ""

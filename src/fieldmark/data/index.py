@@ -131,7 +131,7 @@ def load_index(
         index = _index_of_path(require_path(Path(path)), columns)
     arrow()[0].default_memory_pool().release_unused()  # it would keep what the table took
     classes = _list_classes(index.photos)
-    _refuse_unreadable_names(index.root, classes)
+    _refuse_unreadable_names(index, classes)
     return replace(index, classes=classes)
 
 
@@ -447,12 +447,11 @@ def _is_inside(path: str, base: str) -> bool:
     return path.startswith(base.rstrip(os.sep) + os.sep)
 
 
-def _refuse_unreadable_names(root: Path | str, classes: Sequence[str]) -> None:
+def _refuse_unreadable_names(index: PhotoIndex, classes: Sequence[str]) -> None:
     """Class names stand in tables and models: one that is not text is refused before it costs a training."""
     for name in classes:
         if problem := encoding_problem(name):
-            try:
-                os.fsencode(name).decode()
-            except UnicodeDecodeError:
-                raise DataError(f"{root}: the class folder {problem}. Rename the folder") from None
-            raise DataError(f"{root}: this Python reads the folder {name!r} as ASCII. Set PYTHONUTF8=1") from None
+            raise DataError(f"{index.root}: the class folder {problem}. Rename the folder")
+    paths = index.photos.paths
+    for number in paths.matching(r"[^\x00-\x7f]")[:1] if sys.getfilesystemencoding() == "ascii" else ():
+        raise DataError(f"{index.root}: this Python reads names such as {paths[number]!r} as ASCII. Set PYTHONUTF8=1")

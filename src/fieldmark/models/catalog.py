@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -220,12 +221,14 @@ def find_package(source: str, name: str) -> Package:
     return package
 
 
-def package_of(name: str) -> str:
-    """Return the "package:NAME" that holds a model's own weights; raise WeightsError where there is none."""
+def installed_packages() -> dict[str, str]:
+    """Timm's name of a model -> "package:NAME", of the packages with weights that are installed."""
+    found: dict[str, str] = {}
     for label, package in PACKAGES.items():
-        if name in (package.timm_name, f"{package.timm_name}.{package.pretraining}"):
-            return f"package:{label}"
-    raise WeightsError(f"model.weights: no package holds weights of {name}")
+        with suppress(WeightsError):
+            package_file(package)
+            found[package.timm_name] = f"package:{label}"
+    return found
 
 
 def package_file(package: Package) -> Path:

@@ -10,7 +10,6 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -98,8 +97,8 @@ def load_weights(model: Classifier, source: str) -> WeightsReport:
         try:
             return _load_from_hub(model)
         except WeightsError:  # without a network: an installed package may hold them
-            with suppress(WeightsError):
-                return _load_package(model, catalog.package_of(model.name))
+            if package := catalog.installed_packages().get(model.name.partition(".")[0]):
+                return _load_package(model, package)
             raise
     if source.startswith("package:"):
         return _load_package(model, source)

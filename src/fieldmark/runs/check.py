@@ -23,7 +23,7 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.errors import DataError, WeightsError
 from fieldmark.files import fill_template, list_findings
-from fieldmark.models.catalog import InputConfig, pretrained_file, resolve_name, timm_config
+from fieldmark.models.catalog import InputConfig, installed_packages, pretrained_file, resolve_name, timm_config
 from fieldmark.models.classifier import count_parameters, create_classifier
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs import build
@@ -186,7 +186,7 @@ def _why_no_weights(config: Config) -> str:
         if config.model.weights == "pretrained":
             pretrained_file(timm_config(name), name, download=False)
     except WeightsError as error:
-        return str(error)
+        return "" if name.partition(".")[0] in installed_packages() else str(error)
     return ""
 
 
