@@ -328,6 +328,20 @@ def test_a_finished_run_goes_on_with_new_minutes_and_not_without(finished, tmp_p
     assert budget.resume_within(copy, minutes=0.2, clock=TickClock()).summary["status"] == "finished"
 
 
+def test_a_finished_run_with_new_minutes_does_what_there_was_no_time_for(settings, tmp_path):
+    def find_tuned(run: Run) -> list[str]:
+        return [row["what"] for row in run.summary["tried"] if row["what"].startswith("fine-tuning of ")]
+
+    short = budget.train_within(settings, tmp_path / "run", minutes=0.03, clock=TickClock())
+    before = (short.path / "plan.jsonl").read_text().splitlines()
+    assert find_tuned(short) == []
+    longer = budget.resume_within(short.path, minutes=0.4, clock=TickClock())
+    after = (longer.path / "plan.jsonl").read_text().splitlines()
+    assert find_tuned(longer)
+    assert after[: len(before) - 1] == before[:-1]  # up to the answer that there was no time
+    assert longer.summary["status"] == "finished"
+
+
 def test_a_budget_takes_a_linear_head_and_a_model_within_the_limit(photos, tmp_path):
     path = f'data.path="{photos.as_posix()}"'
     cases: list[tuple[list[str], str]] = [

@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar, cast
 
 from fieldmark.errors import ResourceError, RunError
+from fieldmark.files import write_whole
 
 PLAN = "plan.jsonl"
 
@@ -53,13 +55,16 @@ class Plan:
         self.started = self.clock()
 
     @classmethod
-    def resume(cls, path: Path, *, minutes: float | None, clock: Clock = time.monotonic) -> Plan:
+    def resume(cls, path: Path, *, minutes: float | None, is_over: bool = False, clock: Clock = time.monotonic) -> Plan:
         """Take up a record: with what was left of its budget, or with new minutes from now."""
         records = _read(path)
         if not records or records[0]["what"] != "budget":
             raise RunError(f"{path} does not begin with a budget: begin a new run with --minutes")
         spent = max(float(record["at"]) for record in records)
         seconds = float(records[0]["value"]) if minutes is None else spent + 60 * minutes
+        if is_over:  # from the first thing on that there was no time for, all is decided anew
+            records = [*takewhile(lambda record: record["value"] is not False and record["value"] != [], records)]
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
         return cls(path, seconds, clock, spent, records, 1)
 
     @property

@@ -103,10 +103,11 @@ def resume_within(
 ) -> Run:
     """Go on with a run that a budget was set for: with what was left of it, or with new minutes."""
     path = Path(out)
-    plan = Plan.resume(path / PLAN, minutes=minutes, clock=clock)
-    if minutes is None and folder.run_status(path) == "finished":
+    is_over = folder.run_status(path) == "finished"
+    if is_over and minutes is None:
         more = command("train", "--resume", path, "--minutes", "N")
-        raise RunError(f"{path} is finished. Give it more time with: {more}")
+        raise RunError(f"{path} is finished. Give it more time with: {more}, an N longer than it took")
+    plan = Plan.resume(path / PLAN, minutes=minutes, is_over=is_over, clock=clock)
     config = parse_config(plan.decide("settings", dict), PLAN)
     return _spend(config, plan, progress, is_new=False)
 
