@@ -89,8 +89,8 @@ class PhotoIndex:
         """Class -> split -> number of photos, with a zero where a class is absent from a split that exists."""
         table = np.zeros((len(self.classes) + 1, len(PARTS)), np.int64)  # whose last row is that of -1
         np.add.at(table, (self.label_numbers(), self.photos.splits), 1)
-        rows = zip(self.classes, table[:-1].tolist(), strict=True)
-        return {name: {part: row[PARTS.index(part)] for part in self.count_splits()} for name, row in rows}
+        rows, parts = zip(self.classes, table[:-1].tolist(), strict=True), self.count_splits()
+        return {name: {part: row[PARTS.index(part)] for part in parts} for name, row in rows}
 
     def describe(self) -> str:
         """Say how the data were read, and what was skipped of them."""

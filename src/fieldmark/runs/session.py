@@ -329,6 +329,6 @@ def _reload_dataset(config: Config, path: Path, data: Path | str | None, *, prog
 def _describe_start(session: Session, choices: dict[str, build.Choice[str] | build.Choice[int]]) -> list[str]:
     """List what the user should know before the first update."""
     index, schedule = session.dataset.index, build.build_schedule_spec(session.config)
-    counts = {name: len(index.numbers(name)) for name in ("train", "val", "test")}
-    values = {"session": session, "counts": counts, "choices": choices, "schedule": schedule, "broken": folder.BROKEN}
+    values = {"session": session, "counts": index.count_splits(), "choices": choices, "schedule": schedule}
+    values |= {"broken": folder.BROKEN}
     return [*session.dataset.notes, *list_findings("start.md", values)]
