@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.memory import peak_mebibytes, python
 from benchmarks.photos import find_pictures, link_photos, make_photos
-from benchmarks.record import Findings, Ratio, load_average, make_parser, report
+from benchmarks.record import Findings, Ratio, interleave, run_benchmark
 
 CLASSES = 100
 BATCH = 32
@@ -42,7 +43,7 @@ def make_plan(*, is_quick: bool) -> Plan:
     """The quick plan ends within 3 minutes on 2 cores."""
     if is_quick:
         return Plan((1_000, 100_000, 1_000_000), photos=512, rounds=1, limit_seconds=60)
-    return Plan((1_000, 10_000, 100_000, 1_000_000, 10_000_000), photos=2048, rounds=3, limit_seconds=1800)
+    return Plan((1_000, 10_000, 100_000, 1_000_000, 10_000_000), photos=1024, rounds=3, limit_seconds=1800)
 
 
 def measure(plan: Plan, folder: Path) -> Findings:
@@ -147,53 +148,36 @@ def draw_updates(table: str, out: str) -> None:
 
 
 def _measure_processes(findings: Findings, plan: Plan, folder: Path) -> None:
-    """Photos per second by the clock, of one process and of two."""
+    """Photos per second of one process and of two."""
     pictures, source = find_pictures(60)
     files, made = make_photos(pictures, folder / "made", count=64, shape=(80, 80, 4_000))
     link_photos(files, folder / "photos", count=plan.photos, classes=4)
-    findings.notes.append(f"processes: {plan.photos} links to {made}, mosaics of {source}; one thread each")
-    for devices in (1, 2):
-        out = folder / f"{devices}.json"
-        peak_mebibytes(python("train_processes", folder / "photos", out, devices, module="lists"), folder / "home")
-        for name, value in json.loads(out.read_text()).items():
-            findings.add(f"{devices} process{'es' * (devices - 1)}, {name}", value, f"photos per second of {name}")
-    findings.ratios["2 processes / 1, the clock"] = Ratio("2 processes, the clock", "1 process, the clock")
-    findings.notes.append(
-        "ideal of two processes on two idle cores: 2; two trainings that share nothing reach 1.76 here"
-    )
+    findings.notes.append(f"processes: {plan.photos} links to {made}, mosaics of {source}; one thread each; ideal: 2")
+    cases = {f"{count} process{'es' * (count - 1)}": partial(_train, folder, count) for count in (1, 2)}
+    # The warm-up fills the cache.
+    rounds = interleave(cases, rounds=plan.rounds, limit_seconds=plan.limit_seconds, warm_up=True)
+    findings.add_rounds("processes", rounds, "photos per second of the clock")
+    findings.ratios["2 processes / 1"] = Ratio("2 processes", "1 process")
 
 
-def train_processes(photos: str, out: str, devices: str) -> None:
-    """Train some epochs in some processes, and write photos per second of all but the first."""
-    import subprocess
-
-    run, recipe = Path(out).with_suffix(""), Path(out).with_suffix(".toml")
+def _train(folder: Path, processes: int) -> float:
+    """Train some epochs in so many processes; photos per second of the best one after the first."""
+    run, recipe = folder / "run", folder / "recipe.toml"
     recipe.write_text('[model]\nname = "resnet18"\nweights = "random"\n')
     settings = ["augment.size=64", "probe.epochs=0", "loader.workers=0", "train.precision=32-true", "cache.mode=uint8"]
-    settings += ["train.threads=1"]
-    settings += [f"train.batch_size={BATCH * int(devices)}", f"train.devices={devices}", "data.val_fraction=0.1"]
-    command = [sys.executable, "-m", "fieldmark", "train", photos, "--recipe", str(recipe)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def train(epochs: int, name: str) -> None:
-        more = [word for setting in [*settings, f"train.epochs={epochs}"] for word in ("--set", setting)]
-        done = subprocess.run([*command, "--out", f"{run}-{name}", *more], capture_output=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(done.stderr.decode()[-500:])
-
-    train(1, "first")  # fills caches
-    train(4, "long")
-    rows = [json.loads(line) for line in Path(f"{run}-long", "metrics.jsonl").read_text().splitlines()]
-    Path(out).write_text(json.dumps({"the clock": max(row["images_per_second"] for row in rows[1:])}))
+    settings += ["data.val_fraction=0.1", "train.threads=1", "train.epochs=4"]
+    settings += [f"train.batch_size={BATCH * processes}", f"train.devices={processes}"]
+    command = [sys.executable, "-m", "fieldmark", "train", str(folder / "photos"), "--recipe", str(recipe)]
+    command += ["--out", str(run), *(word for setting in settings for word in ("--set", setting))]
+    peak_mebibytes(command, folder / "home")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(run)
+    return max(row["images_per_second"] for row in rows[1:])
 
 
 def main() -> None:
     """Measure and report."""
-    arguments = make_parser(__doc__ or "").parse_args()
-    before = load_average()
-    with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
-        findings = measure(make_plan(is_quick=arguments.quick), Path(folder))
-    report("lists", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
+    run_benchmark("lists", __doc__ or "", make_plan, measure)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.photos import find_pictures, link_photos, make_photos
-from benchmarks.record import Findings, Ratio, interleave, load_average, make_parser, report
+from benchmarks.record import Findings, Ratio, interleave, run_benchmark
 
 GROWTH = (1, 10, 100)
 TARGET = 0.83
@@ -193,11 +193,7 @@ def _index(findings: Findings, plan: Plan, files: Sequence[Path], folder: Path) 
 
 def main() -> None:
     """Measure and report."""
-    arguments = make_parser(__doc__ or "").parse_args()
-    before = load_average()
-    with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
-        findings = measure(make_plan(is_quick=arguments.quick), Path(folder))
-    report("memory", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
+    run_benchmark("memory", __doc__ or "", make_plan, measure)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -226,6 +227,16 @@ def report(
     values, units = record["measured"], record["units"]
     width = max(map(len, values), default=0)
     finish(record, json_file, [f"{key:<{width}}  {value:10.4g}  {units[key]}" for key, value in values.items()])
+
+
+def run_benchmark(
+    name: str, description: str, make_plan: Callable[..., Any], measure: Callable[[Any, Path], Findings]
+) -> None:
+    """Do what a benchmark without options of its own does on the command line; `description` is its docstring."""
+    arguments, before = parse_arguments(description), load_average()
+    with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
+        findings = measure(make_plan(is_quick=arguments.quick), Path(folder))
+    report(name, findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
 
 
 def format_ratios(record: Mapping[str, Any]) -> list[str]:

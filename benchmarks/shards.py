@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.memory import peak_mebibytes
 from benchmarks.photos import SMALL, find_pictures, make_photos
-from benchmarks.record import Findings, Ratio, interleave, load_average, make_parser, report
+from benchmarks.record import Findings, Ratio, interleave, run_benchmark
 
 DELAY_SECONDS = 0.05
 BATCH = 32
@@ -88,6 +88,7 @@ def measure(plan: Plan, folder: Path) -> Findings:
     findings.ratios["tar files here / files here"] = Ratio("tar files here", "files here", 0.9)
     for members in plan.members:
         _measure_index(findings, members, folder)
+    findings.notes.append("the machine was shared with other work while this was measured")
     return findings
 
 
@@ -216,12 +217,7 @@ def write_small_tar(path: Path, start: int, count: int) -> None:
 
 def main() -> None:
     """Measure and report."""
-    arguments = make_parser(__doc__ or "").parse_args()
-    before = load_average()
-    with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
-        findings = measure(make_plan(is_quick=arguments.quick), Path(folder))
-    findings.notes.append("the machine was shared with other work while this was measured")
-    report("shards", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
+    run_benchmark("shards", __doc__ or "", make_plan, measure)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.photos import SMALL, find_pictures, link_photos, make_photos
-from benchmarks.record import Findings, Ratio, interleave, load_average, make_parser, report
+from benchmarks.record import Findings, Ratio, interleave, run_benchmark
 
 LIMIT_SECONDS = 0.5
 ENDLESS = 10**6
@@ -194,11 +194,7 @@ def _run_command(*words: str) -> None:
 
 def main() -> None:
     """Measure and report."""
-    arguments = make_parser(__doc__ or "").parse_args()
-    before = load_average()
-    with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
-        findings = measure(make_plan(is_quick=arguments.quick), Path(folder))
-    report("startup", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
+    run_benchmark("startup", __doc__ or "", make_plan, measure)
 
 
 if __name__ == "__main__":
