@@ -10,12 +10,11 @@ the last epoch is taken, and nothing is chosen on the photos that evaluate.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.pages import METRICS, begin_gains, mean_gain, show_gains, write_results
 from fieldmark.demo import write_table
 from fieldmark.files import digest_file
 from fieldmark.runs.environment import processor_name
@@ -24,7 +23,6 @@ from fieldmark.study.sweep import run_sweep
 
 GRID = Path(__file__).parent / "grids" / "choices.toml"
 BASE = "strong"
-METRICS = {"top1": ("Top-1, points", 100.0, 1), "log_loss": ("Log loss, nats (less is better: shown negated)", 1.0, 3)}
 
 INTRODUCTION = """\
 What one change of the strong recipe does on each data set: EfficientNet-Lite0, trained at 96 pixels and shown 128,
@@ -45,9 +43,6 @@ first where classes look like signs. In so few epochs mixing costs more than it 
 from ten epochs on, and `check` says so. Label smoothing costs log loss until the temperature is calibrated, and no
 points for sure.
 """
-
-Gain = list[float]
-"""Estimate, low and high end of a 95 % interval."""
 
 
 def train(data: Path, out: Path, *, jobs: int) -> list[Path]:
@@ -74,28 +69,6 @@ def measure(name: str, runs: Sequence[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def mean_gain(gains: Sequence[Gain]) -> Gain:
-    """Mean over data sets, each of which counts alike, with the interval of independent errors."""
-    estimate = sum(gain[0] for gain in gains) / len(gains)
-    half = math.sqrt(sum(((gain[2] - gain[1]) / 2) ** 2 for gain in gains)) / len(gains)
-    return [estimate, estimate - half, estimate + half]
-
-
-def judge(gains: Sequence[Gain], mean: Gain) -> str:
-    """Say in a few words what the intervals allow."""
-    helps, hurts = sum(gain[1] > 0 for gain in gains), sum(gain[2] < 0 for gain in gains)
-    if helps and hurts:
-        return f"helps on {helps}, hurts on {hurts}"
-    if helps == len(gains) or hurts == len(gains):
-        return "helps on all" if helps else "hurts on all"
-    if mean[1] > 0 or mean[2] < 0:
-        where = f", for sure on {helps or hurts}" if helps or hurts else ""
-        return ("helps" if mean[1] > 0 else "hurts") + " in the mean" + where
-    if helps or hurts:
-        return f"{'helps' if helps else 'hurts'} on {helps or hurts}"
-    return "not distinguishable"
-
-
 def write_page(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as a page: for each metric a table of changes by data sets."""
     names = list(dict.fromkeys(row["data"] for row in rows))
@@ -111,25 +84,15 @@ def write_page(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {base[name]['photos']} | {base[name]['top1']:.3f} | {base[name]['minutes']:.1f} |")
     changes = list(dict.fromkeys(row["change"] for row in rows if row["change"] != "none"))
     found = {(row["data"], row["change"]): row for row in rows}
-    for metric, (title, scale, digits) in METRICS.items():
-        lines += ["", f"## {title}", "", f"| Change | {' | '.join(names)} | Mean | Verdict |"]
-        lines.append(f"| --- |{' --- |' * (len(names) + 2)}")
+    for metric in METRICS:
         table: list[tuple[float, str]] = []
         for change in changes:
             gains = [found[name, change][f"{metric}_gain"] if (name, change) in found else None for name in names]
-            known = [gain for gain in gains if gain]
-            mean = mean_gain(known)
-            cells = [_cell(gain, scale, digits) if gain else "not run" for gain in [*gains, mean]]
-            verdict = judge(known, mean) + ("" if len(known) == len(names) else f" of {len(known)}")
-            table.append((-mean[0], f"| {change.replace('_', chr(92) + '_')} | {' | '.join(cells)} | {verdict} |"))
-        lines += [text for _, text in sorted(table)]
+            mean = mean_gain([gain for gain in gains if gain])
+            table.append((-mean[0], show_gains(change, gains, metric)))
+        lines += [*begin_gains(metric, names), *(text for _, text in sorted(table))]
     lines += ["", READING.rstrip()]
     return "\n".join(lines) + "\n"
-
-
-def _cell(gain: Gain, scale: float, digits: int) -> str:
-    estimate, low, high = (f"{scale * value:+.{digits}f}" for value in gain)
-    return f"{estimate} ({low} to {high})"
 
 
 def main() -> None:
@@ -147,8 +110,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for data in settings.data:
         rows += measure(data.stem, train(data, settings.runs / data.stem, jobs=settings.jobs))
-        settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        settings.out.write_text(write_page(rows), encoding="utf-8")
+        write_results(settings.out, rows, write_page(rows))
 
 
 if __name__ == "__main__":

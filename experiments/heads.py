@@ -10,9 +10,7 @@ Shape letters: N photos, F features, K classes.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from experiments.pages import make_parser, write_results
 from fieldmark.budget.candidates import Candidate, View, find_backbones
 from fieldmark.budget.heads import fit_head, refit_head
 from fieldmark.budget.plan import Plan
@@ -224,17 +223,14 @@ def write_page(rows: list[dict[str, Any]], names: list[str]) -> str:
 
 def main() -> None:
     """Compare, and write the page and its rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("data", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the page; the rows go beside it as JSON")
-    parser.add_argument("--features", type=Path, required=True, help="folder for what was computed")
     settings = parser.parse_args()
     names = [one.name for one in find_backbones(load_config(None, []))]
     rows: list[dict[str, Any]] = []
     for data in settings.data:
         rows += compare(Trial(data, settings.features), names)
-        settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        settings.out.write_text(write_page(rows, names), encoding="utf-8")
+        write_results(settings.out, rows, write_page(rows, names))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ Shape letters: N photos that learn, M photos that judge, B photos of a batch, F 
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.choices import judge, mean_gain
+from experiments.pages import METRICS, begin_gains, make_parser, show_gains, write_results
 from fieldmark.budget.candidates import Candidate, find_backbones
 from fieldmark.budget.heads import Head, _Basis
 from fieldmark.budget.plan import Plan, Shape
@@ -81,8 +79,6 @@ QUESTIONS = (
     ("the ensemble, beside the fine-tuned network", PLAIN.name, ENSEMBLE),
     ("fine-tuning, beside the head that it begins with", PROBE, PLAIN.name),
 )
-
-METRICS = {"top1": ("Top-1, points", 100.0, 1), "log_loss": ("Log loss, nats (less is better: shown negated)", 1.0, 3)}
 
 INTRODUCTION = """\
 {backbone} is fine-tuned as a time budget does it: from a converged head, with frozen BatchNorm, at {train_size}
@@ -341,24 +337,13 @@ def write_page(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
         cells = [f"{each['top1']:.3f}" if each else "not run" for each in found]
         counts = f"{row['learned']} | {row['judged']} | {row['teacher']:.3f}"
         lines.append(f"| {row['data']} | {counts} | {' | '.join(cells)} |")
-    data = " | ".join(row["data"] for row in rows)
-    for metric, (title, scale, digits) in METRICS.items():
-        lines += ["", f"## {title}", "", f"| Change | {data} | Mean | Verdict |"]
-        lines.append(f"| --- |{' --- |' * (len(rows) + 2)}")
+    data = [row["data"] for row in rows]
+    for metric in METRICS:
+        lines += begin_gains(metric, data)
         for question, _, _ in QUESTIONS:
             gains = [row["gains"].get(question, {}).get(metric) for row in rows]
-            known = [gain for gain in gains if gain]
-            if not known:
-                continue
-            mean = mean_gain(known)
-            cells = [
-                "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(*(scale * value for value in gain), d=digits)
-                if gain
-                else "not run"
-                for gain in [*gains, mean]
-            ]
-            lines.append(f"| {question} | {' | '.join(cells)} | {judge(known, mean)} |")
-    lines += ["", "## Processor seconds", "", f"| What | {data} |", f"| --- |{' ---: |' * len(rows)}"]
+            lines += [show_gains(question, gains, metric)] if any(gains) else []
+    lines += ["", "## Processor seconds", "", f"| What | {' | '.join(data)} |", f"| --- |{' ---: |' * len(rows)}"]
     for name in (PROBE, ENSEMBLE, *(way.name for way in WAYS)):
         cells = [f"{row['seconds'][name]:.0f}" if name in row["seconds"] else "not run" for row in rows]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -367,10 +352,8 @@ def write_page(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
 
 def main() -> None:
     """Measure, and write the page and its rows after each training."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("data", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the page; the rows go beside it as JSON")
-    parser.add_argument("--features", type=Path, required=True, help="folder for what was computed")
     settings = parser.parse_args()
     names = [one.name for one in find_backbones(load_config(None, []))]
     trials = [Trial.of(data, settings.features) for data in settings.data]
@@ -378,8 +361,7 @@ def main() -> None:
         for trial in trials:
             trial.run(way)
             rows = [each.measure() for each in trials]
-            settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            settings.out.write_text(write_page(rows, names), encoding="utf-8")
+            write_results(settings.out, rows, write_page(rows, names))
 
 
 if __name__ == "__main__":

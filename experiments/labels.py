@@ -10,8 +10,6 @@ that an interrupted run goes on.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from experiments.heads import POOLED, Trial
+from experiments.pages import make_parser, write_results
 from fieldmark.budget.heads import fit_head
 from fieldmark.budget.race import make_folds, stratified_order
 from fieldmark.inference.calibration import apply_temperature, fit_temperature, log_probabilities
@@ -228,18 +227,15 @@ def write_page(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, and write the page and its rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("data", nargs="+", help="FOLDER:LABELS, the photos and the number of labels to begin with")
-    parser.add_argument("--out", type=Path, required=True, help="the page; the rows go beside it as JSON")
-    parser.add_argument("--features", type=Path, required=True, help="folder for what was computed")
     settings = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for given in settings.data:
         path, _, start = given.rpartition(":")
         photos = Photos.load(Path(path), settings.features)
         rows += summarize(photos, int(start), measure(photos, int(start), settings.features))
-    settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    settings.out.write_text(write_page(rows), encoding="utf-8")
+    write_results(settings.out, rows, write_page(rows))
 
 
 if __name__ == "__main__":

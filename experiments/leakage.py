@@ -10,8 +10,6 @@ numbers tell.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.heads import FOLDS, POOLED, Floats, Trial, average
+from experiments.pages import make_parser, write_results
 from fieldmark.budget.candidates import find_backbones
 from fieldmark.budget.heads import fit_head
 from fieldmark.budget.race import make_folds
@@ -129,15 +128,12 @@ def write_page(rows: list[dict[str, Any]], names: list[str]) -> str:
 
 def main() -> None:
     """Measure, and write the page and its rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path, help="the folder signs10")
-    parser.add_argument("--out", type=Path, required=True, help="the page; the rows go beside it as JSON")
-    parser.add_argument("--features", type=Path, required=True, help="folder for what was computed")
     settings = parser.parse_args()
     names = [one.name for one in find_backbones(load_config(None, []))]
     rows = measure(Trial(settings.data, settings.features), names)
-    settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    settings.out.write_text(write_page(rows, names), encoding="utf-8")
+    write_results(settings.out, rows, write_page(rows, names))
 
 
 if __name__ == "__main__":

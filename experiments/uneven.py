@@ -12,8 +12,6 @@ Shape letters: N photos, K classes.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.heads import FOLDS, POOLED, Floats, Trial
+from experiments.pages import make_parser, write_results
 from fieldmark.budget.candidates import find_backbones
 from fieldmark.budget.heads import fit_head
 from fieldmark.budget.race import make_folds
@@ -114,17 +113,14 @@ def write_page(rows: list[dict[str, Any]], name: str) -> str:
 
 def main() -> None:
     """Measure, and write the page and its rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("data", nargs="+", type=Path, help="birds100 is drawn unevenly, others stay as they are")
-    parser.add_argument("--out", type=Path, required=True, help="the page; the rows go beside it as JSON")
-    parser.add_argument("--features", type=Path, required=True, help="folder for what was computed")
     settings = parser.parse_args()
     name = find_backbones(load_config(None, []))[0].name
     rows: list[dict[str, Any]] = []
     for data in settings.data:
         rows += measure(Trial(data, settings.features), name, is_drawn=data.stem == "birds100")
-    settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    settings.out.write_text(write_page(rows, name), encoding="utf-8")
+    write_results(settings.out, rows, write_page(rows, name))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ other 10 are never seen. The second is far away from the first. What was compute
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
+from experiments.pages import make_parser, write_results
 from fieldmark.budget.candidates import Backbone, Candidate, find_backbones
 from fieldmark.budget.heads import CURVATURE, FINE, STRENGTHS, _Basis
 from fieldmark.budget.plan import Plan
@@ -227,10 +227,8 @@ def write_page(rows: list[dict[str, object]], names: tuple[str, str]) -> str:
 
 def main() -> None:
     """Measure, and write the page and its rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("data", nargs=2, type=Path, help="a data set, and one that is far away from it")
-    parser.add_argument("--out", type=Path, required=True, help="the page; the rows go beside it as JSON")
-    parser.add_argument("--features", type=Path, required=True, help="folder for what was computed")
     parser.add_argument("--draws", type=int, default=5)
     settings = parser.parse_args()
     models: Models = {}
@@ -242,9 +240,8 @@ def main() -> None:
         if not kept.is_file():
             kept.write_text(json.dumps(measure(draw, birds, far)), encoding="utf-8")
         rows += json.loads(kept.read_text(encoding="utf-8"))
-    settings.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     names = (settings.data[0].name, settings.data[1].name)
-    settings.out.write_text(write_page(rows, names), encoding="utf-8")
+    write_results(settings.out, rows, write_page(rows, names))
 
 
 if __name__ == "__main__":

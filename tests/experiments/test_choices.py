@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from experiments.choices import judge, mean_gain, write_page
+from experiments.choices import write_page
+from experiments.pages import judge, mean_gain
 
 
 @pytest.mark.parametrize(

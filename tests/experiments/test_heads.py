@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import heads
 from fieldmark.budget.candidates import find_backbones
@@ -14,15 +13,8 @@ from fieldmark.config import load_config
 
 
 @pytest.fixture
-def photos(tmp_path):
-    for number, name in enumerate(("plain", "striped")):
-        for place in range(12):
-            path = tmp_path / "photos" / name / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(place).integers(0, 120, (40, 40, 3))
-            pixels[:: 2 + 6 * number] += 100
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return tmp_path / "photos"
+def photos(tmp_path, write_striped):
+    return write_striped(tmp_path / "photos", 12)
 
 
 def test_each_question_has_a_row_and_the_gain_is_the_difference_of_its_accuracies(photos, tmp_path, monkeypatch):

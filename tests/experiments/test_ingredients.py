@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional
 
 from experiments import ingredients
@@ -26,15 +25,8 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def photos(tmp_path):
-    for number, name in enumerate(("plain", "striped")):
-        for place in range(24):
-            path = tmp_path / "photos" / name / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(place).integers(0, 120, (40, 40, 3))
-            pixels[:: 2 + 6 * number] += 100
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return tmp_path / "photos"
+def photos(tmp_path, write_striped):
+    return write_striped(tmp_path / "photos", 24)
 
 
 def test_photos_that_judge_do_not_learn_and_test_photos_take_no_part(small):
