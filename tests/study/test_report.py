@@ -155,6 +155,17 @@ def test_the_page_of_one_run_is_about_that_run(nasty_text):
         assert fact in page.text
 
 
+def test_of_a_budget_the_page_names_what_was_kept_and_not_what_its_settings_begin_with(make_run, tmp_path):
+    run = make_run("a")
+    summary = json.loads((run / "summary.json").read_text()) | {"kept": "the average of two heads"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    write_report([run], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "the average of two heads" in text
+    assert "Backbone" not in text
+    assert "kept: the" not in text
+
+
 def test_a_probe_is_a_point_of_its_own_and_has_no_learning_rate(make_run):
     run = make_run("a")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -206,6 +206,8 @@ def _run_facts(variant: Variant, table: Table) -> dict[str, str]:
     }
     if len(variant.seeds) == 1:
         facts |= {"Seeds": "–", "Each seed": "–"}
+    if kept := run.summary.get("kept"):  # the plan of a budget chose, not the settings
+        facts |= {"Epochs": "–", "Backbone": "–", "Kept": kept}
     return {name: value for name, value in facts.items() if value != "–"}
 
 
