@@ -8,9 +8,11 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -19,7 +21,7 @@ from fieldmark.budget.candidates import Candidate, find_backbones, list_candidat
 from fieldmark.budget.plan import Plan
 from fieldmark.budget.race import Features, best_average
 from fieldmark.budget.team import Team
-from fieldmark.budget.tune import MICRO_BATCH, Option, tuning_config
+from fieldmark.budget.tune import Option, open_pool, tuning_config
 from fieldmark.config import Config, load_config
 from fieldmark.errors import ConfigError, InterruptedRunError, PredictionError, RunError
 from fieldmark.inference.evaluation import evaluate
@@ -300,9 +302,24 @@ def test_fine_tuning_keeps_the_micro_batch_that_is_asked_for_and_leaves_moving_s
         (backbone,) = find_backbones(config)
         return tuning_config(config, Candidate(backbone, 32, "whole"), Option(32, 0, 0.1, 6.0)).train.micro_batch_size
 
-    assert tuned() == MICRO_BATCH
     assert tuned("train.micro_batch_size=3") == 3
     assert tuned("model.freeze_batchnorm=false") is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch", "photos_of_a_pass", "passes"),
+    [(1, 32, 16, None), (2, 32, 16, [2, 1]), (3, 32, 11, [3, 1]), (4, 32, 8, [4, 1]), (16, 32, 8, [4, 4]),
+     (16, 128, 8, [16, 1]), (8, 4, 4, [1, 8])],
+)  # fmt: skip
+def test_the_passes_of_an_update_share_all_cores(photos, monkeypatch, cores, batch, photos_of_a_pass, passes):
+    config = load_config(None, [f'data.path="{photos.as_posix()}"', *TINY, f"train.batch_size={batch}"])
+    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
+    (backbone,) = find_backbones(config)
+    tuned = tuning_config(config, Candidate(backbone, 32, "whole"), Option(32, 0, 0.1, 6.0))
+    assert tuned.train.micro_batch_size == photos_of_a_pass
+    course = SimpleNamespace(team=SimpleNamespace(fabric=SimpleNamespace(device=torch.device("cpu"), world_size=1)))
+    with open_pool(course, tuned) as pool:
+        assert (pool and [pool._max_workers, *pool._initargs]) == passes
 
 
 def test_fine_tuning_refuses_a_batch_that_batchnorm_learns_nothing_from(photos, tmp_path):

@@ -20,7 +20,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmark.data.loader import Batch, Loader, auto_workers, cut_plan, epoch_order, join_batches, shard_plan
+from fieldmark.data.loader import (
+    Batch,
+    Loader,
+    auto_workers,
+    cut_plan,
+    epoch_order,
+    join_batches,
+    limit_team,
+    shard_plan,
+)
 from fieldmark.errors import PhotoError, ResourceError, TrainingError
 
 # Worker processes import what they unpickle, so what prepares batches must live in an importable module.
@@ -203,6 +212,8 @@ def test_threads_compute_alone_and_leave_all_others_theirs() -> None:
         assert batch.numbers.tolist() == [1] * 4
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1, initializer=limit_team, initargs=(2,)) as pool:
+            assert (pool.submit(torch.get_num_threads).result(), torch.get_num_threads()) == (2, 3)
     finally:
         torch.set_num_threads(before)
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from lightning_fabric import Fabric
 
-from fieldmark.data.loader import compute_alone
+from fieldmark.data.loader import limit_team
 from fieldmark.training.loop import UpdateOptions, compute_gradients, soft_cross_entropy
 
 
@@ -18,7 +18,7 @@ def test_micro_batches_side_by_side_have_the_gradient_of_the_whole_batch():
     gradients = [parameter.grad.clone() for parameter in network.parameters()]
     network.zero_grad(set_to_none=True)
     fabric = Fabric(accelerator="cpu", devices=1)
-    with ThreadPoolExecutor(2, initializer=compute_alone) as pool:
+    with ThreadPoolExecutor(2, initializer=limit_team) as pool:
         options = UpdateOptions(pool=pool)
         total, logits = compute_gradients(fabric, network, images, targets, 4, options, scale=1 / 12)
         first = [parameter.grad.clone() for parameter in network.parameters()]

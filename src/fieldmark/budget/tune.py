@@ -24,7 +24,7 @@ from fieldmark.budget.heads import refit_head
 from fieldmark.budget.plan import REPLAN_EVERY, Pace, Shape
 from fieldmark.budget.race import Course, Entry
 from fieldmark.config import Config
-from fieldmark.data.loader import compute_alone
+from fieldmark.data.loader import limit_team
 from fieldmark.models.classifier import freeze_stages
 from fieldmark.runs import build, folder
 from fieldmark.runs.session import Session, assemble, run_in_turn, run_together
@@ -33,9 +33,9 @@ from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, UpdateO
 TUNING = "tuning"
 MOVES = "end of fine-tuning"
 MEASURED_PHOTOS = 32
-# Photos of a pass on a core. Lite0 at 160 pixels in updates of 32, photos/s of two cores of an AMD EPYC: 100 with 16
-# and 91 with 8 in bf16, 57 and 50 in 32 bit.
-MICRO_BATCH = 16
+# Photos of a pass, at least where there are many cores and at most. Lite0 at 160 pixels in updates of 32, photos/s of
+# two cores of an AMD EPYC: 91 with 8 and 100 with 16 in bf16, 50 and 57 in 32 bit.
+LEAST_PASS, MOST_PASS = 8, 16
 # Epochs that are wanted of a depth and size, those below which fine-tuning earns nothing, and those from which batches
 # are mixed: with fewer, regularizers cost more than they earn.
 ENOUGH_EPOCHS, LEAST_EPOCHS, MANY_EPOCHS = 8.0, 5.0, 10.0
@@ -66,14 +66,19 @@ class Option:
 
 
 def open_pool(course: Course, config: Config) -> AbstractContextManager[ThreadPoolExecutor | None]:
-    """Threads for micro-batches side by side, a core for each, where that is exact (see `training.loop`)."""
+    """Threads for micro-batches side by side, where that is exact (see `training.loop`)."""
     cores = torch.get_num_threads()
     model, fabric = config.model, course.team.fabric
     is_exact = model.freeze_batchnorm and not (model.feature_dropout or model.drop_path)
     is_plain = fabric.device.type == "cpu" and fabric.world_size == 1
     if cores < 2 or not is_exact or not is_plain or config.train.compile == "on":
         return nullcontext()
-    return ThreadPoolExecutor(cores, "fieldmark-update", compute_alone)
+    return ThreadPoolExecutor(passes := count_passes(config), "fieldmark-update", limit_team, (cores // passes,))
+
+
+def count_passes(config: Config) -> int:
+    """How many passes of an update fit side by side: one for each core, or for several where a pass would be small."""
+    return min(torch.get_num_threads(), -(-config.train.batch_size // LEAST_PASS))
 
 
 def measure_update(course: Course, candidate: Candidate, size: int, freeze: int) -> float:
@@ -133,7 +138,7 @@ def tuning_config(config: Config, candidate: Candidate, option: Option) -> Confi
     wanted["mix"] = {"share": 0.3, "cutmix_share": 1.0, "off_epochs": 2} if option.epochs >= MANY_EPOCHS else {}
     keeps_batchnorm = config.model.freeze_batchnorm or "freeze_batchnorm" not in config.model.model_fields_set
     if keeps_batchnorm and build.choose_device(config).value == "cpu":  # equal to one pass but for rounding
-        wanted["train"]["micro_batch_size"] = MICRO_BATCH
+        wanted["train"]["micro_batch_size"] = min(-(-config.train.batch_size // count_passes(config)), MOST_PASS)
     for section, values in wanted.items():
         given = getattr(config, section).model_fields_set
         wanted[section] = {name: value for name, value in values.items() if name not in given}

@@ -153,7 +153,7 @@ class Loader:
         if num_parts < 2:
             return prepare(numbers, epoch)
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._num_threads, "fieldmark-loader", compute_alone)
+            self._threads = ThreadPoolExecutor(self._num_threads, "fieldmark-loader", limit_team)
         parts = [shard_plan([numbers], rank=part, processes=num_parts)[0] for part in range(num_parts)]
         return join_batches(list(self._threads.map(lambda part: prepare(part, epoch), parts)))
 
@@ -206,14 +206,14 @@ class Loader:
         self.close()
 
 
-def compute_alone() -> None:
-    """Keep torch from starting a team of threads for this one.
+def limit_team(threads: int = 1) -> None:
+    """Keep torch from starting more threads than these for the thread that calls.
 
     With more threads in all than cores, GNU's OpenMP lets every team sleep rather than wait where its threads meet,
     which costs the training's own team a tenth of its time.
     """
     torch.get_num_threads()  # sets this thread's number, which the limit then lowers; no other thread's changes
-    threadpool_limits(1, user_api="openmp")
+    threadpool_limits(threads, user_api="openmp")
 
 
 def auto_workers(*, cores: int, is_cached: bool, has_gpu: bool) -> tuple[int, str]:
