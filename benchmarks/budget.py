@@ -43,6 +43,9 @@ LEAST_FILL = 0.8
 RUN_LIMIT_SECONDS = 3 * 3600.0
 """A peer that is not at its end by then is stuck."""
 
+ALONE = (f"model.name={MODEL}", "model.weights=package:efficientnet-lite0")
+"""Settings of ours with EfficientNet-Lite0 alone."""
+
 TRIAL_UPDATES = 8
 
 TRIAL_SECONDS = 15.0
@@ -195,7 +198,8 @@ class Measuring:
         """
         data, task = self._data[data_name], list_contenders()[contender]
         if task is None:
-            parts, place, given = self.run_ours(data, minutes, seed, is_alone=contender == OURS_ALONE)
+            settings = ALONE if contender == OURS_ALONE else ()
+            parts, place, given = self.run_ours(data, minutes, seed, settings=settings)
             seconds = sum(parts)
             plan: dict[str, Any] = {"minutes": given, "seconds": [round(part, 2) for part in parts]}
         else:
@@ -216,7 +220,9 @@ class Measuring:
         right = score(data, place / "prediction.csv")
         return make_row(contender, data, minutes, seed, seconds=seconds, right=right, plan=plan)
 
-    def run_ours(self, data: DataSet, minutes: float, seed: int, *, is_alone: bool) -> tuple[list[float], Path, float]:
+    def run_ours(
+        self, data: DataSet, minutes: float, seed: int, *, settings: Sequence[str]
+    ) -> tuple[list[float], Path, float]:
         """Train and predict by the two commands of a user, with nothing kept from earlier runs.
 
         Returns:
@@ -225,10 +231,10 @@ class Measuring:
         place = self._new_place()
         given = round(minutes - reserve_seconds(60 * minutes, len(data.truth)) / 60, 3)
         program = [sys.executable, "-m", "fieldmark"]
-        only = ["--set", f"model.name={MODEL}", "--set", "model.weights=package:efficientnet-lite0"]
         train = ["train", str(data.folder), "--minutes", str(given), "--out", str(place / "run"), "--seed", str(seed)]
         predict = ["predict", str(place / "run"), str(data.photos), "--out", str(place / "prediction.csv")]
-        commands = [[*program, *train, *(only if is_alone else [])], [*program, *predict]]
+        given_settings = [word for setting in settings for word in ("--set", setting)]
+        commands = [[*program, *train, *given_settings], [*program, *predict]]
         return run_commands(commands, place, limit_seconds=240 * minutes + 300), place, given
 
     def _fit(self, contender: str, task: Task, data: DataSet, minutes: float) -> tuple[Task, dict[str, Any]] | None:
@@ -260,7 +266,7 @@ class Measuring:
     def run_peer(self, task: Task, data: DataSet) -> tuple[float, Path]:
         """Let a peer do a task on a data set; return its seconds and the folder of its prediction file."""
         place = self._new_place()
-        if not self._weights.is_file():
+        if not task.weights and not self._weights.is_file():
             save_weights(self._weights)
         whole = replace(
             task,
@@ -268,7 +274,7 @@ class Measuring:
             photos=str(data.photos),
             out=str(place / "prediction.csv"),
             scratch=str(place),
-            weights=str(self._weights),
+            weights=task.weights or str(self._weights),
             workers=self._workers,
             device=self._device,
             timm_script=self._timm_script,

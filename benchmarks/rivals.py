@@ -2,8 +2,9 @@
 
     python -m benchmarks.rivals TASK_AS_JSON
 
-All start from the same weights, those of the package of EfficientNet-Lite0. The settings are what each project's own
-documentation gives for fine-tuning, with channels_last everywhere and bf16 where the processor computes in it.
+All start from the same weights, as a rule those of the package of EfficientNet-Lite0. The settings are what each
+project's own documentation gives for fine-tuning, with channels_last everywhere and bf16 where the processor computes
+in it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ C_VALUES = (0.0001, 0.001, 0.01, 0.1)
 FOLDS = 3
 
 TIMM_FLAGS = (
-    f"--train-split train --val-split val --model {MODEL} --pretrained -b {BATCH_SIZE} --opt adamw --lr 1e-3 "
+    f"--train-split train --val-split val --pretrained -b {BATCH_SIZE} --opt adamw --lr 1e-3 "
     "--weight-decay 0.05 --layer-decay 0.75 --sched cosine --sched-on-updates --warmup-epochs 0 --min-lr 1e-6 "
     "--scale 0.35 1.0 --hflip 0.5 --smoothing 0.1 --checkpoint-hist 1 --log-interval 1000000 --channels-last"
 )
@@ -43,6 +45,8 @@ class Task:
         out: Prediction file to write.
         scratch: A folder for whatever else it writes.
         weights: File of a state_dict in timm's names.
+        model: timm's name of the network that timm's script trains; the other peers take EfficientNet-Lite0.
+        stride_in_1x1: The weights are of a ResNet as Keras builds it, with strides in first convolutions.
         size: Side of the images, in pixels.
         epochs: Of training; those of fastai are counted without its frozen one.
         updates: Of an epoch; 0 is as many as the photos make.
@@ -59,6 +63,8 @@ class Task:
     out: str
     scratch: str
     weights: str
+    model: str = MODEL
+    stride_in_1x1: bool = False
     size: int = TEST_SIZE
     epochs: int = 1
     updates: int = 0
@@ -142,6 +148,8 @@ def timm_script(task: Task) -> None:
         return result
 
     script.train_one_epoch = timed
+    if task.stride_in_1x1:
+        script.create_model = partial(_create_strided, script.create_model)
     sys.argv = [task.timm_script, *timm_flags(task)]
     script.main()
     timings.save(task.scratch)
@@ -150,11 +158,19 @@ def timm_script(task: Task) -> None:
     write_predictions(task, tests, [task.classes[answer] for answer in answers])
 
 
+def _create_strided(create: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    model = create(*args, **settings)
+    for layer in (model.layer2, model.layer3, model.layer4):
+        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    return model
+
+
 def timm_flags(task: Task) -> list[str]:
     """The flags of timm's script: those of speed, and fine-tuning with layer-wise rates."""
     more = (
-        f"--num-classes {len(task.classes)} --input-size 3 {task.size} {task.size} --epochs {task.epochs} "
-        f"--val-interval {task.epochs} --seed {task.seed} --workers {task.workers} --device {task.device}"
+        f"--model {task.model} --num-classes {len(task.classes)} --input-size 3 {task.size} {task.size} "
+        f"--epochs {task.epochs} --val-interval {task.epochs} --seed {task.seed} "
+        f"--workers {task.workers} --device {task.device}"
     )
     updates = ["--train-batches-per-epoch", str(task.updates)] if task.updates else []
     amp = ["--amp", "--amp-dtype", "bfloat16"] if has_bf16(task.device) else []

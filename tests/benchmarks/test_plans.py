@@ -11,7 +11,7 @@ from benchmarks.contender import timm_flags
 from benchmarks.contest import Setup
 from benchmarks.record import Findings
 
-from benchmarks import gpu, lists, memory, pipeline, shards, startup, train
+from benchmarks import gpu, lists, memory, pipeline, reach, rivals, shards, startup, train
 
 PLANS = {
     "pipeline": lambda is_quick: pipeline.make_plan(is_quick=is_quick, cores=16),
@@ -47,6 +47,18 @@ def test_help_says_what_it_measures(name, capsys, monkeypatch):
 def test_more_workers_than_cores_are_never_measured():
     assert pipeline.make_plan(is_quick=True, cores=1).max_workers == 1
     assert pipeline.make_plan(is_quick=False, cores=4).max_workers == 4
+
+
+def test_time_to_accuracy_is_that_of_one_network_with_the_same_weights_on_both_sides(tmp_path):
+    (tmp_path / "train").mkdir()
+    (quick,) = reach.list_cases(is_quick=True)
+    assert (quick.peer.model, quick.peer.epochs) == ("tf_efficientnet_lite0", 2)
+    for case in reach.list_cases(is_quick=False):
+        assert f"model.name={case.peer.model}" in case.settings
+        flags = rivals.timm_flags(dataclasses.replace(case.peer, folder=str(tmp_path)))
+        assert flags[flags.index("--model") + 1] == case.peer.model
+        assert any(setting.startswith("model.weights=") for setting in case.settings)
+        assert ("model.stride_in_1x1=true" in case.settings) == case.peer.stride_in_1x1
 
 
 def test_peers_run_as_they_come_and_with_their_best_flags(tmp_path):

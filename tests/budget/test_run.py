@@ -326,7 +326,7 @@ def test_fine_tuning_refuses_a_batch_that_batchnorm_learns_nothing_from(photos, 
     single = [one for one in TINY if "batch_size" not in one]
     given = [f'data.path="{photos.as_posix()}"', *single, "train.batch_size=1", "model.freeze_batchnorm=false"]
     with pytest.raises(ConfigError, match=r"train.batch_size is 1: BatchNorm learns nothing from one photo.*Raise it"):
-        budget.train_within(load_config(None, given), tmp_path / "single", minutes=0.2, clock=TickClock())
+        budget.train_within(load_config(None, given), tmp_path / "single", minutes=2, clock=TickClock())
 
 
 def test_broken_photos_that_are_left_out_are_listed(settings, photos, tmp_path):
@@ -355,7 +355,9 @@ def test_a_finished_run_with_new_minutes_does_what_there_was_no_time_for(setting
     longer = budget.resume_within(short.path, minutes=0.4, clock=TickClock())
     after = (longer.path / "plan.jsonl").read_text().splitlines()
     assert find_tuned(longer)
-    assert after[: len(before) - 1] == before[:-1]  # up to the answer that there was no time
+    # Up to the first answer that there was no time: which one it is depends on how fast this machine is.
+    same = next(number for number, line in enumerate(before) if json.loads(line)["value"] in (False, []))
+    assert after[:same] == before[:same]
     assert longer.summary["status"] == "finished"
 
 

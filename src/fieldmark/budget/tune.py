@@ -222,6 +222,7 @@ class _Training:
         while self.moves and self.moves[0][0] <= state.step:
             pace.shape = pace.shape.moved(*self.moves.pop(0))
         pace.shape = team.agree(lambda: pace.shape)
+        planned = pace.shape.end
         state.set_rates()
         options = build.build_update_options(session.config, session.prior, session.fabric.device)
         reports = train_epochs(
@@ -240,6 +241,8 @@ class _Training:
             if not report.is_complete or state.step >= pace.shape.end:
                 break
             team.agree(partial(on_epoch, report, session.config, state.kept_model.state_dict()))
+        if state.step != planned:
+            self.course.log.message(f"fine-tuning: {planned} updates were planned, and the clock allowed {state.step}")
         return True
 
     def _watch(self, epoch: int, first: int) -> Iterator[TrainBatch]:
@@ -278,13 +281,7 @@ class _Training:
             return self.moves.pop(0) if self.moves[0][0] <= step else None
         # A record that goes on after the moves says that there were no others.
         end = None if plan.is_repeating else pace.propose(step)
-        if end is None:
-            return None
-        self.course.log.message(
-            f"fine-tuning: ends after update {end} instead of {pace.shape.end}, as the clock runs; "
-            f"{max(plan.left, 0):.0f} s left"
-        )
-        return plan.decide(MOVES, lambda: (step, end))
+        return None if end is None else plan.decide(MOVES, lambda: (step, end))
 
     def mix_with(self, probe: Weights) -> dict[str, tuple[Weights, NDArray[np.float32]]]:
         """Evaluate the last weights, their average and interpolations with the probe, as far as time allows.
