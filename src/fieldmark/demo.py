@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from fieldmark import plots
 from fieldmark.budget.run import format_result, train_within
@@ -20,10 +20,6 @@ from fieldmark.inference.evaluation import Evaluation, evaluate, save_evaluation
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs.environment import processor_name, usable_cores
 from fieldmark.runs.folder import Run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 DEFECTIVE = 0.5  # experts' probability of a defect above which a cell counts as defective
 PUBLISHED = "CNN 88.4 %, SVM 82.4 % (Deitsch et al. 2019, Solar Energy 185, their own split of the same photos)"

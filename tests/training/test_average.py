@@ -7,7 +7,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fieldmark.training.checkpoint import average_weights, greedy_soup, update_average
+from fieldmark.runs.session import AVERAGE
+from fieldmark.training.checkpoint import average_weights, greedy_soup
 
 
 def make_model():
@@ -17,13 +18,13 @@ def make_model():
 
 def test_the_running_average_follows_the_formula_for_weights_and_buffers():
     model = make_model()
-    average = ModelEmaV3(model, decay=0.9)
+    average = ModelEmaV3(model, decay=0.9, **AVERAGE)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step in range(200):
         model.train()(torch.randn(4, 3, 8, 8) + 5)
         with torch.no_grad():
             model[0].weight += 0.1
-        update_average(average, model, step=step)
+        average.update(model, step=step)
         keep = min(0.9, (1 + step) / (10 + step))
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():

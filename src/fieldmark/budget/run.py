@@ -112,11 +112,6 @@ def resume_within(
     return _spend(config, plan, progress, is_new=False)
 
 
-def is_budgeted(out: str | Path) -> bool:
-    """Whether a run folder was made within a budget."""
-    return (Path(out) / PLAN).is_file()
-
-
 def _spend(config: Config, plan: Plan, progress: Progress | None, *, is_new: bool, is_default: bool = False) -> Run:
     """Prepare in all processes; then the first spends the budget, with the others at its hand."""
     with stop_requests() as stop:

@@ -118,9 +118,7 @@ class Shelf:
                 path.mkdir(parents=True, exist_ok=True)
                 folder.write_json(path / folder.CLASSES, list(self._dataset.index.classes))
                 _write_model(path, member)
-        listed = [
-            {"folder": member.key, "name": member.key, "temperature": member.temperature} for member in answer.members
-        ]
+        listed = [{"folder": one.key, "name": one.key, "temperature": one.temperature} for one in answer.members]
         folder.write_json(self.path / folder.MODEL, _describe(answer))
         if len(self._val):
             write_validation(self.path, self._dataset, self._val, answer.val)

@@ -122,7 +122,7 @@ def run_training(
         from fieldmark.runs.environment import is_main_process
 
     config = read_settings(recipe, data, overrides)
-    has_budget = budget.is_budgeted(resume) if resume else minutes is not None or recipe is None
+    has_budget = (resume / budget.PLAN).is_file() if resume else minutes is not None or recipe is None
     if minutes is not None and not has_budget:
         raise typer.BadParameter(f"{resume} was not trained within a budget: --resume goes on with its own recipe")
     if resume and has_budget and (data or ray is not None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import median
@@ -18,7 +18,7 @@ from fieldmark.data.folders import quote
 from fieldmark.data.index import SPLITS, PhotoIndex
 from fieldmark.data.inspection import PhotoFacts
 from fieldmark.data.splits import split_gaps
-from fieldmark.files import fill_template
+from fieldmark.files import list_findings
 
 MOST_NEAR_DUPLICATES = 1000  # only so many pairs are listed; all are counted
 FEW_PHOTOS = 10  # a class with fewer training photos is pointed out
@@ -140,26 +140,20 @@ def audit(index: PhotoIndex, facts: Sequence[PhotoFacts], *, near_distance: int,
         similar_names=_find_similar_names(index.classes),
     )
     few = [name for _, name in sorted((count, name) for name, count in num_train.items() if 0 < count < FEW_PHOTOS)]
-    values = {"skip_broken": skip_broken, "few": few, "least": FEW_PHOTOS, "most": IMBALANCE}
-    conflicts, similar = _conflict_text(found.conflicting_labels), map(_similar_text, found.similar_names)
-    must_fix = [*find_gaps_in_training(num_train), *conflicts, *_say("faults.md", found, **values)]
-    return replace(found, must_fix=must_fix, warnings=[*similar, *_say("doubts.md", found, **values)])
+    values = {**vars(found), "found": found, "skip_broken": skip_broken}
+    values |= {"few": few, "least": FEW_PHOTOS, "most": IMBALANCE}
+    return replace(found, must_fix=_say("faults.md", values), warnings=_say("doubts.md", values))
 
 
 def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
     """Say what a training should mention of its labels: nearly equal class names, and one photo under two of them."""
     conflicts = _paths(index, _find_conflicts(index, _find_copies(facts)))
-    return [*map(_similar_text, _find_similar_names(index.classes)), *_conflict_text(conflicts)]
+    return _say("labels.md", {"similar_names": _find_similar_names(index.classes), "conflicting_labels": conflicts})
 
 
-def find_gaps_in_training(num_train: Mapping[str, int]) -> Iterator[str]:
+def find_gaps_in_training(num_train: Mapping[str, int]) -> list[str]:
     """Say what a classifier lacks to learn, by the number of training photos of each class."""
-    if len(num_train) < 2:
-        only = f"there is only {quote(list(num_train))}" if num_train else "there is none"
-        yield f"A classifier needs at least 2 classes; {only}. Add a class folder with photos"
-    if untrained := [name for name, count in num_train.items() if not count]:
-        words = _count(untrained, "class has", "classes have")
-        yield f"{words} no photo in train: {quote(untrained)}. Add some, or leave the class out"
+    return _say("gaps.md", {"num_train": num_train})
 
 
 def near_pairs(first: Hashes, second: Hashes, *, max_distance: int) -> tuple[Numbers, Numbers, Numbers]:
@@ -246,20 +240,9 @@ def _tally(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(value for value in values if value).most_common())
 
 
-def _say(template: str, found: Audit, **values: object) -> list[str]:
+def _say(template: str, values: Mapping[str, object]) -> list[str]:
     """The sentences of a template, one for each line of it that has a reason."""
-    filters = {"quote": quote, "repr": repr, "count": _count}
-    return list(filter(None, fill_template(template, {"found": found, **values}, filters=filters).split("\n")))
-
-
-def _similar_text(names: Sequence[str]) -> str:
-    return f"classes with nearly the same name: {quote(names)}. Are they one?"
-
-
-def _conflict_text(conflicts: Sequence[Sequence[str]]) -> Iterator[str]:
-    if conflicts:
-        words = _count(conflicts, "photo has", "photos have")
-        yield f"{words} more than one label, such as {quote(conflicts[0])}. Keep the right one"
+    return list_findings(template, values, filters={"quote": quote, "repr": repr, "count": _count})
 
 
 def _count(things: int | Sequence[object] | Mapping[str, object], one: str, many: str) -> str:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import simplejpeg
 from numpy.typing import NDArray
 
@@ -209,8 +210,6 @@ def choose_mode(
     mode: str, presets: Sequence[Preset], sizes: NDArray[np.int64], *, folder: Path, disk_gigabytes: float
 ) -> tuple[Preset | None, str]:
     """The first preset that fits the disk of `folder`, and why; what is there of it already counts as fitting."""
-    import psutil
-
     reasons: list[str] = []
     half_free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 2
     half_memory = psutil.virtual_memory().total / 2

@@ -17,9 +17,7 @@ from pathlib import Path
 
 from fieldmark.errors import DataError
 
-SYSTEM_NAMES = frozenset(
-    {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found"}
-)
+SYSTEM_NAMES = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found"}
 # Pillow has no decoder for the first four; the others are drawings, for which it starts another program.
 NOT_PHOTOS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF", "EMF"})
 _RAW = "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mrw nef nrw orf pef raf rw2 rwl sr2 srf srw x3f"

@@ -23,9 +23,7 @@ _NO_STORAGE = frozenset({"NoCredentialsError", "PartialCredentialsError", "Crede
                          "ClientConnectorError", "ClientConnectorDNSError", "DefaultCredentialsError"})  # fmt: skip
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
 _S3_OPTIONS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; for public data FSSPEC_S3_ANON=true"
-
 _READ_AHEAD_BYTES = 4 * 2**20  # of a file that is read from its beginning: the time of a request is then no matter
-
 _LISTED_FROM = 16  # photos in a folder: a listing names a thousand by one request
 
 _opened: dict[str, Any] = {}
@@ -69,10 +67,9 @@ def fetch(url: str, start: int | None = None, num_bytes: int = 0) -> bytes:
 def opened(location: str) -> Generator[IO[bytes]]:
     """A file of this machine or behind a URL, open for reading; raises as `fetch`, also inside the `with`."""
     with _explained(location):
-        file: Any
         if is_url(location):
             storage, path = _open(location)
-            file = storage.open(path, "rb", block_size=_READ_AHEAD_BYTES)
+            file: Any = storage.open(path, "rb", block_size=_READ_AHEAD_BYTES)
         else:
             file = Path(location).open("rb")  # noqa: SIM115, closed below
     with file:

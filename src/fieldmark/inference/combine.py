@@ -29,12 +29,6 @@ from fieldmark.training.checkpoint import greedy_soup, load_saved_weights, save_
 
 Method = Literal["ensemble", "soup"]
 
-NOTES = {
-    "ensemble": "The members were chosen and calibrated with an eye on these photos: on photos that nothing has seen "
-    "the accuracy may be lower.",
-    "soup": "These photos chose which members were kept, so the accuracy is optimistic: only photos that nothing has "
-    "seen show the true one.",
-}
 # They act in training alone, so weights that differ in them still fit one another.
 TRAINING_ONLY = frozenset({"head_dropout", "feature_dropout", "drop_path"})
 
@@ -74,7 +68,7 @@ def combine(
     """
     if method not in get_args(Method):
         raise RunError(f"no method {method!r}: choose one of {', '.join(get_args(Method))}")
-    out = Path(out)
+    out, progress = Path(out), progress or Quiet()
     if out.exists():
         raise RunError(f"{out} exists already; choose another --out, or remove it")
     members = open_combinable(list(map(Path, runs)))
@@ -97,13 +91,11 @@ def combine(
     }
     started = time.perf_counter()
     with whole_folder(out) as part:
-        if method == "soup":
-            described = _write_soup(members, part, progress or Quiet())
-        else:
-            described = _write_ensemble(members, part)
+        described = _write_soup(members, part, progress) if method == "soup" else _write_ensemble(members, part)
         made = Run(part)
         found = score_predictions(made, made.predictions("val"), "val")
-        summary |= {"seconds": time.perf_counter() - started, "members": described, "note": NOTES[method]}
+        summary |= {"seconds": time.perf_counter() - started, "members": described}
+        summary["note"] = fill_template("note.md", {"method": method})
         summary["val"] = {**found.metrics, "top1_interval": list(found.top1_interval)}
         folder.write_json(part / folder.ENVIRONMENT, describe_environment())
         folder.write_json(part / folder.SUMMARY, summary)

@@ -186,7 +186,6 @@ def _sample_names(sample: Path) -> Sequence[str]:
 
 def _write_csv(path: Path, rows: Iterable[Sequence[str]], *, zipped: bool) -> None:
     with ExitStack() as stack:
-        raw: IO[bytes]
         if zipped:
             # A fixed date: equal predictions give equal files.
             entry = zipfile.ZipInfo("prediction.csv", date_time=(1980, 1, 1, 0, 0, 0))
@@ -194,7 +193,7 @@ def _write_csv(path: Path, rows: Iterable[Sequence[str]], *, zipped: bool) -> No
             archive = stack.enter_context(zipfile.ZipFile(path, "w"))
             raw = stack.enter_context(archive.open(entry, "w", force_zip64=True))
         else:
-            raw = stack.enter_context(path.open("wb"))
+            raw: IO[bytes] = stack.enter_context(path.open("wb"))
         text = io.TextIOWrapper(raw, newline="", encoding="utf-8", errors="surrogateescape")
         write_rows(stack.enter_context(text), rows)
 

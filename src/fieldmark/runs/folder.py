@@ -24,12 +24,11 @@ from fieldmark.config import Config, Pool, load_config
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex, find_split_table, load_split_table
 from fieldmark.errors import RunError
-from fieldmark.files import Positive, Share, read_values, whole_or_absent, write_whole
+from fieldmark.files import Positive, Share, fill_template, read_values, whole_or_absent, write_whole
 
 if TYPE_CHECKING:
     from fieldmark.augment.reference import EvalSpec
     from fieldmark.models.classifier import Classifier
-
 
 RECIPE = "recipe.toml"
 SPLIT = "split.csv"  # or the same in .parquet, which `find_split_table` finds
@@ -164,7 +163,6 @@ class Run:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the result with its interval, and the confusion matrix."""
-        from fieldmark.files import fill_template
         from fieldmark.plots import confusion_figure, figure_svg
         from fieldmark.training.metrics import confusion_matrix
 

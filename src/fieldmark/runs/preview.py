@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
 from fieldmark import plots
@@ -25,10 +25,6 @@ from fieldmark.progress import Progress
 from fieldmark.runs import build
 from fieldmark.runs.check import lint_recipe
 from fieldmark.runs.dataset import find_photos, inspect
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
-
 
 SHOWN = 8
 SIZES_READ = 1000

@@ -50,6 +50,9 @@ from fieldmark.training.loop import EpochTally, TrainBatch, TrainState
 
 Start = Literal["new", "again", "resumed"]
 Result = TypeVar("Result")
+# Each update keeps `ema_decay` of the old average, reached gradually: update t (0-based) at most (1 + t) / (10 + t), so
+# that the start does not linger. Polyak and Juditsky, SIAM J. Control Optim. 30 (1992); the warm-up is TensorFlow's.
+AVERAGE: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9.0, "warmup_power": 1.0, "update_after_step": -2}
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,10 @@ class Session:
         loaded = self.loader.batches(prepare.raw if is_raw else prepare, shares, epoch=epoch)
         first = epoch * self.plan.steps_per_epoch + first_step
         for step, (batch, update) in enumerate(zip(loaded, updates, strict=True), start=first):
-            ready = batch.pin_memory() if device.type == "cuda" else batch
-            images = prepare.finish(ready, epoch, device) if is_raw else ready.images.to(device, non_blocking=True)
-            labels = ready.labels.to(device, non_blocking=True)
+            is_pinned = device.type == "cuda"
+            ready = batch.pin_memory() if is_pinned else batch
+            images = prepare.finish(ready, epoch, device) if is_raw else ready.images.to(device, non_blocking=is_pinned)
+            labels = ready.labels.to(device, non_blocking=is_pinned)
             targets = self.make_targets(labels)
             drawn = draw_mix(
                 mix, seed=config.train.seed, epoch=epoch, step=step, batch_size=len(labels), image_size=size
@@ -134,7 +138,7 @@ class Session:
             network=network,
             optimizer=optimizer,
             schedule=partial(schedule.factor, steps_per_epoch=self.plan.steps_per_epoch),
-            average=ModelEmaV3(model, decay=decay) if decay else None,
+            average=ModelEmaV3(model, decay, **AVERAGE) if decay else None,
             tally=EpochTally.zeros(fabric.device),
             micro_batch_size=build.first_micro_batch(config, processes=fabric.world_size),
         )

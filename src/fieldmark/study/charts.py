@@ -81,7 +81,6 @@ def list_curves(histories: Sequence[History]) -> list[Curves]:
 def report_charts(comparison: Comparison) -> list[Chart]:
     """All charts for which the runs have numbers, in the order of the page; of one variant, those that are about it."""
     variants = comparison.variants
-    charts: list[Chart | None]
     shown = _most_accurate(variants, MOST_LINES)
     histories = {one.name: [run.metrics for run in one.runs] for one in shown}
     every = list_curves([rows for several in histories.values() for rows in several])
@@ -90,7 +89,7 @@ def report_charts(comparison: Comparison) -> list[Chart]:
         charts = [curve_chart(one, {name: read_epochs(key, own) for name, key in one.lines.items()}) for one in every]
     else:
         few = f" The {len(shown)} most accurate of {len(variants)} variants." if len(shown) < len(variants) else ""
-        charts = [accuracy_chart(comparison), difference_chart(comparison)]
+        charts: list[Chart | None] = [accuracy_chart(comparison), difference_chart(comparison)]
         for whole, name, key in ((one, *line) for one in every for line in one.lines.items()):
             if not key.startswith("probe."):
                 title, note = f"{whole.title}, {name}", f"{whole.note} Band: lowest to highest run of a variant.{few}"

@@ -12,19 +12,17 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fieldmark.errors import RunError
 from fieldmark.files import whole_or_absent
-
-if TYPE_CHECKING:
-    from timm.utils import ModelEmaV3
 
 FORMAT = 1
 
@@ -62,11 +60,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def _has_damaged_record(path: Path) -> bool:
     """Whether a torch file's records differ from the CRC-32 that torch stored with each and never checks itself."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is not None
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError):
-        pass
+    damage = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError)
+    with suppress(*damage), zipfile.ZipFile(path) as archive:
+        return archive.testzip() is not None
     try:
         return zipfile.is_zipfile(path)  # a torn file is no archive; torch says so
     except zipfile.BadZipFile:
@@ -102,18 +98,6 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     if stored and stored != _digest(tensors):  # files of other programs have none
         raise RunError(f"{path} is damaged: its checksum does not fit what it holds. Bring back a copy, or train again")
     return tensors
-
-
-def update_average(average: ModelEmaV3, model: nn.Module, *, step: int) -> None:
-    """Take weights and buffers after update number `step` (0-based) into a running average of them.
-
-    `average.decay` is the share of the old average that each update keeps, in [0, 1). It is reached gradually: update t
-    keeps at most (1 + t) / (10 + t), so that the start does not linger.
-
-    Source:
-        Polyak and Juditsky, SIAM J. Control Optim. 30 (1992); the warm-up is TensorFlow's ExponentialMovingAverage.
-    """
-    average.apply_update_(model, min(average.decay, (1 + step) / (10 + step)))
 
 
 def average_weights(members: Sequence[Weights]) -> dict[str, Tensor]:

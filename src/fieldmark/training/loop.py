@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fieldmark.errors import ConfigError, NonFiniteError, ResourceError
-from fieldmark.training.checkpoint import update_average
 from fieldmark.training.evaluate import Predictions, Validation
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from timm.utils import ModelEmaV3
-
 
 MEMORY_SIGNS = ("can't allocate memory", "out of memory")  # of the processor, and of libraries below torch
 PROBE_WEIGHT_DECAY, PROBE_BATCH_SIZE = 1e-2, 256
@@ -231,7 +229,7 @@ def update(fabric: Fabric, state: TrainState, batch: TrainBatch, options: Update
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.average is not None:
-        update_average(state.average, state.model, step=state.step)
+        state.average.update(state.model, step=state.step)
     state.lr = state.optimizer.param_groups[-1]["lr"]
     state.step += 1
     state.set_rates()
