@@ -251,9 +251,9 @@ def has_bf16(device: str) -> bool:
     """Whether the device computes in bf16 rather than imitating it."""
     import torch
 
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    from fieldmark.training.evaluate import has_fast_bf16
+
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else has_fast_bf16()
 
 
 KINDS: dict[str, Callable[[Setup, Path, Stage], None]] = {

@@ -47,6 +47,29 @@ def test_what_is_synced_may_be_written_as_windows_asks(tmp_path, monkeypatch):
     assert [path.name for path in places] == ["files.py"]  # the one place that syncs
 
 
+@pytest.mark.parametrize("refusals", [0, 3, 99])
+def test_a_file_that_windows_holds_for_a_reader_is_replaced_a_moment_later(tmp_path, monkeypatch, refusals):
+    def replace(part, path):
+        nonlocal refusals
+        refusals -= 1
+        if refusals >= 0:
+            raise PermissionError(13, "in use")
+        return move(part, path)
+
+    move = Path.replace
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr("fieldmark.files.sys.platform", "win32")
+    monkeypatch.setattr("fieldmark.files.time.sleep", lambda _: None)
+    monkeypatch.setattr(Path, "replace", replace)
+    if refusals == 99:
+        with pytest.raises(ResourceError):
+            write_whole(tmp_path / "file", "new")
+    else:
+        write_whole(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == ("old" if refusals > 0 else "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path, error):
     (tmp_path / "x").write_text("old")

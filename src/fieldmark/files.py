@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -42,13 +44,23 @@ def whole_or_absent(path: Path, write: Callable[[Path], object]) -> None:
         # Without the sync a power cut may leave a renamed but empty file.
         with part.open("rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
-        part.replace(path)
+        _move(part, path)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
         with suppress(OSError):  # in a folder that is not there, or is a file, there is nothing to take away either
             part.unlink()
         if failure := explain_disk_error(path, error):
             raise failure from error
         raise
+
+
+def _move(part: Path, path: Path) -> None:
+    """Replace a file; on Windows that is refused for the moment in which somebody reads it."""
+    for _ in range(10 if sys.platform == "win32" else 0):
+        with suppress(PermissionError):
+            part.replace(path)
+            return
+        time.sleep(0.05)
+    part.replace(path)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from fieldmark.budget import run as budget
 from fieldmark.budget.candidates import Candidate, find_backbones, list_candidates
 from fieldmark.budget.plan import Plan
-from fieldmark.budget.race import Features, best_average
+from fieldmark.budget.race import Features, best_average, chunk_size
 from fieldmark.budget.team import Team
 from fieldmark.budget.tune import Option, open_pool, tuning_config
 from fieldmark.config import Config, load_config
@@ -309,7 +309,8 @@ def test_fine_tuning_keeps_the_micro_batch_that_is_asked_for_and_leaves_moving_s
 @pytest.mark.parametrize(
     ("cores", "batch", "photos_of_a_pass", "passes"),
     [(1, 32, 16, None), (2, 32, 16, [2, 1]), (3, 32, 11, [3, 1]), (4, 32, 8, [4, 1]), (16, 32, 8, [4, 4]),
-     (16, 128, 8, [16, 1]), (8, 4, 4, [1, 8])],
+     (16, 128, 8, [16, 1]), (8, 4, 4, [1, 8]), (5, 32, 7, [5, 1]), (6, 32, 11, [3, 2]), (7, 32, 5, [7, 1]),
+     (10, 32, 7, [5, 2])],
 )  # fmt: skip
 def test_the_passes_of_an_update_share_all_cores(photos, monkeypatch, cores, batch, photos_of_a_pass, passes):
     config = load_config(None, [f'data.path="{photos.as_posix()}"', *TINY, f"train.batch_size={batch}"])
@@ -320,6 +321,12 @@ def test_the_passes_of_an_update_share_all_cores(photos, monkeypatch, cores, bat
     course = SimpleNamespace(team=SimpleNamespace(fabric=SimpleNamespace(device=torch.device("cpu"), world_size=1)))
     with open_pool(course, tuned) as pool:
         assert (pool and [pool._max_workers, *pool._initargs]) == passes
+
+
+@pytest.mark.parametrize(("cores", "photos_at_a_time"), [(2, 64), (8, 64), (32, 256)])
+def test_features_are_computed_in_whole_passes_on_every_core(monkeypatch, cores, photos_at_a_time):
+    monkeypatch.setattr("fieldmark.budget.race.usable_cores", lambda: cores)
+    assert chunk_size() == photos_at_a_time
 
 
 def test_fine_tuning_refuses_a_batch_that_batchnorm_learns_nothing_from(photos, tmp_path):

@@ -347,6 +347,16 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 10) -> bool:
     return is_so()
 
 
+def test_batches_arrive_where_shared_memory_is_full(preparing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    expected = [content(preparing.Prepare()(numbers, 0)) for numbers in PLAN]
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with Loader(workers=2, threads=1) as loader:
+        assert [content(batch) for batch in loader.batches(preparing.Prepare(), PLAN, epoch=0)] == expected
+
+
 def test_no_code_runs_where_a_batch_ends_so_that_no_ctrl_c_is_lost_there(preparing: ModuleType) -> None:
     with Loader(workers=1, threads=1) as loader:
         arrived = list(loader.batches(preparing.Prepare(), PLAN, epoch=0))

@@ -51,8 +51,16 @@ def test_the_card_says_how_far_the_answers_of_a_run_in_bf16_are(run, tmp_path, m
 
 def test_a_run_answers_in_bf16_only_where_the_processor_computes_in_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for has_bf16, wanted in ((True, "bf16-mixed"), (False, "32-true")):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has_bf16=has_bf16: has_bf16)
+    machines = [
+        ("x86_64", True, True, "bf16-mixed"),
+        ("x86_64", False, False, "32-true"),
+        ("AMD64", True, False, "32-true"),  # oneDNN emulates it by plain AVX-512: half as fast as 32 bit
+        ("aarch64", True, False, "bf16-mixed"),
+    ]
+    for machine, is_supported, has_avx512_bf16, wanted in machines:
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=is_supported: answer)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=has_avx512_bf16: answer)
         assert Device.choose("bf16-mixed").precision == wanted
         assert Device.choose("16-mixed").precision == "32-true"
         assert Device.choose("32-true").precision == "32-true"

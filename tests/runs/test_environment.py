@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fieldmark.runs.environment import usable_cores
+from fieldmark.runs.environment import limit_threads, usable_cores
 
 CODE = """
 import resource, sys
@@ -43,3 +44,23 @@ def test_a_container_with_a_quota_counts_as_few_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     assert usable_cores() == 2
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("1", 4), ("3", 3)])
+def test_the_one_thread_that_torchrun_sets_by_itself_leaves_no_core_idle(monkeypatch, asked, cores):
+    monkeypatch.setattr("joblib.cpu_count", lambda: 8)
+    for name, value in {"OMP_NUM_THREADS": asked, "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("torch_has", "cores", "workers", "left"), [(64, 2, 0, 2), (8, 8, 2, 6), (2, 8, 2, 2), (4, 2, 4, 1)]
+)
+def test_answers_take_no_more_threads_than_there_are_cores(monkeypatch, torch_has, cores, workers, left):
+    taken = []
+    monkeypatch.setattr("fieldmark.runs.environment.usable_cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_has)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    limit_threads(workers)
+    assert taken == [left]

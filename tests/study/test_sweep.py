@@ -13,8 +13,8 @@ import pytest
 
 from fieldmark.config import load_config
 from fieldmark.errors import RunError
-from fieldmark.study.grid import BOOKS, parse_grid, run_job
-from fieldmark.study.sweep import run_sweep
+from fieldmark.study.grid import BOOKS, Job, _has_ancestor, parse_grid, run_job
+from fieldmark.study.sweep import LocalCells, run_sweep
 
 HERE = Path(__file__).parent
 
@@ -138,6 +138,28 @@ def test_a_killed_sweep_resumes_where_it_was(tmp_path):
     status = _run(_grid(), tmp_path)
     assert status.num("finished") == 3
     assert _calls(tmp_path) == ["mix.share=0 0", "mix.share=0.2 0", "mix.share=0.2 2", "mix.share=0.4 0"]
+
+
+def test_a_cell_knows_its_sweep_through_a_launcher_and_when_it_is_gone():
+    """Python's launcher on Windows waits between the two, as a wrapper does elsewhere."""
+    ask = f"from fieldmark.study.grid import _has_ancestor; print(_has_ancestor({os.getpid()}))"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ask!r}])"
+    assert subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True).stdout == "True\n"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert not _has_ancestor(gone.pid)
+
+
+def test_cells_side_by_side_share_the_cores(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("fieldmark.study.sweep.usable_cores", lambda: 8)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, env, **__: started.append(env["OMP_NUM_THREADS"]))
+    (tmp_path / BOOKS).mkdir()
+    job = Job(sweep=str(tmp_path), name="cell", settings={}, trainer="", parent=0)
+    for asked in (None, "1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked) if asked else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        LocalCells([()] * 3).start(job)
+    assert started == ["2", "1"]
 
 
 def _wait_for(path, seconds=30.0):

@@ -81,7 +81,7 @@ def apply_mix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor
     """Blend every photo (B, C, H, W), and its target (B, K), with its partner; the arguments are left as they were."""
     if mix.kind == "none":
         return images, targets
-    partners = torch.from_numpy(mix.partners).to(images.device, non_blocking=True)
+    partners = torch.from_numpy(mix.partners).to(images.device, non_blocking=images.device.type == "cuda")
     # lerp, not a·λ + b·(1 − λ): it leaves equal targets exactly as they are.
     mixed_targets = torch.lerp(targets[partners], targets, mix.lam)
     if mix.kind == "mixup":

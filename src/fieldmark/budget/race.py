@@ -39,7 +39,7 @@ FEATURES = "features"
 
 # In a run folder: what its network gives before the head, so that `fieldmark extend` needs no old photos.
 STORED = "features.safetensors"
-CHUNK = 64  # photos between two looks at the clock
+CHUNK = 64  # photos between two looks at the clock, at least
 # Photos of a pass on a core: activations stay in its caches. Lite0 at 224 pixels: 37 photos/s of one core in batches of
 # 8, 24 in batches of 32 (docs/performance.md).
 CPU_BATCH = 8
@@ -76,6 +76,11 @@ def make_folds(labels: Numbers, groups: Sequence[str], *, folds: int, seed: int)
     result = np.empty(len(labels), np.int64)
     result[by_class] = np.arange(len(labels)) % folds
     return result
+
+
+def chunk_size() -> int:
+    """Photos of each process between two looks at the clock: at least a pass for each core, so that none waits."""
+    return max(CHUNK, CPU_BATCH * usable_cores())
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,9 +243,10 @@ class Course:
                 values = [batch.images.flatten(1).numpy() for batch in batches]
                 return values, self.plan.elapsed > deadline or bool(self.team.stop)
 
-            for start in range(0, len(numbers), CHUNK * processes):
+            size = processes * self.team.agree(chunk_size)
+            for start in range(0, len(numbers), size):
                 began = time.perf_counter()
-                chunk = np.sort(numbers[start : start + CHUNK * processes])
+                chunk = np.sort(numbers[start : start + size])
                 (share,) = shard_plan([chunk.tolist()], rank=rank, processes=processes)
                 shares = self.team.gather(partial(compute, share))
                 parts += [value for values, _ in shares for value in values]
@@ -253,8 +259,8 @@ class Course:
 
     def time_photos(self, candidate: Candidate) -> float:
         """Seconds per photo of a few; those before them warm up."""
-        sample = self.order[: CHUNK * self.team.fabric.world_size]
-        few = sample[: CHUNK // 4 * self.team.fabric.world_size]
+        sample = self.order[: chunk_size() * self.team.fabric.world_size]
+        few = sample[: len(sample) // 4]
         self.collect_features(candidate, few)
         began = time.perf_counter()
         self.collect_features(candidate, sample)

@@ -77,8 +77,9 @@ def open_pool(course: Course, config: Config) -> AbstractContextManager[ThreadPo
 
 
 def count_passes(config: Config) -> int:
-    """How many passes of an update fit side by side: one for each core, or for several where a pass would be small."""
-    return min(torch.get_num_threads(), -(-config.train.batch_size // LEAST_PASS))
+    """How many passes of an update are made side by side: those that leave no core idle, and are not much too small."""
+    cores, few = torch.get_num_threads(), -(-config.train.batch_size // LEAST_PASS)
+    return max(range(1, min(cores, 2 * few) + 1), key=lambda n: (n * (cores // n), -abs(n - few), n))
 
 
 def measure_update(course: Course, candidate: Candidate, size: int, freeze: int) -> float:
@@ -88,7 +89,9 @@ def measure_update(course: Course, candidate: Candidate, size: int, freeze: int)
     model = copy.deepcopy(course.load_model(candidate).model).train()
     freeze_stages(model, freeze, freeze_batchnorm=True)
     network, optimizer = fabric.setup(model, build.build_optimizer(config, model, precision=fabric.strategy.precision))
-    num_photos = min(MEASURED_PHOTOS, -(-config.train.batch_size // fabric.world_size))
+    num_photos = min(
+        max(MEASURED_PHOTOS, LEAST_PASS * count_passes(config)), -(-config.train.batch_size // fabric.world_size)
+    )
     images = torch.zeros(num_photos, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(num_photos, course.num_classes, device=device)
     micro_batch = build.first_micro_batch(config, processes=fabric.world_size)
@@ -99,8 +102,8 @@ def measure_update(course: Course, candidate: Candidate, size: int, freeze: int)
             compute_gradients(fabric, network, images, targets, micro_batch, UpdateOptions(pool=pool), scale=1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
     return (time.perf_counter() - started) / (num_photos * fabric.world_size)
 
 

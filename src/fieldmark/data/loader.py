@@ -221,7 +221,8 @@ def auto_workers(*, cores: int, is_cached: bool, has_gpu: bool) -> tuple[int, st
     if cores <= 1:
         return 0, "one core: it takes turns preparing and computing"
     if has_gpu:
-        workers = min(cores - 1, 4 if is_cached else 16)
+        # On Windows each imports CUDA anew, a gigabyte or more.
+        workers = min(cores - 1, 4 if is_cached or sys.platform == "win32" else 16)
         return workers, f"{cores} cores feed the GPU, one of them launches its work"
     if is_cached:
         return 0, "cached photos cost little beside the model, which then has every core"
@@ -271,9 +272,10 @@ class _Worker:
         """Ask for a batch, to be put in shared memory that nobody uses."""
         slot = self._find_free_slot()
         if slot is None and self._slot_bytes:
-            slot = len(self._slots)
-            self._slots.append(torch.empty(self._slot_bytes, dtype=torch.uint8).share_memory_())
-            self.send(self._slots[slot])
+            with contextlib.suppress(RuntimeError):  # no room, as in containers: the batch comes through the pipe
+                self._slots.append(torch.empty(self._slot_bytes, dtype=torch.uint8).share_memory_())
+                slot = len(self._slots) - 1
+                self.send(self._slots[slot])
         self._asked.append(slot)
         self.send(_Task(numbers, epoch, slot))
 

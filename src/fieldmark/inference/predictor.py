@@ -34,7 +34,7 @@ from fieldmark.inference.taxonomy import Answer, Fallback
 from fieldmark.plots import thumbnail_uri
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import EvalPhotos, PhotoReader
-from fieldmark.runs.environment import usable_cores
+from fieldmark.runs.environment import limit_threads, usable_cores
 from fieldmark.runs.folder import ENSEMBLE, WEIGHTS, Run
 from fieldmark.training.evaluate import Device, predict_batches, softmax
 
@@ -161,7 +161,7 @@ class Predictor:
             ExportError: The export is damaged.
         """
         if not isinstance(model, Run) and (Path(model) / FILE).is_file():
-            exported = ExportedModel.load(model, threads=0)
+            exported = ExportedModel.load(model, threads=min(torch.get_num_threads(), usable_cores()))
             about = exported.metadata
             return cls(
                 classes=about.classes,
@@ -317,6 +317,7 @@ def _load_batches(prepare: EvalPhotos, numbers: Sequence[int], batch_size: int) 
     # Processes take seconds to start: a few photos are read sooner without.
     has_gpu = torch.cuda.is_available()
     workers = auto_workers(cores=usable_cores(), is_cached=False, has_gpu=has_gpu)[0] if len(plan) > 2 else 0
+    limit_threads(workers)
     with Loader(workers=workers, threads=usable_cores()) as loader:
         yield from loader.batches(prepare, plan, epoch=0)
 
@@ -357,6 +358,7 @@ def _open_network(run: Run, model: nn.Module | None, *, flips: bool) -> Callable
         )
     channels_last = bool(run.model_info["channels_last"])
     where = Device.choose(str(run.model_info["precision"]))
+    limit_threads()
     network = (run.load_model() if model is None else model).to(where.device)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -137,13 +137,13 @@ def _share(total: int, work: Callable[[int, int, int], None]) -> None:
         work(0, total, 0)
         return
     edges = [total * part // count for part in range(count + 1)]
-    list(_pool(os.getpid(), count).map(work, edges[:-1], edges[1:], range(count)))
+    list(_pool(os.getpid()).map(work, edges[:-1], edges[1:], range(count)))
 
 
 @cache
-def _pool(process: int, count: int) -> ThreadPoolExecutor:
-    """Threads for all parts; those of a parent do not live on in a forked process."""
-    return ThreadPoolExecutor(count, thread_name_prefix="depthwise")
+def _pool(process: int) -> ThreadPoolExecutor:
+    """As many threads as there are parts at a time; those of a parent do not live on in a forked process."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="depthwise")
 
 
 def as_float(value: Any) -> Any:

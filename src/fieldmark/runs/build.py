@@ -37,7 +37,7 @@ from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import Cached, EvalPhotos, PhotoReader, TrainPhotos, TrainPlan, decode_spec
 from fieldmark.runs.environment import processor_name, quiet_fabric, usable_cores
-from fieldmark.training.evaluate import keep_freed_memory
+from fieldmark.training.evaluate import has_fast_bf16, keep_freed_memory
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import ScheduleSpec, create_optimizer, parameter_groups
 from fieldmark.training.trial import Computation, choose_computation
@@ -78,7 +78,7 @@ def choose_precision(config: Config, device: str) -> Choice[str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16-mixed", "the GPU computes in bf16")
         return Choice("16-mixed", "the GPU computes in fp16 but not in bf16")
-    if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device == "cpu" and has_fast_bf16():
         return Choice("bf16-mixed", "the processor computes in bf16")
     return Choice("32-true", f"this {device} has no fast bf16")
 

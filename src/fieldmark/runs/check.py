@@ -81,8 +81,8 @@ def measure(config: Config, index: PhotoIndex, sizes: NDArray[np.int64]) -> Pref
         fabric.backward(loss())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if fabric.device.type == "cuda":
-            torch.cuda.synchronize()
+        if fabric.device.type != "cpu":
+            torch.accelerator.synchronize()
         return len(images)
 
     activations = _saved_bytes(loss) / len(images) * (config.train.micro_batch_size or config.train.batch_size)

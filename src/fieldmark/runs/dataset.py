@@ -221,7 +221,7 @@ class TrainPhotos:
 
         assert batch.sizes is not None
         rows = batch.numbers.numpy()
-        photos = batch.images.to(device, non_blocking=True)
+        photos = batch.images.to(device, non_blocking=device.type == "cuda")
         sizes, params, is_gpu = self.sizes[rows], self.params(rows, epoch), device.type == "cuda"
         return augment_device(photos, batch.sizes.numpy(), sizes, params, self.spec, compiled=is_gpu)
 

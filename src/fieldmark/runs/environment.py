@@ -8,11 +8,11 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 REPORTED = ("fieldmark", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "simplejpeg",
             "opencv-python-headless", "numba", "scikit-learn", "scipy", "pyarrow", "pydantic", "typer")  # fmt: skip
@@ -48,7 +48,19 @@ def usable_cores() -> int:
     from joblib import cpu_count
 
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's own 1, which would leave all others idle
+        return max(cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]), 1)
     return min(cpu_count(), int(asked)) if asked.isdecimal() and int(asked) else cpu_count()
+
+
+def limit_threads(workers: int = 0) -> None:
+    """Let torch compute on no more cores than this process has beside so many loader processes.
+
+    By itself torch counts the cores of the machine, also where a container may use a few of them.
+    """
+    import torch
+
+    torch.set_num_threads(max(min(torch.get_num_threads(), usable_cores() - workers), 1))
 
 
 def is_main_process() -> bool:
@@ -56,6 +68,16 @@ def is_main_process() -> bool:
     from torch import distributed
 
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def start_module(
+    *words: str, output: IO[bytes] | int = subprocess.DEVNULL, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Begin `python -m` with these words, in a session of its own: Ctrl-C reaches this process alone."""
+    command = [sys.executable, "-m", *words]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
+    )
 
 
 def quiet_fabric() -> None:

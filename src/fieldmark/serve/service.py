@@ -10,7 +10,7 @@ import re
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from fieldmark.augment.reference import EvalSpec, Views, eval_picture
 from fieldmark.data.decode import DecodeSpec
+from fieldmark.data.loader import limit_team
 from fieldmark.data.shards import PhotoFile
 from fieldmark.errors import FieldmarkError, PhotoError
 from fieldmark.inference.calibration import load_calibration
@@ -125,7 +126,7 @@ class PhotoService:
     @asynccontextmanager
     async def run(self, _: object) -> AsyncGenerator[None]:
         """Answer to the end of the block; then take no more, answer what was taken, and end."""
-        self._decoders = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(self._decode_threads, "decode", limit_team)
         self._batcher = Batcher(self._answer_batch, max_batch=self.limits.max_batch)
         self._is_open = True
         yield
@@ -249,11 +250,10 @@ class Batcher:
                 self._arrived.clear()
             if not batch:
                 continue
-            answers: Iterable[Any]
             try:
                 answers = await loop.run_in_executor(self._thread, self._answer, [picture for picture, _ in batch])
             except Exception as error:  # the model failed: everybody in the batch learns it, the server lives on
-                answers = [error] * len(batch)
+                answers: Iterable[Any] = [error] * len(batch)
             for (_, future), answer in zip(batch, answers, strict=False):
                 if future.done():
                     continue  # its request was cancelled
@@ -333,12 +333,10 @@ def _accuracy(summary: dict[str, Any]) -> Accuracy | None:
 def _examples(run: Run) -> list[bytes]:
     """Some validation photos of different classes, if they are still there."""
     examples: list[bytes] = []
-    try:
+    with suppress(FieldmarkError):  # a run without its photos serves all the same
         files = run.split.of("val").files()
         for number in np.linspace(0, len(files) - 1, min(_NUM_EXAMPLES, len(files))).round().astype(int):
             examples.append(thumbnail(files[number], 640, run.decode_spec()))
-    except FieldmarkError:
-        pass  # a run without its photos serves all the same
     return examples
 
 

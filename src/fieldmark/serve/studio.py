@@ -12,7 +12,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 import zlib
@@ -44,7 +43,7 @@ from fieldmark.plots import thumbnail
 from fieldmark.runs import folder
 from fieldmark.runs.check import NEAR_DISTANCE_BITS
 from fieldmark.runs.dataset import decode_spec, find_photos
-from fieldmark.runs.environment import usable_cores
+from fieldmark.runs.environment import start_module, usable_cores
 from fieldmark.runs.folder import Run
 from fieldmark.runs.writer import LOCK
 from fieldmark.serve.limits import Access, Limits
@@ -221,13 +220,7 @@ class Studio:
     def _spawn(self, name: str, *words: str) -> subprocess.Popen[bytes]:
         """Begin a command of ours that outlives this server, with what it prints in NAME.txt."""
         with (self.runs / f"{name}.txt").open("wb") as output:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "fieldmark", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the server alone
-            )
+            child = start_module("fieldmark", *words, output=output)
         self._children.append(child)
         return child
 

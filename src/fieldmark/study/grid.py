@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -21,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import psutil
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from fieldmark.config import Config, Section, apply_overrides, load_config, parse_config, read_toml, recipe_names
@@ -256,8 +256,13 @@ def _train(job: Job) -> None:
     config = parse_config(job.settings, job.name)
     trainer = importlib.import_module(job.trainer)
     for report in trainer.resume(job.out) if (job.out / RECIPE).is_file() else trainer.train(config, job.out):
-        if job.parent and os.getppid() != job.parent and report.epoch < config.train.epochs:
+        if job.parent and report.epoch < config.train.epochs and not _has_ancestor(job.parent):
             return  # the sweep is gone: the next one goes on with this cell
+
+
+def _has_ancestor(process: int) -> bool:
+    """Whether a process still waits for this one, perhaps through a launcher, as Python has one on Windows."""
+    return process in {parent.pid for parent in psutil.Process().parents()}
 
 
 def main(path: str) -> int:

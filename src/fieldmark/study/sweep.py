@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -21,6 +20,7 @@ from fieldmark.data.storage import resolve
 from fieldmark.errors import first_line
 from fieldmark.files import exclusive_lock
 from fieldmark.runs.cluster import count_slots, open_cluster, require_slots
+from fieldmark.runs.environment import start_module, usable_cores
 from fieldmark.runs.folder import read_metrics, write_json
 from fieldmark.study.grid import BOOKS, Cell, Grid, Job, State, base_settings, book, grid_cells, load_grid, run_job
 
@@ -217,17 +217,12 @@ class LocalCells:
     def start(self, job: Job) -> Ended:
         """Begin a cell."""
         gpus = self._free.pop(0)
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+        env = {"OMP_NUM_THREADS": str(max(usable_cores() // self.num_slots, 1))}  # unless there is one already
+        env |= os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
         with book(job.sweep, job.name, "log").open("ab") as log:
-            # A session of its own: Ctrl-C reaches this process alone, which then asks the cells to save.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fieldmark.study.grid", str(book(job.sweep, job.name, "job.json"))],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,
-            )
+            # Ctrl-C reaches this process alone, which then asks the cells to save.
+            path = book(job.sweep, job.name, "job.json")
+            process = start_module("fieldmark.study.grid", str(path), output=log, env=env)
         self._processes.append(process)
 
         def has_ended() -> str | None:

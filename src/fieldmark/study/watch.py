@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ import psutil
 
 from fieldmark.errors import FieldmarkError
 from fieldmark.files import fill_template
+from fieldmark.runs.environment import start_module
 from fieldmark.runs.folder import LOG, METRICS, SUMMARY, Run
 from fieldmark.study.report import write_report
 
@@ -33,13 +33,7 @@ def start_watching(run: Path) -> str:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     # A session of its own: Ctrl-C reaches the training alone. It ends by itself, some seconds after this process.
-    subprocess.Popen(
-        [sys.executable, "-m", "fieldmark.study.watch", str(run.absolute()), str(port)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    start_module("fieldmark.study.watch", str(run.absolute()), str(port), str(os.getpid()))
     return f"http://127.0.0.1:{port}"
 
 
@@ -103,8 +97,8 @@ def main() -> None:
     server.report = LiveReport(run)
     server.is_over = False
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    trainer = psutil.Process().parent()
-    while trainer is not None and trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:
+    trainer = psutil.Process(int(sys.argv[3]))
+    while trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.5)
     server.is_over = True
     time.sleep(SECONDS_AFTER)

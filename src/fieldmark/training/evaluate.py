@@ -6,6 +6,7 @@ Shape letters: B batch, N photos, K classes, F features.
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -41,6 +42,13 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
+def has_fast_bf16() -> bool:
+    """Whether the processor itself computes in bf16; oneDNN supports it by AVX-512 alone too, slower than 32 bit."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    is_native = not is_x86 or torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+    return is_native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @dataclass(frozen=True)
 class Device:
     """Where a model answers, and in what precision: what `predict_batches` needs of a Fabric, without its imports.
@@ -62,7 +70,7 @@ class Device:
         if torch.cuda.is_available():
             return cls(torch.device("cuda"), precision)
         keep_freed_memory()
-        is_kept = precision == "bf16-mixed" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        is_kept = precision == "bf16-mixed" and has_fast_bf16()
         return cls(torch.device("cpu"), precision if is_kept else "32-true")
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -121,7 +129,7 @@ def predict_batches(
     logits: list[Tensor] = []
     problems: dict[int, str] = {}
     for batch in batches:
-        images = batch.images.to(fabric.device, non_blocking=True)
+        images = batch.images.to(fabric.device, non_blocking=fabric.device.type == "cuda")
         images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
         with fabric.autocast():
             output = model(images)
