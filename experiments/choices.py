@@ -63,6 +63,8 @@ def train(data: Path, out: Path, *, fold: int, changes: Collection[str] | None, 
     status = run_sweep(grid, out, data=data, overrides=[f"data.fold={fold}"], jobs=jobs, on_status=lambda _: None)
     for cell in status.failed:
         print(f"{data.stem} {cell.name}: {cell.error}", flush=True)
+    if not any(run.name == BASE for run in status.runs):
+        raise SystemExit(f"{data.stem}: the unchanged recipe could not be trained, so nothing can be compared with it")
     return sorted(status.runs, key=lambda run: run.name != BASE)
 
 
@@ -155,7 +157,7 @@ def write_page(rows: Sequence[dict[str, Any]]) -> str:
         lines += [
             *heading[:2],
             "",
-            f"Intervals are wider than the photos alone would have them by {spread:.2f}.",
+            f"Intervals are {spread:.2f} times as wide as the photos alone would have them.",
             *heading[2:],
         ]
         lines += [text for _, text in sorted(table)]
@@ -178,6 +180,9 @@ def main() -> None:
         return
     kept = settings.out.with_suffix(".json")
     rows = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
+    tried = {row["data"] for row in rows if row["fold"] == 0}
+    if settings.fold and (missing := [data.stem for data in settings.data if data.stem not in tried]):
+        parser.error(f"fold 0 says what is open, and was not run on {', '.join(missing)}")
     changes = find_open(rows) if settings.fold else None
     for data in settings.data:
         out = settings.runs / (f"{data.stem}-fold-{settings.fold}" if settings.fold else data.stem)

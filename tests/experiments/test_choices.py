@@ -54,7 +54,7 @@ def test_folds_that_agree_make_a_change_surer_and_folds_that_do_not_widen_every_
     spread = find_spread(group_gains(apart, "top1"))
     assert spread == pytest.approx(0.04 / (2**0.5 * 0.02 / 1.96))
     page = write_page([make_row("birds"), *apart, make_row("birds", "b")])
-    assert "wider than the photos alone would have them by 2.77" in page
+    assert "Intervals are 2.77 times as wide" in page
     assert "| a (2 folds) | +2.0 (-1.9 to +5.9) |" in page
     assert "| b | +1.0 (-4.5 to +6.5) |" in page
 

@@ -46,10 +46,10 @@ def test_a_container_with_a_quota_counts_as_few_cores(monkeypatch):
     assert usable_cores() == 2
 
 
-@pytest.mark.parametrize(("asked", "cores"), [("1", 4), ("3", 3)])
-def test_the_one_thread_that_torchrun_sets_by_itself_leaves_no_core_idle(monkeypatch, asked, cores):
+@pytest.mark.parametrize(("asked", "processes", "cores"), [("1", "2", 4), ("3", "2", 3), ("1", "1", 1)])
+def test_the_one_thread_that_torchrun_sets_by_itself_leaves_no_core_idle(monkeypatch, asked, processes, cores):
     monkeypatch.setattr("joblib.cpu_count", lambda: 8)
-    for name, value in {"OMP_NUM_THREADS": asked, "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {"OMP_NUM_THREADS": asked, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": processes}.items():
         monkeypatch.setenv(name, value)
     assert usable_cores() == cores
 

@@ -13,7 +13,7 @@ import pytest
 
 from fieldmark.config import load_config
 from fieldmark.errors import RunError
-from fieldmark.study.grid import BOOKS, Job, _has_ancestor, parse_grid, run_job
+from fieldmark.study.grid import BOOKS, Job, parse_grid, run_job
 from fieldmark.study.sweep import LocalCells, run_sweep
 
 HERE = Path(__file__).parent
@@ -145,9 +145,13 @@ def test_a_cell_knows_its_sweep_through_a_launcher_and_when_it_is_gone():
     ask = f"from fieldmark.study.grid import _has_ancestor; print(_has_ancestor({os.getpid()}))"
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ask!r}])"
     assert subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True).stdout == "True\n"
-    gone = subprocess.Popen([sys.executable, "-c", ""])
+    # A launcher that ends: whom it began asks for it then.
+    later = "import os, sys, time; from fieldmark.study.grid import _has_ancestor; sys.stdin.read(); "
+    later += "print(_has_ancestor(int(sys.argv[1])), flush=True)"
+    launcher = f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {later!r}, str(os.getpid())])"
+    gone = subprocess.Popen([sys.executable, "-c", launcher], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     gone.wait()
-    assert not _has_ancestor(gone.pid)
+    assert gone.communicate("")[0] == "False\n"
 
 
 def test_cells_side_by_side_share_the_cores(tmp_path, monkeypatch):

@@ -78,9 +78,9 @@ def make_folds(labels: Numbers, groups: Sequence[str], *, folds: int, seed: int)
     return result
 
 
-def chunk_size() -> int:
-    """Photos of each process between two looks at the clock: at least a pass for each core, so that none waits."""
-    return max(CHUNK, CPU_BATCH * usable_cores())
+def chunk_size(device: str) -> int:
+    """Photos of each process between two looks at the clock: on a CPU at least a pass for each core; a GPU's batch."""
+    return max(CHUNK, CPU_BATCH * usable_cores()) if device == "cpu" else CHUNK
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +243,7 @@ class Course:
                 values = [batch.images.flatten(1).numpy() for batch in batches]
                 return values, self.plan.elapsed > deadline or bool(self.team.stop)
 
-            size = processes * self.team.agree(chunk_size)
+            size = processes * self.team.agree(lambda: chunk_size(self.team.fabric.device.type))
             for start in range(0, len(numbers), size):
                 began = time.perf_counter()
                 chunk = np.sort(numbers[start : start + size])
@@ -259,7 +259,7 @@ class Course:
 
     def time_photos(self, candidate: Candidate) -> float:
         """Seconds per photo of a few; those before them warm up."""
-        sample = self.order[: chunk_size() * self.team.fabric.world_size]
+        sample = self.order[: chunk_size(self.team.fabric.device.type) * self.team.fabric.world_size]
         few = sample[: len(sample) // 4]
         self.collect_features(candidate, few)
         began = time.perf_counter()

@@ -33,8 +33,8 @@ from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, UpdateO
 TUNING = "tuning"
 MOVES = "end of fine-tuning"
 MEASURED_PHOTOS = 32
-# Photos of a pass, at least where there are many cores and at most. Lite0 at 160 pixels in updates of 32, photos/s of
-# two cores of an AMD EPYC: 91 with 8 and 100 with 16 in bf16, 50 and 57 in 32 bit.
+# Photos of a pass: about as many where there are many cores, and at most. Lite0 at 160 pixels in updates of 32,
+# photos/s of two cores of an AMD EPYC: 91 with 8 and 100 with 16 in bf16, 50 and 57 in 32 bit.
 LEAST_PASS, MOST_PASS = 8, 16
 # Epochs that are wanted of a depth and size, those below which fine-tuning earns nothing, and those from which batches
 # are mixed: with fewer, regularizers cost more than they earn.
@@ -77,9 +77,11 @@ def open_pool(course: Course, config: Config) -> AbstractContextManager[ThreadPo
 
 
 def count_passes(config: Config) -> int:
-    """How many passes of an update are made side by side: those that leave no core idle, and are not much too small."""
+    """How many passes of an update are made side by side: such as leave few cores idle, and are not much too small."""
+    if config.model.feature_dropout or config.model.drop_path:
+        return 1
     cores, few = torch.get_num_threads(), -(-config.train.batch_size // LEAST_PASS)
-    return max(range(1, min(cores, 2 * few) + 1), key=lambda n: (n * (cores // n), -abs(n - few), n))
+    return max(range(1, min(cores, 2 * few) + 1), key=lambda n: (n * (cores // n) >= 0.9 * cores, -abs(n - few), n))
 
 
 def measure_update(course: Course, candidate: Candidate, size: int, freeze: int) -> float:

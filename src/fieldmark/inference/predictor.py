@@ -317,9 +317,13 @@ def _load_batches(prepare: EvalPhotos, numbers: Sequence[int], batch_size: int) 
     # Processes take seconds to start: a few photos are read sooner without.
     has_gpu = torch.cuda.is_available()
     workers = auto_workers(cores=usable_cores(), is_cached=False, has_gpu=has_gpu)[0] if len(plan) > 2 else 0
-    limit_threads(workers)
-    with Loader(workers=workers, threads=usable_cores()) as loader:
-        yield from loader.batches(prepare, plan, epoch=0)
+    threads = torch.get_num_threads()
+    limit_threads(0 if has_gpu else workers)
+    try:
+        with Loader(workers=workers, threads=usable_cores()) as loader:
+            yield from loader.batches(prepare, plan, epoch=0)
+    finally:  # this may be anybody's program
+        torch.set_num_threads(threads)
 
 
 class Networks:

@@ -142,7 +142,7 @@ def _share(total: int, work: Callable[[int, int, int], None]) -> None:
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """As many threads as there are parts at a time; those of a parent do not live on in a forked process."""
+    """Threads for the parts of all callers; those of a parent do not live on in a forked process."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="depthwise")
 
 

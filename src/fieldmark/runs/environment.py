@@ -48,8 +48,9 @@ def usable_cores() -> int:
     from joblib import cpu_count
 
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's own 1, which would leave all others idle
-        return max(cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]), 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if asked == "1" and processes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's own, which idles the rest
+        return max(cpu_count() // processes, 1)
     return min(cpu_count(), int(asked)) if asked.isdecimal() and int(asked) else cpu_count()
 
 
@@ -73,10 +74,15 @@ def is_main_process() -> bool:
 def start_module(
     *words: str, output: IO[bytes] | int = subprocess.DEVNULL, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Begin `python -m` with these words, in a session of its own: Ctrl-C reaches this process alone."""
-    command = [sys.executable, "-m", *words]
+    """Begin `python -m` with these words, in a session or a group of its own: Ctrl-C reaches this process alone."""
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        [sys.executable, "-m", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=env,
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # of Windows
     )
 
 

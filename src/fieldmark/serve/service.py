@@ -127,6 +127,7 @@ class PhotoService:
     async def run(self, _: object) -> AsyncGenerator[None]:
         """Answer to the end of the block; then take no more, answer what was taken, and end."""
         self._decoders = ThreadPoolExecutor(self._decode_threads, "decode", limit_team)
+        self._looker = ThreadPoolExecutor(1, "attention")  # one map at a time, with all of torch's threads
         self._batcher = Batcher(self._answer_batch, max_batch=self.limits.max_batch)
         self._is_open = True
         yield
@@ -134,7 +135,8 @@ class PhotoService:
         while self.num_waiting:
             await asyncio.sleep(0.01)
         await self._batcher.stop()
-        await asyncio.to_thread(self._decoders.shutdown)
+        for pool in (self._decoders, self._looker):
+            await asyncio.to_thread(pool.shutdown)
 
     async def answer(self, photos: Sequence[bytes], *, top: int, wants_attention: bool) -> list[PhotoAnswer]:
         """One answer for each photo, in order; refuse if too many are in hand, time is up, or the server is ending."""
@@ -164,7 +166,7 @@ class PhotoService:
                 answer.seen = list(item.box)
             if isinstance(item, Prepared) and wants_attention and self.model.has_attention:
                 best = int(row.argmax())
-                found = await loop.run_in_executor(self._decoders, self.model.attention, item.picture, best)
+                found = await loop.run_in_executor(self._looker, self.model.attention, item.picture, best)
                 answer.attention = np.round(found.astype(float), 3).tolist()
             outcome = "unreadable" if answer.problem else "unknown" if answer.is_unknown else "answered"
             self.metrics.photos.labels(outcome).inc()

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -262,7 +263,7 @@ def _train(job: Job) -> None:
 
 def _has_ancestor(process: int) -> bool:
     """Whether a process still waits for this one, perhaps through a launcher, as Python has one on Windows."""
-    return process in {parent.pid for parent in psutil.Process().parents()}
+    return process == os.getppid() or process in {parent.pid for parent in psutil.Process().parents()}
 
 
 def main(path: str) -> int:
