@@ -44,12 +44,12 @@ READING = """\
 ## What the recipes take from it
 
 Frozen BatchNorm, the probe first and a low rate for the backbone stay: BatchNorm that learns costs up to 16 points, no
-probe up to 9, the high rate two on birds and clothes. In so few epochs mixing costs a point in the mean: time budgets
-mix from ten epochs on, and `check` says so; the strong recipe, which has thirty, keeps it. Larger training images lower
-the log loss everywhere, so sizes are what time is spent on once epochs are enough. A policy costs points if anything,
-and is off. Mirror images, erasing, label smoothing, the head, the average, the whole photo and frozen stages make no
-difference of more than 1.3 points in the mean, and none for sure on any data set: there the recipes stay as they were.
-Smoothing costs log loss until the temperature is calibrated.
+probe up to 9, the high rate a point in the mean. In so few epochs mixing costs a point in the mean: time budgets mix
+from ten epochs on, and `check` says so; the strong recipe, which has thirty, keeps it. Larger training images lower
+the log loss, for sure on three, so sizes are what time is spent on once epochs are enough. A policy costs points if
+anything, and is off. Mirror images, erasing, label smoothing, the head, the average, the whole photo and frozen stages
+make no difference of more than 1.3 points in the mean, and none for sure on any data set: there the recipes stay as
+they were. Smoothing costs log loss until the temperature is calibrated.
 
 One fold and seed mislead. On the first fold alone, whose intervals hold the choice of photos and nothing else, mirror
 images helped birds and clothes and hurt solar cells, and erasing helped clothes and hurt solar cells, each for sure.
