@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fieldmark.errors import FieldmarkError, ResourceError, RunError
+from fieldmark.files import digest_file
 from fieldmark.runs.folder import RunResults
 from fieldmark.study.compare import Comparison, Pair, Variant, compare_runs, decide_together
 from fieldmark.study.report import Table, markdown_table
@@ -184,7 +185,8 @@ def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunRe
     ]
     behind = [
         (group[0].path.resolve().parent.name, str(len(group)), str(len(group[0].photos)),
-         ", ".join(sorted({str(run.model_info.get("create", {}).get("name", run.config.model.name)) for run in group})))
+         ", ".join(sorted({str(run.model_info.get("create", {}).get("name", run.config.model.name)) for run in group})),
+         ", ".join(digest_file(run.path / "predictions" / "val.parquet")[:8] for run in group))
         for group in groups
     ]  # fmt: skip
     return (
@@ -197,7 +199,13 @@ def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunRe
                 "## Evidence",
                 *evidence,
                 "## Runs behind it",
-                markdown_table(Table(("Sweep", "Runs", "Photos", "Models"), tuple(behind), frozenset({1, 2}))),
+                markdown_table(
+                    Table(
+                        ("Sweep", "Runs", "Photos", "Models", "SHA-256 of each run's predictions"),
+                        tuple(behind),
+                        frozenset({1, 2}),
+                    )
+                ),
             ]
         )
         + "\n"

@@ -6,6 +6,7 @@ import pytest
 from experiments.findings import CLAIMS, NOT_IN_RUNS, describe_most, epochs_to_reach, main, write_findings
 
 from fieldmark.errors import RunError
+from fieldmark.files import digest_file
 
 ACCURACY = "Mixing at probability 0.3 or more gives the best validation accuracy"
 LOSS = "More mixing raises the training loss"
@@ -125,3 +126,10 @@ def test_the_command_gives_every_claim_a_verdict(make_run, tmp_path, monkeypatch
     assert len(capsys.readouterr().out.splitlines()) == len(CLAIMS) + len(NOT_IN_RUNS)
     assert "not tested here" in page.read_text()
     assert "python -m experiments.findings" in page.read_text()
+
+
+def test_the_page_says_by_what_predictions_its_runs_are_known(find, tmp_path):
+    find(*_mixing(0.5, 0.9))
+    page = (tmp_path / "findings.md").read_text()
+    for number in range(4):
+        assert digest_file(tmp_path / "sweep" / str(number) / "predictions" / "val.parquet")[:8] in page
