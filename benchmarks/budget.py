@@ -233,8 +233,8 @@ class Measuring:
         program = [sys.executable, "-m", "fieldmark"]
         train = ["train", str(data.folder), "--minutes", str(given), "--out", str(place / "run"), "--seed", str(seed)]
         predict = ["predict", str(place / "run"), str(data.photos), "--out", str(place / "prediction.csv")]
-        given_settings = [word for setting in settings for word in ("--set", setting)]
-        commands = [[*program, *train, *given_settings], [*program, *predict]]
+        options = [word for setting in settings for word in ("--set", setting)]
+        commands = [[*program, *train, *options], [*program, *predict]]
         return run_commands(commands, place, limit_seconds=240 * minutes + 300), place, given
 
     def _fit(self, contender: str, task: Task, data: DataSet, minutes: float) -> tuple[Task, dict[str, Any]] | None:

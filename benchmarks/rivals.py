@@ -159,9 +159,10 @@ def timm_script(task: Task) -> None:
 
 
 def _create_strided(create: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    from fieldmark.models.classifier import move_stride_to_1x1
+
     model = create(*args, **settings)
-    for layer in (model.layer2, model.layer3, model.layer4):
-        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    move_stride_to_1x1(model, str(args[0]))
     return model
 
 

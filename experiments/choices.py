@@ -128,11 +128,8 @@ def find_open(rows: Sequence[dict[str, Any]]) -> set[str]:
     """The cells whose effect on accuracy, in the mean over data sets, fold 0 leaves open."""
     found = group_gains([row for row in rows if row["fold"] == 0], "top1")
     means = {change: mean_gain([gains[0] for gains in data.values()]) for change, data in found.items()}
-    return {
-        row["cell"]
-        for row in rows
-        if row["change"] in means and means[row["change"]][1] <= 0 <= means[row["change"]][2]
-    }
+    undecided = {change for change, (_, low, high) in means.items() if low <= 0 <= high}
+    return {row["cell"] for row in rows if row["change"] in undecided}
 
 
 def write_page(rows: Sequence[dict[str, Any]]) -> str:

@@ -189,6 +189,7 @@ def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunRe
          ", ".join(digest_file(run.path / "predictions" / "val.parquet")[:8] for run in group))
         for group in groups
     ]  # fmt: skip
+    heading = ("Sweep", "Runs", "Photos", "Models", "SHA-256 of each run's predictions")
     return (
         "\n\n".join(
             [
@@ -199,13 +200,7 @@ def render_findings(findings: Sequence[Finding], groups: Sequence[Sequence[RunRe
                 "## Evidence",
                 *evidence,
                 "## Runs behind it",
-                markdown_table(
-                    Table(
-                        ("Sweep", "Runs", "Photos", "Models", "SHA-256 of each run's predictions"),
-                        tuple(behind),
-                        frozenset({1, 2}),
-                    )
-                ),
+                markdown_table(Table(heading, tuple(behind), frozenset({1, 2}))),
             ]
         )
         + "\n"

@@ -68,8 +68,8 @@ class Option:
 def open_pool(course: Course, config: Config) -> AbstractContextManager[ThreadPoolExecutor | None]:
     """Threads for micro-batches side by side, where that is exact (see `training.loop`)."""
     cores = torch.get_num_threads()
-    model, fabric = config.model, course.team.fabric
-    is_exact = model.freeze_batchnorm and not (model.feature_dropout or model.drop_path)
+    fabric = course.team.fabric
+    is_exact = config.model.freeze_batchnorm and not _drops(config)
     is_plain = fabric.device.type == "cpu" and fabric.world_size == 1
     if cores < 2 or not is_exact or not is_plain or config.train.compile == "on":
         return nullcontext()
@@ -78,10 +78,15 @@ def open_pool(course: Course, config: Config) -> AbstractContextManager[ThreadPo
 
 def count_passes(config: Config) -> int:
     """How many passes of an update are made side by side: such as leave few cores idle, and are not much too small."""
-    if config.model.feature_dropout or config.model.drop_path:
+    if _drops(config):
         return 1
     cores, few = torch.get_num_threads(), -(-config.train.batch_size // LEAST_PASS)
     return max(range(1, min(cores, 2 * few) + 1), key=lambda n: (n * (cores // n) >= 0.9 * cores, -abs(n - few), n))
+
+
+def _drops(config: Config) -> bool:
+    """Whether a pass draws what to leave out, so that the order of passes matters."""
+    return bool(config.model.feature_dropout or config.model.drop_path)
 
 
 def measure_update(course: Course, candidate: Candidate, size: int, freeze: int) -> float:

@@ -148,7 +148,7 @@ def create_classifier(
     """
     backbone = _create_backbone(name, drop_path)
     if stride_in_1x1:
-        _move_stride_to_1x1(backbone, name)
+        move_stride_to_1x1(backbone, name)
     # The width after the backbone's own pre-logits layer, which some networks (MobileNetV3, VGG) have.
     width = int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
     covariance = None
@@ -320,7 +320,8 @@ def _create_backbone(name: str, drop_path: float) -> nn.Module:
         raise ConfigError(f"model.drop_path: {name} has no stochastic depth; got {drop_path:g}. Give 0") from None
 
 
-def _move_stride_to_1x1(backbone: nn.Module, name: str) -> None:
+def move_stride_to_1x1(backbone: nn.Module, name: str) -> None:
+    """Give the strides of a ResNet's bottlenecks to their first 1x1 convolutions; ConfigError where there are none."""
     for layer in ("layer2", "layer3", "layer4"):
         block: Any = next(iter(getattr(backbone, layer, ())), None)
         is_bottleneck = hasattr(block, "conv3")  # a basic block has no 1x1 convolution in front
