@@ -37,8 +37,11 @@ class Stage:
         return bool(sys.stdin.readline())
 
     def tell(self, seconds: float, photos: int) -> None:
-        """One epoch is over."""
-        self._answers.write(f"{seconds} {photos}\n")
+        """One epoch is over; also tell the most memory that it took of a GPU."""
+        import torch
+
+        memory = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
+        self._answers.write(f"{seconds} {photos} {memory}\n")
         self._answers.flush()
 
     def run(self, epoch: Callable[[], int]) -> None:
@@ -70,6 +73,7 @@ def _settings(setup: Setup) -> Any:
             "train.precision=auto",
             "train.save_minutes=0",
             f"train.device={setup.device}",
+            *setup.more.split(),
         ],
     )
 
@@ -89,7 +93,7 @@ def ours_model(setup: Setup, folder: Path, stage: Stage) -> None:
     from fieldmark.progress import Quiet
     from fieldmark.runs.session import open_session
     from fieldmark.training.evaluate import Validation
-    from fieldmark.training.loop import UpdateOptions, train_epochs
+    from fieldmark.training.loop import train_epochs
 
     with open_session(_settings(setup), folder / "run", start="new", progress=Quiet()) as session:
         state = session.start_training()
@@ -102,7 +106,7 @@ def ours_model(setup: Setup, folder: Path, stage: Stage) -> None:
             steps_per_epoch=steps,
             batches=lambda epoch, first: itertools.repeat(batch, steps),
             evaluate=lambda model: Validation(),
-            options=UpdateOptions(),
+            options=session.make_update_options(),
         )
         while stage.wait():
             report = next(reports)

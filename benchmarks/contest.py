@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ class Setup:
         device: `cpu` or `cuda`.
         steps: Updates of an epoch of the `-model` kinds; 0 is as many as the photos make.
         timm_script: timm's train.py.
+        more: Further settings of ours, with spaces between them.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Setup:
     device: str = "cpu"
     steps: int = 0
     timm_script: str = ""
+    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,12 @@ class Pace:
         by_clock: Photos per second.
         by_processor: Photos per second of processor time, of the process and its loaders together: what other work on
             the machine disturbs least.
+        gigabytes: Most memory of a GPU that the process took so far.
     """
 
     by_clock: float
     by_processor: float
+    gigabytes: float = 0.0
 
 
 class ContenderError(Exception):
@@ -97,12 +102,12 @@ class Contender:
         try:
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
-            seconds, photos = map(float, self._process.stdout.readline().split())
+            seconds, photos, gigabytes = map(float, self._process.stdout.readline().split())
         except (OSError, ValueError):
             said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise ContenderError(" ".join(said[-1:]) or "it said nothing") from None
         used = processor_seconds(self._process.pid) - before
-        return Pace(photos / seconds, photos / max(used, 1e-9))
+        return Pace(photos / seconds, photos / max(used, 1e-9), gigabytes)
 
     def close(self) -> None:
         """End it: closing its input asks for that, and what does not listen is killed."""
@@ -143,8 +148,10 @@ def processor_seconds(pid: int) -> float:
     return total
 
 
-def start_all(setups: dict[str, Setup], folder: Path) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Start contenders together and warm each up by one epoch, one after another.
+def start_all(
+    setups: dict[str, Setup], folder: Path, *, at_once: int = 1
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Start contenders together and warm each up by one epoch, so many at a time.
 
     Returns:
         Those that run, and for each of the others what it died of.
@@ -152,11 +159,13 @@ def start_all(setups: dict[str, Setup], folder: Path) -> tuple[dict[str, Contend
     started = {name: Contender(setup, folder / f"{place:02d}") for place, (name, setup) in enumerate(setups.items())}
     running: dict[str, Contender] = {}
     failed: dict[str, str] = {}
-    for name, contender in started.items():
-        try:
-            contender.epoch()
-            running[name] = contender
-        except ContenderError as error:
-            contender.close()
-            failed[name] = str(error)
+    with ThreadPoolExecutor(at_once) as pool:
+        warming = {name: pool.submit(contender.epoch) for name, contender in started.items()}
+        for name, epoch in warming.items():
+            try:
+                epoch.result()
+                running[name] = started[name]
+            except ContenderError as error:
+                started[name].close()
+                failed[name] = str(error)
     return running, failed

@@ -1,71 +1,76 @@
-"""A training epoch on a GPU, end to end, for the competition's seven backbones: ours, its ceiling, and timm's script.
+"""A training epoch on a GPU, end to end: ours, its ceiling, and timm's script.
 
     python -m benchmarks.gpu [--quick] [--json FILE] [--timm-script PATH/TO/timm/train.py]
 
-As `benchmarks.train`, with the device changed; without a GPU it says so and ends.
+As `benchmarks.train`, with the device changed: random weights, birds100, the competition's augmentation list, AdamW, no
+mixing. All contenders wait on the GPU together, and one trains at a time. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.contest import Setup
 from benchmarks.photos import birds_subset
 from benchmarks.record import Findings, Ratio, load_average, make_parser, report
 from benchmarks.train import contenders, epochs
 
 NO_GPU = "this machine has no CUDA GPU: nothing was measured"
-ESTIMATES = {
-    "resnet50": "3.5-3.9k",
-    "resnext50": "3.0-3.2k",
-    "resnet101": "2.2-2.4k",
-    "resnext101": "1.8-1.9k",
-}
-"""Photos per second of the model alone that were expected of one H100, before any was measured."""
+TARGETS = {"ours, model only": 0.97, "timm script, best flags": 1.0}
+SIZE = 224
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much is measured."""
 
-    backbones: tuple[str, ...]
-    size: int
+    cases: tuple[tuple[str, int], ...]
+    """Alias of a backbone, photos of an update."""
     train_photos: int
     rounds: int
     limit_seconds: float
 
 
 def make_plan(*, is_quick: bool) -> Plan:
-    """The quick plan: two backbones; the whole one: all seven of the competition's."""
-    from fieldmark.models.catalog import ALIASES
-
+    """The quick plan: one backbone; the whole one: small and large, and two sizes of an update."""
     if is_quick:
-        return Plan(("resnet50", "seresnext50"), 224, 2048, rounds=2, limit_seconds=60)
-    return Plan(tuple(ALIASES), 224, 2699, rounds=5, limit_seconds=300)
+        return Plan((("resnet50", 32),), 1344, rounds=3, limit_seconds=60)
+    return Plan((("resnet50", 32), ("resnet50", 64), ("resnext50", 32), ("seresnext101", 32)), 2699, 5, 100)
 
 
-def measure(plan: Plan, folder: Path, *, timm_script: str, device: str, cores: int) -> Findings:
-    """Every backbone in turn; the peers beside ResNet-50 alone."""
+def list_setups(case: tuple[str, int], data: Path, *, timm_script: str, cores: int) -> dict[str, Setup]:
+    """Who trains a case: timm's script as it comes and ours without its promise of equal bits with the first alone."""
     from fieldmark.models.catalog import ALIASES
 
+    alias, photos = case
+    everybody = contenders(ALIASES[alias], SIZE, data, cores=cores, timm_script=timm_script, device="cuda")
+    chosen = {who: setup for who, setup in everybody.items() if setup.kind in ("ours", "ours-model", "timm")}
+    chosen["ours, model only, passes not recorded"] = replace(everybody["ours, model only"], more="train.compile=off")
+    if case == ("resnet50", 32):
+        chosen["ours, not deterministic"] = replace(everybody["ours"], more="train.deterministic=false")
+    else:
+        chosen.pop("timm script, defaults", None)
+    title = f"{alias}, {photos} photos"
+    return {f"{title}: {who}": replace(setup, batch_size=photos) for who, setup in chosen.items()}
+
+
+def measure(plan: Plan, folder: Path, *, timm_script: str, cores: int) -> Findings:
+    """All cases in each round."""
     findings = Findings()
     data = folder / "data"
     findings.notes.append(birds_subset(data, train=plan.train_photos, val=4))
-    findings.notes += [
-        f"expected of an H100 with {name}: {range_} photos per second" for name, range_ in ESTIMATES.items()
-    ]
-    for name in plan.backbones:
-        timm_name = ALIASES[name]
-        everybody = contenders(timm_name, plan.size, data, cores=cores, timm_script=timm_script, device=device)
-        setups = {who: setup for who, setup in everybody.items() if name == "resnet50" or who.startswith("ours")}
-        epochs(findings, name, setups, folder / name, plan.rounds, plan.limit_seconds)
-        targets = {"ours, model only": 0.97, "timm script, defaults": 1.7}
-        for peer in setups:
-            case = f"{name}: {peer}"
-            if peer == "ours" or case not in findings.measured or f"{name}: ours" not in findings.measured:
-                continue
-            findings.ratios[f"{name}: ours / {peer}"] = Ratio(f"{name}: ours", case, targets.get(peer))
+    setups: dict[str, Setup] = {}
+    for case in plan.cases:
+        setups |= list_setups(case, data, timm_script=timm_script, cores=cores)
+    title = f"@{SIZE}"
+    epochs(findings, title, setups, folder / "runs", plan.rounds, plan.limit_seconds, at_once=len(setups))
+    for name in setups:
+        case, _, peer = name.partition(": ")
+        ours, theirs = f"{title}: {case}: ours", f"{title}: {name}"
+        if peer != "ours" and {ours, theirs} <= findings.measured.keys():
+            findings.ratios[f"{case}: ours / {peer}"] = Ratio(ours, theirs, TARGETS.get(peer))
     return findings
 
 
@@ -81,15 +86,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         print(NO_GPU)
         return
-    before = load_average()
+    before, plan, cores = load_average(), make_plan(is_quick=arguments.quick), usable_cores()
     with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
-        findings = measure(
-            make_plan(is_quick=arguments.quick),
-            Path(folder),
-            timm_script=arguments.timm_script,
-            device="cuda",
-            cores=usable_cores(),
-        )
+        findings = measure(plan, Path(folder), timm_script=arguments.timm_script, cores=cores)
     report("gpu", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
 
 

@@ -112,7 +112,8 @@ def _speeds(records: Records, steps: Sequence[Step]) -> list[tuple[str, float]]:
 def _gpu_speeds(records: Records) -> list[tuple[str, float]]:
     """Whole training epochs of one GPU, by backbone."""
     measured = records.get("gpu", {}).get("measured", {})
-    return [(name.removesuffix(": ours"), float(speed)) for name, speed in measured.items() if name.endswith(": ours")]
+    ours = {name: speed for name, speed in measured.items() if name.endswith(": ours")}
+    return [(name.removesuffix(": ours").removeprefix("@224: "), float(speed)) for name, speed in ours.items()]
 
 
 def _hours_table(unit: str, speeds: Sequence[tuple[str, float]]) -> list[str]:

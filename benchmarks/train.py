@@ -95,10 +95,17 @@ def measure(plan: Plan, folder: Path, *, timm_script: str, device: str, cores: i
 
 
 def epochs(
-    findings: Findings, title: str, setups: dict[str, Setup], folder: Path, rounds: int, limit_seconds: float
+    findings: Findings,
+    title: str,
+    setups: dict[str, Setup],
+    folder: Path,
+    rounds: int,
+    limit_seconds: float,
+    *,
+    at_once: int = 1,
 ) -> None:
     """Interleaved epochs of contenders, by the clock and by processor time; those that die are noted and left out."""
-    running, failed = start_all(setups, folder)
+    running, failed = start_all(setups, folder, at_once=at_once)
     findings.notes += [f"{title}: {name} could not run: {why}" for name, why in failed.items()]
     paces: dict[str, list[Pace]] = {name: [] for name in running}
     try:
@@ -113,6 +120,8 @@ def epochs(
     for name, seen in paces.items():
         middle = sorted(pace.by_processor for pace in seen)[len(seen) // 2]
         findings.add(f"{title}: {name}, by processor time", middle, PROCESSOR)
+        if seen[-1].gigabytes:
+            findings.add(f"{title}: {name}, memory", seen[-1].gigabytes, "GiB of the GPU")
 
 
 def _timed(contender: Contender, paces: list[Pace]) -> Callable[[], float]:

@@ -153,9 +153,8 @@ class AugmentConfig(Section):
     size: OrNone[PositiveInt] = None
     """Side of the training image in pixels; None is the size that the weights were trained at."""
 
-    executor: Literal["fast", "reference", "device"] = "fast"
-    """`reference`: torchvision's transforms one after another. `fast`: the same random numbers in one warp, or as one
-    batch on a CUDA GPU. `device`: that batch form wherever the model is."""
+    executor: Literal["fast", "reference"] = "fast"
+    """`reference`: torchvision's transforms one after another. `fast`: the same random numbers in one warp."""
 
     crop: Literal["random_resized", "zoom", "squash", "pretrained"] = "random_resized"
     """`random_resized`: torchvision's RandomResizedCrop, including its fallback to a center crop. `zoom`: the same
@@ -408,7 +407,7 @@ class TrainConfig(Section):
     """Memory layout of convolutions; `auto` is on."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; `auto` is on for a GPU and runs of some length."""
+    """`auto`: passes on a GPU are recorded once and replayed (CUDA graphs). `on`: torch.compile. `off`: neither."""
 
     threads: NonNegativeInt = 0
     """Compute threads of a CPU run; 0 leaves room for the loader's workers."""

@@ -234,7 +234,7 @@ class _Training:
         pace.shape = team.agree(lambda: pace.shape)
         planned = pace.shape.end
         state.set_rates()
-        options = build.build_update_options(session.config, session.prior, session.fabric.device)
+        options = session.make_update_options()
         reports = train_epochs(
             session.fabric,
             state,

@@ -36,7 +36,7 @@ from fieldmark.models.classifier import (
 from fieldmark.models.weights import WeightsReport, data_config, load_weights
 from fieldmark.progress import Progress
 from fieldmark.runs.dataset import Cached, EvalPhotos, PhotoReader, TrainPhotos, TrainPlan, decode_spec
-from fieldmark.runs.environment import processor_name, quiet_fabric, usable_cores
+from fieldmark.runs.environment import can_compile, processor_name, quiet_fabric, usable_cores
 from fieldmark.training.evaluate import has_fast_bf16, keep_freed_memory
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import ScheduleSpec, create_optimizer, parameter_groups
@@ -126,12 +126,6 @@ def is_channels_last(config: Config) -> bool:
     return config.train.channels_last != "off"
 
 
-def augments_on_device(config: Config, device: torch.device) -> bool:
-    """Whether workers hand over uint8 photos, and the random parameters are executed where the model is."""
-    executor = config.augment.executor
-    return executor == "device" or (executor == "fast" and device.type == "cuda")
-
-
 def first_micro_batch(config: Config, *, processes: int) -> int:
     """Photos per forward pass in each process, before memory runs out."""
     per_process = -(-config.train.batch_size // processes)
@@ -139,9 +133,12 @@ def first_micro_batch(config: Config, *, processes: int) -> int:
 
 
 def compile_model(config: Config, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Compile the model where that pays: on the CPU it takes a minute and gains nothing, nor does it in short runs."""
-    is_worth_it = {"on": True, "off": False, "auto": device.type == "cuda" and config.train.epochs >= 10}
-    return torch.compile(model) if is_worth_it[config.train.compile] else model  # type: ignore[return-value]
+    """Compile the model where that is asked for: it takes half a minute, and gained nothing on an H200."""
+    if config.train.compile != "on":
+        return model
+    if not can_compile(device.type):
+        raise ConfigError("train.compile=on needs a C++ compiler, and on a GPU Triton: set train.compile=auto")
+    return torch.compile(model)  # type: ignore[return-value]
 
 
 def guard_computation(config: Config) -> tuple[Config, str]:

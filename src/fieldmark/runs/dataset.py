@@ -12,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fieldmark.augment.reference import EvalSpec, Views, augment_reference, eval_picture, picture_shape
 from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
@@ -203,27 +202,6 @@ class TrainPhotos:
             whole = (self.reader.read(int(number)) for number in rows)  # one at a time: they are large
             images = torch.stack([augment_reference(photo, params, row, self.spec) for row, photo in enumerate(whole)])
         return Batch(images, torch.from_numpy(rows), torch.from_numpy(self.reader.labels[rows]), ())
-
-    def raw(self, numbers: Sequence[int], epoch: int) -> Batch:
-        """(B, 3, H, W) uint8 photos as decoded or cached, each in the corner of its slot, for `augment_device`."""
-        rows = np.asarray(numbers, np.int64)
-        photos = self._read(rows, self.params(rows, epoch))
-        sizes = np.asarray([(photo.shape[1], photo.shape[0]) for photo in photos], np.int64)
-        slots = np.zeros((len(photos), 3, sizes[:, 1].max(), sizes[:, 0].max()), np.uint8)
-        for slot, photo in zip(slots, photos, strict=True):
-            slot[:, : photo.shape[0], : photo.shape[1]] = photo.transpose(2, 0, 1)
-        labels = torch.from_numpy(self.reader.labels[rows])
-        return Batch(torch.from_numpy(slots), torch.from_numpy(rows), labels, (), torch.from_numpy(sizes))
-
-    def finish(self, batch: Batch, epoch: int, device: torch.device) -> Tensor:
-        """(B, 3, S, S) float32 on the device: the photos of `raw`, augmented there as `__call__` would have."""
-        from fieldmark.augment.device import augment_device
-
-        assert batch.sizes is not None
-        rows = batch.numbers.numpy()
-        photos = batch.images.to(device, non_blocking=device.type == "cuda")
-        sizes, params, is_gpu = self.sizes[rows], self.params(rows, epoch), device.type == "cuda"
-        return augment_device(photos, batch.sizes.numpy(), sizes, params, self.spec, compiled=is_gpu)
 
     def params(self, rows: NDArray[np.int64], epoch: int) -> BatchParams:
         """The random numbers of some photos."""

@@ -11,7 +11,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import IO, Any
 
 REPORTED = ("fieldmark", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "simplejpeg",
@@ -52,6 +54,12 @@ def usable_cores() -> int:
     if asked == "1" and processes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's own, which idles the rest
         return max(cpu_count() // processes, 1)
     return min(cpu_count(), int(asked)) if asked.isdecimal() and int(asked) else cpu_count()
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds what it builds with: a C compiler, and on a GPU Triton; slim containers lack them."""
+    names = [os.environ.get("CXX", "g++"), "clang++"] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    return any(map(which, names)) and (device == "cpu" or find_spec("triton") is not None)
 
 
 def limit_threads(workers: int = 0) -> None:

@@ -46,7 +46,8 @@ from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.writer import RunWriter, claim_folder, require_trackers, write_beginning
 from fieldmark.training import metrics
 from fieldmark.training.evaluate import Predictions, Validation, predict_batches
-from fieldmark.training.loop import EpochTally, TrainBatch, TrainState
+from fieldmark.training.loop import EpochTally, TrainBatch, TrainState, UpdateOptions
+from fieldmark.training.replay import Replay
 
 Start = Literal["new", "again", "resumed"]
 Result = TypeVar("Result")
@@ -85,24 +86,25 @@ class Session:
         mix = mix if is_mixing else replace(mix, share=0.0)
         updates = self.plan.updates(epoch)[first_step:]
         shares = shard_plan(updates, rank=self.fabric.global_rank, processes=self.fabric.world_size)
-        is_raw = build.augments_on_device(config, device)
-        loaded = self.loader.batches(prepare.raw if is_raw else prepare, shares, epoch=epoch)
+        loaded = self.loader.batches(prepare, shares, epoch=epoch)
         first = epoch * self.plan.steps_per_epoch + first_step
         for step, (batch, update) in enumerate(zip(loaded, updates, strict=True), start=first):
             is_pinned = device.type == "cuda"
-            ready = batch.pin_memory() if is_pinned else batch
-            images = prepare.finish(ready, epoch, device) if is_raw else ready.images.to(device, non_blocking=is_pinned)
-            labels = ready.labels.to(device, non_blocking=is_pinned)
-            targets = self.make_targets(labels)
             drawn = draw_mix(
-                mix, seed=config.train.seed, epoch=epoch, step=step, batch_size=len(labels), image_size=size
+                mix, seed=config.train.seed, epoch=epoch, step=step, batch_size=len(batch.labels), image_size=size
             )
-            partners = labels[torch.from_numpy(drawn.partners).to(device)]
+            # Chosen here: to send their places would make the host wait for the device.
+            both = torch.stack([batch.labels, batch.labels[torch.from_numpy(drawn.partners)]])
+            images, (labels, partners) = (
+                (part.pin_memory() if is_pinned else part).to(device, non_blocking=is_pinned)
+                for part in (batch.images, both)
+            )
+            targets = self.make_targets(labels)
             images, targets = apply_mix(images, targets, drawn)
             if build.is_channels_last(config):
                 images = images.contiguous(memory_format=torch.channels_last)
             is_mixed = drawn.kind != "none"
-            yield TrainBatch(images, targets, labels, partners, drawn.lam, is_mixed, ready.numbers, len(update))
+            yield TrainBatch(images, targets, labels, partners, drawn.lam, is_mixed, batch.numbers, len(update))
 
     def predict(self, network: Callable[[Tensor], Tensor], numbers: NDArray[np.int64]) -> Predictions:
         """Show a network, or a part of one, the evaluation pictures of some photos; each process gets all answers."""
@@ -120,6 +122,13 @@ class Session:
         predictions.require_finite(step=step - 1)
         labels = self.dataset.labels[predictions.numbers]
         return Validation(metrics.summarize(predictions.probabilities(), labels, self.prior), predictions)
+
+    def make_update_options(self) -> UpdateOptions:
+        """Say how updates are done; on a GPU their passes are replayed, unless torch compiles them or nothing may."""
+        options = build.build_update_options(self.config, self.prior, self.fabric.device)
+        is_replayed = self.fabric.device.type == "cuda" and self.fabric.world_size == 1
+        is_replayed = is_replayed and self.config.train.compile == "auto"
+        return replace(options, replay=Replay(self.fabric, self.built.model) if is_replayed else None)
 
     def start_training(self) -> TrainState:
         """Make optimizer, schedule, average and wrappers around the model as it is now."""
@@ -237,8 +246,10 @@ def setup_fabric(config: Config) -> tuple[Fabric, dict[str, build.Choice[str] | 
     fabric, choices = build.build_fabric(config)
     fabric.launch()
     torch.manual_seed(config.train.seed)
-    if config.train.deterministic and fabric.device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if fabric.device.type == "cuda":
+        torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = not config.train.deterministic
     return fabric, choices
 
 

@@ -23,7 +23,7 @@ from fieldmark.config import Config
 from fieldmark.data.folders import quote
 from fieldmark.files import fill_template
 from fieldmark.progress import Logged, Progress, Quiet
-from fieldmark.runs import build, folder
+from fieldmark.runs import folder
 from fieldmark.runs.folder import Run, format_accuracy
 from fieldmark.runs.session import Session, Start, open_session, require_photos_of
 from fieldmark.runs.writer import Trackers
@@ -208,7 +208,7 @@ def _train_on(session: Session, state: TrainState, stop: StopRequest) -> Iterato
         steps_per_epoch=plan.steps_per_epoch,
         batches=lambda epoch, first: _iterate_with_stop(session, state, stop, epoch, first),
         evaluate=lambda model: session.validate(model, step=state.step),
-        options=build.build_update_options(config, session.prior, session.fabric.device),
+        options=session.make_update_options(),
     )
     try:
         for report in reports:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from timm.utils import ModelEmaV3
 
+    from fieldmark.training.replay import Replay
+
 MEMORY_SIGNS = ("can't allocate memory", "out of memory")  # of the processor, and of libraries below torch
 PROBE_WEIGHT_DECAY, PROBE_BATCH_SIZE = 1e-2, 256
 Chunk = tuple[Tensor, Tensor]  # images and targets of a micro-batch
@@ -158,6 +160,7 @@ class UpdateOptions:
     class_weights: Tensor | None = None  # (K,) float weights of the loss, on the device
     clip_norm: float = 0.0  # largest global gradient norm; 0 is off
     pool: ThreadPoolExecutor | None = None  # threads that compute micro-batches side by side, each on a core of its own
+    replay: Replay | None = None  # of the passes of a batch that is computed as one
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,8 @@ def compute_gradients(
     total = torch.zeros((), device=fabric.device)
     for number, (part, part_targets) in enumerate(chunks, start=1):
         with fabric.no_backward_sync(network, enabled=number < len(chunks)):  # type: ignore[arg-type]
-            output = network(part)
+            replayed = options.replay.compute(part) if options.replay is not None and num_chunks == 1 else None
+            output = network(part) if replayed is None else replayed
             loss = soft_cross_entropy(output, part_targets, options.class_weights)
             fabric.backward(loss * scale)
         logits.append(output.detach())
