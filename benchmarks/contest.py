@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -148,10 +147,8 @@ def processor_seconds(pid: int) -> float:
     return total
 
 
-def start_all(
-    setups: dict[str, Setup], folder: Path, *, at_once: int = 1
-) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Start contenders together and warm each up by one epoch, so many at a time.
+def start_all(setups: dict[str, Setup], folder: Path) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Start contenders together and warm each up by one epoch, one after another.
 
     Returns:
         Those that run, and for each of the others what it died of.
@@ -159,13 +156,11 @@ def start_all(
     started = {name: Contender(setup, folder / f"{place:02d}") for place, (name, setup) in enumerate(setups.items())}
     running: dict[str, Contender] = {}
     failed: dict[str, str] = {}
-    with ThreadPoolExecutor(at_once) as pool:
-        warming = {name: pool.submit(contender.epoch) for name, contender in started.items()}
-        for name, epoch in warming.items():
-            try:
-                epoch.result()
-                running[name] = started[name]
-            except ContenderError as error:
-                started[name].close()
-                failed[name] = str(error)
+    for name, contender in started.items():
+        try:
+            contender.epoch()
+            running[name] = contender
+        except ContenderError as error:
+            contender.close()
+            failed[name] = str(error)
     return running, failed

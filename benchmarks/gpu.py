@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.contest import Setup
 from benchmarks.photos import birds_subset
-from benchmarks.record import Findings, Ratio, load_average, make_parser, report
-from benchmarks.train import contenders, epochs
+from benchmarks.record import Findings, Ratio, load_average, report
+from benchmarks.train import add_notes, contenders, epochs, read_arguments
 
 NO_GPU = "this machine has no CUDA GPU: nothing was measured"
 TARGETS = {"ours, model only": 0.97, "timm script, best flags": 1.0}
@@ -41,7 +41,7 @@ def make_plan(*, is_quick: bool) -> Plan:
 
 
 def list_setups(case: tuple[str, int], data: Path, *, timm_script: str, cores: int) -> dict[str, Setup]:
-    """Who trains a case: timm's script as it comes and ours without its promise of equal bits with the first alone."""
+    """Who trains a case; in the first, also timm's script at its defaults and ours without determinism."""
     from fieldmark.models.catalog import ALIASES
 
     alias, photos = case
@@ -65,7 +65,8 @@ def measure(plan: Plan, folder: Path, *, timm_script: str, cores: int) -> Findin
     for case in plan.cases:
         setups |= list_setups(case, data, timm_script=timm_script, cores=cores)
     title = f"@{SIZE}"
-    epochs(findings, title, setups, folder / "runs", plan.rounds, plan.limit_seconds, at_once=len(setups))
+    epochs(findings, title, setups, folder / "runs", plan.rounds, plan.limit_seconds)
+    add_notes(findings, "cuda", timm_script=timm_script)
     for name in setups:
         case, _, peer = name.partition(": ")
         ours, theirs = f"{title}: {case}: ours", f"{title}: {name}"
@@ -76,9 +77,7 @@ def measure(plan: Plan, folder: Path, *, timm_script: str, cores: int) -> Findin
 
 def main() -> None:
     """Measure and report, if there is a GPU."""
-    parser = make_parser(__doc__ or "")
-    parser.add_argument("--timm-script", default="", metavar="FILE", help="train.py of pytorch-image-models")
-    arguments = parser.parse_args()
+    arguments = read_arguments(__doc__ or "")
     import torch
 
     from fieldmark.runs.environment import usable_cores

@@ -10,6 +10,7 @@ machine best.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -76,8 +77,6 @@ def contenders(model: str, size: int, data: Path, *, cores: int, timm_script: st
 def measure(plan: Plan, folder: Path, *, timm_script: str, device: str, cores: int) -> Findings:
     """Every model in turn, then the step of ResNet-50."""
     findings = Findings()
-    if not timm_script:
-        findings.notes.append("timm's script was not measured: give its path with --timm-script")
     data = folder  # of the last model, for the update alone
     for model, size, photos in plan.models:
         data = folder / f"{model}-photos"
@@ -90,22 +89,15 @@ def measure(plan: Plan, folder: Path, *, timm_script: str, device: str, cores: i
         _add_ratios(findings, f"{model} @{size}")
     if plan.step_batch:
         _step(findings, plan, folder, data, device)
-    _add_notes(findings, device)
+    add_notes(findings, device, timm_script=timm_script)
     return findings
 
 
 def epochs(
-    findings: Findings,
-    title: str,
-    setups: dict[str, Setup],
-    folder: Path,
-    rounds: int,
-    limit_seconds: float,
-    *,
-    at_once: int = 1,
+    findings: Findings, title: str, setups: dict[str, Setup], folder: Path, rounds: int, limit_seconds: float
 ) -> None:
     """Interleaved epochs of contenders, by the clock and by processor time; those that die are noted and left out."""
-    running, failed = start_all(setups, folder, at_once=at_once)
+    running, failed = start_all(setups, folder)
     findings.notes += [f"{title}: {name} could not run: {why}" for name, why in failed.items()]
     paces: dict[str, list[Pace]] = {name: [] for name in running}
     try:
@@ -158,7 +150,8 @@ def _step(findings: Findings, plan: Plan, folder: Path, data: Path, device: str)
         findings.ratios[f"{title}: ours / fp32 as it comes"] = Ratio(ours, default, 2.3)
 
 
-def _add_notes(findings: Findings, device: str) -> None:
+def add_notes(findings: Findings, device: str, *, timm_script: str) -> None:
+    """Say what a reader must know of the machine and of timm's script."""
     from benchmarks.contender import has_bf16
 
     if not has_bf16(device):
@@ -166,21 +159,30 @@ def _add_notes(findings: Findings, device: str) -> None:
             f"this {device} has no fast bf16, so ours trains in 32 bit, and 'best flags' are channels_last and loader "
             "processes; the targets for the update and against timm's defaults were set on a processor with bf16"
         )
+    if not timm_script:
+        findings.notes.append("timm's script was not measured: give its path with --timm-script")
+        return
     findings.notes.append(
         "timm's flags have neither an affine stage nor a hue: the benchmark adds both to its transforms, so that all "
         "prepare the same; its augmentation list is otherwise its own"
     )
 
 
-def main() -> None:
-    """Measure and report."""
-    from fieldmark.runs.environment import usable_cores
-
-    parser = make_parser(__doc__ or "")
+def read_arguments(description: str) -> argparse.Namespace:
+    """The options of all benchmarks, and where timm's script is."""
+    parser = make_parser(description)
     parser.add_argument("--timm-script", default="", metavar="FILE", help="train.py of pytorch-image-models")
     arguments = parser.parse_args()
     if arguments.timm_script and not Path(arguments.timm_script).is_file():
         parser.error(f"--timm-script {arguments.timm_script}: no such file")
+    return arguments
+
+
+def main() -> None:
+    """Measure and report."""
+    from fieldmark.runs.environment import usable_cores
+
+    arguments = read_arguments(__doc__ or "")
     before = load_average()
     with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
         try:
@@ -192,7 +194,7 @@ def main() -> None:
                 cores=usable_cores(),
             )
         except FileNotFoundError as error:
-            parser.exit(2, f"{error}\n")
+            raise SystemExit(str(error)) from None
     report("train", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
 
 

@@ -407,7 +407,8 @@ class TrainConfig(Section):
     """Memory layout of convolutions; `auto` is on."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """`auto`: passes on a GPU are recorded once and replayed (CUDA graphs). `on`: torch.compile. `off`: neither."""
+    """`auto`: on one GPU, passes of a batch that is computed as one are recorded and replayed (CUDA graphs). `on`:
+    torch.compile. `off`: neither."""
 
     threads: NonNegativeInt = 0
     """Compute threads of a CPU run; 0 leaves room for the loader's workers."""

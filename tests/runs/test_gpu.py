@@ -34,7 +34,6 @@ SMALL = (
     "train.epochs=2",
     "train.batch_size=16",
     "loader.workers=2",
-    "train.compile=auto",
 )
 
 
@@ -96,7 +95,7 @@ def test_a_run_that_was_stopped_ends_as_the_unbroken_one(photos, tmp_path, monke
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_device_between_two_updates(photos, tmp_path):
-    config = settings(photos, "augment.executor=fast", "mix.share=1", "train.ema_decay=0.9", "train.compile=auto")
+    config = settings(photos, "augment.executor=fast", "mix.share=1", "train.ema_decay=0.9")
     with session.open_session(config, tmp_path / "run", start="new", progress=Quiet()) as opened:
         state, options = opened.start_training(), opened.make_update_options()
         for epoch in range(2):  # in the first the passes are recorded, and torch's caches filled
@@ -117,7 +116,22 @@ def test_passes_that_are_replayed_learn_the_same(photos, tmp_path, more):
         list(training.train(settings(photos, "train.epochs=3", f"train.compile={kind}", *more), tmp_path / kind))
         found.append(load_checkpoint(tmp_path / kind / "last.pt")["model"])
     for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_model_that_reads_a_number_back_trains_without_a_recording(photos, tmp_path, monkeypatch, dropout):
+    def read_back(module, given):
+        given[0].mean().item()
+
+    start = session.Session.start_training
+    monkeypatch.setattr(
+        session.Session,
+        "start_training",
+        lambda opened: (opened.built.model.register_forward_pre_hook(read_back), start(opened))[1],
+    )
+    list(training.train(settings(photos, f"model.feature_dropout={dropout}"), tmp_path / "run"))
+    assert Run(tmp_path / "run").summary["status"] == "finished"
 
 
 def test_without_memory_the_batch_is_computed_in_parts(photos, tmp_path):

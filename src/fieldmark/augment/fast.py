@@ -34,13 +34,13 @@ _TINY = 1e-6
 _FAR = 1e9  # beyond any photo; not infinity, which fast arithmetic leaves undefined
 
 
-def compose(outer: Floats, inner: Floats) -> Floats:
+def _compose(outer: Floats, inner: Floats) -> Floats:
     """The matrix that applies `inner` to a point first, then `outer`."""
     linear = outer[..., :2]
     return np.concatenate([linear @ inner[..., :2], linear @ inner[..., 2:] + outer[..., 2:]], axis=-1)
 
 
-def picture_matrices(params: BatchParams, spec: AugmentSpec) -> list[Floats]:
+def _picture_matrices(params: BatchParams, spec: AugmentSpec) -> list[Floats]:
     """From the output back to the crop resized to S×S, step by step: K cumulative arrays (B, 2, 3).
 
     A point that leaves [0, S]² after any of them shows the fill, because the stages one after another would have lost
@@ -50,7 +50,7 @@ def picture_matrices(params: BatchParams, spec: AugmentSpec) -> list[Floats]:
     for ops, magnitudes in zip(params.ops.T[::-1].tolist(), params.magnitudes.T[::-1].tolist(), strict=True):
         pairs = zip(ops, magnitudes, strict=True)
         steps.append(np.stack([operation_matrix(op, magnitude, spec.size) for op, magnitude in pairs]))
-    return [*accumulate(steps, lambda first, then: compose(then, first))]
+    return [*accumulate(steps, lambda first, then: _compose(then, first))]
 
 
 def _affine_matrices(params: BatchParams, size: int) -> Floats:
@@ -62,7 +62,7 @@ def _affine_matrices(params: BatchParams, size: int) -> Floats:
     return np.concatenate([linear, offset], axis=2)
 
 
-def crop_matrices(params: BatchParams, size: int) -> Floats:
+def _crop_matrices(params: BatchParams, size: int) -> Floats:
     """(B, 2, 3) from the S×S crop, flipped, to upright source pixels."""
     corner, extent = params.box[:, :2], params.box[:, 2:]
     flips = np.stack([params.flip_x, params.flip_y], axis=1)
@@ -73,7 +73,7 @@ def crop_matrices(params: BatchParams, size: int) -> Floats:
     return matrices
 
 
-def crop_limits(box: Floats, given: Whole) -> tuple[Whole, Whole]:
+def _crop_limits(box: Floats, given: Whole) -> tuple[Whole, Whole]:
     """(B, 2) first column and row, and one past the last, of crops (B, 4) within photos of (B, 2) pixels as given."""
     first = np.clip(np.floor(box[:, :2] + _TINY).astype(np.int64), 0, given - 1)
     return first, np.clip(np.ceil(box[:, :2] + box[:, 2:] - _TINY).astype(np.int64), first + 1, given)
@@ -110,7 +110,7 @@ def augment_fast(
         part = words[: (height + 1) * (width + 1)].reshape(height + 1, width + 1)
         soften(pixels.reshape(len(pixels), -1), left, top, *plan.softness[row], part)
         warp(part, plan.matrices[row], plan.limits[row], fill, out[row])
-        apply_policy_colors(torch.from_numpy(out[row]), params.ops[row], params.magnitudes[row], spec.fill)
+        _apply_policy_colors(torch.from_numpy(out[row]), params.ops[row], params.magnitudes[row], spec.fill)
         order = params.color_order[row]
         kinds = order if len(colors) == 4 else order[np.isin(order, colors)]
         finish(out[row], kinds, factors[row, kinds], scale, offset, params.erase[row], bank, params.noise_offset[row])
@@ -120,20 +120,20 @@ def augment_fast(
 def _plan(photos: Sequence[NDArray[np.uint8]], source_sizes: Whole, params: BatchParams, spec: AugmentSpec) -> _Plan:
     for photo in photos:
         require_photo(photo)
-    pictures = picture_matrices(params, spec)
+    pictures = _picture_matrices(params, spec)
     given = np.array([photo.shape[1::-1] for photo in photos], dtype=np.int64).reshape(-1, 2)
     ratio = given / source_sizes
     box = params.box * np.tile(ratio, 2)
-    first, end = crop_limits(box, given)
+    first, end = _crop_limits(box, given)
     if spec.crop == "weights":  # the evaluation's own picture
         extent, corner, scale = np.full_like(first, spec.size), box[:, :2], spec.size / box[:, 2:]
     else:
         extent = _reduced_extents(box, end - first, spec, is_plain=not pictures)
         corner, scale = first, extent / (end - first)
-    to_view = crop_matrices(params, spec.size) * ratio[:, :, None]
+    to_view = _crop_matrices(params, spec.size) * ratio[:, :, None]
     to_view[:, :, 2] -= corner
     to_view *= scale[:, :, None]
-    matrices = np.stack([*pictures, compose(to_view, pictures[-1]) if pictures else to_view], axis=1)
+    matrices = np.stack([*pictures, _compose(to_view, pictures[-1]) if pictures else to_view], axis=1)
     limits = np.empty((len(box), len(pictures) + 1, 4))
     limits[:, :-1] = (0, spec.size, 0, spec.size)
     limits[:, -1] = (-_FAR, _FAR, -_FAR, _FAR)
@@ -193,7 +193,7 @@ def _reduce(part: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[np.uint8]
     return cv2.merge([*planes])  # pyright: ignore[reportReturnType]  # 25 times as fast as numpy's transposed copy
 
 
-def apply_policy_colors(picture: Tensor, ops: Whole, magnitudes: Floats, fill: tuple[int, int, int]) -> None:
+def _apply_policy_colors(picture: Tensor, ops: Whole, magnitudes: Floats, fill: tuple[int, int, int]) -> None:
     """Apply the policy's color operations to one (3, S, S) picture of 0 to 255, by torchvision on uint8, in place.
 
     They come after all geometry, where the reference mixes both: the same picture, except that the fill of an earlier

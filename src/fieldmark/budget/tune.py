@@ -29,6 +29,7 @@ from fieldmark.models.classifier import freeze_stages
 from fieldmark.runs import build, folder
 from fieldmark.runs.session import Session, assemble, run_in_turn, run_together
 from fieldmark.training.loop import EpochReport, TrainBatch, TrainState, UpdateOptions, compute_gradients, train_epochs
+from fieldmark.training.replay import ALIKE_FIRST
 
 TUNING = "tuning"
 MOVES = "end of fine-tuning"
@@ -90,7 +91,7 @@ def _drops(config: Config) -> bool:
 
 
 def measure_update(course: Course, candidate: Candidate, size: int, freeze: int) -> float:
-    """In all processes: seconds per photo of an update of a copy of the network; the first update warms up."""
+    """In all processes: seconds per photo of the last of a few updates of a copy of the network."""
     fabric, device = course.team.fabric, course.team.fabric.device
     config = tuning_config(course.config, candidate, Option(size, freeze, 0.0, 1.0))
     model = copy.deepcopy(course.load_model(candidate).model).train()
@@ -103,15 +104,20 @@ def measure_update(course: Course, candidate: Candidate, size: int, freeze: int)
     targets = torch.zeros(num_photos, course.num_classes, device=device)
     micro_batch = build.first_micro_batch(config, processes=fabric.world_size)
     started = 0.0
+    replay = build.make_replay(config, fabric, model)
     with open_pool(course, config) as pool:
-        for _ in range(2):
+        options = UpdateOptions(pool=pool, replay=replay)
+        for _ in range(2 if replay is None else ALIKE_FIRST + 1):
             started = time.perf_counter()
-            compute_gradients(fabric, network, images, targets, micro_batch, UpdateOptions(pool=pool), scale=1.0)
+            compute_gradients(fabric, network, images, targets, micro_batch, options, scale=1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-    return (time.perf_counter() - started) / (num_photos * fabric.world_size)
+    seconds = time.perf_counter() - started
+    if replay is not None:
+        replay.give_up()
+    return seconds / (num_photos * fabric.world_size)
 
 
 def choose_option(options: Sequence[Option], *, sharing: int = 1) -> Option | None:
@@ -251,6 +257,8 @@ class _Training:
             if not report.is_complete or state.step >= pace.shape.end:
                 break
             team.agree(partial(on_epoch, report, session.config, state.kept_model.state_dict()))
+        if options.replay is not None:
+            options.replay.give_up()
         if state.step != planned:
             self.course.log.message(f"fine-tuning: {planned} updates were planned, and the clock allowed {state.step}")
         return True

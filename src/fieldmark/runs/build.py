@@ -40,6 +40,7 @@ from fieldmark.runs.environment import can_compile, processor_name, quiet_fabric
 from fieldmark.training.evaluate import has_fast_bf16, keep_freed_memory
 from fieldmark.training.loop import UpdateOptions
 from fieldmark.training.optim import ScheduleSpec, create_optimizer, parameter_groups
+from fieldmark.training.replay import Replay
 from fieldmark.training.trial import Computation, choose_computation
 
 Value = TypeVar("Value", str, int)
@@ -137,8 +138,14 @@ def compile_model(config: Config, model: torch.nn.Module, device: torch.device) 
     if config.train.compile != "on":
         return model
     if not can_compile(device.type):
-        raise ConfigError("train.compile=on needs a C++ compiler, and on a GPU Triton: set train.compile=auto")
+        raise ConfigError("train.compile=on needs a C++ compiler, and for CUDA Triton: set train.compile=auto")
     return torch.compile(model)  # type: ignore[return-value]
+
+
+def make_replay(config: Config, fabric: Fabric, model: torch.nn.Module) -> Replay | None:
+    """Make the replay of an update's passes: on a single GPU, with train.compile=auto."""
+    is_wanted = fabric.device.type == "cuda" and fabric.world_size == 1 and config.train.compile == "auto"
+    return Replay(fabric, model) if is_wanted else None
 
 
 def guard_computation(config: Config) -> tuple[Config, str]:

@@ -57,9 +57,10 @@ def usable_cores() -> int:
 
 
 def can_compile(device: str) -> bool:
-    """Whether torch.compile finds what it builds with: a C compiler, and on a GPU Triton; slim containers lack them."""
-    names = [os.environ.get("CXX", "g++"), "clang++"] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    return any(map(which, names)) and (device == "cpu" or find_spec("triton") is not None)
+    """Whether torch.compile finds what it builds with: a compiler, and for CUDA Triton; slim containers lack them."""
+    own = [name for variable in ("CXX", "CC") for name in os.environ.get(variable, "").split()[:1]]
+    has_compiler = any(map(which, [*own, "g++", "clang++", "cl"]))
+    return has_compiler and (device != "cuda" or find_spec("triton") is not None)
 
 
 def limit_threads(workers: int = 0) -> None:

@@ -47,7 +47,6 @@ from fieldmark.runs.writer import RunWriter, claim_folder, require_trackers, wri
 from fieldmark.training import metrics
 from fieldmark.training.evaluate import Predictions, Validation, predict_batches
 from fieldmark.training.loop import EpochTally, TrainBatch, TrainState, UpdateOptions
-from fieldmark.training.replay import Replay
 
 Start = Literal["new", "again", "resumed"]
 Result = TypeVar("Result")
@@ -93,7 +92,7 @@ class Session:
             drawn = draw_mix(
                 mix, seed=config.train.seed, epoch=epoch, step=step, batch_size=len(batch.labels), image_size=size
             )
-            # Chosen here: to send their places would make the host wait for the device.
+            # Chosen on the processor: to copy their places to a GPU would make the host wait.
             both = torch.stack([batch.labels, batch.labels[torch.from_numpy(drawn.partners)]])
             images, (labels, partners) = (
                 (part.pin_memory() if is_pinned else part).to(device, non_blocking=is_pinned)
@@ -124,11 +123,9 @@ class Session:
         return Validation(metrics.summarize(predictions.probabilities(), labels, self.prior), predictions)
 
     def make_update_options(self) -> UpdateOptions:
-        """Say how updates are done; on a GPU their passes are replayed, unless torch compiles them or nothing may."""
+        """Say how updates are done."""
         options = build.build_update_options(self.config, self.prior, self.fabric.device)
-        is_replayed = self.fabric.device.type == "cuda" and self.fabric.world_size == 1
-        is_replayed = is_replayed and self.config.train.compile == "auto"
-        return replace(options, replay=Replay(self.fabric, self.built.model) if is_replayed else None)
+        return replace(options, replay=build.make_replay(self.config, self.fabric, self.built.model))
 
     def start_training(self) -> TrainState:
         """Make optimizer, schedule, average and wrappers around the model as it is now."""

@@ -352,6 +352,8 @@ def _update_in_memory(
         try:
             return update(fabric, state, batch, options)
         except MemoryExhaustedError as error:
+            if options.replay is not None and options.replay.give_up():
+                continue
             # Several processes would have to agree on the smaller size while some of them wait in a gradient sync.
             if fabric.world_size > 1 or error.micro_batch_size == 1:
                 raise
