@@ -22,7 +22,8 @@ PAGE = HOME / "docs" / "performance.md"
 README = HOME / "README.md"
 BEGIN, END = "<!-- made by python -m benchmarks.tables -->\n\n", "\n<!-- end -->\n"
 CHART = HOME / "docs" / "images" / "budget.svg"
-ORDER = ("pipeline", "train", "reach", "memory", "shards", "lists", "startup", "gpu", "inference", "serving", "budget")
+ORDER = ("pipeline", "pipeline-amx", "train", "train-amx", "reach", "memory", "shards", "lists", "startup", "gpu",
+         "inference", "serving", "budget")  # fmt: skip
 INTRODUCTION = """# Performance
 
 Made by `python -m benchmarks.tables` from `benchmarks/results/*.json`; do not edit. `make bench` measures everything \

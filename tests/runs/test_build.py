@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from lightning_fabric.plugins import MixedPrecision, Precision
@@ -54,3 +57,29 @@ def test_a_size_that_the_model_does_not_take_is_refused_before_training(setting:
     config = load_config(None, ["model.name=test_vit", "model.weights=random", setting])
     with pytest.raises(ConfigError, match=r"test_vit takes images of 160 pixels, .* got 100"):
         build.build_model(config, num_classes=3)
+
+
+@pytest.mark.parametrize("variable", ["CC", "CXX"])
+def test_to_compile_without_a_compiler_is_refused_in_words(monkeypatch, tmp_path, variable: str) -> None:
+    config, model = load_config(None, ["train.compile=on"]), torch.nn.Linear(1, 1)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, .* set train\.compile=auto"):
+        build.compile_model(config, model, torch.device("cpu"))
+    own = tmp_path / "own-compiler"
+    own.write_text("")
+    own.chmod(0o755)
+    monkeypatch.setenv(variable, f"{own} --fast")
+    assert build.compile_model(config, model, torch.device("cpu")) is not model
+    assert build.compile_model(load_config(None, []), model, torch.device("cpu")) is model
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "setting", "is_replayed"),
+    [("cuda", 1, "auto", True), ("cuda", 1, "off", False), ("cuda", 2, "auto", False), ("cpu", 1, "auto", False)],
+)
+def test_passes_are_replayed_on_a_single_gpu(device: str, world_size: int, setting: str, is_replayed: bool) -> None:
+    fabric: Any = SimpleNamespace(device=torch.device(device), world_size=world_size)
+    replay = build.make_replay(load_config(None, [f"train.compile={setting}"]), fabric, torch.nn.Linear(1, 1))
+    assert (replay is not None) == is_replayed
