@@ -45,7 +45,6 @@ SETTINGS = (
 FORKER = textwrap.dedent(
     """
     import json, os, sys, traceback
-    import fieldmark.data.cache as cache
     import fieldmark.runs.build as build
     import fieldmark.runs.dataset as dataset
     import fieldmark.runs.train as runs
@@ -67,7 +66,7 @@ FORKER = textwrap.dedent(
             return call
 
         dataset.Inspection = marked("inspect", dataset.Inspection)
-        cache.open_cache = marked("cache", cache.open_cache)
+        build.open_cache = marked("cache", build.open_cache)
         runs._fit_probe = marked("probe", runs._fit_probe)
         runs._iterate_with_stop = marked("epoch", runs._iterate_with_stop)
         RunWriter.record_epoch = marked("record", RunWriter.record_epoch)
