@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.labeled import NAMES, QUICK_CLASSES, DataError, DataSet, open_data, score
-from benchmarks.record import PHOTOS, finish, load_average, make_parser, make_record
+from benchmarks.record import PHOTOS, add_timm_script, finish, load_average, make_parser, make_record
 from benchmarks.rivals import BATCH_SIZE, MODEL, TEST_SIZE, Task, save_weights
 from benchmarks.scoreboard import HAND, OURS, OURS_ALONE, Row, describe, format_table, make_row
 
@@ -470,8 +470,6 @@ def main() -> None:
     parser = make_parser(__doc__ or "")
     _add_options(parser)
     arguments = parser.parse_args()
-    if arguments.timm_script and not Path(arguments.timm_script).is_file():
-        parser.error(f"--timm-script {arguments.timm_script}: no such file")
     chosen = {name: getattr(arguments, name) for name in ("minutes", "data", "seeds", "contenders")}
     try:
         plan = make_plan(is_quick=arguments.quick, **chosen)
@@ -527,7 +525,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=0, help="of every budget; default 3 up to 3 minutes, else 1")
     parser.add_argument("--contenders", default="", metavar="A+B", help="some, with a plus between them; default all")
-    parser.add_argument("--timm-script", default="", metavar="FILE", help="train.py of pytorch-image-models")
+    add_timm_script(parser)
     parser.add_argument(
         "--autogluon-python",
         default=sys.executable,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.contest import Setup
 from benchmarks.photos import birds_subset
-from benchmarks.record import Findings, Ratio, load_average, report
-from benchmarks.train import add_notes, contenders, epochs, read_arguments
+from benchmarks.record import Findings, Ratio, add_timm_script, load_average, make_parser, report
+from benchmarks.train import add_notes, contenders, epochs
 
 NO_GPU = "this machine has no CUDA GPU: nothing was measured"
 TARGETS = {"ours, model only": 0.97, "timm script, best flags": 1.0}
@@ -77,7 +77,9 @@ def measure(plan: Plan, folder: Path, *, timm_script: str, cores: int) -> Findin
 
 def main() -> None:
     """Measure and report, if there is a GPU."""
-    arguments = read_arguments(__doc__ or "")
+    parser = make_parser(__doc__ or "")
+    add_timm_script(parser)
+    arguments = parser.parse_args()
     import torch
 
     from fieldmark.runs.environment import usable_cores

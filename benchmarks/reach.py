@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.budget import ALONE, FailedError, Measuring, list_contenders
 from benchmarks.inference import WEIGHTS
 from benchmarks.labeled import QUICK_CLASSES, DataError, DataSet, open_data, score
-from benchmarks.record import PHOTOS, Findings, Ratio, load_average, make_parser, report
+from benchmarks.record import PHOTOS, Findings, Ratio, add_timm_script, load_average, make_parser, report
 from benchmarks.rivals import Task
 
 BUDGETS = (1.0, 2.0, 3.0, 5.0, 10.0)
@@ -101,10 +101,8 @@ def main() -> None:
     from fieldmark.runs.environment import usable_cores
 
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--timm-script", required=True, metavar="FILE", help="train.py of pytorch-image-models")
+    add_timm_script(parser, is_required=True)
     arguments = parser.parse_args()
-    if not Path(arguments.timm_script).is_file():
-        parser.error(f"--timm-script {arguments.timm_script}: no such file")
     before = load_average()
     with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as temporary:
         folder, script = Path(temporary), str(Path(arguments.timm_script).resolve())

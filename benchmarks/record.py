@@ -192,6 +192,18 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_timm_script(parser: argparse.ArgumentParser, *, is_required: bool = False) -> None:
+    """The option that names timm's script: a file that is there, or "" without it."""
+
+    def find(given: str) -> str:
+        if (given or is_required) and not Path(given).is_file():
+            raise argparse.ArgumentTypeError(f"{given}: no such file")
+        return given
+
+    text = "train.py of pytorch-image-models"
+    parser.add_argument("--timm-script", default="", required=is_required, type=find, metavar="FILE", help=text)
+
+
 def parse_arguments(description: str) -> argparse.Namespace:
     """Read the command line of a benchmark that has no options of its own."""
     return make_parser(description).parse_args()

@@ -10,7 +10,6 @@ machine best.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.contest import Contender, ContenderError, Pace, Setup, start_all
 from benchmarks.photos import birds_subset
-from benchmarks.record import Findings, Ratio, interleave, load_average, make_parser, report
+from benchmarks.record import Findings, Ratio, add_timm_script, interleave, load_average, make_parser, report
 
 CLOCK, PROCESSOR = "photos per second of the clock", "photos per second of processor time"
 
@@ -168,21 +167,13 @@ def add_notes(findings: Findings, device: str, *, timm_script: str) -> None:
     )
 
 
-def read_arguments(description: str) -> argparse.Namespace:
-    """The options of all benchmarks, and where timm's script is."""
-    parser = make_parser(description)
-    parser.add_argument("--timm-script", default="", metavar="FILE", help="train.py of pytorch-image-models")
-    arguments = parser.parse_args()
-    if arguments.timm_script and not Path(arguments.timm_script).is_file():
-        parser.error(f"--timm-script {arguments.timm_script}: no such file")
-    return arguments
-
-
 def main() -> None:
     """Measure and report."""
     from fieldmark.runs.environment import usable_cores
 
-    arguments = read_arguments(__doc__ or "")
+    parser = make_parser(__doc__ or "")
+    add_timm_script(parser)
+    arguments = parser.parse_args()
     before = load_average()
     with tempfile.TemporaryDirectory(prefix="fieldmark-bench-") as folder:
         try:
@@ -194,7 +185,7 @@ def main() -> None:
                 cores=usable_cores(),
             )
         except FileNotFoundError as error:
-            raise SystemExit(str(error)) from None
+            parser.exit(2, f"{error}\n")
     report("train", findings, is_quick=arguments.quick, json_file=arguments.json, load_before=before)
 
 
