@@ -14,7 +14,7 @@ COPY constraints.txt ./
 RUN /opt/fieldmark/bin/pip install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN /opt/fieldmark/bin/pip install -c constraints.txt ".[serve,heic]"
+RUN /opt/fieldmark/bin/pip install -c constraints.txt ".[serve,heic]" onnxruntime
 
 FROM python:3.12-slim
 COPY --from=build /opt/fieldmark /opt/fieldmark

@@ -70,7 +70,7 @@ def train(
     moved: Annotated[str | None, typer.Option("--data", help="With --resume: where its photos are now.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Short for --set train.epochs=N.")] = None,
     model: Annotated[str | None, typer.Option(help="Short for --set model.name=NAME.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the training images (augment.size), in pixels.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the training photos (augment.size), in pixels.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Short for --set train.batch_size=N.")] = None,
     lr: Annotated[float | None, typer.Option(help="Short for --set optim.lr=RATE.")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set train.seed=N.")] = None,

@@ -21,7 +21,7 @@ def evaluate(
     flips: Annotated[bool, typer.Option("--flips", help="As predict --flips would, and what that changes.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Score a run on a labeled split.
+    """Evaluate a run on a labeled split.
 
     Accuracy with its interval, each class, confusion, calibration. Tables and pictures go to RUN/evaluation.
     """
