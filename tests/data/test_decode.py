@@ -326,6 +326,15 @@ def test_photos_above_the_limit_are_refused_by_their_header(kind: str) -> None:
     DecodeSpec(WHITE, 3500).read(data)
 
 
+@pytest.mark.parametrize("size", [(1, 60000), (60000, 1), (3, 3001)])
+def test_a_strip_that_would_be_enlarged_to_a_bomb_is_refused(size: tuple[int, int]) -> None:
+    assert (
+        problem_of(make(Image.new("L", size), "PNG"))
+        == f"is {size[0]} by {size[1]} pixels, a strip that no network can see"
+    )
+    DecodeSpec(WHITE, LIMIT).read(make(Image.new("L", (3, 3000)), "PNG"))
+
+
 def png_header(side: int) -> bytes:
     """A PNG that claims to be `side` x `side` and holds one pixel."""
     data = make(Image.new("L", (1, 1)), "PNG")

@@ -18,6 +18,8 @@ from filelock import FileLock
 from PIL import Image
 
 from fieldmark.config import load_config
+from fieldmark.data.shards import scan_shards
+from fieldmark.data.storage import Found
 from fieldmark.errors import DataError, PredictionError, RunError
 from fieldmark.inference import predict as predicting
 from fieldmark.inference.predict import (
@@ -261,6 +263,23 @@ def test_every_kind_of_source_gives_the_same_rows_as_its_folder(model, photos, t
 def answers(path):
     rows = json.loads(path.read_text())["predictions"]
     return [{**row, "path": row["path"].rpartition("/")[2]} for row in rows]
+
+
+def test_a_link_in_a_tar_file_has_a_row_that_says_so(model, photos, tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        archive.add(photos / "0.png", "a.png")
+        for name, kind in (("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a.png"
+            archive.addfile(link)
+    rows = answers(plain(model, tmp_path / "s.tar", tmp_path / "p.json").out)
+    assert [(row["path"], row["problem"][:21]) for row in rows] == [
+        *(("a.png", ""), ("b.png", "is a link to a.png, a"), ("c.png", "is a link to a.png, a"))
+    ]
+    # Training reads by position, and sees all three.
+    [scan] = scan_shards(str(tmp_path), [Found("s.tar", "1")])
+    assert [photo.name for photo in scan.photos] == ["s.tar/a.png", "s.tar/b.png", "s.tar/c.png"]
+    assert len({(photo.num_bytes, photo.start) for photo in scan.photos}) == 1
 
 
 def test_two_photos_of_one_name_in_different_shards_are_refused_in_the_leaderboard_form(model, tmp_path):

@@ -19,6 +19,7 @@ from fieldmark.files import read_values
 from fieldmark.inference.calibration import Calibration, apply_temperature, calibrate, describe_calibration
 from fieldmark.inference.predictor import Prediction
 from fieldmark.inference.taxonomy import Fallback, load_taxonomy
+from fieldmark.inference.writers import save_predictions
 
 CLASSES = ("_none", "jay", "robin", "wren")
 TINY = ["model.name=test_resnet", "model.weights=random", "eval.size=32", "augment.size=32", "cache.mode=off",
@@ -105,6 +106,19 @@ def test_answers_of_none_are_unknown(run):
         assert one.label in ("jay", "wren")
         says_none = one.probabilities[0] > one.probabilities[1:].max()
         assert one.is_unknown == (says_none or one.probability < predictor.threshold)
+
+
+def test_each_row_of_the_short_form_is_as_wide_as_its_header(run, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no photo")
+    rows = [
+        *fieldmark.Predictor.load(run).predict(
+            [*sorted((run.parent / "photos").rglob("*.*"))[:2], tmp_path / "broken.jpg"]
+        )
+    ]
+    save_predictions(rows, tmp_path / "p.csv", classes=("_none", "jay", "wren"), form="short")
+    header, *lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert header == "path,label,probability,label_2,probability_2,is_unknown,problem"
+    assert [line.count(",") for line in lines] == 3 * [header.count(",")]
 
 
 def test_an_export_says_unknown_as_its_run_does(run, tmp_path):

@@ -210,6 +210,12 @@ def test_two_photos_with_one_name_are_refused_by_both_paths():
         list(leaderboard_names(["a/1.jpg", "b/1.png"]))
 
 
+def test_a_list_from_windows_gives_the_same_ids():
+    assert list(leaderboard_names([r"test\10.jpg", "test/11.jpg"])) == ["10", "11"]
+    with pytest.raises(PredictionError, match=r"would both be '1'"):
+        list(leaderboard_names([r"a\1.jpg", r"b\1.jpg"]))
+
+
 def make_sample(path, names, header="image_name,pred_label"):
     path.write_text("\n".join([header, *(f"{name},0" for name in names)]) + "\n")
     return path

@@ -33,6 +33,20 @@ def test_photos_are_answered_in_order_with_names_and_probabilities(model):
     assert body["photos"][0]["attention"] is None
 
 
+def test_photos_of_fields_of_several_names_keep_their_order_and_none_is_dropped(model):
+    red, blue = (("a.jpg", make_photo(color)) for color in ((255, 0, 0), (0, 0, 255)))
+    requests = [
+        lambda client: client.post("/predict", files=[("image", red), ("file", blue)]),
+        lambda client: client.post("/predict", files=[("photos", red), ("picture", blue)]),
+        lambda client: client.post("/predict", files=[("photos", red)], data={"photos": "text"}),
+        lambda client: client.post("/predict", files=[("photos", red)], data={"token": "text"}),
+    ]
+    mixed, elsewhere, text, more = ask(make_app(model), *requests)
+    assert [photo["label"] for photo in mixed.json()["photos"]] == ["red", "blue <b>"]
+    assert (elsewhere.status_code, text.status_code, more.status_code) == (422, 422, 200)
+    assert "the field 'picture' is no file, or a file in another field" in elsewhere.json()["detail"]
+
+
 def test_top_and_attention_are_parameters(model):
     [answer] = ask(make_app(model), predict(make_photo((0, 255, 0)), query="?top=1&attention=true"))
     [photo] = answer.json()["photos"]

@@ -127,9 +127,18 @@ def test_a_file_that_does_not_fit_is_refused_whole(runs, table, tmp_path, conten
 
 def test_photos_that_fiftyone_cannot_tell_apart_are_refused(make_run, tmp_path):
     run = Run(make_run("run", classes=CLASSES[:2], per_class=1, photos=["a/1.jpg", "a/1.png"]))
-    with pytest.raises(DataError, match="two have one name"):
+    with pytest.raises(DataError, match="2 photos are named"):
         export_decisions([run], tmp_path / "c.csv", tmp_path / "labels.json", form="fiftyone")
     assert not (tmp_path / "labels.json").exists()
+
+
+def test_decisions_of_a_photo_that_fiftyone_cannot_tell_from_another_are_refused(make_run, tmp_path):
+    run = Run(make_run("one", classes=CLASSES[:2], per_class=2, photos=["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]))
+    table = (run.path / "split.csv").read_text()
+    (run.path / "split.csv").write_text(table.rstrip("\n") + "\na/1.png,a,train,\n")
+    (tmp_path / "labels.json").write_text(json.dumps({"classes": CLASSES[:2], "labels": {"a/1": 1}}))
+    with pytest.raises(DataError, match="2 photos are named 'a/1'"):
+        import_decisions([run], tmp_path / "c.csv", tmp_path / "labels.json")
 
 
 def test_the_command_line_writes_and_takes_files(runs, table, tmp_path):

@@ -59,6 +59,8 @@ _NO_IMAGES = {
 _DRAWINGS = frozenset({"EPS", "WMF", "EMF"})
 # A photo takes at least a bit or so for a pixel; only larger ones than this are held to it.
 _EMPTY_PIXELS, _PIXELS_PER_BYTE = 50_000_000, 100
+# Times as long as wide: with a short side of 300 pixels it takes 270 MB, of which a network's crop leaves a thousandth.
+_LONGEST_STRIP = 1000
 _PILLOW_MODULES = r"PIL\."
 _PILLOW_LOCK = threading.RLock()
 # Pillow logs what is wrong with a file and then raises it: without a handler Python would print it, nameless.
@@ -112,7 +114,7 @@ class DecodeSpec:
         if data.startswith(_JPEG_START) and (found := _decode_jpeg(path, data, self.max_pixels, min_short_side)):
             return found
         image = _open(path, io.BytesIO(data), self.max_pixels)
-        _check_pixels(path, image.width * image.height, self.max_pixels, num_bytes=len(data))
+        _check_size(path, image.width, image.height, self.max_pixels, num_bytes=len(data))
         pixels = _from_image(path, image, self.background, self.max_pixels)
         return pixels, pixels.shape[1], pixels.shape[0]
 
@@ -159,6 +161,13 @@ def explain_reading(error: OSError | ValueError | MemoryError) -> str:
     return f"cannot be read: {getattr(error, 'strerror', None) or error}".lower()
 
 
+def _check_size(path: str, width: int, height: int, limit: int, *, num_bytes: int) -> None:
+    """Refuse a decompression bomb, and a strip: its short side, enlarged to a network's, makes a bomb of it."""
+    if max(width, height) > _LONGEST_STRIP * min(width, height):
+        raise PhotoError(path, f"is {width} by {height} pixels, a strip that no network can see")
+    _check_pixels(path, width * height, limit, num_bytes=num_bytes)
+
+
 def _check_pixels(path: str, num_pixels: int, limit: int, *, num_bytes: int = 0) -> None:
     """Refuse a decompression bomb by what its header says, and by the size of its file where that is given."""
     if num_pixels > limit:
@@ -201,7 +210,7 @@ def _decode_jpeg(path: str, data: bytes, max_pixels: int, min_short_side: float 
     # CMYK and YCCK are Pillow's: it knows that Adobe stores them inverted.
     if colorspace not in {"YCbCr", "Gray", "RGB"}:
         return None
-    _check_pixels(path, width * height, max_pixels, num_bytes=len(data))
+    _check_size(path, width, height, max_pixels, num_bytes=len(data))
     factor = 1
     if min_short_side is not None:
         factor = next((f for f in (8, 4, 2) if min(width, height) // f >= min_short_side), 1)

@@ -15,6 +15,7 @@ import io
 import json
 import lzma
 import os
+import posixpath
 import re
 import tarfile
 import threading
@@ -191,8 +192,9 @@ def _scan_tar(location: str, shard: str) -> tuple[list[tuple[str, str, int, int]
             if isinstance(content, bytes):
                 text = content.decode(errors="replace")
                 notes[stem] = text if extension == ".json" else notes.get(stem) or json.dumps({"cls": text.strip()})
-            elif member.islnk():
-                places[name] = places.get(member.linkname.removeprefix("./"), (0, 0))
+            elif member.islnk() or member.issym():
+                beside = posixpath.dirname(name) if member.issym() else ""
+                places[name] = places.get(posixpath.normpath(posixpath.join(beside, member.linkname)), (0, 0))
             elif member.isfile():
                 places[name] = member.size, member.offset_data
     except PhotoError as error:
@@ -370,8 +372,12 @@ class TarShard:
         try:
             # A stream, packed or not: never seeks, so it suits storage that answers each seek with a request.
             for member, name, content in _read_tar(self.location, self.name, "r|", is_photo_path if contents else None):
-                if member.isfile() and is_photo_path(name):
-                    yield f"{self.name}/{name}", b"" if content is None else content
+                full = f"{self.name}/{name}"
+                if is_photo_path(name) and (member.islnk() or member.issym()):
+                    reason = f"is a link to {member.linkname}, and a tar file is read without going back: unpack it"
+                    yield full, PhotoError(full, reason)
+                elif member.isfile() and is_photo_path(name):
+                    yield full, b"" if content is None else content
         except PhotoError as error:
             yield self.name, PhotoError(self.name, error.reason)
 

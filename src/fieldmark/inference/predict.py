@@ -147,11 +147,12 @@ def _training_prior(model: Path) -> NDArray[np.float64]:
             f"{model} is not calibrated, and only calibrated probabilities can be corrected for class shares: "
             f"first `{command('calibrate', model)}`"
         )
-    if run.config.train.class_weights != "none":
-        raise PredictionError(
-            f"{model} was trained with train.class_weights={run.config.train.class_weights}, so its probabilities do "
-            "not assume the class shares of training, which --prior starts from"
-        )
+    for one in (run, *run.members):
+        if one.config.train.class_weights != "none":
+            raise PredictionError(
+                f"{one.path} was trained with train.class_weights={one.config.train.class_weights}, so its "
+                "probabilities do not assume the class shares of training, which --prior starts from"
+            )
     return run.prior
 
 

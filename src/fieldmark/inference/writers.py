@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from fieldmark.data.folders import quote
+from fieldmark.data.folders import NONE, quote
 from fieldmark.data.tables import read_table, write_rows
 from fieldmark.errors import DataError, PredictionError, first_line
 from fieldmark.files import fill_template, whole_or_absent
@@ -132,7 +132,7 @@ def leaderboard_names(paths: Iterable[str]) -> Iterator[str]:
     """
     seen: dict[str, str] = {}
     for path in paths:
-        name = PurePosixPath(path).stem
+        name = _submitted_name(path)
         if name in seen:
             raise PredictionError(
                 f"{seen[name]} and {path} would both be {name!r} in the leaderboard form, which drops folder "
@@ -140,6 +140,11 @@ def leaderboard_names(paths: Iterable[str]) -> Iterator[str]:
             )
         seen[name] = path
         yield name
+
+
+def _submitted_name(path: str) -> str:
+    """The stem, also of a path that a list from Windows has."""
+    return PurePosixPath(path.replace("\\", "/")).stem
 
 
 def check_sample(names: Sequence[str], sample: Path) -> None:
@@ -164,7 +169,7 @@ def check_sample(names: Sequence[str], sample: Path) -> None:
 def in_sample_order(paths: Sequence[str], sample: Path) -> list[str]:
     """The paths, ordered as the sample's ids; ids and paths are checked by `check_sample` afterwards."""
     order = {name: number for number, name in enumerate(_sample_names(sample))}
-    return sorted(paths, key=lambda path: order.get(PurePosixPath(path).stem, len(order)))
+    return sorted(paths, key=lambda path: order.get(_submitted_name(path), len(order)))
 
 
 def _sample_names(sample: Path) -> Sequence[str]:
@@ -209,7 +214,7 @@ def _text_rows(
         yield _long_columns(classes, has_groups=has_groups)
         yield from (list(map(_as_text, _long_values(one, has_groups=has_groups))) for one in predictions)
     else:
-        count = min(_TOP, len(classes))
+        count = min(_TOP, len(classes) - (NONE in classes))
         ranks = ["", *(f"_{rank}" for rank in range(2, count + 1))]
         top = [f"{column}{rank}" for rank in ranks for column in ("label", "probability")]
         yield ["path", *top, "is_unknown", "problem", *(GROUP_COLUMNS if has_groups else ())]

@@ -8,7 +8,8 @@ Source:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Required
 from urllib.parse import quote, unquote
@@ -60,9 +61,8 @@ def export_decisions(runs: Sequence[Run], table: Path, path: Path, *, form: Form
         return [path, beside]
     kept = {name: None if one.action == "drop" else one.label or labels[name] for name, one in decisions.items()}
     number_of: dict[str | None, int | None] = {name: number for number, name in enumerate(index.classes)} | {None: None}
+    _require_one_photo_a_name(index, map(_without_extension, shown))
     targets = {_without_extension(name): number_of[kept.get(name, labels[name])] for name in shown}
-    if len(targets) < len(shown):
-        raise DataError("FiftyOne names photos without extension, and two have one name. Export to label-studio")
     found = {_without_extension(name): {"label": one, "confidence": share} for name, (one, share) in guesses.items()}
     for file, content in ((path, targets), (beside, found)):
         write_json(file, {"classes": index.classes, "labels": content})
@@ -125,6 +125,7 @@ def _read_tasks(path: Path, tasks: list[_Task]) -> Iterator[Row]:
 
 
 def _read_labels(path: Path, content: _Labels, index: PhotoIndex) -> Iterator[Row]:
+    _require_one_photo_a_name(index, content["labels"])
     photos = {_without_extension(photo.path): photo for photo in index.photos}
     for name, target in content["labels"].items():
         photo, given = photos.get(name), target["label"] if isinstance(target, dict) else target
@@ -132,6 +133,15 @@ def _read_labels(path: Path, content: _Labels, index: PhotoIndex) -> Iterator[Ro
         if photo is None or label != photo.label:
             action = "drop" if label is None else "relabel"
             yield f"{path}, {name!r}", photo.path if photo else name, action, label or ""
+
+
+def _require_one_photo_a_name(index: PhotoIndex, names: Iterable[str]) -> None:
+    photos = Counter(_without_extension(photo.path) for photo in index.photos)
+    if double := next((name for name in names if photos[name] > 1), None):
+        raise DataError(
+            f"FiftyOne names photos without extension, and {photos[double]} photos are named {double!r}. Use the form "
+            "label-studio"
+        )
 
 
 def _without_extension(path: str) -> str:
