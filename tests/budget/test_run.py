@@ -18,12 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 from fieldmark.budget import run as budget
 from fieldmark.budget.candidates import Candidate, find_backbones, list_candidates
-from fieldmark.budget.plan import Plan
+from fieldmark.budget.plan import EPOCHS, Plan
 from fieldmark.budget.race import Features, best_average, chunk_size
-from fieldmark.budget.team import Team
+from fieldmark.budget.shelf import Answer
+from fieldmark.budget.team import StoppedError, Team
 from fieldmark.budget.tune import Option, count_passes, open_pool, tuning_config
 from fieldmark.config import Config, load_config
-from fieldmark.errors import ConfigError, InterruptedRunError, PredictionError, RunError
+from fieldmark.errors import ConfigError, DataError, ExportError, InterruptedRunError, PredictionError, RunError
+from fieldmark.export.export import export_run
 from fieldmark.inference.evaluation import evaluate
 from fieldmark.inference.predict import _training_prior
 from fieldmark.inference.predictor import Predictor
@@ -132,8 +134,9 @@ class _KilledError(BaseException):
     """The process ends here."""
 
 
-def count_decisions(run: Path) -> int:
-    return len((run / "plan.jsonl").read_text().splitlines())
+def read_decisions(run: Path) -> list[tuple[str, object]]:
+    records = map(json.loads, (run / "plan.jsonl").read_text().splitlines())
+    return [(record["what"], record["value"]) for record in records]
 
 
 SLOW = pytest.mark.slow
@@ -142,7 +145,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize("share", [*(pytest.param(share, marks=SLOW) for share in (0.2, 0.4, 0.6, 0.95)), 0.8])
 def test_a_run_that_is_killed_answers_and_resumes_to_the_same_weights(share, settings, finished, tmp_path, monkeypatch):
     out = tmp_path / "killed"
-    last = int(share * count_decisions(finished))
+    last = int(share * len(read_decisions(finished)))
     append = Plan._append
 
     def append_or_die(plan: Plan, record: dict) -> None:
@@ -194,10 +197,10 @@ def test_time_for_two_backbones_is_shared_and_a_killed_second_one_goes_on(settin
 
 
 def test_time_that_a_short_race_leaves_goes_to_fine_tuning(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget._Work, "may_tune", lambda work: False)
+    monkeypatch.setattr(budget._Work, "may_tune", lambda work: setattr(work, "epochs", 4.0))
     run = budget.train_within(settings, tmp_path / "left", minutes=0.4, clock=TickClock())
     assert any(row["what"].startswith("fine-tuning of ") for row in run.summary["tried"])
-    assert '"half of the time is left", "value": true' in (run.path / "plan.jsonl").read_text()
+    assert '"time for epochs is left", "value": true' in (run.path / "plan.jsonl").read_text()
 
 
 def test_fine_tuning_that_leaves_no_time_to_look_at_it_keeps_the_probe(settings, tmp_path, monkeypatch):
@@ -240,6 +243,81 @@ def test_a_deadline_shorter_than_the_floor_gives_the_floor_and_says_so(settings,
     assert run.summary["status"] == "finished"
     assert any("were over before the least that answers was made" in line for line in progress.lines)
     assert Predictor.load(run).classes == ("blue", "green", "red")
+
+
+def copy_photos(photos: Path, root: Path) -> Config:
+    shutil.copytree(photos, root)
+    return load_config(None, [f'data.path="{root.as_posix()}"', *TINY])
+
+
+def test_a_budget_goes_on_with_the_photos_that_it_began_with_alone(photos, tmp_path):
+    config = copy_photos(photos, tmp_path / "photos")
+    run = budget.train_within(config, tmp_path / "run", minutes=0.03, clock=TickClock())
+    before = find_weights(run.path)
+    (tmp_path / "photos" / "blue").rename(tmp_path / "photos" / "zaffre")  # which moves the numbers of all photos
+    with pytest.raises(DataError, match=r"are not those that .* began with"):
+        budget.resume_within(run.path, minutes=0.4, clock=TickClock())
+    assert find_weights(run.path).keys() == before.keys()
+    assert Run(run.path).classes == ("blue", "green", "red")
+
+
+def test_a_member_of_the_same_name_with_other_weights_is_another_member(settings, tmp_path):
+    work = prepare(settings, tmp_path)
+    work.shelf.open(settings)
+    work.floor()
+    (first,) = work.best.members
+    other = replace(first, weights={**first.weights, "head.bias": first.weights["head.bias"] + 1})
+    (tmp_path / "predictions" / "test.parquet").write_bytes(b"of the first")
+    work.shelf.put(Answer("both", (first, other)))
+    assert not (tmp_path / "predictions" / "test.parquet").exists()
+    for model, member in zip((first, other), Run(tmp_path).members, strict=True):
+        stored = load_file(member.path / "best.safetensors")["head.bias"]
+        np.testing.assert_array_equal(stored, model.weights["head.bias"].numpy())
+    found = work.shelf.load()
+    assert found.keys == [first.key, first.key]
+    np.testing.assert_array_equal(found.val, Answer("both", (first, other)).val)
+
+
+def test_a_run_that_goes_on_keeps_its_model_until_a_better_one_is_there(settings, finished, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    # A floor, and no more: the old answer is better, and stays whole.
+    floor = budget._Work.floor
+
+    def stop_after(work: budget._Work) -> None:
+        floor(work)
+        raise StoppedError
+
+    monkeypatch.setattr(budget._Work, "floor", stop_after)
+    monkeypatch.setattr(budget._Work, "_loss", lambda work, answer: 0.0 if answer is work.standing else 1.0)
+    kept = Run(copy).summary["kept"]
+    with pytest.raises(InterruptedRunError, match=f"holds {re.escape(kept)}, which answers"):
+        budget.resume_within(copy, minutes=0.3, clock=TickClock())
+    shutil.rmtree(copy / "members")
+    assert_same_weights(finished, copy)
+    ours, theirs = Run(copy).summary, Run(finished).summary
+    assert (ours["kept"], ours["val"]["top1"]) == (theirs["kept"], theirs["val"]["top1"])
+
+
+def test_each_of_several_networks_is_a_run_inside_that_exports(photos, tmp_path):
+    config = copy_photos(photos, tmp_path / "photos")
+    work = prepare(config, tmp_path / "run")
+    work.shelf.open(config)
+    work.floor()
+    (first,) = work.best.members
+    other = replace(first, key="other", weights={**first.weights, "head.bias": first.weights["head.bias"] + 1})
+    work.shelf.settle(Answer("both", (first, other)))
+    run = Run(tmp_path / "run")
+    options = {"to": "torch", "is_int8": False, "max_accuracy_loss": 0.01, "max_photos": 4}
+    with pytest.raises(ExportError, match=r"export the best of them by `fieldmark export .*members.*top-1 .*members"):
+        export_run(run, tmp_path / "export", **options)
+    member = run.members[1]
+    written = export_run(member, tmp_path / "export", **options)
+    assert written.metrics["val"]["top1"] == member.summary["val"]["top1"]
+    own, exported = (
+        Predictor.load(model).predict_proba(member.split.files()[:6]) for model in (member, tmp_path / "export")
+    )
+    np.testing.assert_allclose(own, exported, atol=1e-4 if member.model_info["precision"] == "32-true" else 0.05)
 
 
 def test_heads_learn_from_the_validation_photos_at_the_end_where_that_is_asked_for(photos, tmp_path):
@@ -360,16 +438,17 @@ def test_a_finished_run_with_new_minutes_does_what_there_was_no_time_for(setting
         return [row["what"] for row in run.summary["tried"] if row["what"].startswith("fine-tuning of ")]
 
     short = budget.train_within(settings, tmp_path / "run", minutes=0.03, clock=TickClock())
-    before = (short.path / "plan.jsonl").read_text().splitlines()
+    before = read_decisions(short.path)
     assert find_tuned(short) == []
     longer = budget.resume_within(short.path, minutes=0.4, clock=TickClock())
-    after = (longer.path / "plan.jsonl").read_text().splitlines()
+    after = read_decisions(longer.path)
     assert find_tuned(longer)
     # Up to the first answer that there was no time: which one it is depends on how fast this machine is.
-    refusals = [json.loads(line)["value"] is False or json.loads(line)["value"] == [] for line in before]
+    refusals = [value is False or value == [] or what == EPOCHS for what, value in before]
     same = refusals.index(True)
     assert same > 2
-    assert after[:same] == before[:same]
+    assert after[1:same] == before[1:same]
+    assert (before[0][1], after[0][1]) == pytest.approx((1.8, 24.0))
     assert longer.summary["status"] == "finished"
 
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import fieldmark
 from fieldmark.config import load_config
-from fieldmark.errors import ConfigError, ExportError, RunError
+from fieldmark.errors import ConfigError, ExportError, PredictionError, RunError
 from fieldmark.inference.calibration import calibrate_run
 from fieldmark.inference.combine import combine, format_combined
 from fieldmark.inference.evaluation import evaluate, evaluate_run
+from fieldmark.inference.predict import _training_prior
 from fieldmark.inference.predictor import Predictor
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import train
@@ -280,12 +281,28 @@ def test_a_soup_is_an_ordinary_run_that_exports(first, sibling, tmp_path):
         list(fieldmark.resume(made.path))
 
 
-def test_an_ensemble_is_not_exported_and_says_what_is(ensemble, tmp_path):
+def test_an_ensemble_is_exported_network_by_network(ensemble, second, tmp_path):
     options = {"to": "torch", "is_int8": False, "max_accuracy_loss": 0.01, "max_photos": 4}
-    with pytest.raises(ExportError, match=r"is an ensemble, and an export is one model.*--method soup"):
+    with pytest.raises(
+        ExportError, match=r"is an ensemble, and an export is one network.*members/\d --to torch`.*top-1"
+    ):
         fieldmark.export_run(ensemble, tmp_path / "export", **options)
     with pytest.raises(RunError, match=r"is an ensemble, and this takes one model: use a run in .*members"):
         ensemble.load_model()
+    member = ensemble.members[[row["name"] for row in ensemble.ensemble_info["members"]].index(second.name)]
+    written = fieldmark.export_run(member, tmp_path / "export", **options)
+    assert (written.temperature, written.metrics) == (1.7, second.summary)
+
+
+def test_a_prior_is_refused_where_any_member_was_trained_with_balanced_classes(ensemble, tmp_path):
+    copy = tmp_path / "both"
+    shutil.copytree(ensemble.path, copy)
+    calibrate_run(Run(copy), wanted="none", wanted_value=1.0, confidence_level=0.0, folds=2, seed=0)
+    assert len(_training_prior(copy)) == 3
+    recipe = copy / "members" / "1" / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('class_weights = "none"', 'class_weights = "balanced"'))
+    with pytest.raises(PredictionError, match=r"members.1 was trained with train.class_weights=balanced"):
+        _training_prior(copy)
 
 
 def test_what_was_combined_is_compared_as_a_setting_of_its_own(first, sibling, tmp_path):

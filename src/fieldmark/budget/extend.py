@@ -74,7 +74,7 @@ def extend(
     members = run.members
     networks = [member.load_model() for member in members]
     features = [_collect_features(run, *parts, dataset, log) for parts in zip(members, networks, strict=True)]
-    keys = [member.path.name if run.is_ensemble else "extended" for member in members]
+    keys = [row["name"] for row in run.ensemble_info["members"]] if run.is_ensemble else ["extended"]
     models = [_fit(dataset, *parts, out) for parts in zip(keys, members, networks, features, strict=True)]
     num_new, new_classes = len(index) - len(run.split), [name for name in index.classes if name not in run.classes]
     answer = Answer(f"{run.name}, extended by {num_new} photos", tuple(models))

@@ -20,6 +20,9 @@ PLAN = "plan.jsonl"
 CPU_MINUTES_OF_TWO_CORES = 10.0
 GPU_MINUTES = 60.0
 
+EPOCHS = "epochs of fine-tuning that half of the time allows"
+LEAST_EPOCHS = 5.0  # of fine-tuning, below which it earns nothing
+
 WARMUP_SHARE, COOLDOWN_SHARE = 0.05, 0.4  # of all updates, in which the rate rises, and in which it falls to zero
 REPLAN_EVERY = 10
 TOLERANCE = 0.04  # of the planned updates: a smaller difference is not worth another plan
@@ -55,15 +58,28 @@ class Plan:
         self.started = self.clock()
 
     @classmethod
-    def resume(cls, path: Path, *, minutes: float | None, is_over: bool = False, clock: Clock = time.monotonic) -> Plan:
-        """Take up a record: with what was left of its budget, or with new minutes from now."""
+    def resume(
+        cls,
+        path: Path,
+        *,
+        minutes: float | None,
+        spent: float = 0.0,
+        is_over: bool = False,
+        clock: Clock = time.monotonic,
+    ) -> Plan:
+        """Take up a record: with what was left of its budget, or with new minutes from now.
+
+        Of a run that is over all is computed again within the new minutes, and decided anew from the first thing on
+        that there was no time for. `spent` seconds are known from elsewhere: between two decisions minutes may pass.
+        """
         records = _read(path)
         if not records or records[0]["what"] != "budget":
             raise RunError(f"{path} does not begin with a budget: begin a new run with --minutes")
-        spent = max(float(record["at"]) for record in records)
+        spent = 0.0 if is_over else max(spent, *(float(record["at"]) for record in records))
         seconds = float(records[0]["value"]) if minutes is None else spent + 60 * minutes
-        if is_over:  # from the first thing on that there was no time for, all is decided anew
-            records = [*takewhile(lambda record: record["value"] is not False and record["value"] != [], records)]
+        if is_over:
+            records = [record | {"at": 0.0} for record in takewhile(_had_time, records)]
+            records[0]["value"] = seconds
             write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
         return cls(path, seconds, clock, spent, records, 1)
 
@@ -116,6 +132,11 @@ class Plan:
             raise ResourceError(f"{self.path} could not be written: {error.strerror}. Free some space") from None
         self._recorded.append(record)
         self._position = len(self._recorded)
+
+
+def _had_time(record: dict[str, Any]) -> bool:
+    value = record["value"]
+    return value is not False and value != [] and not (record["what"] == EPOCHS and value < LEAST_EPOCHS)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -187,7 +208,9 @@ class Pace:
 
     def propose(self, step: int) -> int | None:
         """The update at which to end instead, where the plan in force would be late or leave time unused."""
-        if len(self._seconds) < 3 or (step % REPLAN_EVERY and self.left() > 0):
+        if self.left() <= 0:
+            return step
+        if len(self._seconds) < 3 or step % REPLAN_EVERY:
             return None
         # The slower of two views: the latest updates notice a machine that slows, all of them one that stutters.
         latest = list(self._seconds)[-5:]
@@ -196,6 +219,6 @@ class Pace:
         is_late = end < self.shape.end
         end = min(end, self.most)
         is_early = step < self.shape.start and end > self.shape.end * (1 + 2 * TOLERANCE)
-        if self.left() <= 0 or is_early or (is_late and self.shape.end - end > TOLERANCE * (self.shape.end - step)):
+        if is_early or (is_late and self.shape.end - end > TOLERANCE * (self.shape.end - step)):
             return end
         return None

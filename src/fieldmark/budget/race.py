@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fieldmark.budget.candidates import Backbone, Candidate
 from fieldmark.budget.heads import STRENGTHS, Head, fit_head
 from fieldmark.budget.plan import Plan
-from fieldmark.budget.team import Team
+from fieldmark.budget.team import StoppedError, Team
 from fieldmark.config import Config
 from fieldmark.data.loader import Batch, Loader, Prepare, cut_plan, join_batches, shard_plan
 from fieldmark.models.catalog import InputConfig
@@ -66,8 +66,9 @@ def make_folds(labels: Numbers, groups: Sequence[str], *, folds: int, seed: int)
 
         alone = [group or f"\0{number}" for number, group in enumerate(groups)]
         result = np.zeros(len(labels), np.int64)
-        if len(set(alone)) >= folds and np.bincount(labels).max() >= folds:
-            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
+        possible = min(folds, len(set(alone)), int(np.bincount(labels).max()))
+        if possible > 1:  # a single group cannot be kept together and left out
+            splitter = StratifiedGroupKFold(possible, shuffle=True, random_state=seed % 2**32)
             for fold, (_, held_out) in enumerate(splitter.split(labels, labels, alone)):
                 result[held_out] = fold
             return result
@@ -162,6 +163,8 @@ class Course:
     fused: dict[Backbone, Classifier] = field(default_factory=dict[Backbone, Classifier])
     strengths: list[float] = field(default_factory=list[float])  # L2 penalties that heads took, in order
     kept: dict[str, Features] = field(default_factory=dict[str, Features])
+    # Seconds per photo and pixel of an update with so many stages frozen, as last measured.
+    paces: dict[tuple[Backbone, int], float] = field(default_factory=dict[tuple[Backbone, int], float])
 
     @property
     def num_classes(self) -> int:
@@ -216,7 +219,10 @@ class Course:
         return replace(batch, images=features[:, :, None, None])
 
     def collect_features(self, candidate: Candidate, numbers: Numbers, *, deadline: float = math.inf) -> Features:
-        """Features of at least the first of `numbers`: of as many as are done by `deadline`, in elapsed seconds."""
+        """Features of at least the first of `numbers`: of as many as are done by `deadline`, in elapsed seconds.
+
+        After a signal those that are done are kept, and a StoppedError says that they are not all.
+        """
         file = self.path / FEATURES / f"{candidate.key}.safetensors"
         known = self.kept.get(candidate.key) or Features.load(file)
         missing = numbers[~np.isin(numbers, known.numbers)]
@@ -227,6 +233,8 @@ class Course:
         found = known.join(new.numbers, new.values, seconds=new.seconds)
         self.kept[candidate.key] = found
         found.save(file)
+        if self.team.stop:
+            raise StoppedError
         return found
 
     def compute_features(self, candidate: Candidate, numbers: Numbers, deadline: float) -> Features:

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +21,15 @@ import torch
 from numpy.typing import NDArray
 
 from fieldmark.budget import tune as tuning
-from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, find_backbones, list_candidates
+from fieldmark.budget.candidates import SIZE_STEP, Backbone, Candidate, change, find_backbones, list_candidates
 from fieldmark.budget.heads import refit_head
-from fieldmark.budget.plan import PLAN, Clock, Plan, default_minutes
+from fieldmark.budget.plan import EPOCHS, LEAST_EPOCHS, PLAN, Clock, Plan, default_minutes
 from fieldmark.budget.race import FEATURES, STORED, Course, Entry, best_average, rungs, stratified_order
 from fieldmark.budget.shelf import Answer, Floats, Model, Shelf, choose_temperature
-from fieldmark.budget.team import Team
-from fieldmark.config import Config, parse_config
+from fieldmark.budget.team import StoppedError, Team
+from fieldmark.config import Config, dump_config, parse_config
 from fieldmark.errors import ConfigError, FieldmarkError, InterruptedRunError, RunError, command
-from fieldmark.files import fill_template
+from fieldmark.files import fill_template, write_whole
 from fieldmark.inference.calibration import apply_temperature, log_probabilities
 from fieldmark.progress import Progress, Quiet
 from fieldmark.runs import build, folder
@@ -50,10 +51,6 @@ SHOWN, SHOWN_CHOICES = 8, 4
 SEARCH_SIZE = 1.3e8
 BALANCED = "-balanced"  # at the end of a member's name
 MEMBERS = 4  # the most networks with fitted heads that answer together; a fine-tuned one may join them
-
-
-class _StoppedError(Exception):
-    """A signal came."""
 
 
 def machine_minutes(config: Config) -> float:
@@ -103,11 +100,14 @@ def resume_within(
 ) -> Run:
     """Go on with a run that a budget was set for: with what was left of it, or with new minutes."""
     path = Path(out)
-    is_over = folder.run_status(path) == "finished"
-    if is_over and minutes is None:
+    is_over, spent = folder.run_status(path) == "finished", 0.0
+    with suppress(RunError):  # killed before there was a run
+        spent = float(Run(path).summary.get("seconds", 0.0))
+    if is_over and (minutes is None or 60 * minutes < spent):
         more = command("train", "--resume", path, "--minutes", "N")
-        raise RunError(f"{path} is finished. Give it more time with: {more}, an N longer than it took")
-    plan = Plan.resume(path / PLAN, minutes=minutes, is_over=is_over, clock=clock)
+        took = f", an N longer than the {spent / 60:.1f} minutes that it took, which are computed again"
+        raise RunError(f"{path} is finished. Give it more time with: {more}{took}")
+    plan = Plan.resume(path / PLAN, minutes=minutes, spent=spent, is_over=is_over, clock=clock)
     config = parse_config(plan.decide("settings", dict), PLAN)
     return _spend(config, plan, progress, is_new=False)
 
@@ -122,6 +122,8 @@ def _spend(config: Config, plan: Plan, progress: Progress | None, *, is_new: boo
                 minutes = f"{plan.seconds / 60:g} minutes"
                 log.message(f"no recipe and no --minutes: taking {minutes}, which suit this machine")
             work = _prepare(config, path, plan, log, team)
+            if not is_new and (path / folder.RECIPE).is_file():
+                Run(path).require_photos(work.course.dataset.index)
             team.work(work.course, partial(work.run, is_new=is_new))
     return Run(path)
 
@@ -158,11 +160,20 @@ class _Work:
     history: list[tuple[float, Answer]] = field(default_factory=list[tuple[float, Answer]])  # the best from a second on
     curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # the same, as summary.json says it
     choices: list[Answer] = field(default_factory=list[Answer])  # what the validation photos chose from
+    standing: Answer | None = None  # what an earlier process left, which only a better answer replaces
+    best_epoch: Answer | None = None  # what answered best before the end of a fine-tuning
+    epochs: float = 0.0  # of fine-tuning that half of the time allows
 
     @property
     def best(self) -> Answer:
-        """The answer that the folder holds."""
+        """The last answer, which the folder holds unless an earlier process left a better one."""
         return self.history[-1][1]
+
+    @property
+    def reserve(self) -> float:
+        """Seconds to leave for what follows fine-tuning: the evaluations, and the folder."""
+        slowest = max(entry.seconds_per_photo for entry in self.entries.values())
+        return 5 * 1.3 * slowest * len(self.course.val) + 5 + 0.01 * self.course.plan.seconds
 
     def run(self, *, is_new: bool) -> None:
         """Spend the budget; a signal leaves what is best by then."""
@@ -171,16 +182,16 @@ class _Work:
             self.require_pace()
             plan.decide("budget", lambda: plan.seconds)
             plan.decide("settings", lambda: course.config.model_dump(mode="json", exclude_unset=True))
+        else:
+            self.standing = self.shelf.load()
         self.shelf.open(course.config)
         try:
             self.floor()
             may_tune = self.may_tune()
             self.race(RACE_SHARE if may_tune else PROBE_SHARE)
-            # A race of few candidates ends early, and leaves time for the epochs that half of it did not allow.
-            half = TUNE_SHARE * plan.seconds
-            if may_tune or (len(course.val) and plan.decide("half of the time is left", lambda: plan.left > half)):
+            if may_tune or self.may_tune_late():
                 self.tune()
-        except _StoppedError:
+        except StoppedError:
             kept, name = " before anything answered", course.team.stop.signal_name
             if self.history:
                 self.end("interrupted")
@@ -248,17 +259,29 @@ class _Work:
             # An update takes the time of some three predictions: where those alone do not fit, none is measured.
             seconds = TUNE_SHARE * self.course.plan.seconds
             guess = seconds / (3 * entry.seconds_per_photo * len(self.course.order))
-            if guess < tuning.LEAST_EPOCHS / 3:
+            # Predictions decode whole photos, and updates take reduced ones: where measuring is cheap, it tells.
+            if guess < LEAST_EPOCHS / 3 and 200 * entry.seconds_per_photo > 0.02 * self.course.plan.seconds:
                 return guess
             options = tuning.list_options(self.course, entry.candidate, seconds=seconds, depths=1)
             return max(option.epochs for option in options)
 
-        epochs = self.course.plan.decide("epochs of fine-tuning that half of the time allows", count_epochs)
-        is_enough = epochs >= tuning.LEAST_EPOCHS
+        self.epochs = epochs = self.course.plan.decide(EPOCHS, count_epochs)
+        is_enough = epochs >= LEAST_EPOCHS
         what = "about half of the time goes to it" if is_enough else "too few to pay, so the race may take all of it"
         self.course.log.message(f"fine-tuning: {TUNE_SHARE:.0%} of the time would allow {epochs:.1f} epochs; {what}")
         self._check()
         return is_enough
+
+    def may_tune_late(self) -> bool:
+        """Whether the race left time for the epochs that half of it did not allow.
+
+        Frozen stages and a smaller picture make an update about twice as fast.
+        """
+        plan = self.course.plan
+        needed = LEAST_EPOCHS * TUNE_SHARE * plan.seconds
+        return bool(len(self.course.val)) and plan.decide(
+            "time for epochs is left", lambda: 2 * self.epochs * (plan.left - self.reserve) >= needed
+        )
 
     def race(self, share_of_time: float) -> None:
         """Candidates on growing shares of the photos; then the best, and their average, on all."""
@@ -285,6 +308,9 @@ class _Work:
             running = [entry.candidate for entry in best[: max(2, -(-len(running) // 3))]]
         # What was not compared for lack of time may still fit into what is left.
         untried = sorted((one for one in everything if one.key not in self.entries), key=lambda one: -one.size)
+        if share_of_time == PROBE_SHARE:  # then those that lost on fewer photos: no fine-tuning waits for their time
+            lost = [entry for entry in self.entries.values() if len(entry.numbers) < counts[-1]]
+            untried += [entry.candidate for entry in sorted(lost, key=lambda entry: entry.log_loss)]
         for number, candidate in enumerate(dict.fromkeys([*running, *untried])):
             deadline = end
             if not plan.decide(f"all photos of {candidate.key}", lambda one=candidate: self._fits([one], end)):
@@ -310,7 +336,8 @@ class _Work:
             self._check()
             if entry is not None:
                 entries.append(entry)
-        return entries
+        # What the deadline cut short is not compared with the others, unless it is all there is.
+        return [entry for entry in entries if len(entry.numbers) == count] or entries
 
     def _fits(self, wanted: Sequence[Candidate], end: float) -> bool:
         """Whether the features of all photos, and heads on them, can be had of these candidates together by `end`."""
@@ -376,25 +403,35 @@ class _Work:
         """Let an answer stand in the folder from now on, and say so."""
         if self.history and answer.keys == self.best.keys:
             return
-        self.shelf.put(answer)
         self.history.append((self.course.plan.elapsed, answer))
-        figures = self.shelf.score(answer)
+        kept = self._choose_kept(answer)
+        if kept is answer:
+            self.shelf.put(answer)
+        figures = self.shelf.score(kept)
         shown = f", validation top-1 {figures['top1']:.4f}" if figures else ""
-        self.course.log.message(
-            f"{max(self.course.plan.left, 0):.0f} s left; kept if it ended now: {answer.name}{shown}"
-        )
-        self.curve.append({"seconds": self.history[-1][0], "kept": answer.name, "top1": figures.get("top1")})
-        summary = {"status": "running", "kept": answer.name, "history": self.curve}
-        folder.write_json(self.course.path / folder.SUMMARY, summary)
+        self.course.log.message(f"{max(self.course.plan.left, 0):.0f} s left; kept if it ended now: {kept.name}{shown}")
+        self.curve.append({"seconds": self.history[-1][0], "kept": kept.name, "top1": figures.get("top1")})
+        self._note_time()
+
+    def _choose_kept(self, answer: Answer) -> Answer:
+        """This answer, or what an earlier process left if that is better or the record is still being repeated."""
+        if self.standing is not None:
+            is_repeating = self.course.plan.is_repeating
+            if self._loss(self.standing) < self._loss(answer) if len(self.course.val) else is_repeating:
+                return self.standing
+            self.standing = None
+        return answer
+
+    def _note_time(self) -> None:
+        """Say in the folder how far the run is, so that one that is killed goes on with the time that is left."""
+        summary = {"status": "running", "kept": self.curve[-1]["kept"], "history": self.curve}
+        folder.write_json(self.course.path / folder.SUMMARY, summary | {"seconds": self.course.plan.elapsed})
 
     def tune(self) -> None:
         """Fine-tune the best backbone, then others as long as time allows, and choose among all that answers."""
         course, probed = self.course, self.best
         tuned: dict[str, list[Answer]] = {}  # by backbone
-        # For what follows: the evaluations, and the folder.
-        slowest = max(entry.seconds_per_photo for entry in self.entries.values())
-        reserve = 5 * 1.3 * slowest * len(course.val) + 5 + 0.01 * course.plan.seconds
-
+        reserve = self.reserve
         while record := course.plan.decide("fine-tune", lambda: self._choose_tuning(reserve, done=tuned)):
             key, seconds_of_others, *values = record
             entry, option = self.entries[key], tuning.Option(*values)
@@ -404,7 +441,7 @@ class _Work:
             own = {"reserve": reserve + seconds_of_others, "on_epoch": partial(self._keep_epoch, entry)}
             found = course.team.ask(course, tuning.tune, tuning.soften(course, entry), option, **own)
             if found is None:
-                raise _StoppedError
+                raise StoppedError
             self.tried.append({"what": f"fine-tuning of {key}", "updates": found.updates, "seconds": found.seconds})
             tuned[entry.candidate.backbone.name] = [
                 Answer(f"{key} fine-tuned ({name})", (self._tuned_model(entry, name, found.config, weights, val),))
@@ -421,13 +458,18 @@ class _Work:
         """
         self._check()
         seconds = self.course.plan.left - reserve
+        if seconds <= 0:
+            return []
         ranked = sorted(self.entries.values(), key=lambda entry: (-len(entry.numbers), entry.log_loss))
         ranked = [one for one in ranked if one.candidate.backbone.name not in done and self._may_answer([one])]
         firsts = _firsts(ranked)
         found: list[Any] = []
         fallback = found
-        for entry in firsts:
-            options = tuning.list_options(self.course, entry.candidate, seconds=seconds)
+        for entry in (*firsts, *(one for one in ranked if one not in firsts)):
+            is_first = entry in firsts
+            if fallback and not is_first:
+                break
+            options = tuning.list_options(self.course, entry.candidate, seconds=seconds, measures=is_first)
             for sharing in range(len(firsts), 0, -1):
                 option = tuning.choose_option(options, sharing=sharing)
                 found = [entry.candidate.key, seconds - seconds / sharing, *astuple(option)] if option else []
@@ -446,6 +488,8 @@ class _Work:
         answer = Answer(f"{entry.candidate.key}, fine-tuned for {report.epoch} epochs", (model,))
         if self._loss(answer) < self._loss(self.best):
             self._put(answer)
+            self.best_epoch = answer
+        self._note_time()
 
     def _choose(self, probed: Answer, tuned: Mapping[str, Sequence[Answer]]) -> None:
         """Choose by validation loss among probes, fine-tuned weights, interpolations, and their averages."""
@@ -453,7 +497,7 @@ class _Work:
         joint = tuple(min(answers, key=self._loss).members[0] for answers in tuned.values() if answers)
         if len(joint) > 1 and self._may_answer(joint):
             alone.append(Answer(f"the average of {' and '.join(member.key for member in joint)}", joint))
-        self.choices = [probed, *alone]
+        self.choices = [probed, *([self.best_epoch] if self.best_epoch else []), *alone]
         # Beside a fine-tuned network, heads on its own backbone before that add little to those on others.
         others = tuple(one for one in probed.members if one.config.model.name not in tuned)
         for members in dict.fromkeys((probed.members, others)):
@@ -496,12 +540,16 @@ class _Work:
 
     def _check(self) -> None:
         if self.course.team.stop:
-            raise _StoppedError
+            raise StoppedError
 
     def end(self, status: str) -> None:
         """Leave the best answer as an ordinary run, and say how it came about."""
         self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
-        answer = self._balance(self._refit(self.best) if status == "finished" else self.best)
+        answer = self._choose_kept(self.best)
+        if answer is not self.best:  # its heads were fitted, and its class shares divided out, at its own end
+            self.history.append((self.course.plan.elapsed, answer))
+        else:
+            answer = self._balance(self._refit(answer) if status == "finished" else answer)
         self.shelf.settle(answer)
         if status == "finished":
             self.shelf.clear(answer)
@@ -526,6 +574,12 @@ class _Work:
         if self.course.config.data.train_on != "train+val" or not len(course.val):
             return answer
         entries = {_key(entry): entry for entry in self.entries.values()}
+        if not any(member.key in entries for member in answer.members):
+            course.log.message("fine-tuned networks alone answer, so nothing was fitted on the validation photos too")
+            plain = {"data": {"train_on": "train"}}
+            write_whole(course.path / folder.RECIPE, dump_config(change(course.config, plain)))
+            own = (replace(member, config=change(member.config, plain)) for member in answer.members)
+            return replace(answer, members=tuple(own))
         members: list[Model] = []
         for member in answer.members:
             if (entry := entries.get(member.key)) is not None:

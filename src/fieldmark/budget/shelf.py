@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,16 @@ from torch import Tensor
 from fieldmark.budget.candidates import change
 from fieldmark.budget.race import Numbers
 from fieldmark.config import Config, dump_config
+from fieldmark.errors import RunError
 from fieldmark.files import write_whole
-from fieldmark.inference.calibration import FILE as CALIBRATION
 from fieldmark.inference.calibration import apply_temperature, calibrate_run, fit_temperature, log_probabilities
+from fieldmark.inference.evaluation import align_rows
 from fieldmark.inference.predictor import mean_probabilities
 from fieldmark.runs import folder
 from fieldmark.runs.dataset import Dataset
 from fieldmark.runs.writer import write_beginning, write_validation
 from fieldmark.training import metrics
-from fieldmark.training.checkpoint import save_weights
+from fieldmark.training.checkpoint import digest_weights, load_saved_weights, save_weights
 from fieldmark.training.evaluate import softmax
 
 Floats = NDArray[np.float32]
@@ -46,6 +49,11 @@ class Model:
     val: Floats  # (M, K) probabilities of the validation photos at temperature 1
     temperature: float
     seconds_per_photo: float = 0.0  # of a prediction, where that was measured
+
+    @cached_property
+    def folder_name(self) -> str:
+        """Of a member: its name and its weights, since a run that goes on may make others of the same name."""
+        return f"{self.key}-{digest_weights(self.weights)[:8]}"
 
     @property
     def parameters(self) -> int:
@@ -112,35 +120,62 @@ class Shelf:
 
     def put(self, answer: Answer) -> None:
         """Let these networks answer from now on; a kill at any moment leaves the old answer or this one."""
+        folder.forget_answers(self.path)
         for member in answer.members:
-            path = self.path / folder.MEMBERS / member.key
+            path = self.path / folder.MEMBERS / member.folder_name
             if not (path / folder.WEIGHTS).is_file():
                 path.mkdir(parents=True, exist_ok=True)
                 folder.write_json(path / folder.CLASSES, list(self._dataset.index.classes))
+                if len(self._val):
+                    write_validation(path, self._dataset, self._val, member.val)
                 _write_model(path, member)
-        listed = [{"folder": one.key, "name": one.key, "temperature": one.temperature} for one in answer.members]
+        listed = [
+            {"folder": one.folder_name, "name": one.key, "temperature": one.temperature} for one in answer.members
+        ]
         folder.write_json(self.path / folder.MODEL, _describe(answer))
         if len(self._val):
             write_validation(self.path, self._dataset, self._val, answer.val)
         folder.write_json(self.path / folder.ENSEMBLE, {"members": listed})
-        (self.path / CALIBRATION).unlink(missing_ok=True)
+
+    def load(self) -> Answer | None:
+        """The answer that an earlier process left; None where there is none, or not all of it can be read."""
+        with suppress(RunError):
+            run = folder.Run(self.path)
+            rows: list[dict[str, Any]] = run.ensemble_info["members"] if run.is_ensemble else [{}]
+            members = [self._load(one, **row) for one, row in zip(run.members, rows, strict=True)]
+            return Answer(str(run.summary.get("kept", "the model of before")), tuple(members))
+        return None
+
+    def _load(self, run: folder.Run, *, name: str = "kept", temperature: float | None = None, **_: Any) -> Model:
+        val = np.zeros((0, len(run.classes)), np.float32)
+        if len(self._val):
+            val = align_rows(run.predictions("val"), self._dataset.index.photos.paths[self._val]).probabilities
+        weights = load_saved_weights(run.path / folder.WEIGHTS)
+        temperature = temperature or choose_temperature(val, self._labels)
+        return Model(name, run.config, run.model_info, weights, val, temperature)
 
     def settle(self, answer: Answer) -> None:
-        """Make a single network an ordinary run, and calibrate what answers."""
+        """Make a single network an ordinary run, and each of several one inside, and calibrate what answers."""
         self.put(answer)
-        if len(answer.members) == 1:
-            (only,) = answer.members
-            _write_model(self.path, only)
+        is_alone = len(answer.members) == 1
+        for member in answer.members:
+            path = self.place(answer, member)
+            if not is_alone:
+                alone = Answer(member.key, (member,))
+                folder.write_json(path / folder.SUMMARY, {"status": "finished", "val": self.score(alone)})
+                continue
+            _write_model(path, member)
             if len(self._val):
-                write_validation(self.path, self._dataset, self._val, only.val)
+                write_validation(path, self._dataset, self._val, member.val)
             (self.path / folder.ENSEMBLE).unlink()
         if len(self._val) > 1:
-            run = folder.Run(self.path)
-            calibrate_run(run, wanted="none", wanted_value=1.0, confidence_level=0.95, folds=5, seed=0)
+            for path in dict.fromkeys([self.path, *(self.place(answer, member) for member in answer.members)]):
+                run = folder.Run(path)
+                calibrate_run(run, wanted="none", wanted_value=1.0, confidence_level=0.95, folds=5, seed=0)
 
     def place(self, answer: Answer, member: Model) -> Path:
         """Where a member's files are once its answer is settled."""
-        return self.path if len(answer.members) == 1 else self.path / folder.MEMBERS / member.key
+        return self.path if len(answer.members) == 1 else self.path / folder.MEMBERS / member.folder_name
 
     def clear(self, answer: Answer) -> None:
         """Remove the members that do not answer."""
@@ -149,7 +184,7 @@ class Shelf:
             shutil.rmtree(members)
             return
         for entry in members.iterdir():
-            if entry.name not in answer.keys:
+            if entry.name not in [member.folder_name for member in answer.members]:
                 shutil.rmtree(entry)
 
     def score(self, answer: Answer) -> dict[str, Any]:

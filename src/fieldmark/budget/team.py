@@ -16,6 +16,10 @@ from fieldmark.runs.train import StopRequest, explain_lost_process
 Value = TypeVar("Value")
 
 
+class StoppedError(Exception):
+    """A signal came."""
+
+
 @dataclass(eq=False)
 class Team:
     """One process's view of all of them, of which there may be just one."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fieldmark.budget.candidates import SMALLER, Candidate, change, round_size
 from fieldmark.budget.heads import refit_head
-from fieldmark.budget.plan import REPLAN_EVERY, Pace, Shape
+from fieldmark.budget.plan import LEAST_EPOCHS, REPLAN_EVERY, Pace, Shape
 from fieldmark.budget.race import Course, Entry
 from fieldmark.config import Config
 from fieldmark.data.loader import limit_team
@@ -37,9 +37,9 @@ MEASURED_PHOTOS = 32
 # Photos of a pass: about as many where there are many cores, and at most. Lite0 at 160 pixels in updates of 32,
 # photos/s of two cores of an AMD EPYC: 91 with 8 and 100 with 16 in bf16, 50 and 57 in 32 bit.
 LEAST_PASS, MOST_PASS = 8, 16
-# Epochs that are wanted of a depth and size, those below which fine-tuning earns nothing, and those from which batches
-# are mixed: with fewer, regularizers cost more than they earn.
-ENOUGH_EPOCHS, LEAST_EPOCHS, MANY_EPOCHS = 8.0, 5.0, 10.0
+# Epochs that are wanted of a depth and size, and those from which batches are mixed: with fewer, regularizers cost more
+# than they earn.
+ENOUGH_EPOCHS, MANY_EPOCHS = 8.0, 10.0
 MOST_EPOCHS = 30.0  # after which a probed network has learned what a small data set can teach it
 # Least L2 penalty of the head that fine-tuning starts from. With 1e-4, birds100 fell from .90 to .46 in an epoch.
 SOFT_L2 = 1e-2
@@ -130,8 +130,13 @@ def choose_option(options: Sequence[Option], *, sharing: int = 1) -> Option | No
     return next(enough, most if most.epochs >= LEAST_EPOCHS else None)
 
 
-def list_options(course: Course, candidate: Candidate, *, seconds: float, depths: int = 3) -> list[Option]:
-    """Ways to fine-tune a candidate, at so many depths from none frozen, with the epochs that so many seconds allow."""
+def list_options(
+    course: Course, candidate: Candidate, *, seconds: float, depths: int = 3, measures: bool = True
+) -> list[Option]:
+    """Ways to fine-tune a candidate, at so many depths from none frozen, with the epochs that so many seconds allow.
+
+    Without `measures` an update takes what the last one of the same backbone did, by the number of pixels.
+    """
     num_stages = course.load_model(candidate).model.count_stages()
     # Smaller than the evaluation picture, in which objects then look as large as in training's crops.
     is_fixed = candidate.backbone.picture.is_size_fixed
@@ -139,9 +144,11 @@ def list_options(course: Course, candidate: Candidate, *, seconds: float, depths
     large = course.config.augment.size or max(candidate.size, small)
     found: list[Option] = []
     for freeze in (0, num_stages // 3, 2 * num_stages // 3)[:depths]:
-        measured = course.team.ask(course, measure_update, candidate, small, freeze)
+        place = (candidate.backbone, freeze)
+        if measures:
+            course.paces[place] = course.team.ask(course, measure_update, candidate, small, freeze) / small**2
         for side in dict.fromkeys((large, small)):
-            each = measured * (side / small) ** 2
+            each = course.paces[place] * side**2
             found.append(Option(side, freeze, each, seconds / (len(course.order) * each)))
     return found
 
@@ -291,6 +298,7 @@ class _Training:
             if state.step >= pace.shape.end:
                 return
             yield batch
+        pace.observe(clock())
 
     def _choose_move(self) -> tuple[int, int] | None:
         """In the first process: a new end from this update on, if there is one."""

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fieldmark.augment.reference import eval_reference
-from fieldmark.errors import ExportError, first_line
+from fieldmark.errors import ExportError, command, first_line
 from fieldmark.export import formats
 from fieldmark.files import digest_file, whole_folder
 from fieldmark.inference.calibration import load_calibration
@@ -31,7 +31,7 @@ from fieldmark.inference.predictor import Predictor
 from fieldmark.models.catalog import describe_pretraining
 from fieldmark.models.classifier import Classifier
 from fieldmark.models.weights import NON_COMMERCIAL
-from fieldmark.runs.folder import RECIPE, Run
+from fieldmark.runs.folder import RECIPE, Run, format_accuracy
 from fieldmark.study.report import render_template
 from fieldmark.training.evaluate import Device
 from fieldmark.training.metrics import Floats, Ints, wilson_interval
@@ -91,10 +91,7 @@ def export_run(
         ('jay', 'robin', 'wren')
     """
     if run.is_ensemble:
-        raise ExportError(
-            f"{run.path} is an ensemble, and an export is one model: export one of its runs, or make one model of them "
-            "with `fieldmark combine --method soup`"
-        )
+        _refuse_ensemble(run, to)
     return export_model(
         run.load_model(),
         describe_run(run, to),
@@ -147,6 +144,17 @@ def export_model(
         if metadata.kind == "web":
             write_page(part)
     return metadata
+
+
+def _refuse_ensemble(run: Run, to: str) -> NoReturn:
+    """Name the networks that may be exported, best first, with the accuracy of each alone where it is known."""
+    known = {one: one.summary.get("val", {}) for one in run.members}
+    members = sorted(known, key=lambda one: known[one].get("top1", 0), reverse=True)
+    told = [f"{one.path}: {format_accuracy(val) if (val := known[one]) else 'not evaluated'}" for one in members]
+    raise ExportError(
+        f"{run.path} is an ensemble, and an export is one network: export the best of them by "
+        f"`{command('export', members[0].path, '--to', to)}`. Each alone on the validation photos: {'; '.join(told)}"
+    )
 
 
 def push_export(folder: Path, repository: str) -> str:

@@ -25,11 +25,9 @@ from fieldmark.errors import DataError, RunError
 from fieldmark.files import Positive, Share, fill_template, read_values, write_whole
 from fieldmark.inference.taxonomy import Fallback, Taxonomy, load_taxonomy, score_levels
 from fieldmark.plots import figure_png, new_figure
-from fieldmark.runs.folder import Run, write_json
+from fieldmark.runs.folder import CALIBRATION, Run, write_json
 from fieldmark.study.statistics import Interval, widen_to_wilson
 from fieldmark.training.metrics import Floats, Ints, calibration_error, log_loss
-
-FILE = "calibration.json"
 
 # Beyond these a softmax is all but constant or one-hot: the likelihood is flat and a fit has no meaning.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
@@ -110,13 +108,13 @@ def calibrate_run(
         logits, labels, wanted, wanted_value, confidence_level=confidence_level, folds=folds, seed=seed, taxonomy=tree,
         classes=run.classes,
     )  # fmt: skip
-    write_json(run.path / FILE, asdict(found))
+    write_json(run.path / CALIBRATION, asdict(found))
     return found
 
 
 def load_calibration(run: Run) -> Calibration | None:
     """The calibration in a run's folder, or None if there is none."""
-    path = run.path / FILE
+    path = run.path / CALIBRATION
     if not path.is_file():
         return None
     try:

@@ -217,8 +217,9 @@ def _write_ensemble(runs: Sequence[Run], part: Path) -> dict[str, Any]:
     for number, (name, run, rows) in enumerate(zip(_name_runs(runs), runs, stored, strict=True)):
         member = part / folder.MEMBERS / str(number)
         member.mkdir(parents=True)
-        for file in (folder.RECIPE, folder.CLASSES, folder.MODEL, WEIGHTS):  # all that it needs to predict
-            shutil.copyfile(run.path / file, member / file)
+        for file in (folder.RECIPE, folder.CLASSES, folder.MODEL, WEIGHTS, folder.SUMMARY, folder.CALIBRATION):
+            if (run.path / file).is_file():  # all that it needs to predict, also alone
+                shutil.copyfile(run.path / file, member / file)
         calibration, parameters = load_calibration(run), int(run.model_info["parameters"])
         temperature = calibration.temperature if calibration else 1.0
         listed.append({"folder": str(number), "name": name, "temperature": temperature})

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 from fieldmark.config import Config, Pool, load_config
 from fieldmark.data.decode import DecodeSpec
 from fieldmark.data.index import PhotoIndex, find_split_table, load_split_table
-from fieldmark.errors import RunError
+from fieldmark.errors import DataError, RunError
 from fieldmark.files import Positive, Share, fill_template, read_values, whole_or_absent, write_whole
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ STATE = "last.pt"
 EPOCHS = "predictions/val_epochs.npz"
 ENSEMBLE = "ensemble.json"
 MEMBERS = "members"
+CALIBRATION = "calibration.json"
 
 # What the JSON files hold, as far as anybody reads it. Names of files and classes need not be valid UTF-8, which
 # pydantic asks of a `str`. A key that is missing is reported by whoever needs it: an ensemble lacks some.
@@ -196,7 +197,8 @@ class Run:
     @cached_property
     def split(self) -> PhotoIndex:
         """Every photo of the run with its label and split."""
-        index = load_split_table(self._file(find_split_table(self.path / SPLIT).name), self.data_info["root"])
+        home = self._home
+        index = load_split_table(home._file(find_split_table(home.path / SPLIT).name), self.data_info["root"])
         # The classes of the model, in its order, whatever the photos in the table would say.
         return replace(index, classes=self.classes)
 
@@ -208,7 +210,7 @@ class Run:
     @cached_property
     def data_info(self) -> dict[str, Any]:
         """Root, fingerprint, counts and the classes' prior in training."""
-        return _read_json(self._file(DATA), _Data)
+        return _read_json(self._home._file(DATA), _Data)
 
     @property
     def is_ensemble(self) -> bool:
@@ -228,6 +230,13 @@ class Run:
         return [Run(self.path / MEMBERS / row["folder"]) for row in self.ensemble_info["members"]]
 
     @property
+    def _home(self) -> Run:
+        """The run that says which photos these are: of a member of an ensemble the ensemble."""
+        inside = self.path.resolve().parent
+        is_member = inside.name == MEMBERS and (inside.parent / ENSEMBLE).is_file()
+        return Run(inside.parent) if is_member else self
+
+    @property
     def environment(self) -> dict[str, Any]:
         """Versions, hardware and command line."""
         return _read_json(self._file(ENVIRONMENT), _Environment)
@@ -243,6 +252,14 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """One object per completed epoch, in order."""
         return read_metrics(self.path)
+
+    def require_photos(self, index: PhotoIndex) -> None:
+        """Raise DataError unless these are the very photos, labels and splits that the run began with."""
+        if index.fingerprint() != self.data_info["fingerprint"]:
+            raise DataError(
+                f"the photos under {index.root} are not those that {self.path} began with (their fingerprint differs): "
+                "bring them back, or begin a new run"
+            )
 
     @cached_property
     def prior(self) -> NDArray[np.float64]:
@@ -435,6 +452,14 @@ def read_epochs(path: Path) -> NDArray[np.integer[Any]]:
         if predicted.ndim != 2 or predicted.dtype.kind not in "iu":
             raise ValueError(f"has predicted of shape {predicted.shape} and type {predicted.dtype}, not whole numbers")
         return predicted
+
+
+def forget_answers(path: Path) -> None:
+    """Remove what a run folder says of weights that are about to be replaced; validation is predicted anew."""
+    (path / CALIBRATION).unlink(missing_ok=True)
+    for file in (path / "predictions").glob("*.parquet"):
+        if file.stem != "val":
+            file.unlink()
 
 
 def find_runs(paths: Iterable[Run | str | Path]) -> list[Path]:

@@ -228,6 +228,8 @@ def open_session(
                 progress.message(line)
             if data is not None:
                 folder.write_json(path / folder.DATA, {**folder.Run(path).data_info, "root": resolve(data)})
+            if (path / folder.CALIBRATION).is_file():
+                progress.message(f"{folder.CALIBRATION} is of the weights so far, and goes with them: calibrate again")
             if start == "again":
                 for name in (folder.METRICS, folder.EPOCHS):
                     (path / name).unlink(missing_ok=True)
@@ -330,11 +332,7 @@ def _reload_dataset(config: Config, path: Path, data: Path | str | None, *, prog
             f"the photos of this run changed since it began: {list_broken(broken, len(index.photos))}\n"
             f"Bring them back as they were, or {_skip_broken(data or config.data.path, path)}"
         )
-    if index.fingerprint() != run.data_info["fingerprint"]:
-        raise DataError(
-            f"the photos under {index.root} are not those that {path} began with (their fingerprint differs): "
-            "bring them back, or begin a new run"
-        )
+    run.require_photos(index)
     return Dataset(index, tuple(facts), (), cached=cached)
 
 

@@ -170,6 +170,7 @@ class RunWriter:
             return row
         with _continuable(self.path):
             if row["is_best"]:
+                folder.forget_answers(self.path)
                 save_weights(self.path / folder.WEIGHTS, model.state_dict())
                 if predictions is not None:
                     write_validation(self.path, self._dataset, predictions.numbers, predictions.probabilities())

@@ -72,10 +72,11 @@ def _has_damaged_record(path: Path) -> bool:
 def save_weights(path: Path, weights: Weights) -> None:
     """Write tensors as safetensors, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    whole_or_absent(path, lambda part: save_file(tensors, part, metadata={"sha256": _digest(tensors)}))
+    whole_or_absent(path, lambda part: save_file(tensors, part, metadata={"sha256": digest_weights(tensors)}))
 
 
-def _digest(tensors: Weights) -> str:
+def digest_weights(tensors: Weights) -> str:
+    """64 hex digits of names, kinds, shapes and bytes of tensors on the CPU."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -95,7 +96,7 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path} cannot be read: {reason}") from None
-    if stored and stored != _digest(tensors):  # files of other programs have none
+    if stored and stored != digest_weights(tensors):  # files of other programs have none
         raise RunError(f"{path} is damaged: its checksum does not fit what it holds. Bring back a copy, or train again")
     return tensors
 
