@@ -3,8 +3,6 @@
 The public names are those in `__all__`. Each is imported when it is first asked for, so `import fieldmark` is fast.
 """
 
-from __future__ import annotations
-
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -4,8 +4,6 @@ A default lives here and nowhere else. Parts (data, augment, models, training) n
 turns them into plain values.
 """
 
-from __future__ import annotations
-
 import re
 import textwrap
 import tomllib

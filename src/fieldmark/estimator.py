@@ -3,8 +3,6 @@
 `Classifier` follows scikit-learn's conventions, so that `cross_val_score` and pipelines take it.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import weakref

@@ -1,7 +1,5 @@
 """Paths that must exist, texts from templates, and files that are whole or absent, whatever happens meanwhile."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

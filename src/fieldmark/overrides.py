@@ -1,7 +1,5 @@
 """Settings as people type them: `key=value` pairs, and short and foreign names."""
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from collections.abc import Mapping

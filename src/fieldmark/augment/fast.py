@@ -6,8 +6,6 @@ smaller size. It resamples once where the reference does so twice, so its pictur
 Shape letters: B photos; H, W height and width of a photo as given; S side of the output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate

@@ -13,8 +13,6 @@ written so that each is vectorized: addresses, reads and arithmetic apart, count
 Shape letters: H, W height and width of the photo; S side of the output; K stages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import ceil, floor
 from typing import Any

@@ -7,8 +7,6 @@ between mixed and clean batches.
 Shape letters: B photos of a batch, K classes, H, W height and width.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -5,8 +5,6 @@ Also the evaluation transforms. Every faster executor is tested against this mod
 Shape letters: H, W height and width of a photo; S side of the square output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal

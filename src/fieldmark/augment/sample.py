@@ -7,8 +7,6 @@ and so are the operations of TrivialAugment and RandAugment with their ranges.
 Shape letters: B photos of a batch, N draws, n operations of a policy.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,7 +108,7 @@ def sample_params(spec: AugmentSpec, sizes: ArrayLike, *, seed: int, epoch: int,
     numbers = np.asarray(numbers, dtype=np.int64)
     attempts = 4 * _ATTEMPTS
     counts = {CROP: attempts, FLIP: 2, AFFINE: 4, COLOR: 8, ERASE: 4 + attempts if spec.erase else 0}
-    counts[POLICY] = num_policy_uniforms(spec.policy, spec.rand_ops)
+    counts[POLICY] = {"none": 0, "trivial": _DRAWS, "rand": _DRAWS * spec.rand_ops}[spec.policy]
     draws = uniform_streams(seed, epoch, numbers, counts)
     flips = draws[FLIP] < (spec.horizontal_flip, spec.vertical_flip)
     return BatchParams(
@@ -229,13 +227,8 @@ def _between(u: Floats, ends: ArrayLike) -> Floats:
     return low + u * (high - low)
 
 
-def num_policy_uniforms(policy: Policy, num_ops: int) -> int:
-    """Return how many uniform numbers `sample_policy` takes per photo."""
-    return {"none": 0, "trivial": _DRAWS, "rand": _DRAWS * num_ops}[policy]
-
-
 def sample_policy(policy: Policy, chances: Floats, *, magnitude: int, size: int) -> tuple[NDArray[np.int64], Floats]:
-    """(B, n) operations and their signed strengths, in their own unit, from (B, num_policy_uniforms) numbers.
+    """(B, n) operations and their signed strengths, in their own unit, from (B, draws) uniform numbers.
 
     `trivial` draws one operation and its strength; `rand` draws operations with the strength of bin `magnitude` of 0 to
     30, shifts relative to the image's side of `size` pixels; `none` draws nothing.

@@ -1,7 +1,5 @@
 """Backbones whose weights are at hand, and the pictures that each may be shown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shape letters: N photos, F features, K classes.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The processes that spend one budget: the first decides by the clock, the others compute with it when it asks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast

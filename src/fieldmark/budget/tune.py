@@ -3,8 +3,6 @@
 Shape letters: M validation photos, K classes.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

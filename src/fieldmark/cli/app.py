@@ -4,8 +4,6 @@ Results go to stdout (`--json` for machines), progress and errors to stderr. Exi
 traceback) or nobody reading the results any more, 2 the user can fix it (one message), 130 stopped by a signal.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

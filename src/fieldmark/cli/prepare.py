@@ -1,7 +1,5 @@
 """The verbs before training: look at photos, models, recipes and the machine."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The verbs that put a trained model to use: from evaluate and predict to suggest, review and app."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict
 from pathlib import Path

@@ -1,15 +1,11 @@
 """What `fieldmark check` reports of a data set: what must be fixed before training, and what to know besides."""
 
-from __future__ import annotations
-
-import dataclasses
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import median
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +25,16 @@ Hashes = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
 
 
-class Problem(NamedTuple):
+@dataclass(frozen=True)
+class Problem:
     """A photo that cannot be used."""
 
     path: str
     reason: str
 
 
-class NearDuplicate(NamedTuple):
+@dataclass(frozen=True)
+class NearDuplicate:
     """Two photos of different splits that look alike."""
 
     path: str
@@ -87,14 +85,6 @@ class Audit:
     similar_names: list[list[str]]  # classes whose names differ only in case, spaces or Unicode form
     must_fix: list[str] = field(default_factory=list[str])  # what must be fixed before training, and how
     warnings: list[str] = field(default_factory=list[str])  # what to know before believing the result
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: dicts, lists, text and numbers."""
-        plain = dataclasses.asdict(self)
-        plain["broken"] = [problem._asdict() for problem in self.broken]
-        plain["near_duplicates"] = [pair._asdict() for pair in self.near_duplicates]
-        plain["gaps"] = [list(gap) for gap in self.gaps]
-        return plain
 
 
 def audit(index: PhotoIndex, facts: Sequence[PhotoFacts], *, near_distance: int, skip_broken: bool) -> Audit:

@@ -4,8 +4,6 @@ Names are taken as the file system gives them: bytes that are not UTF-8 arrive a
 again as the same bytes.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

@@ -1,7 +1,5 @@
 """What each file really is: decoded to the last pixel, hashed, timed by its EXIF, and remembered until it changes."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Photos into tar files, each with its label and split beside it, that train as the photos do where they lie now."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

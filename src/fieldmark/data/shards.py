@@ -5,8 +5,6 @@ found is remembered until the file changes. A photo in a table comes with its ro
 in order each is read once.
 """
 
-from __future__ import annotations
-
 import bz2
 import functools
 import gzip

@@ -4,8 +4,6 @@ Credentials, endpoints and other options are fsspec's to find: in the environmen
 configuration of each provider, or in `~/.config/fsspec`.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import Counter

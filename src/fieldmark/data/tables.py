@@ -5,8 +5,6 @@ The one reader of training tables, corrections, taxonomies, samples and lists. E
 is written is read back the same, newlines and quotes included.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -4,8 +4,6 @@ An export is a folder: the model file, fieldmark.json (everything between a phot
 README.md, the model card. Letters: N photos, K classes, S side in pixels.
 """
 
-from __future__ import annotations
-
 import gzip
 import lzma
 import re

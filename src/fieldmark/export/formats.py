@@ -4,8 +4,6 @@ Letters: B batch, K classes, S side in pixels. A model is (B, 3, S, S) float32 -
 CPU. Text given as `metadata` is stored inside the file.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import logging

@@ -5,8 +5,6 @@ Logits may be any real numbers up to a constant per row, so the logarithm of sto
 model's own.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from contextlib import suppress

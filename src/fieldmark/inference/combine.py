@@ -3,8 +3,6 @@
 Either is a run folder that predicts alone. Shape letters: N photos, K classes.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Mapping, Sequence

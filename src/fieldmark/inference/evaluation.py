@@ -3,8 +3,6 @@
 Shape letters: N photos, K classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

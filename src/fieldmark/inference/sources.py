@@ -4,8 +4,6 @@ A source is cut into pieces that are read one after another here, or each on ano
 can be sent, and remembered, and its digest changes with the photos that it names.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

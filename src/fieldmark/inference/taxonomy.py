@@ -4,8 +4,6 @@ A taxonomy is a table with one row per class: its first column holds the class n
 level. Letters: N photos, K classes, L levels (level 0 is the class itself).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -3,8 +3,6 @@
 Letters: N photos with a prediction, K classes, F features.
 """
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Sequence

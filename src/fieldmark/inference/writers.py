@@ -6,8 +6,6 @@ or absent: it is written beside its place and moved there at the end.
 Shape letters: K classes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import zipfile

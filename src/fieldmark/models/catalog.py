@@ -1,7 +1,5 @@
 """Which models and weights there are: short names, timm, the hub, installed packages; and what is known of them."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

@@ -10,8 +10,6 @@ Written by hand because no library has them: torch's inductor calls the same ker
 Shape letters: N photos, H, W of the input, h, w of the output, C channels, K side of the kernel.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

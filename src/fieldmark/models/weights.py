@@ -3,8 +3,6 @@
 Nothing here unpickles code: files are read as safetensors or with `torch.load(weights_only=True)`.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Settings become parts: the only module that knows both."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

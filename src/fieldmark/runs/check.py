@@ -1,7 +1,5 @@
 """What `fieldmark check` does: inspect the photos, audit them, lint the recipe on them, estimate the cost."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -144,7 +142,7 @@ class Checkup:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return self.audit.to_dict() | {
+        return asdict(self.audit) | {
             "must_fix": list(self.must_fix),
             "recipe_warnings": list(self.recipe_warnings),
             "estimates": asdict(self.preflight) if self.preflight else {},

@@ -1,7 +1,5 @@
 """Ray clusters, for predictions, sweeps and trainings: joined or started here, measured, and left."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """Settings and a path become photos that can be trained on: found, divided, inspected, read, and put in an order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Where a run was made: versions, hardware, command line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

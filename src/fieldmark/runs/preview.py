@@ -3,8 +3,6 @@
 Shape letters: B photos, K classes, H, W and S pixels.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

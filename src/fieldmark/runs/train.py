@@ -1,7 +1,5 @@
 """Train and resume: what happens to a run folder, and what is reported of it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

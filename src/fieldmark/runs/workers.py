@@ -1,7 +1,5 @@
 """A training in processes on a Ray cluster. What passes between them and their caller are files that all can see."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

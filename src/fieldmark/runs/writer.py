@@ -4,8 +4,6 @@ Also the copies of its metrics.jsonl that are made on request, for TensorBoard, 
 Shape letters: N photos, M photos of validation, K classes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import time

@@ -5,8 +5,6 @@ Source:
     path without extension.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

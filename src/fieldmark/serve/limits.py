@@ -3,8 +3,6 @@
 Sizes are checked while the body arrives: a header can lie, and a slow client must not hold memory for ever.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import ipaddress

@@ -1,7 +1,5 @@
 """The review page: where the model errs, or what to label next, and a table of decisions. Photos are only read."""
 
-from __future__ import annotations
-
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ Made for 127.0.0.1 and for standing behind a proxy. Every answer is the model's 
 file names, paths and tracebacks stay here.
 """
 
-from __future__ import annotations
-
 import logging
 import socket
 import time

@@ -4,8 +4,6 @@ All state is in folders below a root, so that another server finds it again. For
 NAME.json (what was asked, and which process does it), NAME.txt (what that printed), and NAME, an ordinary run folder.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json

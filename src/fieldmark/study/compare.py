@@ -4,8 +4,6 @@ A variant is all runs that differ in their seed alone; the folds of one cross-va
 Shape letters: S runs of a variant (seeds), N photos, E epochs, K classes.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from copy import copy

@@ -1,7 +1,5 @@
 """Run folders become a report: one HTML page that needs no network, or Markdown with pictures."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -5,8 +5,6 @@ in [0, 1] where it is correctness; differences are `second - first`, so a positi
 coverage of an interval.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

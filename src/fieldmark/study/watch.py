@@ -3,8 +3,6 @@
 It is made by a process of its own, at low priority, and only when a browser asks: training loses next to nothing.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -4,8 +4,6 @@ Weights are safetensors; the state of a training is a torch file of tensors, num
 `weights_only`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import warnings

@@ -86,17 +86,16 @@ class Predictions:
     """Holds what a model says of some photos, in the order of their numbers."""
 
     numbers: NDArray[np.int64]  # (N,) photo numbers in the index, rising
-    logits: NDArray[np.float32]  # (N, K); NaN for a photo that could not be read
-    problems: dict[int, str]  # photo number -> why it could not be read
+    logits: NDArray[np.float32]  # (N, K)
 
     def require_finite(self, *, step: int) -> None:
-        """Refuse logits that are not finite, but for unreadable photos, after update number `step` (0-based).
+        """Refuse logits that are not finite, after update number `step` (0-based).
 
         Weights that are finite can be too large to compute with.
         """
-        is_bad = ~np.isfinite(self.logits).all(axis=1) & ~np.isin(self.numbers, list(self.problems))
+        is_bad = ~np.isfinite(self.logits).all(axis=1)
         if is_bad.any():
-            raise NonFiniteError(step, [], what=f"the output for {is_bad.sum()} of {len(is_bad)} photos after")
+            raise NonFiniteError(step, [], what=f"the output for {is_bad.sum()} of {len(self.logits)} photos after")
 
     def probabilities(self) -> NDArray[np.float32]:
         """(N, K) softmax of the logits."""
@@ -127,7 +126,6 @@ def predict_batches(
     """Predict this process's share of batches, with `flips` also mirrored and averaged; give each process them all."""
     numbers: list[Tensor] = []
     logits: list[Tensor] = []
-    problems: dict[int, str] = {}
     for batch in batches:
         images = batch.images.to(fabric.device, non_blocking=fabric.device.type == "cuda")
         images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
@@ -135,28 +133,21 @@ def predict_batches(
             output = model(images)
             if flips:
                 output = (output + model(images.flip(-1))) / 2
-        output = output.float().clone()
-        for row, reason in batch.problems:
-            output[row] = torch.nan
-            problems[int(batch.numbers[row])] = reason
         numbers.append(batch.numbers)
-        logits.append(output)
+        logits.append(output.float().clone())
     own_numbers = torch.cat(numbers).cpu().numpy() if numbers else np.zeros(0, np.int64)
     own_logits = torch.cat(logits).cpu().numpy() if logits else np.zeros((0, 0), np.float32)
-    return _gather(fabric, own_numbers, own_logits, problems)
+    return _gather(fabric, own_numbers, own_logits)
 
 
-def _gather(
-    fabric: Computer, numbers: NDArray[np.int64], logits: NDArray[np.float32], problems: dict[int, str]
-) -> Predictions:
+def _gather(fabric: Computer, numbers: NDArray[np.int64], logits: NDArray[np.float32]) -> Predictions:
     if fabric.world_size > 1:
         # Shares differ in length, and an empty one does not know K: objects may differ, tensors may not.
-        shares: list[tuple[NDArray[np.int64], NDArray[np.float32], dict[int, str]] | None] = [None] * fabric.world_size
-        torch.distributed.all_gather_object(shares, (numbers, logits, problems))
+        shares: list[tuple[NDArray[np.int64], NDArray[np.float32]] | None] = [None] * fabric.world_size
+        torch.distributed.all_gather_object(shares, (numbers, logits))
         filled = [share for share in shares if share is not None and len(share[0])]
         numbers = np.concatenate([share[0] for share in filled])
         logits = np.concatenate([share[1] for share in filled])
-        problems = {number: reason for share in filled for number, reason in share[2].items()}
     order = np.argsort(numbers, kind="stable")
     assert len(np.unique(numbers)) == len(numbers), "a photo was evaluated twice"
-    return Predictions(numbers[order], logits[order], problems)
+    return Predictions(numbers[order], logits[order])

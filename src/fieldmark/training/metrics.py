@@ -4,8 +4,6 @@ Shape letters: N photos, K classes. `probabilities` is (N, K) with rows summing 
 `prior` (K,) is each class's share in training. Without photos, each figure is NaN.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist

@@ -1,7 +1,5 @@
 """Which parameter learns at what rate and with what decay: groups, the optimizer, and the schedule of the rate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

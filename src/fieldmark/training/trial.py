@@ -5,8 +5,6 @@ catch: in torch 2.14.1 the gradients of a 1x1 convolution of stride 2 on three c
 heap (MobileOne, RepVGG, FastViT). So what was never tried on this machine is tried where it can do no harm.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
