@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from torch import nn
 
 from fieldmark.augment.reference import EvalSpec
@@ -301,6 +304,26 @@ def test_the_card_says_license_limits_and_evidence_and_hostile_names_stay_text()
     assert "<b>" not in card
     assert "````toml" in card
     assert '"unknown" below a probability of 0.400' in card
+
+
+@pytest.mark.parametrize("transform", ["weights", "squash"])
+@pytest.mark.parametrize("shape", [(90, 131), (131, 90), (64, 64)])
+def test_the_lines_on_the_card_answer_without_fieldmark_as_it_does(
+    transform, shape, exported, tmp_path, monkeypatch, capsys
+):
+    folder, written = exported("onnx")
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    written = replace(written, preprocessing=replace(SPEC, transform=transform))
+    Path("fieldmark.json").write_text(written.to_json())
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    Image.fromarray(noise).save("photo.jpg", "PNG")
+    card = write_card(written, data={}, summary={}, calibration=None, recipe="")
+    exec(re.findall("```python\n(.*?)```", card, flags=re.DOTALL)[-1], {})
+    answer = Predictor.load(Path())("photo.jpg")
+    name, share, is_unknown = capsys.readouterr().out.rsplit(maxsplit=2)
+    assert (name, is_unknown) == (answer.label, str(answer.is_unknown))
+    assert float(share) == pytest.approx(answer.probability, abs=1e-5)
 
 
 def test_the_card_has_calibrated_figures_and_nothing_of_the_machine():
