@@ -99,25 +99,25 @@ def exported_cases(model: torch.nn.Module, calibration: np.ndarray, threads: int
     """The runtimes, each with a model in a folder of its own."""
     onnx = folder / "model.onnx"
     write_onnx(model, onnx, size=SIZE, metadata="{}")
-    makers: dict[str, tuple[str, str, Callable[[Path, str], None]]] = {
-        "ONNX Runtime float32": ("onnx", "f32", lambda path, text: write_onnx(model, path, size=SIZE, metadata=text)),
+    makers: dict[str, tuple[str, Callable[[Path, str], None]]] = {
+        "ONNX Runtime float32": ("onnx", lambda path, text: write_onnx(model, path, size=SIZE, metadata=text)),
         "ONNX Runtime int8": (
-            "onnx", "f32", lambda path, text: quantize_onnx(onnx, path, calibration=calibration, metadata=text)
+            "onnx", lambda path, text: quantize_onnx(onnx, path, calibration=calibration, metadata=text)
         ),
-        "OpenVINO": ("openvino", "auto", lambda path, text: write_openvino(onnx, path, metadata=text)),
+        "OpenVINO": ("openvino", lambda path, text: write_openvino(onnx, path, metadata=text)),
         "OpenVINO int8": (
-            "openvino", "auto", lambda path, text: quantize_openvino(onnx, path, calibration=calibration, metadata=text)
+            "openvino", lambda path, text: quantize_openvino(onnx, path, calibration=calibration, metadata=text)
         ),
     }  # fmt: skip
     cases: dict[str, Any] = {}
-    for name, (kind, precision, write) in makers.items():
+    for name, (kind, write) in makers.items():
         place = folder / name.replace(" ", "-")
         place.mkdir()
         file = "model.onnx" if kind == "onnx" else "model.xml"
         text = metadata(kind, file, "float32")
         write(place / file, text)
         (place / FILE).write_text(text, encoding="utf-8")
-        cases[name] = ExportedModel.load(place, threads=threads, precision=precision).logits
+        cases[name] = ExportedModel.load(place, threads=threads).logits
     return cases
 
 

@@ -129,7 +129,7 @@ def test_an_export_gives_the_runs_probabilities_at_any_batch_size(kind, exported
     model = make_model()
     _, images = make_photos(model)
     folder, written = exported(kind)
-    loaded = ExportedModel.load(folder, threads=1, precision="f32")
+    loaded = ExportedModel.load(folder, threads=1)
     assert written.evidence["parity"]["photos"] == 24
     assert loaded.metadata == written
     predictor = Predictor.load(folder)
@@ -281,16 +281,16 @@ def test_a_folder_that_is_no_export_says_so(content, message, tmp_path):
     if content is not None:
         (tmp_path / "fieldmark.json").write_text(content)
     with pytest.raises(ExportError, match=message):
-        ExportedModel.load(tmp_path, threads=1, precision="f32")
+        ExportedModel.load(tmp_path, threads=1)
 
 
 def test_an_incomplete_or_broken_export_says_so(tmp_path):
     (tmp_path / "fieldmark.json").write_text(make_metadata("torch").to_json())
     with pytest.raises(ExportError, match=r"has no model.pt2: the export is not complete"):
-        ExportedModel.load(tmp_path, threads=1, precision="f32")
+        ExportedModel.load(tmp_path, threads=1)
     (tmp_path / "model.pt2").write_bytes(b"no archive")
     with pytest.raises(ExportError, match="cannot be loaded"):
-        ExportedModel.load(tmp_path, threads=1, precision="f32")
+        ExportedModel.load(tmp_path, threads=1)
 
 
 def test_the_card_says_license_limits_and_evidence_and_hostile_names_stay_text():

@@ -108,7 +108,7 @@ def test_a_torch_export_that_could_run_code_is_refused_before_it_does(kind, prog
     mark = tmp_path / "code-ran"
     write_export(tmp_path, HOSTILE[kind](program, mark))
     with pytest.raises(ExportError, match=r"model.pt2 is refused, since opening it could run code: it holds .* Make"):
-        ExportedModel.load(tmp_path, threads=1, precision="f32")
+        ExportedModel.load(tmp_path, threads=1)
     assert not mark.exists()
 
 
@@ -123,13 +123,13 @@ def test_the_older_form_which_torch_unpickles_is_not_read(program, tmp_path):
     }
     write_export(tmp_path, members)
     with pytest.raises(ExportError, match=r"model.pt2 cannot be loaded"):
-        ExportedModel.load(tmp_path, threads=1, precision="f32")
+        ExportedModel.load(tmp_path, threads=1)
     assert not mark.exists()
 
 
 def test_the_same_archive_as_it_was_written_answers(program, tmp_path):
     write_export(tmp_path, program)
-    loaded = ExportedModel.load(tmp_path, threads=1, precision="f32")
+    loaded = ExportedModel.load(tmp_path, threads=1)
     assert loaded.logits(np.zeros((3, 3, 8, 8), np.float32)).shape == (3, 2)
 
 

@@ -1,4 +1,4 @@
-"""Tables of text: CSV and Parquet files in, CSV files out.
+"""Tables of text: CSV and Parquet files in and out.
 
 The one reader of training tables, corrections, taxonomies, samples and lists. Every value is text exactly as written:
 "01" stays "01". Bytes that are not UTF-8 survive as lone surrogates (PEP 383) in paths and are refused elsewhere; what

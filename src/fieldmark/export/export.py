@@ -258,7 +258,7 @@ def _write(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Pho
 def _prove(model: Classifier, metadata: ModelMetadata, folder: Path, photos: Photos, *, limit: float) -> dict[str, Any]:
     """Evidence that the model in the folder is the run's, as the metadata keep it."""
     ask_original = compute_with(model)
-    exported = ExportedModel.load(folder, threads=0, precision="f32")
+    exported = ExportedModel.load(folder, threads=0)
     evidence = {"browser": measure_probe(exported.logits, metadata)} if metadata.kind == "web" else {}
     if metadata.precision != "int8":
         reference, measured = photos.ask(range(len(photos.labels)), ask_original, exported.logits)

@@ -146,7 +146,7 @@ def quantize_openvino(source: Path, path: Path, *, calibration: NDArray[np.float
         NNCF's post-training quantization with bias correction; "mixed" is symmetric weights, asymmetric activations.
     """
     ov = import_openvino()
-    with needs_extra("nncf", "openvino"):
+    with needs_extra("nncf", "export"):
         import nncf
     logging.getLogger("nncf").setLevel(logging.ERROR)
     quantized = nncf.quantize(

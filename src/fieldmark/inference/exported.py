@@ -101,11 +101,10 @@ class ExportedModel:
     compute: Compute
 
     @classmethod
-    def load(cls, folder: str | Path, *, threads: int, precision: str = "f32") -> ExportedModel:
+    def load(cls, folder: str | Path, *, threads: int) -> ExportedModel:
         """Load an export folder for calls of so many `threads`; 0 leaves it to the runtime.
 
-        OpenVINO computes in the `precision` "f32", in which the export was proven, or with "auto" in bf16 where the
-        processor has it. The others compute in what the file holds.
+        OpenVINO computes in 32 bit, in which the export was proven. The others compute in what the file holds.
         """
         folder = Path(folder)
         metadata = ModelMetadata.load(folder)
@@ -120,7 +119,7 @@ class ExportedModel:
                 )
         loaders: dict[str, Callable[[], Compute]] = {
             **dict.fromkeys(("onnx", "web"), lambda: _load_onnx(path, threads)),
-            "openvino": lambda: _load_openvino(path, threads, precision),
+            "openvino": lambda: _load_openvino(path, threads),
             "torch": lambda: _load_torch(path),
             "timm": lambda: compute_with(
                 import_module("timm").create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -160,13 +159,11 @@ def _load_onnx(path: Path, threads: int) -> Compute:
     return lambda images: np.asarray(session.run(None, {name: images})[0], np.float32)
 
 
-def _load_openvino(path: Path, threads: int, precision: str) -> Compute:
+def _load_openvino(path: Path, threads: int) -> Compute:
     openvino = import_openvino()
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    if precision == "f32":
-        settings["INFERENCE_PRECISION_HINT"] = "f32"
     compiled: Any = openvino.Core().compile_model(path, "CPU", settings)
     # An infer request belongs to one thread at a time; the compiled model may be shared.
     return lambda images: np.array(compiled.create_infer_request().infer([images])[0], np.float32)
@@ -175,7 +172,7 @@ def _load_openvino(path: Path, threads: int, precision: str) -> Compute:
 def import_openvino() -> Any:
     """OpenVINO without its telemetry, which would otherwise send usage statistics to an analytics host."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # to Python: not installed
-    with needs_extra("openvino", "openvino"):
+    with needs_extra("openvino", "export"):
         import openvino
     return openvino
 

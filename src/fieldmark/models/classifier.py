@@ -138,10 +138,10 @@ def create_classifier(
 ) -> Classifier:
     """Create a randomly initialized classifier; torch's global generator decides the weights.
 
-    The "mlp" head is the report's, dropout before the ReLU included. `drop_path` is the rate of stochastic depth in the
-    last block (arXiv:1603.09382). `stride_in_1x1` gives the stride of a bottleneck to its first 1x1 convolution: the
-    original ResNet (He et al., arXiv:1512.03385, table 1), as Keras' weights have it, rather than "v1.5". `pool` is the
-    backbone's own pooling, a mean as a rule, or `pooling.CovariancePool`.
+    The "mlp" head is that of the competition report, dropout before the ReLU included. `drop_path` is the rate of
+    stochastic depth in the last block (arXiv:1603.09382). `stride_in_1x1` gives the stride of a bottleneck to its first
+    1x1 convolution: the original ResNet (He et al., arXiv:1512.03385, table 1), as Keras' weights have it, rather than
+    "v1.5". `pool` is the backbone's own pooling, a mean as a rule, or `CovariancePool`.
 
     Raises ConfigError for an unknown name, or an option that this backbone does not have, and WeightsError where `name`
     is on the hub ("hf-hub:...") and the hub cannot be reached.

@@ -82,9 +82,9 @@ def load_weights(model: Classifier, source: str) -> WeightsReport:
     """Fill the backbone, all at once or not at all; the head stays as it is.
 
     The source is "pretrained" (timm's hub, or an installed package where that is out of reach), "random", a
-    .safetensors, .pth or .pt file, a folder with config.json and a weight file (timm's local-dir form), or
+    .safetensors, .pth, .pt, .bin or .ckpt file, a folder with config.json and a weight file (timm's local-dir form), or
     "package:NAME" with a NAME from `catalog.PACKAGES`. Half-precision tensors become float32. Names may carry
-    `module.`, `model.`, `backbone.` or be nested under `state_dict`, `model` or `model_ema` (preferred, as in timm).
+    `module.`, `model.`, `backbone.` or be nested under one of `NESTS`.
 
     Raises WeightsError where the source cannot be had or read, has code or values that are not finite, or fits less
     than half of the backbone.

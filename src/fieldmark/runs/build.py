@@ -1,4 +1,4 @@
-"""Settings become parts: the only module that knows both."""
+"""Settings become the parts of a training, which know no settings themselves."""
 
 import os
 from collections.abc import Sequence

@@ -260,10 +260,10 @@ def lambda_charts(variants: Sequence[Variant]) -> list[Chart]:
     from fieldmark.augment.mixing import lambda_draws
     from fieldmark.runs.build import build_mix_spec
 
-    spec = next((spec for one in variants if (spec := build_mix_spec(one.runs[0].config)).share > 0), None)
-    if spec is None:
+    run = next((one.runs[0] for one in variants if build_mix_spec(one.runs[0].config).share > 0), None)
+    if run is None:
         return []
-    size = variants[0].runs[0].config.augment.size or 224
+    spec, size = build_mix_spec(run.config), run.config.augment.size or 224
     charts: list[Chart] = []
     for method in spec.methods:
         values = lambda_draws(spec, method, count=LAMBDA_DRAWS, seed=0, image_size=size)
