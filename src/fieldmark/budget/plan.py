@@ -135,8 +135,9 @@ class Plan:
 
 
 def _had_time(record: dict[str, Any]) -> bool:
-    value = record["value"]
-    return value is not False and value != [] and not (record["what"] == EPOCHS and value < LEAST_EPOCHS)
+    what, value = record["what"], record["value"]
+    is_enough = value is not False and value != [] and not (what == EPOCHS and value < LEAST_EPOCHS)
+    return is_enough and not what.startswith("round of ")  # which holds a second of the old budget
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from fieldmark.runs import build, folder
 from fieldmark.runs.dataset import prepare_dataset
 from fieldmark.runs.environment import usable_cores
 from fieldmark.runs.folder import Run, format_accuracy
-from fieldmark.runs.session import claim_together, load_together, setup_fabric
+from fieldmark.runs.session import claim_together, load_together, run_together, setup_fabric
 from fieldmark.runs.train import StopRequest, next_steps, stop_requests
 from fieldmark.study.statistics import optimism_from_photos, paired_difference
 from fieldmark.training.loop import EpochReport
@@ -50,6 +50,7 @@ SHOWN, SHOWN_CHOICES = 8, 4
 # Photos x features x classes of a head of which the products take as long as the search around them (measured).
 SEARCH_SIZE = 1.3e8
 BALANCED = "-balanced"  # at the end of a member's name
+REFITTED, DIVIDED = "(heads fitted on train+val)", "(the class shares of training divided out)"  # of an answer's
 MEMBERS = 4  # the most networks with fitted heads that answer together; a fine-tuned one may join them
 
 
@@ -123,7 +124,7 @@ def _spend(config: Config, plan: Plan, progress: Progress | None, *, is_new: boo
                 log.message(f"no recipe and no --minutes: taking {minutes}, which suit this machine")
             work = _prepare(config, path, plan, log, team)
             if not is_new and (path / folder.RECIPE).is_file():
-                Run(path).require_photos(work.course.dataset.index)
+                run_together(team.fabric, partial(Run(path).require_photos, work.course.dataset.index))
             team.work(work.course, partial(work.run, is_new=is_new))
     return Run(path)
 
@@ -161,6 +162,7 @@ class _Work:
     curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # the same, as summary.json says it
     choices: list[Answer] = field(default_factory=list[Answer])  # what the validation photos chose from
     standing: Answer | None = None  # what an earlier process left, which only a better answer replaces
+    was_running: bool = False  # when it was killed, so that its folder is not settled
     best_epoch: Answer | None = None  # what answered best before the end of a fine-tuning
     epochs: float = 0.0  # of fine-tuning that half of the time allows
 
@@ -183,8 +185,10 @@ class _Work:
             plan.decide("budget", lambda: plan.seconds)
             plan.decide("settings", lambda: course.config.model_dump(mode="json", exclude_unset=True))
         else:
+            self.was_running = folder.run_status(course.path) == "running"
             self.standing = self.shelf.load()
-        self.shelf.open(course.config)
+        if self.standing is None:
+            self.shelf.open(course.config)
         try:
             self.floor()
             may_tune = self.may_tune()
@@ -193,7 +197,7 @@ class _Work:
                 self.tune()
         except StoppedError:
             kept, name = " before anything answered", course.team.stop.signal_name
-            if self.history:
+            if self.history or self.standing:
                 self.end("interrupted")
                 kept = f": {course.path} holds {self.best.name}, which answers"
             again = command("train", "--resume", course.path)
@@ -416,10 +420,12 @@ class _Work:
     def _choose_kept(self, answer: Answer) -> Answer:
         """This answer, or what an earlier process left if that is better or the record is still being repeated."""
         if self.standing is not None:
+            rival = self._balance(answer) if DIVIDED in self.standing.name else answer
             is_repeating = self.course.plan.is_repeating
-            if self._loss(self.standing) < self._loss(answer) if len(self.course.val) else is_repeating:
+            if self._loss(self.standing) < self._loss(rival) - 1e-6 if len(self.course.val) else is_repeating:
                 return self.standing
             self.standing = None
+            self.shelf.open(self.course.config)
         return answer
 
     def _note_time(self) -> None:
@@ -483,6 +489,7 @@ class _Work:
         if report.predictions is None:
             return
         val = report.predictions.probabilities()
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}  # training goes on in them
         model = self._tuned_model(entry, f"epoch {report.epoch}", config, weights, val)
         self.course.log.message(f"fine-tuning, epoch {report.epoch}: validation top-1 {report.metrics['top1']:.4f}")
         answer = Answer(f"{entry.candidate.key}, fine-tuned for {report.epoch} epochs", (model,))
@@ -545,15 +552,18 @@ class _Work:
     def end(self, status: str) -> None:
         """Leave the best answer as an ordinary run, and say how it came about."""
         self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
-        answer = self._choose_kept(self.best)
-        if answer is not self.best:  # its heads were fitted, and its class shares divided out, at its own end
-            self.history.append((self.course.plan.elapsed, answer))
-        else:
+        answer = self._choose_kept(self.best) if self.history else self.standing
+        assert answer is not None
+        if answer is self.standing:
+            self.history, self.choices = [(0.0, answer)], [answer, *self.choices]
+        if answer is not self.standing or self.was_running:
             answer = self._balance(self._refit(answer) if status == "finished" else answer)
-        self.shelf.settle(answer)
+            self.shelf.settle(answer)
+            (self.course.path / STORED).unlink(missing_ok=True)
+            if status == "finished":
+                self._store_features(answer)
         if status == "finished":
             self.shelf.clear(answer)
-            self._store_features(answer)
             for name in (FEATURES, tuning.TUNING):
                 shutil.rmtree(self.course.path / name, ignore_errors=True)
         figures = self.shelf.score(answer)
@@ -571,11 +581,11 @@ class _Work:
         What it says of the validation photos stays that of the heads that have not learned from them.
         """
         course, labels = self.course, self.course.dataset.labels
-        if self.course.config.data.train_on != "train+val" or not len(course.val):
+        if self.course.config.data.train_on != "train+val" or not len(course.val) or REFITTED in answer.name:
             return answer
         entries = {_key(entry): entry for entry in self.entries.values()}
         if not any(member.key in entries for member in answer.members):
-            course.log.message("fine-tuned networks alone answer, so nothing was fitted on the validation photos too")
+            course.log.message("what answers has no head of this run, so none was fitted on the validation photos too")
             plain = {"data": {"train_on": "train"}}
             write_whole(course.path / folder.RECIPE, dump_config(change(course.config, plain)))
             own = (replace(member, config=change(member.config, plain)) for member in answer.members)
@@ -590,15 +600,15 @@ class _Work:
                 member = replace(member, key=f"{member.key}-refitted", weights=weights)
             members.append(member)
         self.tried.append({"what": f"{answer.name}: heads fitted on train+val"})
-        return Answer(f"{answer.name} (heads fitted on train+val)", tuple(members))
+        return Answer(f"{answer.name} {REFITTED}", tuple(members))
 
     def _balance(self, answer: Answer) -> Answer:
         """The answer with the class shares of training divided out, if `train.class_weights` asks for it."""
-        if self.course.config.train.class_weights == "none":
+        if self.course.config.train.class_weights == "none" or DIVIDED in answer.name:
             return answer
         balanced = [member.balance(self.shelf.prior) for member in answer.members]
         members = [replace(member, key=f"{member.key}{BALANCED}") for member in balanced]
-        return Answer(f"{answer.name} (the class shares of training divided out)", tuple(members))
+        return Answer(f"{answer.name} {DIVIDED}", tuple(members))
 
     def _store_features(self, answer: Answer) -> None:
         """Keep what the heads of the answer were fitted on: `fieldmark extend` fits them again."""

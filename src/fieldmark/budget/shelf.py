@@ -7,6 +7,7 @@ Shape letters: M validation photos, K classes.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -36,6 +37,7 @@ from fieldmark.training.checkpoint import digest_weights, load_saved_weights, sa
 from fieldmark.training.evaluate import softmax
 
 Floats = NDArray[np.float32]
+CALIBRATED = 1_000_000  # probabilities of a member, above which its own calibration would take seconds at the end
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class Model:
     @cached_property
     def folder_name(self) -> str:
         """Of a member: its name and its weights, since a run that goes on may make others of the same name."""
-        return f"{self.key}-{digest_weights(self.weights)[:8]}"
+        return re.sub(r"[/:\\]", "_", self.key) + f"-{digest_weights(self.weights)[:8]}"
 
     @property
     def parameters(self) -> int:
@@ -123,19 +125,24 @@ class Shelf:
         folder.forget_answers(self.path)
         for member in answer.members:
             path = self.path / folder.MEMBERS / member.folder_name
+            if len(self._val) and not (path / "predictions" / "val.parquet").is_file():
+                write_validation(path, self._dataset, self._val, member.val)
             if not (path / folder.WEIGHTS).is_file():
-                path.mkdir(parents=True, exist_ok=True)
                 folder.write_json(path / folder.CLASSES, list(self._dataset.index.classes))
-                if len(self._val):
-                    write_validation(path, self._dataset, self._val, member.val)
                 _write_model(path, member)
+            write_whole(path / folder.RECIPE, dump_config(member.config))
         listed = [
             {"folder": one.folder_name, "name": one.key, "temperature": one.temperature} for one in answer.members
         ]
+        # First what answers: the rest of an ensemble only describes it.
+        folder.write_json(self.path / folder.ENSEMBLE, {"members": listed})
         folder.write_json(self.path / folder.MODEL, _describe(answer))
         if len(self._val):
             write_validation(self.path, self._dataset, self._val, answer.val)
-        folder.write_json(self.path / folder.ENSEMBLE, {"members": listed})
+        names = [member.folder_name for member in answer.members]
+        for entry in (self.path / folder.MEMBERS).iterdir():
+            if entry.name not in names:  # of large data, the largest file beside the weights
+                (entry / "predictions" / "val.parquet").unlink(missing_ok=True)
 
     def load(self) -> Answer | None:
         """The answer that an earlier process left; None where there is none, or not all of it can be read."""
@@ -169,7 +176,8 @@ class Shelf:
                 write_validation(path, self._dataset, self._val, member.val)
             (self.path / folder.ENSEMBLE).unlink()
         if len(self._val) > 1:
-            for path in dict.fromkeys([self.path, *(self.place(answer, member) for member in answer.members)]):
+            own = [self.place(answer, member) for member in answer.members if member.val.size <= CALIBRATED]
+            for path in dict.fromkeys([self.path, *own]):
                 run = folder.Run(path)
                 calibrate_run(run, wanted="none", wanted_value=1.0, confidence_level=0.95, folds=5, seed=0)
 
@@ -179,13 +187,12 @@ class Shelf:
 
     def clear(self, answer: Answer) -> None:
         """Remove the members that do not answer."""
-        members = self.path / folder.MEMBERS
-        if len(answer.members) == 1:
-            shutil.rmtree(members)
-            return
-        for entry in members.iterdir():
-            if entry.name not in [member.folder_name for member in answer.members]:
+        names = [member.folder_name for member in answer.members if len(answer.members) > 1]
+        for entry in (self.path / folder.MEMBERS).glob("*"):
+            if entry.name not in names:
                 shutil.rmtree(entry)
+        if not names:
+            shutil.rmtree(self.path / folder.MEMBERS, ignore_errors=True)
 
     def score(self, answer: Answer) -> dict[str, Any]:
         """Validation metrics of an answer, with the interval of its accuracy; {} without validation photos."""

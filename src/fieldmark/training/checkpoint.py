@@ -74,11 +74,11 @@ def save_weights(path: Path, weights: Weights) -> None:
 
 
 def digest_weights(tensors: Weights) -> str:
-    """64 hex digits of names, kinds, shapes and bytes of tensors on the CPU."""
+    """64 hex digits of names, kinds, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
