@@ -117,6 +117,8 @@ class DataConfig(Section):
                 raise ValueError(f"group_pattern {self.group_pattern!r} is not a regular expression: {error}") from None
             if num_groups != 1:
                 raise ValueError(f"group_pattern {self.group_pattern!r} needs exactly one group in parentheses")
+        if self.folds and self.test_fraction:
+            raise ValueError("folds divide all photos but those of test/: leave test_fraction at 0")
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction leave nothing to train on")
         return self
@@ -277,7 +279,7 @@ class ModelConfig(Section):
     """Width of the `mlp` head; only `competition` uses it."""
 
     head_dropout: ShareBelowOne = 0.3
-    """Dropout before the ReLU of an `mlp` head, or of the features of a `linear` one; only `competition` uses it."""
+    """Dropout before the ReLU of an `mlp` head; only `competition` uses it. A `linear` head takes `feature_dropout`."""
 
     feature_dropout: ShareBelowOne = 0.0
     """Dropout of the pooled features before the head."""
@@ -503,7 +505,7 @@ def load_config(
     """
     name, settings = read_recipe(recipe)
     apply_overrides(settings, overrides)
-    if data is not None:  # not an override: a folder named "1" or "true" must stay text
+    if data is not None and isinstance(settings.get("data", {}), dict):  # no override: a folder "1" must stay text
         settings["data"] = {**settings.get("data", {}), "path": str(data)}
     return parse_config(settings, name)
 

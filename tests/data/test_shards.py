@@ -244,6 +244,27 @@ def test_tables_of_hugging_face_have_names_of_classes_apart_and_splits_in_their_
     ]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("train-00000-of-00002-a09b74b3ef9c3b56.tar", "test-00000-of-00001-09ab74b3ef9c3b56.tar"),
+        ("train/0000.tar", "test/0000.tar"),
+        ("train-000000.tar", "test-000000.tar"),
+        ("train.tar", "test.tar"),
+    ],
+)
+def test_shards_named_by_their_splits_keep_them_and_photos_beside_are_counted(first, second, tmp_path):
+    photo = {"a.jpg": b"x", "a.cls": b"jay"}
+    for name in (first, second):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        make_tar(tmp_path / name, photo)
+    assert {row[2] for row in rows(load(tmp_path))} == {"train", "test"}
+    (tmp_path / second).unlink()
+    assert {row[2] for row in rows(load(tmp_path))} == {""}  # of one name: no division
+    (tmp_path / "new.jpg").write_bytes(b"x")
+    assert load(f"{tmp_path}/**").ignored == {"photo beside the shards": 1}
+
+
 def test_what_is_wrong_with_a_table_of_photos_is_one_sentence(photos, tmp_path):
     pq.write_table(pa.table({"image": ["a"], "label": ["b"]}), tmp_path / "none.parquet")
     (tmp_path / "two").mkdir()

@@ -27,7 +27,7 @@ from fieldmark.data.columns import Categories
 from fieldmark.errors import ConfigError, DataError, InterruptedRunError, ResourceError, RunError, TrainingError
 from fieldmark.inference.evaluation import evaluate
 from fieldmark.progress import Quiet
-from fieldmark.runs import session
+from fieldmark.runs import build, session
 from fieldmark.runs.dataset import cut_updates, prepare_dataset
 from fieldmark.runs.folder import Run
 from fieldmark.runs.train import resume, train
@@ -235,6 +235,29 @@ def test_train_and_val_together_leave_nothing_to_select_on(photos, tmp_path):
     assert run.metrics[0]["val"] == {}
     with pytest.raises(RunError, match="holds no predictions"):
         run.predictions()
+
+
+def test_patience_waits_for_nothing_where_no_photos_validate(photos, tmp_path):
+    settings = ("train.epochs=3", "train.patience_epochs=1", "data.train_on=train+val", "train.select=last")
+    assert len(list(train(tiny(photos, *settings), tmp_path / "run"))) == 3
+
+
+def test_copies_on_both_sides_of_the_split_and_photos_without_a_group_are_said(photos, tmp_path):
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    shutil.copy(root / "train" / "2" / "0.png", root / "val" / "2" / "copy.png")
+    settings = tiny(root, "data.group_by=pattern", r"data.group_pattern=train/(\d+)/")
+    notes = " ".join(prepare_dataset(settings.data, progress=Quiet()).notes)
+    assert "1 photo lies in more than one split, such as" in notes
+    assert "25 of 49 photos have no group by pattern, and are divided one by one" in notes
+
+
+def test_more_processes_than_photos_of_a_batch_are_refused_and_fewer_gpus_than_asked_for(photos, tmp_path):
+    index = prepare_dataset(tiny(photos).data, progress=Quiet()).index
+    with pytest.raises(ConfigError, match=r"train.batch_size 8 is that of all processes together, and there are 9"):
+        build.build_plan(tiny(photos), index, processes=9)
+    with pytest.raises(ConfigError, match=r"train.devices = 1: "):
+        build._make_fabric(accelerator="cuda", devices=1)
 
 
 def test_patience_ends_a_run_that_gets_no_better(photos, tmp_path, monkeypatch):

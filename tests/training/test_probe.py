@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -31,6 +32,17 @@ def test_the_probe_separates_what_is_separable():
     head, losses, features, labels = fit(0)
     assert losses[-1] < losses[0] / 2
     assert (head(features).argmax(1) == labels).float().mean() > 0.95
+
+
+def test_class_weights_count_in_the_probe():
+    features, targets = torch.ones(100, 2), functional.one_hot((torch.arange(100) >= 90).long(), 2).float()
+    shares = []
+    for weights in (None, torch.tensor([1 / 9, 1.0])):
+        head = nn.Linear(2, 2)
+        given = {"epochs": 200, "lr": 0.05, "generator": torch.Generator().manual_seed(0)}
+        list(train_head(head, features, targets, weights, **given))
+        shares.append(head(features[:1]).softmax(1)[0, 1].item())
+    assert shares == [pytest.approx(0.1, abs=0.02), pytest.approx(0.5, abs=0.03)]
 
 
 def test_same_seed_same_head_and_another_seed_another():

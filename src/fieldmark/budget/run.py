@@ -141,6 +141,8 @@ def _prepare(config: Config, path: Path, plan: Plan, log: Progress, team: Team) 
     # Validation photos choose first; `train+val` lets the heads learn from them at the end.
     settings = config.data.model_copy(update={"train_on": "train"})
     dataset = load_together(fabric, partial(prepare_dataset, settings, progress=log))
+    if dataset.notes:
+        log.message("\n".join(dataset.notes))
     index, labels = dataset.index, dataset.labels
     train, val = index.numbers("train"), index.numbers("val")
     log.message(f"data: {len(train)} photos of {len(index.classes)} classes to learn from, {len(val)} to validate on")

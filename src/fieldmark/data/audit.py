@@ -97,7 +97,7 @@ def audit(index: PhotoIndex, facts: Sequence[PhotoFacts], *, near_distance: int,
     photos = index.photos
     copies = _find_copies(facts)
     across = [numbers for numbers in copies if len({photos[n].split for n in numbers} - {""}) > 1]
-    leaks = [numbers for numbers in across if len({photos[n].split for n in numbers if photos[n].label} - {""}) > 1]
+    leaks = _find_leaks(index, copies)
     near = _find_near_duplicates(index, facts, near_distance)
     trained = index.select(np.array([not fact.problem for fact in facts], np.bool_)) if skip_broken else index
     num_train = {name: count.get("train", 0) for name, count in trained.counts().items()}
@@ -141,6 +141,16 @@ def find_doubts(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
     return _say("labels.md", {"similar_names": _find_similar_names(index.classes), "conflicting_labels": conflicts})
 
 
+def find_leaks(index: PhotoIndex, facts: Sequence[PhotoFacts]) -> list[str]:
+    """Say that labeled copies of one photo lie in more than one split."""
+    return _say("leaks.md", {"exact_across_splits": _paths(index, _find_leaks(index, _find_copies(facts)))})
+
+
+def _find_leaks(index: PhotoIndex, copies: Sequence[list[int]]) -> list[list[int]]:
+    labeled = index.photos.is_labeled()
+    return [numbers for numbers in copies if len({index.photos[n].split for n in numbers if labeled[n]} - {""}) > 1]
+
+
 def find_gaps_in_training(num_train: Mapping[str, int]) -> list[str]:
     """Say what a classifier lacks to learn, by the number of training photos of each class."""
     return _say("gaps.md", {"num_train": num_train})
@@ -178,7 +188,11 @@ def _find_conflicts(index: PhotoIndex, copies: Sequence[Sequence[int]]) -> list[
 
 def _find_near_duplicates(index: PhotoIndex, facts: Sequence[PhotoFacts], max_distance: int) -> list[NearDuplicate]:
     pairs: list[NearDuplicate] = []
-    numbers = [number for number, fact in enumerate(facts) if fact.perceptual_hash]
+    # Of copies one for each split: thousands of one placeholder would make millions of pairs.
+    places = (
+        (fact.sha256, index.photos[number].split, number) for number, fact in enumerate(facts) if fact.perceptual_hash
+    )
+    numbers = sorted({(sha256, split): number for sha256, split, number in places}.values())
     hashes = np.array([int(facts[number].perceptual_hash, 16) for number in numbers], np.uint64)
     splits = index.photos.splits[numbers]
     for one, other in combinations(SPLITS, 2):

@@ -289,8 +289,8 @@ def _fill(
 
 
 def _make(preset: Preset, read: Read, number: int) -> bytes:
-    """What is stored of a photo; b"" if it is broken, or vanished at that moment."""
-    with contextlib.suppress(PhotoError):
+    """What is stored of a photo; b"" if it is broken, vanished at that moment, or is too long for a JPEG."""
+    with contextlib.suppress(PhotoError, ValueError):
         return preset.make(read(number, min_short_side=preset.short_side))
     return b""
 

@@ -107,7 +107,11 @@ class PhotoIndex:
         return digest.hexdigest()
 
 
-_SPLIT_OF_FILE = re.compile(r"-\d{5}-of-\d{5}\.parquet$")  # as Hugging Face names them: train-00000-of-00004.parquet
+# Behind a split's name: train-00000-of-00004.parquet by Hugging Face; with a hash; val-000012.tar, test/0000.parquet.
+_SPLIT_OF_FILE, _NUMBER_OF_FILE = (
+    re.compile(r"-\d{5}-of-\d{5}\.parquet$"),
+    re.compile(r"[-_]?\d+(-of-\d+)?(-[0-9a-f]+)?$"),
+)
 _Columns = tuple[str, str, str, str | None]  # names of the columns of paths, labels, splits and groups
 
 
@@ -161,7 +165,10 @@ def _index_of_source(text: str, columns: _Columns) -> PhotoIndex:
         if not packed or not shards.row_shards(location, location, ""):
             return _index_of_table(location, root, columns)
     if packed:
-        return _index_of_shards(root, packed, columns)
+        others = [file for file in found if file not in packed and not shards.is_shard(file.path)]
+        return _index_of_shards(
+            root, packed, columns, Counter("photo beside the shards" for file in others if is_photo_path(file.path))
+        )
     ignored = Counter("not a photo" for file in found if not is_photo_path(file.path))
     names = [file.path for file in found if is_photo_path(file.path)]
     photos, layout = read_folders(text, names, ignored)
@@ -194,19 +201,28 @@ def _index_of_table(location: str, folder: str, columns: _Columns) -> PhotoIndex
     return PhotoIndex(root, photos, (), ignored, layout, known)
 
 
-def _index_of_shards(root: str, found: Sequence[Found], columns: _Columns) -> PhotoIndex:
+def _split_of_shard(path: str) -> str:
+    """The split that the name of a shard says, or else that of a folder which it is in."""
+    *folders, name = path.split("/")
+    stem = _NUMBER_OF_FILE.sub("", name.partition(".")[0])
+    return next(filter(None, map(split_of, (stem, *reversed(folders)))), "")
+
+
+def _index_of_shards(root: str, found: Sequence[Found], columns: _Columns, ignored: Counter[str]) -> PhotoIndex:
     """Photos in shards, with the labels that stand there, or else those of the folders that the shards unpack to."""
     scans = shards.scan_shards(root, found, [name for name in (*columns[1:], "cls") if name])
     known: dict[str, StoredPhoto] = {}
     inner: list[str] = []
     photos: list[Photo] = []
-    for shard, scan in zip(found, scans, strict=True):
+    splits = [_split_of_shard(shard.path) for shard in found]
+    if len({*splits}) < 2:  # all of one name: no division, unless it is written as such
+        splits = [split_of(_SPLIT_OF_FILE.sub("", Path(shard.path).name)) for shard in found]
+    for shard, split, scan in zip(found, splits, scans, strict=True):
         known |= {place.name: place for place in scan.photos}
-        rows = _read_notes(scan, columns, split_of(_SPLIT_OF_FILE.sub("", Path(shard.path).name)))
+        rows = _read_notes(scan, columns, split)
         for place, (label, split, group) in zip(scan.photos, rows, strict=True):
             inner.append(place.name[len(shard.path) + 1 :])
             photos.append(Photo(place.name, (label.strip() and label) or None, split, group))
-    ignored = Counter[str]()
     if any(photo.label for photo in photos):
         layout = f"read {len(found)} shards, with a label beside each photo"
         if bare := [photo.path for photo in photos if photo.label is None and photo.split != "test"]:

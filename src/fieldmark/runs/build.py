@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +12,8 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import Precision
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 
 from fieldmark.augment.mixing import MixSpec
@@ -21,7 +24,7 @@ from fieldmark.data.cache import PhotoCache, Read, open_cache
 from fieldmark.data.index import PhotoIndex
 from fieldmark.data.loader import auto_workers, cut_plan
 from fieldmark.data.shards import PhotoFile
-from fieldmark.errors import ConfigError, FieldmarkError
+from fieldmark.errors import ConfigError, FieldmarkError, first_line
 from fieldmark.files import user_folder
 from fieldmark.models.catalog import InputConfig, resolve_name
 from fieldmark.models.classifier import (
@@ -179,13 +182,21 @@ def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice[str] | Choice
         options = {"devices": int(launched), "plugins": [_Launched()]}
     is_distributed = bool(launched) or config.train.devices * config.train.nodes > 1
     quiet_fabric()
-    fabric = Fabric(
+    fabric = _make_fabric(
         accelerator=device.value,
-        strategy="ddp" if is_distributed else "auto",
+        # The others wait while the first looks at all photos.
+        strategy=DDPStrategy(timeout=timedelta(days=7)) if is_distributed else "auto",
         precision=precision.value,  # type: ignore[arg-type]
         **options,
     )
     return fabric, {"device": device, "precision": precision}
+
+
+def _make_fabric(**options: Any) -> Fabric:
+    try:
+        return Fabric(**options)
+    except (MisconfigurationException, RuntimeError) as error:  # as where there are fewer GPUs
+        raise ConfigError(f"train.devices = {options['devices']}: {first_line(error)}") from None
 
 
 class _Launched(TorchElasticEnvironment):
@@ -331,6 +342,11 @@ def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPla
     """Give the order of the photos that learn and of those that validate."""
     processes = max(processes, config.train.devices * config.train.nodes)  # where some are lost, batches stay
     batch_sizes = config.train.batch_size, config.eval.batch_size
+    if config.train.batch_size < processes:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} is that of all processes together, and there are {processes}: "
+            "each needs a photo of every batch"
+        )
     return TrainPlan(
         config.train.epochs, index.numbers("train"), index.numbers("val"), config.train.seed, *batch_sizes, processes
     )

@@ -55,7 +55,8 @@ class Preflight:
 def measure(config: Config, index: PhotoIndex, sizes: NDArray[np.int64]) -> Preflight:
     """Prepare and train on a few of the photos whose (N, 2) upright width and height are known; 0 stands for others."""
     config, _ = build.guard_computation(config)
-    fabric, _ = build.build_fabric(config)
+    alone = config.train.model_copy(update={"devices": 1, "nodes": 1})
+    fabric, _ = build.build_fabric(config.model_copy(update={"train": alone}))
     if fabric.device.type == "cpu":
         torch.set_num_threads(build.choose_threads(config, workers=0).value)
     weights = build.build_input_config(config)

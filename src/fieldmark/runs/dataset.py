@@ -15,7 +15,7 @@ from fieldmark.augment.reference import EvalSpec, Views, augment_reference, eval
 from fieldmark.augment.sample import AugmentSpec, BatchParams, sample_params
 from fieldmark.config import DataConfig
 from fieldmark.data import splits
-from fieldmark.data.audit import find_doubts, find_gaps_in_training
+from fieldmark.data.audit import find_doubts, find_gaps_in_training, find_leaks
 from fieldmark.data.cache import PhotoCache
 from fieldmark.data.columns import TRAIN, VAL
 from fieldmark.data.decode import DecodeSpec, Source
@@ -97,6 +97,10 @@ def prepare_dataset(
     if broken:
         notes.append(f"{len(broken)} photos cannot be used and are skipped, such as {broken[0][0]!r}: {broken[0][1]}")
     index = divide(index, kept, config)
+    notes += find_leaks(index, kept)
+    groups = find_groups(index, kept, config)
+    if groups is not None and (alone := sum(not group for group in groups)):
+        notes.append(f"{alone} of {len(index)} photos have no group by {config.group_by}, and are divided one by one")
     num_train = {name: count.get("train", 0) for name, count in index.counts().items()} | dict.fromkeys(known, 1)
     for gap in find_gaps_in_training(num_train):
         raise DataError(f"{index.root}: {gap}")
@@ -126,15 +130,18 @@ def decode_spec(config: DataConfig) -> DecodeSpec:
     return DecodeSpec(config.background, config.max_pixels)
 
 
+def find_groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> Sequence[str] | None:
+    """(N,) the group of each photo, "" for none, as the settings say; None where they ask for no groups."""
+    if config.group_by == "pattern":
+        return splits.groups_by_pattern(index, config.group_pattern)
+    if config.group_by == "capture_time":
+        return splits.groups_by_capture_time(index, facts)
+    return splits.groups_by_column(index) if config.group_by == "column" else None
+
+
 def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> PhotoIndex:
     """Give every labeled photo a split, as the settings say."""
-    groups = None
-    if config.group_by == "pattern":
-        groups = splits.groups_by_pattern(index, config.group_pattern)
-    elif config.group_by == "capture_time":
-        groups = splits.groups_by_capture_time(index, facts)
-    elif config.group_by == "column":
-        groups = splits.groups_by_column(index)
+    groups = find_groups(index, facts, config)
     if config.folds:
         index = splits.fold_index(index, folds=config.folds, fold=config.fold, seed=config.split_seed, groups=groups)
     else:

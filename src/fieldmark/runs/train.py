@@ -170,7 +170,9 @@ def _fit_probe(session: Session) -> EpochReport:
     targets = session.make_targets(labels)
     head = model.head.cpu()
     generator = torch.Generator().manual_seed(config.train.seed)
-    losses = list(train_head(head, features, targets, generator=generator, **config.probe.model_dump()))
+    weights = session.make_update_options().class_weights
+    weights = None if weights is None else weights.cpu()
+    losses = list(train_head(head, features, targets, weights, generator=generator, **config.probe.model_dump()))
     with torch.inference_mode():
         hits = (head(features).argmax(1) == labels).double().mean().item()
     fabric.to_device(model)
@@ -278,7 +280,8 @@ def _record_epoch(session: Session, report: EpochReport, model: nn.Module) -> di
 
 def _is_patience_over(session: Session, epoch: int) -> bool:
     train = session.config.train
-    if not train.patience_epochs or epoch - max(session.writer.history.best_epoch, 0) < train.patience_epochs:
+    has_waited = train.patience_epochs and epoch - max(session.writer.history.best_epoch, 0) >= train.patience_epochs
+    if not has_waited or not len(session.plan.val_numbers):  # without photos to validate on nothing gets better
         return False
     session.progress.message(f"stopped early: no better {train.metric} for {train.patience_epochs} epochs")
     return True
@@ -309,6 +312,7 @@ def _write_summary(session: Session, state: TrainState) -> None:
 def _raise_interrupted(session: Session, state: TrainState, stop: StopRequest) -> NoReturn:
     path = session.writer.path
     session.writer.write_summary({"status": "interrupted", "epochs": state.epoch, "step": state.step})
+    session.fabric.barrier()  # launchers kill the others when one ends, and the first may still be writing
     raise errors.InterruptedRunError(
         f"stopped by {stop.signal_name or 'another process'} after update {state.step}, everything is saved. "
         f"Continue with: {errors.command('train', '--resume', path)}"

@@ -68,12 +68,13 @@ def _attempt(
     """Let Ray's trainer run the processes to their end; pass on what they tell, and to them a request to stop."""
     with errors.needs_extra("ray[train]", "ray"):
         from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     run, books, failed = Path(job["run"]), Path(job["books"]), list[BaseException]()
     trainer = TorchTrainer(
         _work,
         train_loop_config=job,
+        torch_config=TorchConfig(timeout_s=7 * 24 * 3600),  # the others wait while the first looks at all photos
         # Where machines come back, Ray ends the processes and starts more.
         scaling_config=ScalingConfig(num_workers=(1, workers), use_gpu="GPU" in needs, resources_per_worker=needs),
         run_config=RunConfig(name="ray", storage_path=str(books)),
@@ -116,7 +117,10 @@ def _work(job: dict[str, Any]) -> None:
         os.chdir(job["cwd"])  # relative paths of the settings begin there
     sys.argv = job["command"]  # for environment.json
     os.environ[STOP_FILE] = str(books / STOP)
-    for place in (job["run"], job["data"] or job["settings"]["data"]["path"]):
+    known = (
+        str(folder.Run(run).data_info["root"]) if (run / folder.STATE).is_file() else job["settings"]["data"]["path"]
+    )
+    for place in (job["run"], job["data"] or known):
         if not is_url(place) and not Path(place).exists():
             raise errors.DataError(
                 f"a worker on {platform.node()} does not see {place}: all machines must find the run folder and the "

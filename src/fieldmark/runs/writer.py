@@ -177,9 +177,8 @@ class RunWriter:
             if predictions is not None:
                 history.val_by_epoch.append(predictions.logits.argmax(axis=1).astype(np.int32))
                 # Of every epoch, so that the optimistic bias of "best" can be estimated.
-                stacked, labels = np.stack(history.val_by_epoch), self._dataset.labels[predictions.numbers]
                 content = io.BytesIO()
-                np.savez_compressed(content, predicted=stacked, labels=labels.astype(np.int32))
+                np.savez_compressed(content, predicted=np.stack(history.val_by_epoch))
                 write_whole(self.path / folder.EPOCHS, content.getvalue())
         return row
 
@@ -265,7 +264,7 @@ def _random_state(device: torch.device) -> Tensor:
 def _set_random_state(state: Tensor, device: torch.device) -> None:
     size = torch.get_rng_state().numel()
     torch.set_rng_state(state[:size].clone())
-    if device.type == "cuda":
+    if device.type == "cuda" and len(state) > size:  # else the run began without a GPU
         torch.cuda.set_rng_state(state[size:].clone(), device)
 
 

@@ -88,10 +88,6 @@ class EpochTally:
         kind = torch.float32 if device.type == "mps" else torch.float64
         return cls(torch.zeros(6, dtype=kind, device=device))
 
-    def count_photos(self) -> float:
-        """Count this process's photos so far; reads from the device."""
-        return self.sums[1].item()
-
     def add(self, batch: TrainBatch, logits: Tensor, loss: Tensor) -> None:
         """Count one update, without reading anything back from the device."""
         size = len(batch.labels)
@@ -312,7 +308,7 @@ def train_epochs(
     """
     while state.epoch < epochs:
         state.model.train()
-        started, photos_before = time.perf_counter(), state.tally.count_photos()
+        started, photos_before = time.perf_counter(), state.tally.reduce(fabric)[1]
         for batch in batches(state.epoch, state.step_in_epoch):
             loss, logits = _update_in_memory(fabric, state, batch, options)
             state.tally.add(batch, logits, loss)
@@ -321,11 +317,14 @@ def train_epochs(
         state.check_finite()
         loss_sum, photos, clean_hits, clean_photos, mixed_hits, mixed_photos = state.tally.reduce(fabric)
         seconds = time.perf_counter() - started
-        images = round(photos - photos_before * fabric.world_size)  # all processes', whose shares are alike
+        images = round(photos - photos_before)  # of all processes
         validation = Validation()
         if is_complete:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
             state.tally = EpochTally.zeros(fabric.device)
+            if fabric.world_size > 1:  # each process's batches moved its own statistics
+                for buffer in state.kept_model.buffers():
+                    torch.distributed.broadcast(buffer, 0)
             validation = evaluate(state.kept_model.eval())
         yield EpochReport(
             epoch=state.epoch,
@@ -375,11 +374,19 @@ def _clip_gradients(fabric: Fabric, state: TrainState, clip_norm: float) -> Tens
 
 
 def train_head(
-    head: nn.Module, features: Tensor, targets: Tensor, *, epochs: int, lr: float, generator: torch.Generator
+    head: nn.Module,
+    features: Tensor,
+    targets: Tensor,
+    class_weights: Tensor | None = None,
+    *,
+    epochs: int,
+    lr: float,
+    generator: torch.Generator,
 ) -> Iterator[float]:
     """Fit a head in place, on (N, F) float32 features and (N, K) distributions, with AdamW under a cosine to zero.
 
-    Yields the mean loss of each epoch. All on the CPU; `generator` draws the order, once per epoch.
+    Yields the mean loss of each epoch, with (K,) class weights if there are any. All on the CPU; `generator` draws the
+    order, once per epoch.
 
     Source:
         Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",
@@ -397,7 +404,7 @@ def train_head(
         total = torch.zeros(())
         order = torch.randperm(len(features), generator=generator)
         for rows in order.split(PROBE_BATCH_SIZE):
-            loss = functional.cross_entropy(head(features[rows]), targets[rows])
+            loss = functional.cross_entropy(head(features[rows]), targets[rows], class_weights)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
