@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import hashlib
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -46,6 +49,24 @@ def test_fit_trains_at_once_and_returns_the_finished_run(photos, tmp_path):
     assert run.summary["status"] == "finished"
     assert run.classes == ("dark", "light")
     assert run.config.train.epochs == 1
+
+
+def test_epochs_without_a_recipe_are_refused(photos, tmp_path):
+    with pytest.raises(ConfigError, match=r"train.epochs goes with a recipe"):
+        fieldmark.fit(photos, out=tmp_path / "run", epochs=5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_and_a_copy_hold_the_run(photos):
+    files = sorted(photos.rglob("*.png"))
+    model = fieldmark.Classifier(recipe="laptop", settings=TINY).fit(files, [file.parent.name for file in files])
+    expected, place = model.predict_proba(files[:3]), model.run_.path
+    others = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    del model
+    gc.collect()
+    assert not place.exists()
+    for other in others:
+        np.testing.assert_array_equal(other.predict_proba(files[:3]), expected)
 
 
 def test_a_setting_that_is_none_is_answered_with_the_right_one(photos, tmp_path):

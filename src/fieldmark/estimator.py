@@ -41,7 +41,7 @@ def fit(
         recipe: A shipped recipe or a TOML file; without minutes, it is trained to its own end.
         out: The run folder; None makes a new one in `runs/`.
         progress: Where to report; None is a bar or lines on stderr.
-        settings: As with `--set`: `epochs=5`, or a section as a mapping, `optim={"lr": 1e-4}`.
+        settings: As with `--set`: `seed=1`, or a section as a mapping, `optim={"lr": 1e-4}`.
 
     Returns:
         The finished run: `run.summary`, `fieldmark.Predictor.load(run)`.
@@ -54,13 +54,14 @@ def fit(
         >>> run.classes
         ('jay', 'robin', 'wren')
     """
-    from fieldmark.budget.run import train_within
+    from fieldmark.budget.run import require_no_epochs, train_within
     from fieldmark.runs.train import new_run_folder, train
 
     config = load_config(recipe, flatten(settings), data=photos)
     folder = Path(out) if out is not None else new_run_folder(config, str(recipe or "minutes"))
     with nullcontext(progress) if progress else open_progress("train") as shown:
         if minutes is not None or recipe is None:
+            require_no_epochs(config, recipe)
             return train_within(config, folder, minutes=minutes, progress=shown)
         for _ in train(config, folder, progress=shown):
             pass
@@ -74,7 +75,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         minutes: As in `fit`.
         recipe: As in `fit`.
         out: The run folder; None keeps it in a temporary folder that goes with the estimator.
-        settings: As in `fit`, such as `{"epochs": 5}`.
+        settings: As in `fit`, such as `{"seed": 1}`.
 
     Attributes:
         classes_: (K,) labels, sorted.
@@ -115,17 +116,35 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self.classes_, numbers = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
             raise DataError(f"fit needs at least two classes; got {self.classes_.tolist()}")
-        if self.out:
-            out = Path(self.out)
-        else:
-            temporary = tempfile.mkdtemp(prefix="fieldmark-")
-            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
-            out = Path(temporary) / "run"
+        out = Path(self.out) if self.out else self._make_temporary()
         table = out.with_name(out.name + "-photos.csv")
         write_csv(table, ("path", "label"), list(zip(files, map(str, numbers), strict=True)))
         self.run_ = fit(table, minutes=self.minutes, recipe=self.recipe, out=out, **(self.settings or {}))
         self.n_features_in_ = 1
         return self
+
+    def _make_temporary(self) -> Path:
+        """A place for a run that goes with the estimator."""
+        temporary = tempfile.mkdtemp(prefix="fieldmark-")
+        weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary) / "run"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles and copies hold: of a run in a temporary folder its files, which go with this estimator."""
+        state: Any = super().__getstate__()
+        if not self.out and isinstance(run := state.get("run_"), Run):
+            files = (file for file in sorted(run.path.rglob("*")) if file.is_file())
+            state["run_"] = {file.relative_to(run.path).as_posix(): file.read_bytes() for file in files}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(files := state.get("run_"), dict):
+            out = self._make_temporary()
+            for name, content in files.items():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (out / name).write_bytes(content)
+            state = {**state, "run_": Run(out)}
+        super().__setstate__(state)
 
     def predict_proba(self, X: Sequence[str | Path]) -> NDArray[np.float32]:  # noqa: N803
         """Return (N, K) probabilities, in the order of `classes_`.

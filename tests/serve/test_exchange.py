@@ -125,6 +125,24 @@ def test_a_file_that_does_not_fit_is_refused_whole(runs, table, tmp_path, conten
     assert table.read_bytes() == before
 
 
+@pytest.mark.parametrize("form", ["label-studio", "fiftyone"])
+def test_a_label_that_an_earlier_decision_gave_stays_that_decision(form, runs, tmp_path):
+    table = tmp_path / "c.csv"
+    Corrections(table).decide("c/5.jpg", "relabel", "crane")  # which the run was trained with: it is its own label now
+    file, _ = export_decisions(runs, table, tmp_path / "out.json", form=form)
+    import_decisions(runs, table, file)
+    assert Corrections(table).decisions["c/5.jpg"] == ("relabel", "crane")
+
+
+def test_fiftyone_can_take_a_decision_back(runs, tmp_path):
+    table = tmp_path / "c.csv"
+    Corrections(table).decide("c/5.jpg", "relabel", "auk")
+    Corrections(table).decide("d/7.jpg", "drop", "")
+    (tmp_path / "labels.json").write_text(json.dumps({"classes": CLASSES, "labels": {"c/5": 2, "d/7": 3, "d/8": 3}}))
+    assert import_decisions(runs, table, tmp_path / "labels.json") == 2
+    assert Corrections(table).decisions == {"c/5.jpg": ("keep", ""), "d/7.jpg": ("keep", "")}
+
+
 def test_photos_that_fiftyone_cannot_tell_apart_are_refused(make_run, tmp_path):
     run = Run(make_run("run", classes=CLASSES[:2], per_class=1, photos=["a/1.jpg", "a/1.png"]))
     with pytest.raises(DataError, match="2 photos are named"):

@@ -127,6 +127,15 @@ def test_decisions_are_written_at_once_survive_a_restart_and_data_takes_them(pho
     assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.rglob("*.jpg")} == before
 
 
+def test_two_writers_of_one_table_keep_each_others_decisions(tmp_path):
+    one, other = Corrections(tmp_path / "c.csv"), Corrections(tmp_path / "c.csv")
+    one.decide("a.jpg", "drop", "")
+    other.decide("b.jpg", "relabel", "wren")
+    one.decide("c.jpg", "keep", "")
+    expected = {"a.jpg": ("drop", ""), "b.jpg": ("relabel", "wren"), "c.jpg": ("keep", "")}
+    assert Corrections(tmp_path / "c.csv").decisions == one.decisions == expected
+
+
 def test_undo_takes_back_one_change_at_a_time_also_after_a_restart(tmp_path):
     table = tmp_path / "c.csv"
     corrections = Corrections(table)

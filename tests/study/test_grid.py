@@ -79,6 +79,16 @@ def test_a_setting_that_is_not_there_is_named_with_its_cell():
         _cells({"grid": {"mix.share": [0.1]}}, ["train.epochs"])
 
 
+def test_a_seed_is_no_axis_and_that_of_the_settings_counts_where_none_is_given():
+    for content in ({"grid": {"train.seed": [0, 1]}}, {"cells": [{"seed": 1}]}):
+        with pytest.raises(ConfigError, match=r"seeds are counted by --seeds N"):
+            _cells(content)
+    (cell,) = _cells({"grid": {"mix.share": [0.1]}}, ["train.seed=7"])
+    assert (cell.name, cell.config.train.seed) == ("mix.share=0.1", 7)
+    cells = _cells({"grid": {"mix.share": [0.1]}, "seeds": [0, 1]}, ["train.seed=7"])
+    assert [cell.config.train.seed for cell in cells] == [0, 1]
+
+
 def test_the_same_cell_twice_is_refused():
     with pytest.raises(ConfigError, match=r"two cells named 'mix\.share=0\.1'"):
         _cells({"grid": {"mix.share": [0.1, 0.1]}})

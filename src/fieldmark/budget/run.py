@@ -59,6 +59,14 @@ def machine_minutes(config: Config) -> float:
     return default_minutes(cores=usable_cores(), has_gpu=build.choose_device(config).value != "cpu")
 
 
+def require_no_epochs(config: Config, recipe: str | Path | None) -> None:
+    """Refuse epochs that a user gave without a recipe: a budget plans them."""
+    if recipe is None and "epochs" in config.train.model_fields_set:
+        raise ConfigError(
+            "train.epochs goes with a recipe, such as --recipe laptop: within minutes the plan decides it"
+        )
+
+
 def describe_plan(config: Config) -> str:
     """Return what a training without a recipe would choose from, and what it would cost; nothing is trained."""
     processes = config.train.devices * config.train.nodes

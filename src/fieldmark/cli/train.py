@@ -145,6 +145,7 @@ def run_training(
         elif resume:
             budget.resume_within(path, minutes=minutes, progress=progress)
         else:
+            budget.require_no_epochs(config, recipe)
             spent = time.monotonic() - STARTED
             budget.train_within(config, path, minutes=minutes, spent_seconds=spent, progress=progress)
     if is_main_process():
@@ -193,7 +194,7 @@ def sweep(
     from fieldmark.study.grid import vary_recipe
     from fieldmark.study.sweep import run_sweep
 
-    plan = vary_recipe(grid, vary or (), seeds=seeds or 1) if vary or seeds else grid
+    plan = vary_recipe(grid, vary or (), seeds=seeds) if vary or seeds else grid
     out = out or Path("sweeps") / Path(grid).stem
     with open_progress("sweep") as progress:
         tell = cache(progress.message)  # each line once

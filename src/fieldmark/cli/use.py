@@ -123,8 +123,8 @@ def calibrate(
 ) -> None:
     """Make probabilities honest, and choose when to say "unknown".
 
-    Fits a temperature on the validation photos; every number is of photos that it was not fitted on. predict, serve
-    and export use it from then on. With a class _none, 95 % of the other photos are answered unless you want otherwise.
+    Fits a temperature on the validation photos, evaluated on photos that it was not fitted on. predict, serve and
+    export use it from then on. With a class _none, 95 % of the other photos are answered unless you want otherwise.
     """
     from fieldmark.data.folders import NONE
     from fieldmark.inference.calibration import calibrate_run, describe_calibration, save_calibration_figure

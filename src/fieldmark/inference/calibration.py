@@ -50,7 +50,7 @@ class Calibration:
     threshold: Share  # least confidence that is answered; 0 answers everything
     wanted: str  # of the threshold: "accuracy", "coverage" or "none"
     wanted_value: FiniteFloat
-    coverage: Share  # of photos of classes answered at the threshold; this and all that follows is cross-fitted
+    coverage: Share  # of photos of classes answered at the threshold, which they chose; what follows is cross-fitted
     accuracy: Share  # of the answers
     num_photos: int
     log_loss_before: float  # at temperature 1
@@ -136,7 +136,7 @@ def calibrate(
     taxonomy: Taxonomy | None = None,
     classes: Sequence[str] = (),  # K names; any answer to photos of `_none` counts as wrong
 ) -> Calibration:
-    """Temperature from all photos, threshold and evidence from cross-fitted ones; arguments as in `calibrate_run`."""
+    """Temperature from all photos, threshold from cross-fitted probabilities; arguments as in `calibrate_run`."""
     temperature = fit_temperature(logits, labels)
     before, after = apply_temperature(logits, 1.0), cross_fit(logits, labels, folds=folds, seed=seed)
     loss_before, loss_after = log_loss(before, labels), log_loss(after, labels)

@@ -119,7 +119,7 @@ def find_answers(probabilities: Floats, taxonomy: Taxonomy, *, thresholds: Seque
 
 @dataclass(frozen=True, slots=True)
 class LevelScore:
-    """Says how one level answers photos that nothing was fitted on."""
+    """Says how one level answers the photos that its threshold was chosen on."""
 
     level: str
     answered: float  # share of all photos that are answered at this level, in [0, 1]

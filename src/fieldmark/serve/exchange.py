@@ -7,7 +7,7 @@ Source:
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Required
 from urllib.parse import quote, unquote
@@ -57,7 +57,9 @@ def export_decisions(runs: Sequence[Run], table: Path, path: Path, *, form: Form
         write_json(path, tasks)
         write_whole(beside, fill_template("label_studio.html", {"classes": index.classes}) + "\n")
         return [path, beside]
-    kept = {name: None if one.action == "drop" else one.label or labels[name] for name, one in decisions.items()}
+    kept = {
+        name: None if one.action == "drop" else one.label or labels.get(name, "") for name, one in decisions.items()
+    }
     number_of: dict[str | None, int | None] = {name: number for number, name in enumerate(index.classes)} | {None: None}
     _require_one_photo_a_name(index, map(_without_extension, shown))
     targets = {_without_extension(name): number_of[kept.get(name, labels[name])] for name in shown}
@@ -90,18 +92,20 @@ def import_decisions(runs: Sequence[Run], table: Path, path: Path) -> int:
     Raises:
         DataError: The file has another form, or photos or classes are not those of the review.
     """
-    index = runs[0].split
+    index, before = runs[0].split, Corrections(table).decisions
     try:
         content: Any = json.loads(require_path(path).read_text(encoding="utf-8"))
         if isinstance(content, list):
             rows = list(_read_tasks(path, read_values(list[_Task], content)))
         else:
-            rows = list(_read_labels(path, read_values(_Labels, content), index))
+            rows = list(_read_labels(path, read_values(_Labels, content), index, before))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:160]
         expected = "give the JSON export of Label Studio (not JSON-MIN), or the labels.json of FiftyOne"
         raise DataError(f"{path} is in another form ({reason}): {expected}") from None
     own = {photo.path: photo.label for photo in index.photos}
+    # To give a photo the label that an earlier decision gave it is to keep that decision.
+    rows = [row for row in rows if own.get(row[1]) != row[3] or before.get(row[1]) != Decision("relabel", row[3])]
     found = check_decisions(index, ((*row[:2], "keep", "") if own.get(row[1]) == row[3] else row for row in rows))
     Corrections(table).take({name: Decision(*decision) for name, decision in found.items()})
     return len(found)
@@ -122,13 +126,13 @@ def _read_tasks(path: Path, tasks: list[_Task]) -> Iterator[Row]:
             yield where, name, word if is_action else "relabel", "" if is_action else word
 
 
-def _read_labels(path: Path, content: _Labels, index: PhotoIndex) -> Iterator[Row]:
+def _read_labels(path: Path, content: _Labels, index: PhotoIndex, before: Mapping[str, Decision]) -> Iterator[Row]:
     _require_one_photo_a_name(index, content["labels"])
     photos = {_without_extension(photo.path): photo for photo in index.photos}
     for name, target in content["labels"].items():
         photo, given = photos.get(name), target["label"] if isinstance(target, dict) else target
         label = content["classes"][given] if isinstance(given, int) else given
-        if photo is None or label != photo.label:
+        if photo is None or label != photo.label or photo.path in before:
             action = "drop" if label is None else "relabel"
             yield f"{path}, {name!r}", photo.path if photo else name, action, label or ""
 

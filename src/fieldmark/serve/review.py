@@ -20,7 +20,7 @@ from fieldmark.data.index import PhotoIndex
 from fieldmark.data.shards import PhotoFile
 from fieldmark.data.tables import read_table, write_csv
 from fieldmark.errors import DataError, FieldmarkError, PhotoError, command
-from fieldmark.files import require_path
+from fieldmark.files import exclusive_lock, require_path
 from fieldmark.inference import triage
 from fieldmark.inference.triage import AttentionMaps, HeldOut
 from fieldmark.plots import thumbnail
@@ -80,12 +80,15 @@ class Corrections:
             return path
 
     def _write(self, changes: Mapping[str, Decision | None]) -> None:
-        """Write the table with other decisions about some photos, and only then take them."""
-        decisions = {key: value for key, value in self.decisions.items() if key not in changes}
-        decisions |= {key: value for key, value in changes.items() if value}
-        rows = [{"path": key, **value._asdict()} for key, value in decisions.items()]
-        write_csv(self.file, self.columns, [[row[name] for name in self.columns] for row in rows])
-        self._history += [(path, self.decisions.get(path)) for path in changes]
+        """Write the table as it is by now with other decisions about some photos, and only then take them."""
+        lock = self.file.with_name(f".{self.file.name}.lock")
+        with exclusive_lock(lock, busy=f"another program writes {self.file}: decide again", wait_seconds=10):
+            known = self._read() if self.file.is_file() else {}
+            decisions = {key: value for key, value in known.items() if key not in changes}
+            decisions |= {key: value for key, value in changes.items() if value}
+            rows = [{"path": key, **value._asdict()} for key, value in decisions.items()]
+            write_csv(self.file, self.columns, [[row[name] for name in self.columns] for row in rows])
+        self._history += [(path, known.get(path)) for path in changes]
         self.decisions = decisions
 
     def _read(self) -> dict[str, Decision]:
@@ -127,6 +130,7 @@ class ReviewViews:
     decoding: DecodeSpec
     suggested: Sequence[dict[str, Any]] = ()
     model: Path | None = None
+    source: str = ""  # what the run was told to train on; "" is the root of the index
 
     def __post_init__(self) -> None:
         self.files = self.index.files()
@@ -149,7 +153,7 @@ class ReviewViews:
     def overview(self) -> dict[str, Any]:
         """Names and sizes of the views."""
         table = self.corrections.file
-        retrain = command("train", self.index.root, "--set", f"data.corrections={table}")
+        retrain = command("train", self.source or self.index.root, "--set", f"data.corrections={table}")
         new = {decision.label for decision in self.corrections.decisions.values() if decision.label}
         names = [*self.classes, *sorted(new - set(self.classes))]
         return {
@@ -220,7 +224,11 @@ class ReviewViews:
                 raise HTTPException(422, "a photo of this list takes the name of a class, and nothing else")
         elif request.action == "relabel" and label not in self.classes:
             raise HTTPException(422, f"{label!r} is not one of the {len(self.classes)} classes")
-        self.corrections.decide(self.index.photos[request.number].path, request.action, label)
+        photo = self.index.photos[request.number]
+        before = self.corrections.decisions.get(photo.path)
+        # To keep the label that an earlier decision gave is to keep that decision.
+        if request.action != "keep" or before != Decision("relabel", photo.label or ""):
+            self.corrections.decide(photo.path, request.action, label)
         return self.photo(request.number)
 
     def undo(self) -> dict[str, Any]:
@@ -232,7 +240,7 @@ class ReviewViews:
         """A photo as JPEG; large ones are for one look, only thumbnails are kept."""
         self._require_photo(number)
         content = (self.thumbnail if side <= 320 else thumbnail)(self.files[number], side, self.decoding)
-        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
     def attention(self, number: int, label: str) -> dict[str, Any]:
         """Return where the model looks in a photo for a class."""
@@ -298,7 +306,11 @@ def open_review(runs: list[Run], table: Path, *, max_distance: int) -> FastAPI:
         find_duplicates=lambda: triage.near_duplicates(index, max_distance=max_distance),
         look=_attention(runs[0], index.files()),
         decoding=runs[0].decode_spec(),
+        source=runs[0].config.data.path,
     )
+    known = [path in views.number_of or (Path(index.root) / path).exists() for path in views.corrections.decisions]
+    if known and not any(known):
+        raise DataError(f"{table} holds decisions about the photos of another data set: give another --out")
     return create_review_app(views)
 
 

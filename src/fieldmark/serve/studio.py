@@ -138,7 +138,7 @@ class Studio:
         if not is_photo_path(place.name):
             raise DataError(f"{path!r} is no photo")
         content = thumbnail(place, side, decode_spec(Config().data))
-        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
+        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
     def check(self, path: str, is_new: bool = False) -> dict[str, Any]:
         """How far the check of a folder is, and what it found; a new one begins where it is asked for.
@@ -147,6 +147,9 @@ class Studio:
         """
         if is_new or self._checked[0] != path:
             data = str(self.open_data(path))
+            if not is_new and self._checked[1]:
+                said = ["Another check has begun since: look at the photos again."]
+                return {"is_done": True, "said": said, "found": None}
             self.runs.mkdir(exist_ok=True)
             if self._checked[1]:
                 self._checked[1].kill()
@@ -285,8 +288,12 @@ class Studio:
 
     def open_review(self, run: Path) -> FastAPI:
         """The page of `fieldmark review` for a training."""
-        self.open_data(self._read(run.name).data)
-        return open_review([Run(run)], self.table(run.name), max_distance=NEAR_DISTANCE_BITS)
+        asked, table = self._read(run.name), self.table(run.name)
+        self.open_data(asked.data)
+        old = [one.partition("=")[2] for one in asked.settings if one.startswith("data.corrections=")]
+        if old and not table.is_file():  # what was mended before counts on
+            shutil.copyfile(old[0], table)
+        return open_review([Run(run)], table, max_distance=NEAR_DISTANCE_BITS)
 
     def table(self, name: str) -> Path:
         """The table of labels that were mended in the review of a training."""

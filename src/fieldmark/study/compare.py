@@ -185,7 +185,10 @@ def group_runs(results: Sequence[RunResults]) -> list[Group]:
     for run in results:
         own = {key: value for key, value in flatten(run.config).items() if key not in IGNORED}
         # What was combined has the recipe of one of its members, but is no further run of it.
-        own = {"combined": run.summary.get("combined", "none"), **own}
+        # Neither is a run on other photos, or within another time.
+        made = {"combined": run.summary.get("combined", "none"), "budget": run.summary.get("budget_seconds", "none")}
+        photos = "" if run.config.data.folds else str(run.data_info.get("fingerprint", ""))[:8]
+        own = made | {"photos": photos, **own}
         groups.setdefault(repr(sorted(own.items())), (own, []))[1].append(run)
     settings = [own for own, _ in groups.values()]
     differing = [key for key in settings[0] if any(other[key] != settings[0][key] for other in settings[1:])]
@@ -334,9 +337,10 @@ def decide_together(
     """Verdicts on differences of a second over a first variant, p-values corrected for their number by Holm."""
     corrected = statistics.holm([difference.p_value for _, _, difference in differences])
     pairs: list[Pair] = []
+    strict = 1 - (1 - level) / max(len(differences), 1)  # what Holm asks of the first
     for (first, second, difference), p_value in zip(differences, corrected, strict=True):
-        photos = statistics.photos_needed(difference, effect=EFFECT, level=level, power=POWER)
-        runs = statistics.runs_needed(difference, effect=EFFECT, level=level, power=POWER)
+        photos = statistics.photos_needed(difference, effect=EFFECT, level=strict, power=POWER)
+        runs = statistics.runs_needed(difference, effect=EFFECT, level=strict, power=POWER)
         pair = Pair(first, second, difference, p_value, photos, runs, p_value < 1 - level, verdict="")
         words = verdict(pair, level=level, shown=SHOWN[metric], num_comparisons=len(differences))
         pairs.append(replace(pair, verdict=words))

@@ -27,7 +27,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from fieldmark.config import Config, Section, apply_overrides, load_config, parse_config, read_toml, recipe_names
 from fieldmark.errors import ConfigError, FieldmarkError, RunError
 from fieldmark.files import exclusive_lock, write_whole
-from fieldmark.overrides import parse_value
+from fieldmark.overrides import find_setting, parse_value
 from fieldmark.runs.folder import METRICS, RECIPE, SUMMARY, flatten, format_value, run_status
 
 MAX_NAME = 120
@@ -47,7 +47,8 @@ class Grid(Section):
     description: str = ""  # what the sweep is to find out
     # Name of a shipped recipe or path of a TOML file, relative to the grid's; none is the defaults.
     recipe: str | None = None
-    seeds: tuple[NonNegativeInt, ...] = (0,)  # every combination is trained once with each of these as `train.seed`
+    # Every combination is trained once with each of these as `train.seed`; by default with that of the settings.
+    seeds: tuple[NonNegativeInt, ...] = (0,)
     set: dict[str, Any] = Field(default_factory=dict[str, Any])  # settings over the recipe's, for all cells
     grid: dict[str, Any] = Field(default_factory=dict[str, Any])  # dotted key to list of values; all combinations
     # Combinations one by one: dotted key to value, and `name` if the cell is to have one.
@@ -80,8 +81,11 @@ def load_grid(grid: Grid | Mapping[str, Any] | str | Path) -> Grid:
     return loaded
 
 
-def vary_recipe(recipe: str, vary: Iterable[str], *, seeds: int) -> Grid:
-    """A grid without a file: a recipe, all combinations of `key=value,value` pairs, and the seeds 0 to `seeds` - 1."""
+def vary_recipe(recipe: str, vary: Iterable[str], *, seeds: int | None) -> Grid:
+    """A grid without a file: a recipe, all combinations of `key=value,value` pairs, and the seeds 0 to `seeds` - 1.
+
+    Without `seeds` it is trained with that of the settings.
+    """
     load_config(recipe)
     axes: dict[str, list[Any]] = {}
     for pair in vary:
@@ -93,7 +97,8 @@ def vary_recipe(recipe: str, vary: Iterable[str], *, seeds: int) -> Grid:
         several = parse_value(f"[{text}]")  # lists as values have commas of their own
         axes[key] = several if isinstance(several, list) else [parse_value(part.strip()) for part in text.split(",")]
     content: dict[str, Any] = {"grid": axes} if axes else {"cells": [{"name": "base"}]}
-    return parse_grid({"recipe": recipe, "seeds": list(range(seeds)), **content}, "the sweep")
+    content |= {"seeds": list(range(seeds))} if seeds else {}
+    return parse_grid({"recipe": recipe, **content}, "the sweep")
 
 
 def parse_grid(content: Mapping[str, Any], name: str) -> Grid:
@@ -128,7 +133,8 @@ def grid_cells(grid: Grid, base: Mapping[str, Any]) -> list[Cell]:
         (str(cell.get("name", "")), flatten({key: value for key, value in cell.items() if key != "name"}))
         for cell in grid.cells
     ]
-    cells = [_make_cell(grid, base, name, changes, seed) for name, changes in listed or product for seed in grid.seeds]
+    seeds = grid.seeds if "seeds" in grid.model_fields_set else (int(base["train"]["seed"]),)
+    cells = [_make_cell(grid, base, name, changes, seed) for name, changes in listed or product for seed in seeds]
     # Folders of one name apart from case are one folder on some systems.
     names: set[str] = set()
     for cell in cells:
@@ -145,6 +151,8 @@ def _make_cell(grid: Grid, base: Mapping[str, Any], name: str, changes: Mapping[
     name = (name or changed or "base") + (f",seed={seed}" if len(grid.seeds) > 1 else "")
     settings = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
     try:
+        if "train.seed" in [find_setting(Config, key) for key in changes]:
+            raise ConfigError("train.seed: seeds are counted by --seeds N, or listed by `seeds = [...]` in the plan")
         apply_overrides(settings, {**changes, "train.seed": seed})
     except ConfigError as error:
         raise ConfigError(f"cell {name}: {error}") from None

@@ -23,7 +23,7 @@ from fieldmark.runs.folder import Run, RunResults, flatten, format_value
 from fieldmark.study.charts import Chart, minutes, parameters, report_charts
 from fieldmark.study.compare import Comparison, Pair, Variant, compare_runs
 from fieldmark.study.statistics import Shown
-from fieldmark.training.metrics import confused_pairs, confusion_matrix, wilson_interval
+from fieldmark.training.metrics import confused_pairs, confusion_matrix, summarize, wilson_interval
 
 ROWS_OPEN = 12
 THUMBNAIL_PIXELS = 140
@@ -190,7 +190,7 @@ def _variants_table(comparison: Comparison) -> Table:
 def _run_facts(variant: Variant, table: Table) -> dict[str, str]:
     """What is worth knowing about one variant, of its first run where runs differ; `table` is that of the variants."""
     run = variant.runs[0]
-    val: dict[str, Any] = run.summary.get("val") or {}
+    val = summarize(run.probabilities, run.labels, run.prior)  # of the split that the page is about
     best = f"the best ({run.summary.get('best_epoch')})" if run.config.train.select == "best" else "the last"
     # Of one run the score is that of its one seed, and the accuracy that the headline has; of few classes top-5 is 1.
     left_out = {"top1", "top5"} if len(run.classes) <= 5 else {"top1"}

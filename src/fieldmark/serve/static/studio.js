@@ -330,14 +330,13 @@ async function send(file, to, path) {
 }
 
 let bringing = Promise.resolve(); // one drop after another
-function bring(found) {
-  bringing = bringing.then(() => sendAll(found));
+function bring(found) { // the fields count as they are now, not when the turn comes
+  const [to, label] = ["collection", "label"].map((id) => byId(id).value.trim());
+  bringing = bringing.then(() => sendAll(found, to, label));
   return bringing;
 }
 
-async function sendAll(found) { // of [file, class, or "" where the page's field says it]
-  const to = byId("collection").value.trim();
-  const label = byId("label").value.trim();
+async function sendAll(found, to, label) { // of [file, class, or "" where the page's field says it]
   const brought = byId("brought");
   let place;
   try {
