@@ -12,19 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fieldmark.errors import ConfigError
 from fieldmark.overrides import describe_problems, parse_pair, read_prob, set_value
@@ -38,18 +27,18 @@ def _check_range(values: tuple[float, float]) -> tuple[float, float]:
 
 Value = TypeVar("Value")
 # TOML has no word for None: where a setting may be None, `none` says so.
-OrNone = Annotated[Value | None, BeforeValidator(lambda value: None if value == "none" else value)]
+OrNone = Annotated[Value | None, pydantic.BeforeValidator(lambda value: None if value == "none" else value)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
+Range = Annotated[tuple[float, float], pydantic.AfterValidator(_check_range)]
 Pool = Literal["average", "covariance"]
 Metric = Literal["top1", "macro_recall", "prior_top1", "log_loss"]
 
 
-class Section(BaseModel):
+class Section(pydantic.BaseModel):
     """One table of the recipe. Unknown keys are errors; values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class DataConfig(Section):
@@ -521,7 +510,7 @@ def parse_config(settings: Mapping[str, Any], name: str = "settings") -> Config:
     """Check a nested mapping of settings; the ConfigError says by `name` where an unknown key or a wrong value is."""
     try:
         return Config.model_validate(settings)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         lines = describe_problems(Config, list(error.errors()))
         raise ConfigError(f"{name} is not a valid recipe:\n  " + "\n  ".join(lines)) from None
 

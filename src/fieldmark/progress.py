@@ -12,11 +12,11 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Protocol, TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
 _LOG = logging.getLogger("fieldmark")
@@ -78,7 +78,7 @@ def open_progress(title: str, *, stream: TextIO | None = None) -> StreamProgress
     return StreamProgress(title, stream=stream or sys.stderr or io.StringIO())
 
 
-class StreamProgress(Progress):
+class StreamProgress(Progress, AbstractContextManager["StreamProgress"]):
     """On a terminal a bar with count and time to finish; in log files and pipes a line at most each ten seconds."""
 
     seconds_between = SECONDS_BETWEEN_LINES
@@ -103,9 +103,6 @@ class StreamProgress(Progress):
         )
         self._task = self._bar.add_task(title, total=0, visible=False)
         self._done_at_start, self._last_line = 0, clock()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()

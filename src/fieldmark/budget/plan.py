@@ -59,13 +59,7 @@ class Plan:
 
     @classmethod
     def resume(
-        cls,
-        path: Path,
-        *,
-        minutes: float | None,
-        spent: float = 0.0,
-        is_over: bool = False,
-        clock: Clock = time.monotonic,
+        cls, path: Path, *, minutes: float | None, spent: float = 0.0, is_over: bool = False, clock: Clock
     ) -> Plan:
         """Take up a record: with what was left of its budget, or with new minutes from now.
 

@@ -318,11 +318,7 @@ def best_average(
     """The entries whose mean out-of-fold probabilities lose least, added one by one, best first."""
     chosen: list[Entry] = []
     best = np.inf
-    while True:
-        averages = [[*chosen, entry] for entry in entries if entry not in chosen]
-        averages = [each for each in averages if is_allowed(each)]
-        if not averages:
-            break
+    while averages := [[*chosen, one] for one in entries if one not in chosen and is_allowed([*chosen, one])]:
         losses = [log_loss(np.mean([one.head.out_of_fold for one in each], axis=0), labels) for each in averages]
         if min(losses) >= best:
             break

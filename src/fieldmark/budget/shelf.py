@@ -131,11 +131,9 @@ class Shelf:
                 folder.write_json(path / folder.CLASSES, list(self._dataset.index.classes))
                 _write_model(path, member)
             write_whole(path / folder.RECIPE, dump_config(member.config))
-        listed = [
-            {"folder": one.folder_name, "name": one.key, "temperature": one.temperature} for one in answer.members
-        ]
+        rows = [{"folder": one.folder_name, "name": one.key, "temperature": one.temperature} for one in answer.members]
         # First what answers: the rest of an ensemble only describes it.
-        folder.write_json(self.path / folder.ENSEMBLE, {"members": listed})
+        folder.write_json(self.path / folder.ENSEMBLE, {"members": rows})
         folder.write_json(self.path / folder.MODEL, _describe(answer))
         if len(self._val):
             write_validation(self.path, self._dataset, self._val, answer.val)

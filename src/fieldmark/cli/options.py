@@ -92,7 +92,7 @@ def _starting(incomplete: str, words: Iterable[str]) -> list[str]:
 
 Data = Annotated[str, typer.Argument(help="Folder of class folders, a table or shards; path or URL.")]
 Recipe = Annotated[str, typer.Option("--recipe", help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
-RecipeArgument = Annotated[str, typer.Argument(help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
+RecipeName = Annotated[str, typer.Argument(help="Shipped recipe or TOML file.", autocompletion=complete_recipe)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.", autocompletion=complete_setting),

@@ -10,16 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fieldmark.cli.options import (
-    DEFAULT_RECIPE,
-    Data,
-    Json,
-    Overrides,
-    Recipe,
-    RecipeArgument,
-    print_result,
-    read_settings,
-)
+from fieldmark.cli.options import DEFAULT_RECIPE, Data, Json, Overrides, Recipe, RecipeName, print_result, read_settings
 from fieldmark.progress import open_progress
 
 HUB_SECONDS = 3.0
@@ -104,7 +95,7 @@ def cache(data: Data, recipe: Recipe = DEFAULT_RECIPE, set_: Overrides = None) -
 
 
 def preview(
-    recipe: RecipeArgument,
+    recipe: RecipeName,
     data: Data,
     out: Annotated[Path, typer.Option(help="Picture to write (PNG).")] = Path("preview.png"),
     set_: Overrides = None,
@@ -156,7 +147,7 @@ def measure_speed(name: str, size: int) -> float:
 
 
 def config_show(
-    recipe: RecipeArgument = DEFAULT_RECIPE,
+    recipe: RecipeName = DEFAULT_RECIPE,
     set_: Overrides = None,
     has_comments: Annotated[bool, typer.Option("--comments/--no-comments", help="Say what each means.")] = True,
 ) -> None:

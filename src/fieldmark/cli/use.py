@@ -65,19 +65,8 @@ def predict(
         from fieldmark.inference.predict import predict_photos
 
     with open_progress("predict") as progress:
-        done = predict_photos(
-            model,
-            photos,
-            out,
-            form=form,
-            sample=sample,
-            sample_order=sample_order,
-            flips=flips,
-            progress=progress,
-            ray=ray,
-            path_column=path_column,
-            prior=prior,
-        )
+        done = predict_photos(model, photos, out, form=form, sample=sample, sample_order=sample_order, flips=flips,
+                              progress=progress, ray=ray, path_column=path_column, prior=prior)  # fmt: skip
     print_result(done.content(), done.table(), as_json=as_json)
     if done.prior:
         typer.echo(done.prior_message(), err=True)

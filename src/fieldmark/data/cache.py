@@ -263,12 +263,9 @@ def _fill(
     """
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(
-            place.parent / "writing.lock",
-            busy="another process has been writing it for more than an hour",
-            wait_seconds=_WAIT_SECONDS,
-            on_wait=lambda: progress.message("cache: another process is writing it; waiting until it is done"),
-        ):
+        busy = "another process has been writing it for more than an hour"
+        tell = partial(progress.message, "cache: another process is writing it; waiting until it is done")
+        with exclusive_lock(place.parent / "writing.lock", busy=busy, wait_seconds=_WAIT_SECONDS, on_wait=tell):
             stored = _make_room(place, names, room_bytes)
             room = room_bytes - sum(stored.values())
             missing = [number for number, name in enumerate(names) if name and name not in stored]

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import PIL
@@ -58,7 +58,7 @@ class PhotoFacts:
 _UNKNOWN = PhotoFacts(0, 0, 0, "", "", "", "", "", None)
 
 
-class Inspection:
+class Inspection(contextlib.AbstractContextManager["Inspection"]):
     """The facts of N photos, noted when somebody reads their pixels: so what needs these decodes each photo only once.
 
     Any number of threads may read. A photo that was inspected before is not opened for its facts while its path, size
@@ -140,9 +140,6 @@ class Inspection:
     def _note(self, number: int) -> None:
         with contextlib.suppress(PhotoError):
             self.read(number, min_short_side=None if self._with_hash else 1)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._memory is not None:

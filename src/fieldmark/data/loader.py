@@ -14,7 +14,6 @@ Shape letters: B batch, S side in pixels, N photos.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import pickle
 import signal
@@ -24,10 +23,10 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,7 +93,7 @@ def shard_plan(plan: Plan, *, rank: int, processes: int) -> list[Sequence[int]]:
     return [numbers[start:end] for numbers, (start, end) in cuts]
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """Prepares batches in the training process or in others, epoch after epoch.
 
     Close it, or use it in a `with`: its processes live until then. They are started by forkserver on Linux (a fork of a
@@ -182,9 +181,6 @@ class Loader:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -220,7 +216,7 @@ class _Task(NamedTuple):
     slot: int | None  # where the images may be put
 
 
-@contextlib.contextmanager
+@contextmanager
 def _without_main() -> Generator[None]:
     """Start processes that do not run the user's script again, which may have no `__main__` guard.
 
@@ -255,7 +251,7 @@ class _Worker:
         """Ask for a batch, to be put in shared memory that nobody uses."""
         slot = self._find_free_slot()
         if slot is None and self._slot_bytes:
-            with contextlib.suppress(RuntimeError):  # no room, as in containers: the batch comes through the pipe
+            with suppress(RuntimeError):  # no room, as in containers: the batch comes through the pipe
                 self._slots.append(torch.empty(self._slot_bytes, dtype=torch.uint8).share_memory_())
                 slot = len(self._slots) - 1
                 self.send(self._slots[slot])

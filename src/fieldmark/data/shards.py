@@ -490,11 +490,8 @@ def row_shards(location: str, name: str, version: str) -> list[RowShard]:
     if image is None:
         return []
     key = next((c for c in KEY_COLUMNS if c in kinds and c != image and not pa.types.is_nested(kinds[c])), None)
-    starts = accumulate(rows, initial=0)
-    return [
-        RowShard(location, name, version, number, start, count, image, key)
-        for number, (start, count) in enumerate(zip(starts, rows, strict=False))
-    ]
+    places = zip(range(len(rows)), accumulate(rows, initial=0), rows, strict=False)
+    return [RowShard(location, name, version, *place, image, key) for place in places]
 
 
 def _holds_bytes(kind: Any) -> bool:

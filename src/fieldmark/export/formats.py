@@ -149,12 +149,8 @@ def quantize_openvino(source: Path, path: Path, *, calibration: NDArray[np.float
     with needs_extra("nncf", "export"):
         import nncf
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    quantized = nncf.quantize(
-        ov.convert_model(source),
-        nncf.Dataset([image[None] for image in calibration]),
-        preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(calibration),
-    )
+    dataset, preset = nncf.Dataset([image[None] for image in calibration]), nncf.QuantizationPreset.MIXED
+    quantized = nncf.quantize(ov.convert_model(source), dataset, preset=preset, subset_size=len(calibration))
     quantized.set_rt_info(metadata, [KEY])
     ov.save_model(quantized, path, compress_to_fp16=False)
 

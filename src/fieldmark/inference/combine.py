@@ -165,11 +165,8 @@ def _refuse_different_networks(runs: Sequence[Run]) -> None:
     first, own = runs[0], _describe_network(runs[0])
     for other in runs[1:]:
         others = _describe_network(other)
-        differing = [
-            f"{key} ({own.get(key)} and {others.get(key)})"
-            for key in dict.fromkeys([*own, *others])
-            if own.get(key) != others.get(key)
-        ]
+        odd = [key for key in own | others if own.get(key) != others.get(key)]
+        differing = [f"{key} ({own.get(key)} and {others.get(key)})" for key in odd]
         if first.classes != other.classes:
             differing.append("the order of classes")
         if differing:
@@ -225,11 +222,8 @@ def _write_ensemble(runs: Sequence[Run], part: Path) -> dict[str, Any]:
         described[name] = {"top1": top1, "temperature": temperature, "parameters": parameters}
     _copy_description(first, part, runs, {"parameters": sum(row["parameters"] for row in described.values())})
     folder.write_json(part / folder.ENSEMBLE, {"members": listed})
-    mean = mean_probabilities(
-        [rows.probabilities for rows in stored],
-        [row["temperature"] for row in listed],
-        [class_order(run.classes, first.classes) for run in runs],
-    )
+    orders = [class_order(run.classes, first.classes) for run in runs]
+    mean = mean_probabilities([rows.probabilities for rows in stored], [row["temperature"] for row in listed], orders)
     rows, path = stored[0], part / "predictions" / "val.parquet"
     folder.write_predictions(path, paths=rows.paths, labels=rows.labels, probabilities=mean, classes=first.classes)
     return described

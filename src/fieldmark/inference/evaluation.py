@@ -211,14 +211,9 @@ def score_predictions(run: Run, predictions: PhotoPredictions, split: str) -> Ev
             "so the weights that gave them are damaged. Train again, or restore the file"
         )
     confusion = confusion_matrix(predictions.probabilities.argmax(axis=1), labels, num_classes=len(run.classes))
-    return Evaluation(
-        split=split,
-        classes=run.classes,
-        metrics=summarize(predictions.probabilities, labels, run.prior),
-        top1_interval=wilson_interval(int(np.trace(confusion)), len(labels)),
-        predictions=predictions,
-        confusion=confusion,
-    )
+    scores = summarize(predictions.probabilities, labels, run.prior)
+    interval = wilson_interval(int(np.trace(confusion)), len(labels))
+    return Evaluation(split, run.classes, scores, interval, predictions, confusion)
 
 
 def save_evaluation(found: Evaluation, path: Path) -> list[Path]:

@@ -113,10 +113,8 @@ class ExportedModel:
             raise ExportError(f"{folder} has no {metadata.file}: the export is not complete, make it again")
         for name, digest in metadata.digests.items():
             # A flipped bit in a weight changes answers, and no runtime would notice.
-            if not (folder / name).is_file() or digest_file(folder / name) != digest:
-                raise ExportError(
-                    f"{folder / name} is not the file that was exported: it is damaged. Export the run again"
-                )
+            if not (file := folder / name).is_file() or digest_file(file) != digest:
+                raise ExportError(f"{file} is not the file that was exported: it is damaged. Export the run again")
         loaders: dict[str, Callable[[], Compute]] = {
             **dict.fromkeys(("onnx", "web"), lambda: _load_onnx(path, threads)),
             "openvino": lambda: _load_openvino(path, threads),

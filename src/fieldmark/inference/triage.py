@@ -106,12 +106,8 @@ def label_suspects(found: HeldOut) -> NDArray[np.int64]:
     rows = found.probabilities[:, present].astype(np.float64) + 1e-12
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with few photos, which the page shows anyway
-        issues = find_label_issues(
-            np.searchsorted(present, found.labels),
-            rows / rows.sum(axis=1, keepdims=True),
-            return_indices_ranked_by="self_confidence",
-            n_jobs=1,
-        )
+        numbers, shares = np.searchsorted(present, found.labels), rows / rows.sum(axis=1, keepdims=True)
+        issues = find_label_issues(numbers, shares, return_indices_ranked_by="self_confidence", n_jobs=1)
     return np.asarray(issues, np.int64)
 
 

@@ -34,22 +34,11 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Module,
-        *,
-        name: str,
-        feature_dropout: float,
-        pool: CovariancePool | None = None,
+        self, backbone: nn.Module, head: nn.Module, *, name: str, feature_dropout: float, pool: CovariancePool | None
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.pool = pool
-        self.feature_dropout = nn.Dropout(feature_dropout)
-        self.head = head
-        self.name = name
-        self.num_frozen_stages = 0
-        self.has_frozen_batchnorm = False
+        self.backbone, self.pool, self.feature_dropout = backbone, pool, nn.Dropout(feature_dropout)
+        self.head, self.name, self.num_frozen_stages, self.has_frozen_batchnorm = head, name, 0, False
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of normalized images (B, 3, H, W)."""

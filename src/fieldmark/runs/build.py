@@ -108,18 +108,10 @@ def fill_cache(
     settings = config.cache
     if config.augment.executor == "reference":
         return None, "cache: off (the reference executor works on whole photos)"
-    cache, report = open_cache(
-        files,
-        sizes=sizes,
-        mode=settings.mode,
-        short_side=settings.short_side,
-        folder=Path(settings.folder) if settings.folder else user_folder("photos"),
-        disk_gigabytes=settings.disk_gigabytes,
-        decoding=decode_spec(config.data),
-        read=read,
-        threads=usable_cores(),
-        progress=progress,
-    )
+    folder = Path(settings.folder) if settings.folder else user_folder("photos")
+    own: dict[str, Any] = {**settings.model_dump(exclude={"folder"}), "threads": usable_cores()}
+    own |= {"decoding": decode_spec(config.data), "folder": folder}
+    cache, report = open_cache(files, sizes=sizes, read=read, progress=progress, **own)
     return cache, str(report)
 
 
@@ -220,11 +212,8 @@ def create_arguments(config: Config, *, num_classes: int) -> dict[str, Any]:
     """Give the arguments of `create_classifier`."""
     settings = config.model
     names = ("head", "head_hidden", "head_dropout", "feature_dropout", "drop_path", "stride_in_1x1", "pool")
-    return {
-        "name": resolve_name(settings.name, settings.weights),
-        "num_classes": num_classes,
-        **{name: getattr(settings, name) for name in names},
-    }
+    name = resolve_name(settings.name, settings.weights)
+    return {"name": name, "num_classes": num_classes, **{key: getattr(settings, key) for key in names}}
 
 
 def build_model(config: Config, *, num_classes: int) -> BuiltModel:
@@ -355,11 +344,8 @@ def build_plan(config: Config, index: PhotoIndex, *, processes: int) -> TrainPla
 def build_optimizer(config: Config, model: Classifier, *, precision: Precision) -> torch.optim.Optimizer:
     """The optimizer over all parameters that may ever learn."""
     settings = config.optim
-    groups = parameter_groups(
-        model.stage_parameters(),
-        **settings.model_dump(exclude={"name", "clip_norm"}),
-        no_weight_decay=model.no_weight_decay(),
-    )
+    rates = settings.model_dump(exclude={"name", "clip_norm"})
+    groups = parameter_groups(model.stage_parameters(), **rates, no_weight_decay=model.no_weight_decay())
     is_scaled = getattr(precision, "scaler", None) is not None
     return create_optimizer(settings.name, groups, use_fused=not (settings.clip_norm and is_scaled))
 

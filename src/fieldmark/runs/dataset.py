@@ -58,13 +58,9 @@ def find_photos(config: DataConfig) -> PhotoIndex:
     """Find the photos as they are, before splits."""
     if not config.path:
         raise ConfigError("no data: give a folder of class folders, or a table, as DATA or with --set data.path=...")
-    index = load_index(
-        config.path,
-        path_column=config.path_column,
-        label_column=config.label_column,
-        split_column=config.split_column,
-        group_column=config.group_column if config.group_by == "column" else None,
-    )
+    columns = config.model_dump(include={"path_column", "label_column", "split_column"})
+    group = config.group_column if config.group_by == "column" else None
+    index = load_index(config.path, **columns, group_column=group)
     return apply_corrections(index, Path(config.corrections)) if config.corrections else index
 
 
@@ -72,12 +68,7 @@ SKIP_BROKEN = "train without them: --set data.broken=skip"
 
 
 def prepare_dataset(
-    config: DataConfig,
-    *,
-    progress: Progress,
-    skip: str = SKIP_BROKEN,
-    fill: Fill | None = None,
-    known: Sequence[str] = (),
+    config: DataConfig, *, progress: Progress, skip: str = "", fill: Fill | None = None, known: Sequence[str] = ()
 ) -> Dataset:
     """Find, inspect and divide the photos, and `fill` their cache meanwhile; `skip` is the way out of broken ones.
 
@@ -90,7 +81,7 @@ def prepare_dataset(
     problems = [(path, fact.problem) for path, fact in zip(found.photos.paths, facts, strict=True) if fact.problem]
     broken = [*found.damaged, *problems]
     if broken and config.broken == "refuse":
-        raise DataError(f"{list_broken(broken, len(found.photos))}\nFix or remove them, or {skip}")
+        raise DataError(f"{list_broken(broken, len(found.photos))}\nFix or remove them, or {skip or SKIP_BROKEN}")
     kept = [fact for fact in facts if not fact.problem]
     index = found.select(np.fromiter((not fact.problem for fact in facts), np.bool_, len(facts)))
     notes = [everything.describe(), *find_doubts(index, kept)]
@@ -145,14 +136,10 @@ def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -
     if config.folds:
         index = splits.fold_index(index, folds=config.folds, fold=config.fold, seed=config.split_seed, groups=groups)
     else:
+        shares = config.model_dump(include={"val_fraction", "test_fraction"})
+        settings = {"group_by": config.group_by, "pattern": config.group_pattern, "gap": splits.BURST_SECONDS}
         index = splits.remembered_split(
-            index,
-            val_fraction=config.val_fraction,
-            test_fraction=config.test_fraction,
-            seed=config.split_seed,
-            groups=groups,
-            settings={"group_by": config.group_by, "pattern": config.group_pattern, "gap": splits.BURST_SECONDS},
-            folder=user_folder("splits"),
+            index, **shares, seed=config.split_seed, groups=groups, settings=settings, folder=user_folder("splits")
         )
     if config.train_on == "train+val":
         splits_now = index.photos.splits

@@ -128,17 +128,11 @@ def write_beginning(
     write_whole(path / folder.RECIPE, recipe)
 
 
-def write_validation(
-    path: Path, dataset: Dataset, numbers: NDArray[np.int64], probabilities: NDArray[np.float32]
-) -> None:
-    """Store what a run answers for these validation photos."""
-    folder.write_predictions(
-        path / "predictions" / "val.parquet",
-        paths=dataset.index.photos.paths[numbers],
-        labels=dataset.labels[numbers],
-        probabilities=probabilities,
-        classes=dataset.index.classes,
-    )
+def write_validation(path: Path, dataset: Dataset, numbers: NDArray[np.int64], answers: NDArray[np.float32]) -> None:
+    """Store the (M, K) probabilities that a run gives these validation photos."""
+    path, index = path / "predictions" / "val.parquet", dataset.index
+    paths, labels = index.photos.paths[numbers], dataset.labels[numbers]
+    folder.write_predictions(path, paths=paths, labels=labels, probabilities=answers, classes=index.classes)
 
 
 class RunWriter:

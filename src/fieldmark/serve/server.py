@@ -80,16 +80,14 @@ async def _read_photos(request: Request) -> list[bytes]:
         async with request.form() as form:
             parts = [(name, part, isinstance(part, UploadFile)) for name, part in form.multi_items()]
             odd = [name for name, _, is_file in parts if is_file != (name in _FIELDS)]
-            contents = [
-                await part.read() for name, part, _ in parts if isinstance(part, UploadFile) and name in _FIELDS
-            ]
+            photos = [await part.read() for name, part, _ in parts if isinstance(part, UploadFile) and name in _FIELDS]
     except Exception:  # whatever the parser meets in bytes of strangers
         raise HTTPException(400, f"the form cannot be read; {wanted}") from None
-    if not contents:
+    if not photos:
         raise HTTPException(422, f"the form has no file in a field named {', '.join(_FIELDS[:6])}; {wanted}")
     if odd:  # its photo would be missing, and the answers of those after it would be taken for others'
         raise HTTPException(422, f"the field {odd[0][:100]!r} is no file, or a file in another field; {wanted}")
-    return contents
+    return photos
 
 
 @_router.post("/predict", responses=_REFUSALS, openapi_extra={"requestBody": HTTP["body"]})

@@ -129,10 +129,7 @@ def grid_cells(grid: Grid, base: Mapping[str, Any]) -> list[Cell]:
     """All cells of a `grid` or of `cells`, seeds innermost; no two have one name."""
     axes = flatten(grid.grid)
     product = [("", dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
-    listed = [
-        (str(cell.get("name", "")), flatten({key: value for key, value in cell.items() if key != "name"}))
-        for cell in grid.cells
-    ]
+    listed = [(str(cell.pop("name", "")), flatten(cell)) for cell in map(dict[str, Any], grid.cells)]
     seeds = grid.seeds if "seeds" in grid.model_fields_set else (int(base["train"]["seed"]),)
     cells = [_make_cell(grid, base, name, changes, seed) for name, changes in listed or product for seed in seeds]
     # Folders of one name apart from case are one folder on some systems.

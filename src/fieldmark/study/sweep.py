@@ -314,9 +314,6 @@ class RayCells:
 
 
 def _train_cell(job: Job) -> str:
-    with (
-        book(job.sweep, job.name, "log").open("a", encoding="utf-8") as log,
-        redirect_stdout(log),
-        redirect_stderr(log),
-    ):
+    path = book(job.sweep, job.name, "log")
+    with path.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         return run_job(job)

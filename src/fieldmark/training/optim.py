@@ -47,17 +47,10 @@ def parameter_groups(
             if parameter.requires_grad:
                 is_exempt = not decay_norms_and_biases and (parameter.ndim <= 1 or name in no_weight_decay)
                 parameters["no_decay" if is_exempt else "decay"].append(parameter)
-        groups += [
-            {
-                "params": chosen,
-                "lr": rate,
-                "base_lr": rate,
-                "weight_decay": weight_decay if kind == "decay" else 0.0,
-                "name": f"{'head' if is_head else f'stage{number}'}.{kind}",
-            }
-            for kind, chosen in parameters.items()
-            if chosen
-        ]
+        for kind, chosen in parameters.items():
+            shared = {"lr": rate, "base_lr": rate, "weight_decay": weight_decay if kind == "decay" else 0.0}
+            if chosen:
+                groups.append({"params": chosen, **shared, "name": f"{'head' if is_head else f'stage{number}'}.{kind}"})
     if not groups:
         raise ConfigError("no parameter requires a gradient, so nothing would be trained: freeze fewer stages")
     return groups
