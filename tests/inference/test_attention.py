@@ -31,7 +31,7 @@ def _classifier(name, **options):
 def test_the_map_is_bright_where_the_evidence_is():
     images = np.zeros((2, 3, 64, 64), np.float32)
     images[:, :, 8:24, 8:24] = 1
-    model = Classifier(Brightness(), nn.Identity(), name="", feature_dropout=0.0).eval()
+    model = Classifier(Brightness(), nn.Identity(), name="", feature_dropout=0.0, pool=None).eval()
     maps = AttentionMaps(model, size=64)(images, [0, 0])
     assert maps.shape == (2, 28, 28)
     assert (maps.min(), maps.max()) == (0, 1)

@@ -23,9 +23,15 @@ def assert_told(result, *parts):
         assert part in result.err
 
 
+def within_minutes(words: list[str]) -> list[str]:
+    """The settings without epochs, which a training without a recipe plans itself."""
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for key, pair in pairs if not pair.startswith("train.epochs=") for word in (key, pair)]
+
+
 def test_wrong_path(fieldmark, photos, tiny):
     wrong = photos.parent / "fotos"
-    assert_told(fieldmark("train", wrong, "--out", "unused", *tiny()), "fotos", "photos")
+    assert_told(fieldmark("train", wrong, "--out", "unused", *within_minutes(tiny())), "fotos", "photos")
 
 
 def test_no_path(fieldmark):
@@ -39,7 +45,13 @@ def test_empty_folder(fieldmark, tmp_path):
 def test_one_class(fieldmark, tmp_path, make_photo, tiny):
     for number in range(5):
         make_photo(tmp_path / "data" / "robin" / f"{number}.png", (1, 2, 3), number)
-    assert_told(fieldmark("train", tmp_path / "data", "--out", tmp_path / "run", *tiny()), "2 classes", "'robin'")
+    result = fieldmark("train", tmp_path / "data", "--out", tmp_path / "run", *within_minutes(tiny()))
+    assert_told(result, "2 classes", "'robin'")
+
+
+def test_epochs_go_with_a_recipe(fieldmark, photos, tmp_path):
+    assert_told(fieldmark("train", photos, "--out", tmp_path / "run", "--epochs", "5"), "--recipe laptop")
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_photos_a_class_train_or_are_told_why_not(fieldmark, tmp_path, make_photo, tiny):
@@ -54,7 +66,7 @@ def test_two_photos_a_class_train_or_are_told_why_not(fieldmark, tmp_path, make_
 
 
 def test_weights_that_are_not_there(fieldmark, photos, tiny, tmp_path):
-    arguments = tiny("model.weights=/nowhere/w.safetensors")
+    arguments = within_minutes(tiny("model.weights=/nowhere/w.safetensors"))
     assert_told(fieldmark("train", photos, "--out", tmp_path / "run", *arguments), "/nowhere/w.safetensors")
 
 
