@@ -62,6 +62,7 @@ def test_a_pickle_and_a_copy_hold_the_run(photos):
     model = fieldmark.Classifier(recipe="laptop", settings=TINY).fit(files, [file.parent.name for file in files])
     expected, place = model.predict_proba(files[:3]), model.run_.path
     others = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    np.testing.assert_array_equal(model.predict_proba(files[:3]), expected)  # itself too
     del model
     gc.collect()
     assert not place.exists()

@@ -106,8 +106,6 @@ class DataConfig(Section):
                 raise ValueError(f"group_pattern {self.group_pattern!r} is not a regular expression: {error}") from None
             if num_groups != 1:
                 raise ValueError(f"group_pattern {self.group_pattern!r} needs exactly one group in parentheses")
-        if self.folds and self.test_fraction:
-            raise ValueError("folds divide all photos but those of test/: leave test_fraction at 0")
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction leave nothing to train on")
         return self

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,10 +96,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         out: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.minutes = minutes
-        self.recipe = recipe
-        self.out = out
-        self.settings = settings
+        self.minutes, self.recipe, self.out, self.settings = minutes, recipe, out, settings
 
     def fit(self, X: Sequence[str | Path], y: Sequence[Any]) -> Self:  # noqa: N803
         """Train on (N,) files and their labels, of at least two classes.
@@ -131,7 +128,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold: of a run in a temporary folder its files, which go with this estimator."""
-        state: Any = super().__getstate__()
+        state: dict[str, Any] = {**self.__dict__, **cast(Any, super().__getstate__())}  # never the living one
         if not self.out and isinstance(run := state.get("run_"), Run):
             files = (file for file in sorted(run.path.rglob("*")) if file.is_file())
             state["run_"] = {file.relative_to(run.path).as_posix(): file.read_bytes() for file in files}

@@ -267,18 +267,17 @@ def answers(path):
 
 def test_a_link_in_a_tar_file_has_a_row_that_says_so(model, photos, tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
-        archive.add(photos / "0.png", "a.png")
-        for name, kind in (("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
+        for name, kind in (("c.png", tarfile.SYMTYPE), ("", b""), ("b.png", tarfile.LNKTYPE)):
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, "a.png"
-            archive.addfile(link)
+            archive.addfile(link) if name else archive.add(photos / "0.png", "a.png")
     rows = answers(plain(model, tmp_path / "s.tar", tmp_path / "p.json").out)
     assert [(row["path"], row["problem"][:21]) for row in rows] == [
-        *(("a.png", ""), ("b.png", "is a link to a.png, a"), ("c.png", "is a link to a.png, a"))
+        *(("c.png", "is a link to a.png, a"), ("a.png", ""), ("b.png", "is a link to a.png, a"))
     ]
     # Training reads by position, and sees all three.
     [scan] = scan_shards(str(tmp_path), [Found("s.tar", "1")])
-    assert [photo.name for photo in scan.photos] == ["s.tar/a.png", "s.tar/b.png", "s.tar/c.png"]
+    assert sorted(photo.name for photo in scan.photos) == ["s.tar/a.png", "s.tar/b.png", "s.tar/c.png"]
     assert len({(photo.num_bytes, photo.start) for photo in scan.photos}) == 1
 
 

@@ -73,6 +73,7 @@ class Plan:
         seconds = float(records[0]["value"]) if minutes is None else spent + 60 * minutes
         if is_over:
             records = [record | {"at": 0.0} for record in takewhile(_had_time, records)]
+        if minutes is not None:  # which count for whoever goes on from here
             records[0]["value"] = seconds
             write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
         return cls(path, seconds, clock, spent, records, 1)
@@ -130,8 +131,8 @@ class Plan:
 
 def _had_time(record: dict[str, Any]) -> bool:
     what, value = record["what"], record["value"]
-    is_enough = value is not False and value != [] and not (what == EPOCHS and value < LEAST_EPOCHS)
-    return is_enough and not what.startswith("round of ")  # which holds a second of the old budget
+    # Epochs and the seconds at which rounds end are those of the old budget.
+    return value is not False and value != [] and what != EPOCHS and not what.startswith("round of ")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -191,15 +192,11 @@ class Pace:
     _seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=20))
     _before: float | None = None
 
-    def observe(self, now: float) -> None:
-        """Note that an update has just ended, or with a first call that the first begins."""
-        if self._before is not None:
+    def observe(self, now: float | None) -> None:
+        """Note that an update has just ended, or with a first call, or one after None, that the first begins."""
+        if self._before is not None and now is not None:
             self._seconds.append(now - self._before)
         self._before = now
-
-    def forget(self) -> None:
-        """Count what happens until the next call of `observe` to no update."""
-        self._before = None
 
     def propose(self, step: int) -> int | None:
         """The update at which to end instead, where the plan in force would be late or leave time unused."""

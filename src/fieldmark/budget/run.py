@@ -191,12 +191,17 @@ class _Work:
         """Spend the budget; a signal leaves what is best by then."""
         course, plan = self.course, self.course.plan
         if is_new:
-            self.require_pace()
+            try:
+                self.require_pace()
+            except StoppedError:
+                raise InterruptedRunError(f"stopped by {course.team.stop.signal_name} before anything began") from None
             plan.decide("budget", lambda: plan.seconds)
             plan.decide("settings", lambda: course.config.model_dump(mode="json", exclude_unset=True))
         else:
             self.was_running = folder.run_status(course.path) == "running"
             self.standing = self.shelf.load()
+            if folder.run_status(course.path) == "finished":
+                self._clean()
         if self.standing is None:
             self.shelf.open(course.config)
         try:
@@ -205,6 +210,8 @@ class _Work:
             self.race(RACE_SHARE if may_tune else PROBE_SHARE)
             if may_tune or self.may_tune_late():
                 self.tune()
+            else:
+                self.catch_up()
         except StoppedError:
             kept, name = " before anything answered", course.team.stop.signal_name
             if self.history or self.standing:
@@ -242,7 +249,7 @@ class _Work:
         entry = entry or course.score(candidate, course.order[:least])
         self._note(entry)
         self._put(Answer(f"a linear head on {candidate.key}", (self._probed_model(entry),)))
-        if plan.elapsed > plan.seconds:
+        if plan.elapsed > plan.seconds and self.standing is None:
             self.course.log.message(
                 f"the {plan.seconds / 60:g} minutes were over before the least that answers was made: "
                 f"this took {plan.elapsed:.0f} s"
@@ -322,9 +329,6 @@ class _Work:
             running = [entry.candidate for entry in best[: max(2, -(-len(running) // 3))]]
         # What was not compared for lack of time may still fit into what is left.
         untried = sorted((one for one in everything if one.key not in self.entries), key=lambda one: -one.size)
-        if share_of_time == PROBE_SHARE:  # then those that lost on fewer photos: no fine-tuning waits for their time
-            lost = [entry for entry in self.entries.values() if len(entry.numbers) < counts[-1]]
-            untried += [entry.candidate for entry in sorted(lost, key=lambda entry: entry.log_loss)]
         for number, candidate in enumerate(dict.fromkeys([*running, *untried])):
             deadline = end
             if not plan.decide(f"all photos of {candidate.key}", lambda one=candidate: self._fits([one], end)):
@@ -334,6 +338,15 @@ class _Work:
                 deadline = end - max(map(self._guess_fit, self.entries.values()))
             self._round([candidate], counts[-1], deadline)
             self._average()
+
+    def catch_up(self) -> None:
+        """All photos for those that lost on a part of them: nothing else waits for the time."""
+        end, count = PROBE_SHARE * self.course.plan.seconds, len(self.course.order)
+        lost = [entry for entry in self.entries.values() if len(entry.numbers) < count]
+        for candidate in [entry.candidate for entry in sorted(lost, key=lambda entry: entry.log_loss)]:
+            if self.course.plan.decide(f"catch up {candidate.key}", partial(self._fits, [candidate], end)):
+                self._round([candidate], count, end)
+                self._average()
 
     def _round(self, running: Sequence[Candidate], count: int, deadline: float) -> list[Entry]:
         entries: list[Entry] = []
@@ -427,12 +440,11 @@ class _Work:
         self.curve.append({"seconds": self.history[-1][0], "kept": kept.name, "top1": figures.get("top1")})
         self._note_time()
 
-    def _choose_kept(self, answer: Answer) -> Answer:
-        """This answer, or what an earlier process left if that is better or the record is still being repeated."""
+    def _choose_kept(self, answer: Answer, *, is_last: bool = False) -> Answer:
+        """This answer, or what an earlier process left if that is better, or if nothing could tell before the end."""
         if self.standing is not None:
             rival = self._balance(answer) if DIVIDED in self.standing.name else answer
-            is_repeating = self.course.plan.is_repeating
-            if self._loss(self.standing) < self._loss(rival) - 1e-6 if len(self.course.val) else is_repeating:
+            if self._loss(self.standing) < self._loss(rival) - 1e-6 if len(self.course.val) else not is_last:
                 return self.standing
             self.standing = None
             self.shelf.open(self.course.config)
@@ -562,7 +574,7 @@ class _Work:
     def end(self, status: str) -> None:
         """Leave the best answer as an ordinary run, and say how it came about."""
         self.tried += [{"what": answer.name, **self.shelf.score(answer)} for answer in self.choices]
-        answer = self._choose_kept(self.best) if self.history else self.standing
+        answer = self._choose_kept(self.best, is_last=status == "finished") if self.history else self.standing
         assert answer is not None
         if answer is self.standing:
             self.history, self.choices = [(0.0, answer)], [answer, *self.choices]
@@ -572,18 +584,23 @@ class _Work:
             (self.course.path / STORED).unlink(missing_ok=True)
             if status == "finished":
                 self._store_features(answer)
-        if status == "finished":
-            self.shelf.clear(answer)
-            for name in (FEATURES, tuning.TUNING):
-                shutil.rmtree(self.course.path / name, ignore_errors=True)
         figures = self.shelf.score(answer)
         if figures:
-            figures |= {"optimistic_bias": self._optimistic_bias(), "more_time": self._more_time()}
+            figures |= {"optimistic_bias": self._optimistic_bias()}
+            if not self.course.plan.spent_before and self.standing is None:  # else the times of answers are not known
+                figures |= {"more_time": self._more_time()}
         spent = {"seconds": self.course.plan.elapsed, "budget_seconds": self.course.plan.seconds}
         selection = {"epochs": 0, "select": "best", "metric": "log_loss", "best_epoch": 0}
         found = {"kept": answer.name, "tried": self.tried, "history": self.curve}
         summary = {"status": status, **found, **spent, **selection}
         folder.write_json(self.course.path / folder.SUMMARY, summary | ({"val": figures} if figures else {}))
+        if status == "finished":
+            self.shelf.clear(answer)
+            self._clean()
+
+    def _clean(self) -> None:
+        for name in (FEATURES, tuning.TUNING):
+            shutil.rmtree(self.course.path / name, ignore_errors=True)
 
     def _refit(self, answer: Answer) -> Answer:
         """The answer with its probed heads fitted on the validation photos too, if `data.train_on` asks for it.

@@ -122,7 +122,6 @@ class Shelf:
 
     def put(self, answer: Answer) -> None:
         """Let these networks answer from now on; a kill at any moment leaves the old answer or this one."""
-        folder.forget_answers(self.path)
         for member in answer.members:
             path = self.path / folder.MEMBERS / member.folder_name
             if len(self._val) and not (path / "predictions" / "val.parquet").is_file():
@@ -132,6 +131,7 @@ class Shelf:
                 _write_model(path, member)
             write_whole(path / folder.RECIPE, dump_config(member.config))
         rows = [{"folder": one.folder_name, "name": one.key, "temperature": one.temperature} for one in answer.members]
+        folder.forget_answers(self.path)
         # First what answers: the rest of an ensemble only describes it.
         folder.write_json(self.path / folder.ENSEMBLE, {"members": rows})
         folder.write_json(self.path / folder.MODEL, _describe(answer))

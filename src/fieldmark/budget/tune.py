@@ -274,7 +274,7 @@ class _Training:
         minutes = min(self.session.config.train.save_minutes, 1.0)
         # To agree at each update would let GPUs wait for their hosts.
         every = REPLAN_EVERY if team.fabric.world_size > 1 and team.fabric.device.type != "cpu" else 1
-        pace.forget()
+        pace.observe(None)
         now = saved = clock()
 
         def decide() -> tuple[bool, tuple[int, int] | None, bool]:

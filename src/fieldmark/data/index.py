@@ -165,9 +165,8 @@ def _index_of_source(text: str, columns: _Columns) -> PhotoIndex:
         if not packed or not shards.row_shards(location, location, ""):
             return _index_of_table(location, root, columns)
     if packed:
-        others = [file for file in found if file not in packed and not shards.is_shard(file.path)]
         return _index_of_shards(
-            root, packed, columns, Counter("photo beside the shards" for file in others if is_photo_path(file.path))
+            root, packed, columns, Counter("photo beside the shards" for file in found if is_photo_path(file.path))
         )
     ignored = Counter("not a photo" for file in found if not is_photo_path(file.path))
     names = [file.path for file in found if is_photo_path(file.path)]

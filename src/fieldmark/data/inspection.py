@@ -202,7 +202,7 @@ def look_up(file: PhotoFile) -> tuple[str, str]:
         info = os.stat(file)  # noqa: PTH116, half the time of Path.stat
     except (OSError, ValueError) as error:
         return "", explain_reading(error)
-    text = f"{file.absolute()}\0{(info.st_size, info.st_mtime_ns, info.st_ino)}".encode(errors="surrogateescape")
+    text = f"{file.absolute()}\0{(info.st_size, info.st_mtime_ns, info.st_ctime_ns)}".encode(errors="surrogateescape")
     # To open a pipe would be to wait for ever.
     problem = "" if stat.S_ISREG(info.st_mode) else "is not a regular file"
     return hashlib.blake2b(text, digest_size=16).hexdigest(), problem

@@ -104,9 +104,7 @@ class Loader(AbstractContextManager["Loader"]):
     """
 
     def __init__(self, *, workers: int, threads: int, start_method: str | None = None) -> None:
-        self._num_workers = workers
-        self._num_threads = threads
-        self._start_method = start_method
+        self._num_workers, self._num_threads, self._start_method = workers, threads, start_method
         self._workers: list[_Worker] = []
         self._pending: deque[_Worker] = deque()  # a worker for each batch that was asked for, in order
         self._turn = 0

@@ -163,7 +163,7 @@ def _scan(root: str, shard: Found, columns: Sequence[str]) -> Scan:
         return Scan([], [], "has vanished")
     if shard.path.lower().endswith(".parquet"):
         return _scan_table(location, shard, columns)
-    text = f"1\0{location}\0{shard.version}".encode(errors="surrogateescape")
+    text = f"2\0{location}\0{shard.version}".encode(errors="surrogateescape")
     memory = user_folder("shards") / f"{hashlib.blake2b(text, digest_size=16).hexdigest()}.json"
     try:
         members, problem = json.loads(memory.read_text("ascii")), ""
@@ -182,6 +182,7 @@ def _scan(root: str, shard: Found, columns: Sequence[str]) -> Scan:
 def _scan_tar(location: str, shard: str) -> tuple[list[tuple[str, str, int, int]], str]:
     """Name, note, size and first byte of each photo in a tar file, and what is wrong with the file."""
     places: dict[str, tuple[int, int]] = {}  # of a name that comes twice the last counts, as when it is unpacked
+    links: dict[str, str] = {}  # symbolic ones; those that lead out of the file are left out
     notes: dict[str, str] = {}  # by name without its extension
     problem = ""
     try:
@@ -190,15 +191,16 @@ def _scan_tar(location: str, shard: str) -> tuple[list[tuple[str, str, int, int]
             if isinstance(content, bytes):
                 text = content.decode(errors="replace")
                 notes[stem] = text if extension == ".json" else notes.get(stem) or json.dumps({"cls": text.strip()})
-            elif member.islnk() or member.issym():
-                beside = posixpath.dirname(name) if member.issym() else ""
-                places[name] = places.get(posixpath.normpath(posixpath.join(beside, member.linkname)), (0, 0))
+            elif member.islnk():
+                places[name] = places.get(member.linkname.removeprefix("./"), (0, 0))
+            elif member.issym():  # often before what it names
+                links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
             elif member.isfile():
                 places[name] = member.size, member.offset_data
     except PhotoError as error:
         problem = error.reason
     found: list[tuple[str, str, int, int]] = []
-    for name, place in places.items():
+    for name, place in ({name: places[target] for name, target in links.items() if target in places} | places).items():
         if is_photo_path(name):
             found.append((name, notes.get(name) or notes.get(os.path.splitext(name)[0], ""), *place))  # noqa: PTH122
     return found, problem

@@ -393,8 +393,6 @@ def mean_probabilities(
         Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles",
         arXiv:1612.01474, section 2.4.
     """
-    calibrated = [
-        apply_temperature(log_probabilities(rows[:, order]), temperature)
-        for rows, temperature, order in zip(probabilities, temperatures, orders, strict=True)
-    ]
+    parts = zip(probabilities, temperatures, orders, strict=True)
+    calibrated = [apply_temperature(log_probabilities(rows[:, order]), one) for rows, one, order in parts]
     return np.mean(calibrated, axis=0).astype(np.float32)

@@ -177,7 +177,7 @@ def build_fabric(config: Config) -> tuple[Fabric, dict[str, Choice[str] | Choice
     fabric = _make_fabric(
         accelerator=device.value,
         # The others wait while the first looks at all photos.
-        strategy=DDPStrategy(timeout=timedelta(days=7)) if is_distributed else "auto",
+        strategy=DDPStrategy(timeout=timedelta(hours=6)) if is_distributed else "auto",
         precision=precision.value,  # type: ignore[arg-type]
         **options,
     )

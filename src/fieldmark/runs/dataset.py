@@ -133,6 +133,8 @@ def find_groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConf
 def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> PhotoIndex:
     """Give every labeled photo a split, as the settings say."""
     groups = find_groups(index, facts, config)
+    if config.folds and config.test_fraction:
+        raise ConfigError("data.folds divides all photos but those of test/: leave data.test_fraction at 0")
     if config.folds:
         index = splits.fold_index(index, folds=config.folds, fold=config.fold, seed=config.split_seed, groups=groups)
     else:

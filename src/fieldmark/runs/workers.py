@@ -74,7 +74,7 @@ def _attempt(
     trainer = TorchTrainer(
         _work,
         train_loop_config=job,
-        torch_config=TorchConfig(timeout_s=7 * 24 * 3600),  # the others wait while the first looks at all photos
+        torch_config=TorchConfig(timeout_s=6 * 3600),  # the others wait while the first looks at all photos
         # Where machines come back, Ray ends the processes and starts more.
         scaling_config=ScalingConfig(num_workers=(1, workers), use_gpu="GPU" in needs, resources_per_worker=needs),
         run_config=RunConfig(name="ray", storage_path=str(books)),

@@ -142,12 +142,8 @@ class RunWriter:
     """
 
     def __init__(self, path: Path, fabric: Fabric, dataset: Dataset, *, select: str, metric: str) -> None:
-        self.path = path
-        self.history = History()
-        self._fabric = fabric
-        self._dataset = dataset
-        self._select = select
-        self._metric = metric
+        self.path, self.history, self._fabric, self._dataset = path, History(), fabric, dataset
+        self._select, self._metric = select, metric
 
     def record_epoch(self, row: dict[str, Any], report: EpochReport, model: nn.Module) -> dict[str, Any]:
         """Store an epoch: its weights and predictions if they are to be kept, and its row; give it with `is_best`."""

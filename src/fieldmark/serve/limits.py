@@ -104,10 +104,7 @@ class RequestLimits:
     """Check who asks, read the whole body under the limits, and only then call the app behind."""
 
     def __init__(self, app: ASGIApp, *, limits: Limits, access: Access) -> None:
-        self._app = app
-        self._limits = limits
-        self._access = access
-        self._held_bytes = 0
+        self._app, self._limits, self._access, self._held_bytes = app, limits, access, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""

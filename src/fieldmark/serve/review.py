@@ -53,9 +53,7 @@ class Corrections:
     def __init__(self, file: Path, columns: tuple[str, ...] = CORRECTIONS) -> None:
         if file.suffix.lower() != ".csv":
             raise DataError(f"decisions are written as CSV, and {file} does not end in .csv: give another --out")
-        self.file = file
-        self.columns = columns
-        self._lock = threading.Lock()
+        self.file, self.columns, self._lock = file, columns, threading.Lock()
         self.decisions = self._read() if file.is_file() else {}  # by path, the oldest first
         # Each change with what was there before; decisions of earlier sessions can be undone too, newest first.
         self._history: list[tuple[str, Decision | None]] = [(path, None) for path in self.decisions]
@@ -308,7 +306,8 @@ def open_review(runs: list[Run], table: Path, *, max_distance: int) -> FastAPI:
         decoding=runs[0].decode_spec(),
         source=runs[0].config.data.path,
     )
-    known = [path in views.number_of or (Path(index.root) / path).exists() for path in views.corrections.decisions]
+    decided = [path for path, one in views.corrections.decisions.items() if one.action != "drop"]
+    known = [path in views.number_of or (Path(index.root) / path).exists() for path in decided]
     if known and not any(known):
         raise DataError(f"{table} holds decisions about the photos of another data set: give another --out")
     return create_review_app(views)
@@ -353,7 +352,8 @@ def create_review_app(views: ReviewViews) -> FastAPI:
             return JSONResponse({"detail": error.reason}, status_code=404)
         return JSONResponse({"detail": str(error)}, status_code=422)
 
-    app.add_exception_handler(DataError, refuse)
+    for kind in (FieldmarkError, OSError):
+        app.add_exception_handler(kind, refuse)
     app.state.views = views
     routes = {"/api/overview": views.overview, "/api/photos": views.page, "/photo/{number}": views.picture}
     for path, method in {**routes, "/api/attention/{number}": views.attention}.items():

@@ -116,12 +116,9 @@ class PhotoService:
     """Answers photos of many requests, and counts them."""
 
     def __init__(self, model: ServedModel, limits: Limits, *, decode_threads: int) -> None:
-        self.model = model
-        self.limits = limits
-        self.metrics = ServerMetrics()
+        self.model, self.limits, self.metrics = model, limits, ServerMetrics()
         self.num_waiting = 0  # photos that are being decoded, wait, or are being computed
-        self._decode_threads = decode_threads
-        self._is_open = False
+        self._decode_threads, self._is_open = decode_threads, False
 
     @asynccontextmanager
     async def run(self, _: object) -> AsyncGenerator[None]:

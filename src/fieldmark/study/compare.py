@@ -186,7 +186,10 @@ def group_runs(results: Sequence[RunResults]) -> list[Group]:
         own = {key: value for key, value in flatten(run.config).items() if key not in IGNORED}
         # What was combined has the recipe of one of its members, but is no further run of it.
         # Neither is a run on other photos, or within another time.
-        made = {"combined": run.summary.get("combined", "none"), "budget": run.summary.get("budget_seconds", "none")}
+        made = {
+            "combined": run.summary.get("combined", "none"),
+            "minutes": round(run.summary.get("budget_seconds", 0) / 60),
+        }
         photos = "" if run.config.data.folds else str(run.data_info.get("fingerprint", ""))[:8]
         own = made | {"photos": photos, **own}
         groups.setdefault(repr(sorted(own.items())), (own, []))[1].append(run)

@@ -394,9 +394,8 @@ def train_head(
     """
     decayed = [parameter for parameter in head.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in head.parameters() if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr, weight_decay=PROBE_WEIGHT_DECAY
-    )
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr, weight_decay=PROBE_WEIGHT_DECAY)
     num_steps = epochs * math.ceil(len(features) / PROBE_BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     head.train()
