@@ -231,10 +231,14 @@ def test_a_signal_leaves_the_best_so_far_and_says_what_it_is(after, settings, tm
     with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT: .* holds .*, which answers. Go on with"):
         budget.train_within(settings, out, minutes=1, clock=TickClock(0.001))
     assert Run(out).summary["status"] == "interrupted"
+    assert "more_time" in Run(out).summary["val"]
     assert Predictor.load(out).classes == ("blue", "green", "red")
 
     monkeypatch.undo()
-    assert budget.resume_within(out, minutes=0.2, clock=TickClock()).summary["status"] == "finished"
+    resumed = budget.resume_within(out, minutes=0.2, clock=TickClock())
+    assert resumed.summary["status"] == "finished"
+    assert "validation: top-1" in budget.format_result(resumed)
+    assert "more time" not in budget.format_result(resumed)
 
 
 def test_a_deadline_shorter_than_the_floor_gives_the_floor_and_says_so(settings, tmp_path):

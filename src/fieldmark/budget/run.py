@@ -172,6 +172,7 @@ class _Work:
     curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # the same, as summary.json says it
     choices: list[Answer] = field(default_factory=list[Answer])  # what the validation photos chose from
     standing: Answer | None = None  # what an earlier process left, which only a better answer replaces
+    is_new: bool = True
     was_running: bool = False  # when it was killed, so that its folder is not settled
     best_epoch: Answer | None = None  # what answered best before the end of a fine-tuning
     epochs: float = 0.0  # of fine-tuning that half of the time allows
@@ -189,7 +190,7 @@ class _Work:
 
     def run(self, *, is_new: bool) -> None:
         """Spend the budget; a signal leaves what is best by then."""
-        course, plan = self.course, self.course.plan
+        course, plan, self.is_new = self.course, self.course.plan, is_new
         if is_new:
             try:
                 self.require_pace()
@@ -587,7 +588,8 @@ class _Work:
         figures = self.shelf.score(answer)
         if figures:
             figures |= {"optimistic_bias": self._optimistic_bias()}
-            if not self.course.plan.spent_before and self.standing is None:  # else the times of answers are not known
+            # Where an earlier process found answers, nobody knows when.
+            if self.standing is None and (self.is_new or not self.course.plan.spent_before):
                 figures |= {"more_time": self._more_time()}
         spent = {"seconds": self.course.plan.elapsed, "budget_seconds": self.course.plan.seconds}
         selection = {"epochs": 0, "select": "best", "metric": "log_loss", "best_epoch": 0}
