@@ -83,7 +83,7 @@ def metadata(kind: str, file: str, precision: str) -> str:
         precision=precision,
         file=file,
         architecture="resnet50",
-        classes=("",) * 1000,
+        classes=tuple(map(str, range(1000))),
         preprocessing=EvalSpec(**SPEC),
         background=(0, 0, 0),
         temperature=1.0,
