@@ -199,9 +199,9 @@ class _Work:
             plan.decide("budget", lambda: plan.seconds)
             plan.decide("settings", lambda: course.config.model_dump(mode="json", exclude_unset=True))
         else:
-            self.was_running = folder.run_status(course.path) == "running"
-            self.standing = self.shelf.load()
-            if folder.run_status(course.path) == "finished":
+            status, self.standing = folder.run_status(course.path), self.shelf.load()
+            self.was_running = status == "running"
+            if status == "finished":
                 self._clean()
         if self.standing is None:
             self.shelf.open(course.config)

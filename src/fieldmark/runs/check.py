@@ -25,7 +25,7 @@ from fieldmark.models.catalog import InputConfig, installed_packages, pretrained
 from fieldmark.models.classifier import count_parameters, create_classifier
 from fieldmark.progress import Progress, format_seconds
 from fieldmark.runs import build
-from fieldmark.runs.dataset import divide, find_photos, inspect
+from fieldmark.runs.dataset import divide, find_groups, find_photos, inspect
 from fieldmark.runs.environment import usable_cores
 
 PHOTOS_PREPARED = 32
@@ -193,7 +193,8 @@ def _divide_usable(index: PhotoIndex, facts: Sequence[PhotoFacts], config: Confi
     """The index with the split that training would make of the usable photos, or why there is none."""
     usable = np.flatnonzero(index.photos.is_labeled() & np.array([not fact.problem for fact in facts], np.bool_))
     try:
-        divided = divide(index.select(usable), [facts[number] for number in usable.tolist()], config.data)
+        chosen, known = index.select(usable), [facts[number] for number in usable.tolist()]
+        divided = divide(chosen, find_groups(chosen, known, config.data), config.data)
     except DataError as error:
         return index, str(error)
     splits, groups = index.photos.splits.copy(), dict(enumerate(index.photos.groups))

@@ -87,9 +87,9 @@ def prepare_dataset(
     notes = [everything.describe(), *find_doubts(index, kept)]
     if broken:
         notes.append(f"{len(broken)} photos cannot be used and are skipped, such as {broken[0][0]!r}: {broken[0][1]}")
-    index = divide(index, kept, config)
-    notes += find_leaks(index, kept)
     groups = find_groups(index, kept, config)
+    index = divide(index, groups, config)
+    notes += find_leaks(index, kept)
     if groups is not None and (alone := sum(not group for group in groups)):
         notes.append(f"{alone} of {len(index)} photos have no group by {config.group_by}, and are divided one by one")
     num_train = {name: count.get("train", 0) for name, count in index.counts().items()} | dict.fromkeys(known, 1)
@@ -130,9 +130,8 @@ def find_groups(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConf
     return splits.groups_by_column(index) if config.group_by == "column" else None
 
 
-def divide(index: PhotoIndex, facts: Sequence[PhotoFacts], config: DataConfig) -> PhotoIndex:
-    """Give every labeled photo a split, as the settings say."""
-    groups = find_groups(index, facts, config)
+def divide(index: PhotoIndex, groups: Sequence[str] | None, config: DataConfig) -> PhotoIndex:
+    """Give every labeled photo a split, as the settings say, and those of a group the same."""
     if config.folds and config.test_fraction:
         raise ConfigError("data.folds divides all photos but those of test/: leave data.test_fraction at 0")
     if config.folds:
